@@ -1,0 +1,35 @@
+# make train [ARGS="..."]   install into .venv on the first call, then python train.py $(ARGS)
+# make test                 lint, format check, types, tests
+# make size                 how long the files and functions are
+PYTHON ?= python3
+VENV ?= .venv
+# Torch's newest release may pull several GB of CUDA libraries; any build in the range of pyproject.toml will do.
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+
+.PHONY: train test size
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.installed
+	$(BIN)/python train.py $(ARGS)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright qat
+	$(BIN)/python -m pytest
+
+size:
+	@$(PYTHON) benchmarks/size.py
+
+# The stamps make a second call reuse the environment until pyproject.toml changes.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)"
+	$(PIP) install -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -e ".[dev]"
+	touch $@

@@ -1,0 +1,61 @@
+"""The `qat` command: finds the subcommand and turns its outcome into an exit status.
+
+A mistake of the user (`UserError`) is one line on stderr and status 2. An interrupt is status 130, as shells have it.
+Anything else is a bug and keeps its traceback (status 1). Only the chosen subcommand is imported, and none of them
+imports torch before it has something to compute.
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from qat import __version__
+from qat.errors import UserError, nearest
+
+COMMANDS = {
+    "train": "calibrate, train, convert, export and verify: qat train [key=value ...]",
+    "verify": "check the exported files of a finished run again: qat verify RUN_DIR",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: the command line without the program's name; `sys.argv[1:]` if None.
+
+    Returns:
+        The exit status: 0 done, 1 the command's own "no", 2 a mistake in the command line or config, 130 interrupted.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"qat {__version__}")
+        return 0
+    try:
+        return _run(argv[0], argv[1:])
+    except UserError as error:
+        print(f"qat: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qat: interrupted", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        # Lightning answers an interrupt with sys.exit(1) after its own clean-up.
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return 130
+        raise
+
+
+def _run(command: str, argv: list[str]) -> int:
+    if command not in COMMANDS:
+        raise UserError(f"unknown command '{command}'{nearest(command, COMMANDS)}")
+    return import_module(f"qat.cli.{command}").main(argv)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(["usage: qat COMMAND ...", "", "commands:", *lines, "", "`qat COMMAND --help` says more."])

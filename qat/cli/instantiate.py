@@ -1,0 +1,180 @@
+"""From a config node with `_target_` to an object, with every mistake in the node found before anything is called.
+
+Hydra calls the target with whatever keys the node has; a typo then surfaces as a TypeError from the depths, or, where
+the target takes `**kwargs`, never. Here the node is first held against the target's signature: unknown keys, missing
+ones and values of the wrong simple type are reported under the key that the user wrote. A config also names code to
+run, so only packages in `allowed_roots` may be named (Hydra 1.4 asks for such a list; 1.3 has none).
+"""
+
+import inspect
+import os
+import pkgutil
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import hydra
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from qat.cli.typecheck import accepts, hints_of, in_words, literals
+from qat.errors import UserError, nearest
+
+HYDRA_1_4 = tuple(int(part) for part in hydra.__version__.split(".")[:2]) >= (1, 4)
+ROOTS = ("qat", "torch", "torchmetrics", "pytorch_lightning")
+# Where names of the packages above may really live: Lightning re-exports from these two.
+HOMES = ("lightning_fabric", "lightning_utilities")
+_FULL_KEY = "\nfull_key: "
+RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
+
+
+def allowed_roots() -> tuple[str, ...]:
+    """The top-level packages that a `_target_` may name: `ROOTS`, and those in $QAT_TARGETS (separated by commas)."""
+    own = (name.strip() for name in os.environ.get("QAT_TARGETS", "").split(","))
+    return (*ROOTS, *(name for name in own if name))
+
+
+def allowed_patterns() -> tuple[str, ...]:
+    """`allowed_roots` in the form of Hydra 1.4's execution white list."""
+    return tuple(f"{root}.*" for root in allowed_roots())
+
+
+def instantiate(node: Any, **kwargs: Any) -> Any:
+    """Builds the object that a config node describes, nested nodes included; containers become plain dicts and lists.
+
+    Args:
+        node: a DictConfig, ListConfig, dict or list ; without `_target_`, it comes back as a plain container.
+        **kwargs: arguments from code, which take precedence over the node's keys.
+
+    Raises:
+        UserError: a `_target_` outside `allowed_roots` or not importable; a key that the target does not take or lacks;
+            a value of another simple type than the annotation; a ValueError (a UserError is one), a missing package or
+            Lightning's MisconfigurationException from the constructor itself. Each begins with the full config key.
+    """
+    if not OmegaConf.is_config(node):
+        node = OmegaConf.create(node)
+    key = node._get_full_key(None)
+    _check(node, key, kwargs)
+    trust = {"_execution_whitelist_": allowed_patterns()} if HYDRA_1_4 else {}
+    try:
+        return hydra.utils.instantiate(node, _convert_="all", **kwargs, **trust)
+    except Exception as error:
+        # Hydra 1.3 wraps what the target raised; 1.4 lets it pass. Both add the node's key as the message's last line.
+        cause = error.__cause__ if isinstance(error, InstantiationException) else error
+        by_name = (
+            type(cause).__name__ == "MisconfigurationException"
+        )  # by name: importing Lightning is not our business
+        if by_name or isinstance(cause, (ValueError, ModuleNotFoundError)):
+            where = str(error).rpartition(_FULL_KEY)[2] if _FULL_KEY in str(error) else key
+            raise UserError(f"{where}: {str(cause).partition(_FULL_KEY)[0]}") from error
+        raise
+
+
+def _check(node: Any, key: str, kwargs: dict[str, Any]) -> None:
+    for name, child in _children(node, key):
+        _check(child, name, {})
+    if isinstance(node, DictConfig) and not node._is_none() and "_target_" in node:
+        _check_call(node, key, kwargs)
+
+
+def _children(node: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """The child containers that Hydra would instantiate as well, each with its full key."""
+    if isinstance(node, ListConfig) and not node._is_none():
+        yield from ((f"{key}[{i}]", child) for i, child in enumerate(node))
+    elif isinstance(node, DictConfig) and not node._is_none() and node.get("_recursive_", True):
+        yield from ((_join(key, str(name)), node[name]) for name in node if not OmegaConf.is_missing(node, name))
+
+
+def _check_call(node: DictConfig, key: str, kwargs: dict[str, Any]) -> None:
+    target = locate(node["_target_"], _join(key, "_target_"))
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return  # some functions written in C do not tell
+    kinds = [p.kind for p in parameters.values()]
+    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    given = [str(name) for name in node if name not in RESERVED]
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        for name in given + list(kwargs):
+            if name not in named:
+                raise UserError(f"{_join(key, name)}: {_name(target)} has no parameter '{name}'{nearest(name, named)}")
+    positional = list(parameters)[: len(node.get("_args_", ()))]
+    if not node.get("_partial_", False):
+        for name, parameter in named.items():
+            if parameter.default is parameter.empty and name not in (*given, *kwargs, *positional):
+                raise UserError(f"{_join(key, name)}: missing; {_name(target)} cannot do without '{name}'")
+    _check_types(node, key, target, [name for name in given if name not in kwargs])
+
+
+def _check_types(node: DictConfig, key: str, target: Callable[..., Any], names: list[str]) -> None:
+    hints = hints_of(target)
+    for name in names:
+        full, hint = _join(key, name), hints.get(name, Any)
+        if OmegaConf.is_missing(node, name):
+            raise UserError(f"{full}: needs a value: {full}=...")
+        value = node[name]
+        if OmegaConf.is_config(value):
+            value = OmegaConf.to_container(value, resolve=True)
+        if not accepts(hint, value):
+            options = [option for option in literals(hint) if isinstance(option, str)]
+            close = nearest(value, options) if isinstance(value, str) and options else ""
+            raise UserError(f"{full}={value!r}: {_name(target)} wants {in_words(hint)}{close}")
+
+
+def locate(path: Any, key: str) -> Any:
+    """The class or function that a `_target_` names.
+
+    Args:
+        path: the dotted name, `package.module.Name`.
+        key: the config key it stands under, for messages.
+
+    Raises:
+        UserError: the package is not allowed, or the name does not exist (with the nearest one in its module).
+    """
+    root, *rest = str(path).split(".")
+    if root not in allowed_roots():
+        raise UserError(
+            f"{key}: '{path}' is outside the packages that a config may name ({', '.join(allowed_roots())}); "
+            f"to trust it, set QAT_TARGETS={root}"
+        )
+    found = _import(root, key)
+    if found is None:
+        raise UserError(f"{key}: there is no package '{root}'; is it installed or on PYTHONPATH?")
+    done = root
+    for part in rest:
+        module, done = found, f"{done}.{part}"
+        found = getattr(module, part, None)
+        if found is None and isinstance(module, ModuleType):
+            found = _import(done, key)
+        if found is None:
+            raise UserError(
+                f"{key}: '{path}' does not exist: no '{part}' in {_name(module)}{nearest(part, _names(module))}"
+            )
+    home = getattr(found, "__module__", None) or root
+    if not callable(found) or home.partition(".")[0] not in (*allowed_roots(), *HOMES):
+        raise UserError(f"{key}: '{path}' is not a class or function of {', '.join(allowed_roots())}")
+    return found
+
+
+def _import(name: str, key: str) -> ModuleType | None:
+    """The module, or None where there is none of that name."""
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            return None
+        raise UserError(f"{key}: importing {name} needs the package '{error.name}', which is not installed") from error
+
+
+def _names(module: Any) -> list[str]:
+    below = [info.name for info in pkgutil.iter_modules(getattr(module, "__path__", []))]
+    return [name for name in [*dir(module), *below] if not name.startswith("_")]
+
+
+def _name(target: Any) -> str:
+    return getattr(target, "__qualname__", None) or getattr(target, "__name__", None) or str(target)
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name

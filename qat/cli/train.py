@@ -1,0 +1,127 @@
+"""`qat train [key=value ...]`: composes the config, and hands it to `qat.lightning.run.run`.
+
+Hydra does what it is good at (composition, sweeps, run directories, `--cfg`, shell completion). Around it: mistakes
+are one line with the nearest right thing, and leave nothing on the disk. Torch and Lightning are imported by the
+task, after composition succeeded.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import (
+    get_args_parser,
+)  # the parser of hydra.main, which offers no other way to see its arguments
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from qat.cli.configs import configs_dir, finish
+from qat.cli.explain import COMPOSITION_ERRORS, explain
+from qat.cli.instantiate import HYDRA_1_4, allowed_patterns
+from qat.cli.output import discard, discard_all
+from qat.errors import UserError, nearest
+
+# Hydra 1.3 warns without version_base, 1.4 warns with it and wants to know whose code a config may call.
+VERSION: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
+TRUST: dict[str, Any] = {"execution_whitelist": allowed_patterns()} if HYDRA_1_4 else {}
+
+
+class _Task:
+    """What Hydra calls for each job; keeps a single run's `UserError`, which Hydra would announce in its own way."""
+
+    def __init__(self, argv: list[str]) -> None:
+        self.argv = argv
+        self.started = False
+        self.error: UserError | None = None
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        sys.argv = self.argv  # Lightning starts the other ranks with it
+        job = HydraConfig.get()
+        run_dir = Path(job.runtime.output_dir)
+        try:
+            _prepare(cfg, run_dir, sweeping=job.mode == RunMode.MULTIRUN)
+            self.started = True
+            from qat.lightning.run import run
+
+            return run(cfg, run_dir)
+        except UserError as error:
+            discard(run_dir)
+            if job.mode == RunMode.MULTIRUN:
+                raise
+            self.error = error
+
+
+def main(argv: list[str]) -> int:
+    """Runs the command; every mistake in `argv` or in the config is a `UserError`, and leaves nothing written."""
+    task = _Task(sys.argv)
+    args = _parse(argv)
+    overrides: list[str] = args.overrides
+    options = argv.copy()
+    for text in overrides:
+        options.remove(text)
+    sweeping = args.multirun or "hydra.mode=MULTIRUN" in overrides
+    if sweeping and any(text.startswith("run_dir=") for text in overrides):
+        raise UserError("run_dir is the directory of one run; with -m write hydra.sweep.dir=...")
+    try:
+        with _hydra_environment([*options, *overrides]):
+            hydra.main(config_path=str(configs_dir()), config_name="train", **VERSION, **TRUST)(task)()
+        if task.error is not None:
+            raise task.error
+    except UserError:
+        discard_all()
+        raise
+    except COMPOSITION_ERRORS as error:
+        if task.started:
+            raise
+        discard_all()
+        raise explain(error, overrides, args.config_dir, VERSION) from error
+    return 0
+
+
+def _prepare(cfg: DictConfig, run_dir: Path, *, sweeping: bool) -> None:
+    """Checks what only the whole config shows, and readies the log handlers that Hydra has just made."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: not record.getMessage().startswith("💡 Tip"))  # Lightning's advertisements
+    finish(cfg, run_dir)
+    strategy = str((cfg.get("trainer") or {}).get("strategy", ""))
+    if sweeping and strategy.startswith(("ddp", "fsdp", "deepspeed")) and not strategy.endswith(("_spawn", "_fork")):
+        raise UserError(
+            f"trainer.strategy={strategy} cannot run under -m: each rank would start the whole sweep again; "
+            "run the jobs one by one, or use trainer.strategy=ddp_spawn"
+        )
+
+
+@contextmanager
+def _hydra_environment(argv: list[str]) -> Iterator[None]:
+    """Shows Hydra its own arguments, and lets its exceptions reach us instead of being printed."""
+    before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [sys.argv[0], *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Hydra's parser, run before Hydra does: a wrong option is one line, and options may stand among overrides."""
+    parser = get_args_parser()
+    options = [text for action in parser._actions for text in action.option_strings]
+
+    def refuse(message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
+        raise UserError(f"unknown option '{unknown}'{nearest(unknown, options)}" if unknown else message)
+
+    parser.error = refuse
+    return parser.parse_intermixed_args(argv)

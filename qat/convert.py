@@ -1,0 +1,133 @@
+"""Conversion: a trained fake-quantized model becomes one whose weights *are* integers.
+
+Codes come from `Quantizer.quantize`, as in training. A BatchNorm behind a layer folds exactly: it multiplies the scale of each output channel by
+gamma / sqrt(var + eps) and moves the rest into the bias; the codes stay, mirrored where gamma is negative. Biases become int32 at the accumulator's scale
+s_x * s_w, as integer kernels add them (Jacob et al., CVPR 2018, section 2.4): the only rounding that conversion adds, of at most half an accumulator step.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UserError
+from qat.functional import levels
+from qat.insert import Plan
+from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
+from qat.layers import QuantizedLayer, become_twin
+from qat.quantizers import Quantizer
+
+INT32 = 2**31 - 1
+
+
+@torch.no_grad()
+def convert(model: nn.Module, plan: Plan) -> nn.Module:
+    """Returns the integer form of a calibrated model; the model itself is left as it is.
+
+    Args:
+        model: A model with quantizers, on any device.
+        plan: The plan its quantizers were made from.
+
+    Returns:
+        A copy in evaluation mode on the CPU, its quantized weights held as codes (`IntegerTensor`) and its activation grids frozen.
+
+    Raises:
+        UserError: if a grid was never calibrated, or a full-range 8-bit weight cannot be mirrored for a negative gamma.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, Quantizer) and module.enabled and not module.initialised:
+            raise UserError(f"'{name}' was never calibrated, so there is nothing to convert yet")
+    converted = copy.deepcopy(model).cpu().eval()
+    modules = dict(converted.named_modules())
+    for name, layer in plan.layers.items():
+        module = modules[name]
+        assert isinstance(module, QuantizedLayer)
+        quantizer = module.weight_quantizer
+        if quantizer is not None and quantizer.enabled:
+            weight = _integer_weight(module, quantizer)
+            bias = module._parameters.get("bias")
+            if name in plan.batch_norms:
+                bias = _fold(name, weight, bias, modules[plan.batch_norms[name]])
+                _replace(converted, plan.batch_norms[name], nn.Identity())
+            _install(module, weight, bias)
+    _freeze_activations(converted)
+    return converted
+
+
+def _integer_weight(module: QuantizedLayer, quantizer: Quantizer) -> IntegerTensor:
+    weight, spec = module.weight, quantizer.spec
+    axis = {"tensor": None, "channel": quantizer.axis, "group": 1 - quantizer.axis}[spec.granularity]
+    return IntegerTensor(quantizer.quantize(weight), quantizer.step(), quantizer.zero_point.detach().clone(), spec.bits, axis, spec.group_size)
+
+
+def _fold(name: str, weight: IntegerTensor, bias: Tensor | None, norm: nn.Module) -> Tensor:
+    """Multiplies the BatchNorm into the weight's scale in place; returns the bias of both. Float64, rounded once at the end."""
+    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
+    channels = norm.num_features
+    gamma = norm.weight.double() if norm.weight is not None else torch.ones(channels, dtype=torch.float64)
+    beta = norm.bias.double() if norm.bias is not None else torch.zeros(channels, dtype=torch.float64)
+    factor = gamma / (norm.running_var.double() + norm.eps).sqrt()
+    if weight.group_size is None and weight.axis is None:
+        weight.scale, weight.zero_point, weight.axis = weight.scale.repeat(channels), weight.zero_point.repeat(channels), 0
+    mirror = factor < 0
+    if mirror.any():
+        _mirror(name, weight, mirror)
+    scale = weight.scale.double() * factor.abs().view(-1, *[1] * (weight.scale.ndim - 1))
+    # A channel with gamma = 0 is constant: its codes are zero, and any positive scale will do.
+    dead = factor == 0
+    weight.codes[dead] = weight.zero_point[dead].view(-1, *[1] * (weight.codes.ndim - 1)) if weight.group_size is None else 0
+    weight.scale = torch.where(scale > 0, scale, weight.scale.double()).float()
+    shift = bias.double() if bias is not None else torch.zeros(channels, dtype=torch.float64)
+    return (beta + (shift - norm.running_mean.double()) * factor).float()
+
+
+def _mirror(name: str, weight: IntegerTensor, channels: Tensor) -> None:
+    """Negates the values of `channels` by their codes."""
+    if weight.codes.dtype == torch.uint8:
+        top = 2**weight.bits - 1
+        weight.codes[channels] = top - weight.codes[channels]
+        weight.zero_point[channels] = top - weight.zero_point[channels]
+        return
+    codes = weight.codes[channels].to(torch.int16).neg()
+    if codes.max() >= 2 ** (weight.bits - 1):
+        if weight.bits == 8:
+            raise UserError(f"'{name}': code -128 cannot be mirrored for a BatchNorm with a negative gamma; train it with narrow: true")
+        weight.bits += 1
+    weight.codes[channels] = codes.to(torch.int8)
+
+
+def _install(module: QuantizedLayer, weight: IntegerTensor, bias: Tensor | None) -> None:
+    del module.weight, module.weight_quantizer
+    module._parameters.pop("bias", None)
+    module.integer_weight = weight  # pyright: ignore[reportAttributeAccessIssue]
+    module.integer_bias = None  # pyright: ignore[reportAttributeAccessIssue]
+    module.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    grid = _last_grid(module.input_quantizer)
+    if bias is not None and grid is not None and weight.group_size is None:
+        scale = grid.step().double() * weight.scale.double()
+        codes = levels(bias.double(), scale, -INT32 - 1, INT32).to(torch.int32)
+        axis = 0 if weight.axis is not None else None
+        module.integer_bias = IntegerTensor(codes, scale.float(), torch.zeros_like(scale), 32, axis)  # pyright: ignore[reportAttributeAccessIssue]
+        module.bias = None
+    become_twin(module, IntegerLayer)  # pyright: ignore[reportArgumentType]
+
+
+def _last_grid(quantizer: nn.Module | None) -> Quantizer | None:
+    """The grid that the layer's multiplications see."""
+    last = quantizer[-1] if isinstance(quantizer, nn.Sequential) else quantizer
+    return last if isinstance(last, Quantizer) and last.enabled else None
+
+
+def _freeze_activations(model: nn.Module) -> None:
+    frozen: dict[Quantizer, nn.Module] = {}
+    for module in list(model.modules()):
+        for child, quantizer in list(module._modules.items()):
+            if isinstance(quantizer, Quantizer):
+                if quantizer not in frozen:
+                    frozen[quantizer] = IntegerActivation(quantizer) if quantizer.enabled else nn.Identity()
+                module._modules[child] = frozen[quantizer]
+
+
+def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
+    owner, _, leaf = path.rpartition(".")
+    root.get_submodule(owner)._modules[leaf] = module

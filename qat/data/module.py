@@ -1,0 +1,111 @@
+"""What all data modules here share: splits, limits, augmentation, loaders; a subclass only reads the images.
+
+Every random choice is reproducible. The split and the samples that a limit keeps come from a generator of their own,
+seeded by `split_seed`, so that runs with different training seeds are compared on the same validation images. Order
+and augmentation come from torch's global generator, which `seed_everything` sets.
+"""
+
+from collections.abc import Sequence
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from qat.data.batches import Collate, ImageDataset, Images
+from qat.errors import UserError
+
+Loader = DataLoader[tuple[Tensor, Tensor]]  # batches: float32 [N, C, H, W], int64 [N]
+
+
+class ImageDataModule(pl.LightningDataModule):
+    """Loaders over three `Images` in memory.
+
+    Args:
+        white: the stored pixel value that stands for 1.0.
+        mean: per-channel mean on the scale [0, 1]; its length is the number of channels.
+        std: per-channel standard deviation, likewise.
+        batch_size: samples in a batch; under DDP, in a batch of each process.
+        train_limit: train on so many samples, chosen at random once; None for all.
+        val_limit: likewise for validation.
+        test_limit: likewise for test and predict.
+        crop_padding: random crops of training images, padded by so many pixels; 0 for none.
+        flip: flip half of the training images horizontally.
+        split_seed: seed of the split and of the limits.
+
+    Raises:
+        UserError: an option is out of its range, or on `setup` a limit exceeds what there is.
+    """
+
+    def __init__(
+        self,
+        *,
+        white: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        batch_size: int,
+        train_limit: int | None,
+        val_limit: int | None,
+        test_limit: int | None,
+        crop_padding: int,
+        flip: bool,
+        split_seed: int,
+    ) -> None:
+        super().__init__()
+        limits = {"train": train_limit, "val": val_limit, "test": test_limit}
+        for name, limit in limits.items():
+            require(f"{name}_limit", limit, limit is None or limit >= 1, "at least 1, or null for all")
+        require("batch_size", batch_size, batch_size >= 1, "at least 1")
+        require("crop_padding", crop_padding, crop_padding >= 0, "0 or more pixels")
+        require("mean", list(mean), len(mean) in (1, 3), "one number per channel, 1 or 3 of them")
+        require(
+            "std", list(std), len(std) == len(mean) and min(std) > 0, f"{len(mean)} positive numbers, as in data.mean"
+        )
+        self.batch_size, self.limits, self.split_seed = batch_size, limits, split_seed
+        self.channels = len(mean)
+        self.plain = Collate(white, mean, std)
+        self.augmented = Collate(white, mean, std, crop_padding=crop_padding, flip=flip)
+        self.splits: dict[str, Images] = {}
+
+    def load(self) -> dict[str, Images]:
+        """Reads the images and returns them as "train", "val" and "test"; all of them, without limits."""
+        raise NotImplementedError
+
+    def prepare_data(self) -> None:
+        """Loads in one process first, so that under DDP only one downloads and decodes."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Loads and limits all three splits, once."""
+        if not self.splits:
+            self.splits = {name: self._limited(name, images) for name, images in self.load().items()}
+
+    def train_dataloader(self) -> Loader:
+        """Shuffled, augmented batches; the last may be smaller."""
+        return DataLoader(ImageDataset(self.splits["train"]), self.batch_size, shuffle=True, collate_fn=self.augmented)
+
+    def val_dataloader(self) -> Loader:
+        """Validation batches in a fixed order, not augmented."""
+        return DataLoader(ImageDataset(self.splits["val"]), self.batch_size, collate_fn=self.plain)
+
+    def test_dataloader(self) -> Loader:
+        """Test batches in a fixed order, not augmented."""
+        return DataLoader(ImageDataset(self.splits["test"]), self.batch_size, collate_fn=self.plain)
+
+    def predict_dataloader(self) -> Loader:
+        """The test batches."""
+        return self.test_dataloader()
+
+    def _limited(self, name: str, images: Images) -> Images:
+        limit, count = self.limits[name], len(images.labels)
+        if limit is None or limit == count:
+            return images
+        require(f"{name}_limit", limit, limit < count, f"at most {count}, the number of {name} images, or null for all")
+        # At random, because files are often sorted by label.
+        return images.take(torch.randperm(count, generator=torch.Generator().manual_seed(self.split_seed))[:limit])
+
+
+def require(key: str, value: object, ok: bool, expected: str) -> None:
+    """Raises a UserError that names the option `data.<key>` unless `ok`."""
+    if not ok:
+        raise UserError(f"data.{key}={value!r}: expected {expected}")

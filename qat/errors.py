@@ -1,0 +1,28 @@
+"""The one exception for mistakes a user can fix, and the hint that goes with it.
+
+Whoever raises `UserError` says what is wrong, where (config key, module path or file) and the nearest right thing. The command
+line prints the message as it is, without a traceback, and exits with status 2.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user wrote or passed is wrong; the message is complete without a traceback."""
+
+
+def nearest(name: str, options: Iterable[str], *, shown: int = 8) -> str:
+    """Returns a hint to append to an error: the closest of `options`, or else the first few of them.
+
+    >>> nearest("layr1", ["layer1", "head"])
+    "; did you mean 'layer1'?"
+    """
+    options = list(dict.fromkeys(options))
+    close = difflib.get_close_matches(name, options, n=2, cutoff=0.6)
+    if close:
+        return "; did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
+    if not options:
+        return "; there is nothing to choose from"
+    rest = f", ... ({len(options)} in all)" if len(options) > shown else ""
+    return "; choose from " + ", ".join(options[:shown]) + rest

@@ -1,0 +1,143 @@
+"""ONNX with real integer initializers and Q/DQ pairs placed so that ONNX Runtime runs integer kernels.
+
+The converted model writes its own quantization: while it is traced, `OnnxEmitter` answers its two operations with `QuantizeLinear`/`DequantizeLinear` nodes. What
+those nodes look like is dictated by ONNX Runtime's CPU kernels (measured with 1.32):
+
+    activations   uint8, zero point 128 for signed grids. Narrower grids clip the uint8 codes; a float clip before QuantizeLinear would break fusion
+    weights       int8 with zero points; up to 4 bits packed as INT4 and cast to int8, which the runtime does once, at load
+    biases        int32 at s_x * s_w; a float bias would be re-quantized differently (2.5% of a layer's outputs)
+
+Opset 21 is the first with INT4. Weights of 2 and 3 bits are stored as INT4.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UserError
+from qat.export import onnx_passes
+from qat.export.files import atomic
+from qat.integer import IntegerActivation, IntegerTensor, emitting
+
+OPSET = 21
+INPUT, OUTPUT = "input", "output"
+
+
+class OnnxEmitter:
+    """Writes Q/DQ nodes while a converted model is traced; `prepare` it first, outside the trace."""
+
+    def prepare(self, model: nn.Module) -> None:
+        """Gives every activation grid its zero point and limits as uint8 codes."""
+        for grid in model.modules():
+            if isinstance(grid, IntegerActivation):
+                offset = 128 if grid.spec.signed else 0
+                codes = grid.zero_point.view(()), torch.tensor(grid.quant_min), torch.tensor(grid.quant_max)
+                for name, code in zip(("zero", "low", "high"), codes, strict=True):
+                    grid.register_buffer(f"onnx_{name}", (code + offset).to(torch.uint8))
+
+    def quantize_dequantize(self, x: Tensor, grid: IntegerActivation) -> Tensor:
+        zero, low, high = grid.get_buffer("onnx_zero"), grid.get_buffer("onnx_low"), grid.get_buffer("onnx_high")
+        scale = grid.scale.view(())
+        codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=torch.uint8, shape=x.shape)
+        if (grid.quant_max - grid.quant_min) < 255:
+            codes = torch.onnx.ops.symbolic("Clip", (codes, low, high), dtype=torch.uint8, shape=x.shape)
+        return torch.onnx.ops.symbolic("DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=x.shape)
+
+    def dequantize(self, tensor: IntegerTensor) -> Tensor:
+        attributes: dict[str, int] = {} if tensor.axis is None else {"axis": tensor.axis}
+        scale, zero_point = tensor.scale, tensor.zero_point
+        if tensor.group_size is not None:
+            attributes["block_size"] = tensor.group_size
+        elif tensor.axis is None:
+            scale, zero_point = scale.view(()), zero_point.view(())
+        return torch.onnx.ops.symbolic(
+            "DequantizeLinear",
+            (tensor.codes, scale, zero_point),
+            attributes,
+            dtype=torch.float32,
+            shape=tensor.codes.shape,
+            metadata_props={onnx_passes.BITS_KEY: str(tensor.bits)},
+        )
+
+
+class _OneInput(nn.Module):
+    """Gives every model the same signature (a quantized twin's forward takes `*args`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.model(input)
+
+
+def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
+    """Writes `model`, a converted or a float one, with a dynamic batch dimension, one input and one output.
+
+    Args:
+        model: Its forward takes one float tensor `[N, ...]` and returns one tensor. It is traced on the CPU in evaluation mode.
+        example: An input of at least two samples (a batch of one would be taken for a constant).
+        path: The file; written whole or not at all.
+
+    Raises:
+        UserError: if the model cannot be traced, with torch's reason.
+    """
+    import onnx_ir as ir
+
+    emitter = OnnxEmitter()
+    emitter.prepare(model)
+    with emitting(emitter), _quiet():
+        try:
+            program = torch.onnx.export(
+                _OneInput(model).eval(), (example,), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
+                dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=[INPUT], output_names=[OUTPUT],
+            )  # fmt: skip
+        except Exception as error:  # whatever stops a tracer, its first line says it best
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise UserError(f"{type(model).__name__} cannot be traced for ONNX: {reason}") from error
+    assert program is not None
+    graph = onnx_passes.finish(program.model)
+    with atomic(path) as temporary:
+        ir.save(graph, temporary)
+
+
+@contextlib.contextmanager
+def _quiet():  # noqa: ANN202 - a context manager of nothing
+    """The exporter reports progress and deprecations of its own; errors come as exceptions."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class OnnxTarget:
+    """An ONNX file for ONNX Runtime, and what verification asks of it.
+
+    Attributes:
+        min_agreement: Smallest share of test samples with the same prediction as the fake-quantized model.
+        max_metric_change: Largest difference between the metric computed from the file and the trained one.
+    """
+
+    min_agreement: float = 0.98
+    max_metric_change: float = 0.01
+    file = "model.onnx"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_agreement <= 1:
+            raise UserError(f"min_agreement={self.min_agreement}: must be between 0 and 1")
+        if self.max_metric_change < 0:
+            raise UserError(f"max_metric_change={self.max_metric_change}: must not be negative")

@@ -1,0 +1,137 @@
+"""The integer model as `model.safetensors` + `manifest.json`: codes packed to their true width, whatever it is, and nothing that could run.
+
+A code of b bits takes b bits: codes are shifted to start at zero, and their bits, lowest first, fill bytes from the lowest bit up. The manifest says how to read every
+tensor (shape, bits, first code), holds the plan (so that the model can be rebuilt) and the SHA-256 of the weights file.
+"""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from qat.convert import convert
+from qat.errors import UserError
+from qat.export.files import atomic, sha256
+from qat.insert import Plan, apply_plan, named_quantizers
+from qat.integer import IntegerTensor
+
+WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
+FORMAT = 1
+
+
+def pack(codes: Tensor, bits: int, first: int) -> Tensor:
+    """Packs integers `first .. first + 2**bits - 1` into bytes.
+
+    Returns:
+        uint8 `[ceil(codes.numel() * bits / 8)]`.
+    """
+    shifted = codes.flatten().to(torch.int64) - first
+    if codes.numel() and not (0 <= int(shifted.min()) and int(shifted.max()) < 2**bits):
+        raise ValueError(f"codes {int(codes.min())} .. {int(codes.max())} do not fit {bits} bits from {first}")
+    stream = (shifted[:, None] >> torch.arange(bits)) & 1
+    stream = nn.functional.pad(stream.flatten(), (0, -stream.numel() % 8)).view(-1, 8)
+    return (stream << torch.arange(8)).sum(1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The inverse of `pack`."""
+    count = torch.Size(shape).numel()
+    stream = ((packed.to(torch.int64)[:, None] >> torch.arange(8)) & 1).flatten()[: count * bits].view(count, bits)
+    return ((stream << torch.arange(bits)).sum(1) + first).to(dtype).view(shape)
+
+
+def _integer_tensors(model: nn.Module) -> dict[str, IntegerTensor]:
+    """The weights that are stored packed, by the key of their codes (int32 biases gain nothing from it)."""
+    return {f"{n}.codes": m for n, m in model.named_modules() if isinstance(m, IntegerTensor) and m.bits <= 8}
+
+
+def _first(tensor: IntegerTensor) -> int:
+    return -(2 ** (tensor.bits - 1)) if tensor.codes.dtype == torch.int8 else 0
+
+
+def save_packed(model: nn.Module, plan: Plan, folder: str | Path) -> None:
+    """Writes a converted model into `folder`; both files whole or not at all."""
+    folder = Path(folder)
+    tensors: dict[str, Tensor] = {}
+    described: dict[str, dict[str, Any]] = {}
+    packable = _integer_tensors(model)
+    for key, value in model.state_dict().items():
+        if tensor := packable.get(key):
+            tensors[key] = pack(value, tensor.bits, _first(tensor))
+            described[key] = {"shape": list(value.shape), "bits": tensor.bits, "first_code": _first(tensor), "dtype": str(value.dtype).removeprefix("torch.")}
+        else:
+            tensors[key] = value.clone().contiguous()  # shared grids appear under each of their readers
+    with atomic(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary)
+        digest = sha256(temporary)
+    manifest = {"format": FORMAT, "sha256": digest, "packed": described, "plan": plan.to_dict()}
+    with atomic(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1))
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Reads the manifest and checks the weights file against it.
+
+    Raises:
+        UserError: if either file is missing, damaged, swapped, or of another format version.
+    """
+    folder = Path(folder)
+    for name in (MANIFEST, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: no such file; a packed model is {WEIGHTS} beside {MANIFEST}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version = manifest["format"]
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / MANIFEST}: is damaged or no manifest") from None
+    if version != FORMAT:
+        raise UserError(f"{folder / MANIFEST}: has format {version}; this version reads format {FORMAT}")
+    if sha256(folder / WEIGHTS) != manifest.get("sha256"):
+        raise UserError(f"{folder / WEIGHTS}: does not match {MANIFEST}: damaged, or of another model")
+    return manifest
+
+
+def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Rebuilds the integer model.
+
+    Args:
+        model: A float model of the right architecture, whatever its weights; it is left as it is.
+        folder: Where `save_packed` wrote.
+
+    Raises:
+        UserError: if the files are unfit (see `read_manifest`) or belong to another architecture.
+    """
+    manifest = read_manifest(folder)
+    try:
+        tensors = load_file(Path(folder) / WEIGHTS)
+        plan = Plan.from_dict(manifest["plan"])
+        for key, how in manifest["packed"].items():
+            tensors[key] = unpack(tensors[key], how["bits"], how["first_code"], tuple(how["shape"]), getattr(torch, how["dtype"]))
+    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{Path(folder) / MANIFEST}: is damaged ({error})") from None
+    skeleton = _skeleton(model, plan)
+    for key, tensor in _integer_tensors(skeleton).items():
+        tensor.bits = manifest["packed"].get(key, {}).get("bits", tensor.bits)
+    try:
+        skeleton.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"{folder}: holds another architecture than {type(model).__name__}: {str(error).splitlines()[-1].strip()}") from None
+    return skeleton
+
+
+def _skeleton(model: nn.Module, plan: Plan) -> nn.Module:
+    """A converted model of the right shape, with meaningless numbers."""
+
+
+    shell = copy.deepcopy(model).cpu()
+    apply_plan(shell, plan)
+    for _, quantizer in named_quantizers(shell):
+        quantizer.calibrate(torch.ones(quantizer.scale.shape) if quantizer.is_weight else torch.ones(1))
+    return convert(shell, plan)
+
+

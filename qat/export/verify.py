@@ -1,0 +1,136 @@
+"""Verification: does the file compute what training measured?
+
+The fake-quantized model and the exported file see the same batches. Weight codes must be identical; outputs are compared in steps of an 8-bit grid over the range of
+the model's outputs (255 steps from the smallest to the largest seen), since outputs themselves are float. They need not be bitwise equal: the runtime multiplies its
+integer accumulator by one combined factor where training divides twice, so a value that falls on the border of two codes can take the other one (measured: 5 in a million
+per layer), and what follows carries it on.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from qat.export.runtime import OnnxRunner, weight_codes
+from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
+from qat.layers import original_class
+
+
+@dataclass
+class Comparison:
+    """Outputs of two models over a data set, batch by batch."""
+
+    samples: int = 0
+    agreeing: int = 0
+    deviation: float = 0.0
+    low: float = np.inf
+    high: float = -np.inf
+
+    def update(self, expected: np.ndarray, actual: np.ndarray) -> None:
+        """Adds a batch `[N, ...]` of the fake-quantized model's outputs and the file's."""
+        if not expected.size:
+            return
+        self.samples += len(expected)
+        self.low, self.high = min(self.low, float(expected.min())), max(self.high, float(expected.max()))
+        # NaN compares false with everything, and would slip through a maximum.
+        difference = np.nan_to_num(np.abs(expected.astype(np.float64) - actual), nan=np.inf)
+        self.deviation = max(self.deviation, float(difference.max()))
+        classes = expected.ndim == 2 and expected.shape[1] > 1
+        same = expected.argmax(1) == actual.argmax(1) if classes else (difference <= self.step).reshape(len(expected), -1).all(1)
+        self.agreeing += int(same.sum())
+
+    @property
+    def step(self) -> float:
+        """Width of a step of the 8-bit grid over the outputs seen so far."""
+        return max(self.high - self.low, 0.0) / 255 or np.finfo(np.float32).tiny
+
+    @property
+    def agreement(self) -> float:
+        """Share of samples with the same prediction: the same largest class, or every value within one step where outputs are no classes."""
+        return self.agreeing / self.samples if self.samples else 0.0
+
+    @property
+    def deviation_steps(self) -> float:
+        return self.deviation / self.step
+
+
+@dataclass
+class Check:
+    name: str
+    passed: bool
+    detail: str
+
+
+@dataclass
+class Verdict:
+    """What verification found; `passed` if every check did."""
+
+    checks: list[Check] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def add(self, name: str, passed: bool, detail: str) -> None:
+        self.checks.append(Check(name, bool(passed), detail))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, "checks": [vars(c) for c in self.checks], **self.facts}
+
+
+def expected_integer_nodes(converted: nn.Module) -> int:
+    """Convolutions and linear layers whose input and weight are both integers."""
+    return sum(
+        isinstance(m, IntegerLayer) and issubclass(original_class(m), nn.Linear | nn.Conv1d | nn.Conv2d) and _reads_codes(m)  # pyright: ignore[reportArgumentType]
+        for m in converted.modules()
+    )
+
+
+def _reads_codes(layer: Any) -> bool:
+    grid = layer.input_quantizer
+    return isinstance(grid[-1] if isinstance(grid, nn.Sequential) else grid, IntegerActivation)
+
+
+def check_codes(verdict: Verdict, converted: nn.Module, path: str) -> None:
+    """Every weight's codes in the file against those of the converted model, bit for bit."""
+    stored = weight_codes(path)
+    wrong = []
+    for name, module in converted.named_modules():
+        if isinstance(module, IntegerTensor) and name.endswith(".integer_weight"):
+            layer = name.removesuffix(".integer_weight")
+            codes = module.codes.numpy()
+            if layer not in stored or not np.array_equal(stored[layer], codes):
+                wrong.append(layer)
+    count = sum(name.endswith(".integer_weight") for name, _ in converted.named_modules())
+    verdict.facts["codes_identical"] = not wrong
+    detail = f"of {len(wrong)} layers differ, first '{wrong[0]}'" if wrong else f"of all {count} layers identical"
+    verdict.add("weight codes", not wrong, detail)
+
+
+def check_kernels(verdict: Verdict, converted: nn.Module, runner: OnnxRunner) -> None:
+    """The runtime's integer kernels against the layers that should have one."""
+    expected, found = expected_integer_nodes(converted), runner.integer_nodes()
+    verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
+    verdict.add("integer kernels", found >= expected, f"{found} of {expected} convolutions and matrix products")
+
+
+def check_outputs(verdict: Verdict, comparison: Comparison, min_agreement: float) -> None:
+    """Predictions and outputs over the data set."""
+    verdict.facts.update(agreement=comparison.agreement, max_deviation_steps=comparison.deviation_steps, samples=comparison.samples)
+    verdict.add(
+        "predictions",
+        comparison.agreement >= min_agreement,
+        f"{comparison.agreement:.2%} of {comparison.samples} agree (at least {min_agreement:.2%} wanted)",
+    )
+    verdict.add(
+        "outputs", np.isfinite(comparison.deviation), f"largest deviation {comparison.deviation_steps:.2f} steps of the 8-bit output grid"
+    )
+
+
+def check_metric(verdict: Verdict, name: str, trained: float, exported: float, max_change: float) -> None:
+    """The metric from the file's own predictions against the one from training."""
+    verdict.facts["metric"] = exported
+    change = abs(exported - trained)
+    verdict.add("metric", change <= max_change, f"{name} {exported:.4f}, fake-quantized {trained:.4f} (at most {max_change:g} apart)")

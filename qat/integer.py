@@ -1,0 +1,130 @@
+"""What a converted model is made of: integer codes and frozen grids, and the two operations on them.
+
+A converted model runs anywhere torch does (its operations compute in float what the codes stand for), and it is the one thing that exporters consume: they set
+`emitter` to an object that writes their format's operations instead, and trace the model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from qat.functional import levels, values
+from qat.layers.twin import TwinMixin
+from qat.quantizers import Quantizer
+
+
+class IntegerTensor(nn.Module):
+    """A constant (weight or bias) as integer codes.
+
+    Attributes:
+        codes: int8, uint8 or int32, in the tensor's own shape.
+        scale: float32; `(1,)`, `(channels,)`, or the tensor's shape with the grouped axis divided by the group size.
+        zero_point: of the shape of `scale` and the type of `codes`.
+        bits: Width that every code fits in.
+        axis: The channel axis, or for groups the grouped axis; `None` for one scale.
+        group_size: Elements per group along `axis`.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(
+        self, codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None, group_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point.to(codes.dtype))
+        self.bits, self.axis, self.group_size = bits, axis, group_size
+
+    def spread(self, per_scale: Tensor) -> Tensor:
+        """Expands a tensor shaped like `scale` so that it broadcasts against `codes`."""
+        if self.group_size is not None:
+            assert self.axis is not None
+            return per_scale.repeat_interleave(self.group_size, dim=self.axis)
+        if self.axis is None:
+            return per_scale
+        return per_scale.view([-1 if d == self.axis else 1 for d in range(self.codes.ndim)])
+
+    def forward(self) -> Tensor:
+        return emitter.dequantize(self)
+
+    def extra_repr(self) -> str:
+        return f"{'x'.join(map(str, self.codes.shape))} codes of {self.bits} bits"
+
+
+class IntegerActivation(nn.Module):
+    """A frozen activation grid; `forward` puts a tensor on it.
+
+    Attributes:
+        scale: float32 `(1,)`.
+        zero_point: int32 `(1,)`.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, quantizer: Quantizer) -> None:
+        super().__init__()
+        self.spec = quantizer.spec
+        self.quant_min, self.quant_max = quantizer.quant_min, quantizer.quant_max
+        self.register_buffer("scale", quantizer.step())
+        self.register_buffer("zero_point", quantizer.zero_point.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return emitter.quantize_dequantize(x, self)
+
+    def extra_repr(self) -> str:
+        return self.spec.short
+
+
+class Emitter(Protocol):
+    """How the operations of a converted model are carried out."""
+
+    def dequantize(self, tensor: IntegerTensor) -> Tensor: ...
+
+    def quantize_dequantize(self, x: Tensor, grid: IntegerActivation) -> Tensor: ...
+
+
+class Eager:
+    """Computes the values with the functions that training uses."""
+
+    def dequantize(self, tensor: IntegerTensor) -> Tensor:
+        level = tensor.codes.to(torch.float64 if tensor.codes.dtype == torch.int32 else torch.float32) - tensor.spread(tensor.zero_point)
+        return (level * tensor.spread(tensor.scale)).float()
+
+    def quantize_dequantize(self, x: Tensor, grid: IntegerActivation) -> Tensor:
+        low, high = grid.quant_min - grid.zero_point, grid.quant_max - grid.zero_point
+        return values(levels(x, grid.scale, low, high), grid.scale, x.dtype)
+
+
+emitter: Emitter = Eager()
+
+
+@contextmanager
+def emitting(other: Emitter) -> Iterator[None]:
+    """Carries out the operations of converted models with `other` meanwhile."""
+    global emitter
+    previous, emitter = emitter, other
+    try:
+        yield
+    finally:
+        emitter = previous
+
+
+class IntegerLayer(TwinMixin):
+    """On top of a quantized layer: its weight (and bias, where input and weight are quantized) come from codes."""
+
+    integer_weight: IntegerTensor
+    integer_bias: IntegerTensor | None
+    bias: Tensor | None
+
+    def quantized_weight(self) -> Tensor:
+        return self.integer_weight()
+
+    def quantized_bias(self) -> Tensor | None:
+        return self.integer_bias() if self.integer_bias is not None else self.bias

@@ -1,0 +1,72 @@
+"""Re-classing: a layer becomes its quantized twin without leaving its place.
+
+`module.__class__ = Twin` keeps parameters, ties, hooks, names, attributes and every state_dict key, and it is what torch itself does for parametrizations,
+FSDP2 and lazy modules. A twin is `class Quant(Mixin, Original)`, made on demand, so subclasses of a layer keep theirs; mixins stack.
+Made-up classes have no import path; `TwinMixin.__reduce_ex__` pickles and copies an instance as (mixins, original class, state).
+"""
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+_parts: dict[type, tuple[type, type]] = {}
+
+
+class TwinMixin:
+    """Marks a re-classed module and makes it survive pickle and deepcopy."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *rest = super().__reduce_ex__(2)
+        return _rebuild, (*_unstack(type(self)),), *rest
+
+
+@cache
+def _twin_class(mixin: type, original: type) -> type:
+    namespace = {"__doc__": original.__doc__, "__module__": original.__module__}
+    cls = type(f"Quant{original.__name__.removeprefix('Quant')}", (mixin, original), namespace)
+    _parts[cls] = mixin, original
+    return cls
+
+
+def _unstack(cls: type) -> tuple[type, list[type]]:
+    """The original class, and the mixins on top of it from the innermost to the outermost."""
+    mixins: list[type] = []
+    while cls in _parts:
+        mixin, cls = _parts[cls]
+        mixins.insert(0, mixin)
+    return cls, mixins
+
+
+def _stack(original: type, mixins: list[type]) -> Any:
+    for mixin in mixins:
+        original = _twin_class(mixin, original)
+    return original
+
+
+def _rebuild(original: type, mixins: list[type]) -> Any:
+    cls = _stack(original, mixins)
+    return cls.__new__(cls)
+
+
+def become_twin(module: nn.Module, mixin: type) -> None:
+    """Turns `module` into its twin in place; nothing happens if it is one with this mixin already."""
+    original, mixins = _unstack(type(module))
+    if mixin not in mixins:
+        module.__class__ = _stack(original, [*mixins, mixin])
+
+
+def drop_mixins(module: nn.Module, base: type) -> None:
+    """Undoes `become_twin` for every mixin that derives from `base`."""
+    original, mixins = _unstack(type(module))
+    module.__class__ = _stack(original, [m for m in mixins if not issubclass(m, base)])
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class the module had before it became a twin (its own class if it is none)."""
+    return _unstack(type(module))[0]
+
+
+def twin_of(original: type, mixin: type) -> Any:
+    """The twin class itself, for making new instances."""
+    return _stack(original, [mixin])

@@ -1,0 +1,9 @@
+"""Lightning: the callbacks that insert, calibrate, train and log, and what checkpoints need."""
+
+from qat.lightning.callback import QATCallback
+from qat.lightning.logs import LogQuantizers
+from qat.lightning.module import load_from_checkpoint
+from qat.lightning.resume import SeedEpochs
+from qat.lightning.weights import load_weights, read_checkpoint
+
+__all__ = ["LogQuantizers", "QATCallback", "SeedEpochs", "load_from_checkpoint", "load_weights", "read_checkpoint"]

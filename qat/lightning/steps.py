@@ -1,0 +1,133 @@
+"""Running a LightningModule's own step on training batches, without leaving a trace: for the probe batch and for calibration.
+
+The user's `validation_step` (or `training_step`) knows how to call the model, whatever its batches look like; nothing has to be told to us.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from pytorch_lightning.utilities import CombinedLoader
+from pytorch_lightning.utilities.data import extract_batch_size
+from pytorch_lightning.utilities.model_helpers import is_overridden
+from rich.progress import track
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from qat.errors import UserError
+
+CALIBRATION_SEED = 0
+
+
+def step_of(module: pl.LightningModule) -> Callable[[Any], Any]:
+    """The module's own step, as a function of a batch."""
+    for name in ("validation_step", "training_step", "test_step"):
+        if is_overridden(name, module):
+            method = getattr(module, name)
+            positional = [p for p in inspect.signature(method).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            indices = [0] * sum(p.default is p.empty for p in positional[1:])  # batch_idx, dataloader_idx, under whatever name
+            return lambda batch: method(batch, *indices)
+    return lambda batch: module(batch)
+
+
+@contextmanager
+def no_trace(module: pl.LightningModule) -> Iterator[None]:
+    """Steps that run inside log nothing, leave metrics empty and random numbers as they were."""
+    module.__dict__["log"] = lambda *args, **kwargs: None
+    try:
+        with isolate_rng(), torch.no_grad():
+            torch.manual_seed(CALIBRATION_SEED)
+            yield
+    finally:
+        del module.__dict__["log"]
+        for child in module.modules():
+            if isinstance(child, Metric):
+                child.reset()
+
+
+Source = Callable[[], Any]
+"""Makes a fresh training dataloader (or a collection of them)."""
+
+
+def trainer_source(trainer: pl.Trainer) -> Source:
+    """The trainer's own training data.
+
+    Raises:
+        UserError: (when called) if it was given none.
+    """
+
+    def source() -> Any:
+        datamodule = getattr(trainer, "datamodule", None)
+        if datamodule is not None and trainer.state.fn != "fit":
+            datamodule.setup("fit")
+        if not trainer.fit_loop._data_source.is_defined():
+            raise UserError(
+                "no training data to calibrate on: pass a datamodule, call trainer.fit first, or start from a checkpoint that is quantized already"
+            )
+        return trainer.fit_loop._data_source.dataloader()
+
+    return source
+
+
+def _batches(source: Source, samples: int) -> Iterator[Any]:
+    """Training batches until `samples` samples have come; the same ones in every process."""
+    loader = source()
+    if not isinstance(loader, DataLoader):
+        loader = (item[0] for item in iter(CombinedLoader(loader, "min_size")))
+    seen = 0
+    for batch in loader:
+        yield batch
+        seen += _batch_size(batch)
+        if seen >= samples:
+            return
+
+
+def _batch_size(batch: Any) -> int:
+    try:
+        return extract_batch_size(batch)
+    except Exception:  # what counts as a batch is the user's; one batch then counts as one sample
+        return 1
+
+
+def run_steps(module: pl.LightningModule, source: Source, samples: int, title: str | None = None) -> Callable[[], Any]:
+    """A function that runs the module's step on enough training batches for `samples` samples, with a progress bar under `title`."""
+
+    def run() -> None:
+        step = step_of(module)
+        with no_trace(module), _precision(module):
+            for batch in track(_batches(source, samples), description=title or "", transient=True, disable=title is None):
+                step(module._apply_batch_transfer_handler(batch, device=module.device))
+
+    return run
+
+
+def _precision(module: pl.LightningModule) -> AbstractContextManager[Any]:
+    trainer = module._trainer
+    return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+
+
+def example_input(module: pl.LightningModule, source: Source) -> Tensor:
+    """What the module's forward is given in its own step: one tensor of at least two samples.
+
+    Raises:
+        UserError: if the step never calls the module's forward, or with anything but one tensor.
+    """
+    seen: list[tuple[Any, ...]] = []
+    handle = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            run_steps(module, source, samples=2)()
+    finally:
+        handle.remove()
+    if not seen:
+        raise UserError(f"{type(module).__name__}: its step never calls self(x), so there is no input to export with")
+    args, kwargs = seen[0]
+    if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+        raise UserError(f"{type(module).__name__}: export needs a forward of one tensor, its step passes {len(args)} arguments and {list(kwargs)}")
+    x = args[0].detach().cpu()
+    return x if len(x) > 1 else x.repeat(2, *[1] * (x.ndim - 1))

@@ -1,0 +1,62 @@
+"""Reading weights from files that may come from anywhere: safetensors, or checkpoints through torch's weights-only unpickler. No code in a file ever runs."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qat.errors import UserError, nearest
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Loads a `.ckpt`/`.pt` file as plain containers and tensors, or a `.safetensors` file as `{"state_dict": ...}`.
+
+    Raises:
+        UserError: if it is missing, damaged, or holds objects that only running its code could build.
+    """
+    path = Path(path)
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"checkpoint {path}: no such file{nearest(path.name, siblings) if siblings else ''}")
+    try:
+        if path.suffix == ".safetensors":
+            return {"state_dict": load_file(path)}
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Weights only load failed" in str(error) and zipfile.is_zipfile(path):
+            raise UserError(
+                f"checkpoint {path}: holds Python objects besides tensors and plain containers, and loading them could run any code; "
+                "save a state_dict (or plain hyperparameters) instead"
+            ) from None
+        raise UserError(f"checkpoint {path}: is damaged or no checkpoint") from None
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"checkpoint {path}: is damaged or no checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"checkpoint {path}: holds a {type(content).__name__}, not a state_dict")
+    return content if isinstance(content.get("state_dict"), dict) else {"state_dict": content}
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads float weights into a float model, strictly.
+
+    Raises:
+        UserError: naming the file and the first keys or shapes that do not fit.
+    """
+    state: dict[str, Tensor] = read_checkpoint(path)["state_dict"]
+    own = model.state_dict()
+    # A BatchNorm's step counter matters to nothing but cumulative averaging, and many published files leave it out.
+    optional = {k for k in own if k.endswith("num_batches_tracked")}
+    if missing := [k for k in own if k not in state and k not in optional]:
+        raise UserError(f"checkpoint {path}: lacks '{missing[0]}' ({len(missing)} keys missing){nearest(missing[0], state)}")
+    if extra := [k for k in state if k not in own]:
+        raise UserError(f"checkpoint {path}: has '{extra[0]}', which {type(model).__name__} lacks ({len(extra)} such keys){nearest(extra[0], own)}")
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.shape != own[key].shape:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"checkpoint {path}: '{key}' is {shape}, but {type(model).__name__} has {tuple(own[key].shape)}")
+    model.load_state_dict({**{k: own[k] for k in optional}, **state})

@@ -1,0 +1,8 @@
+"""Small float reference models: what the examples, tests and reports of this project quantize."""
+
+from qat.models.classifier import Classifier
+from qat.models.cnn import SmallCNN
+from qat.models.mlp import MLP
+from qat.models.resnet import ResNet
+
+__all__ = ["MLP", "Classifier", "ResNet", "SmallCNN"]

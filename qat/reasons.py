@@ -1,0 +1,149 @@
+"""Why a part of a model stays float, in words; `qat.audit` puts them beside everything else it knows."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from qat.insert import NORMS, Plan, has_plain_weight, targets
+from qat.layers import MIXINS, Site, mixin_for, original_class
+from qat.policy import QuantPolicy, Target
+from qat.probe import COMPUTES, Call, Recording
+from qat.quantizers import Quantizer
+
+FOLDS = "folds into "
+NOT_REACHED = "not reached by the probe batch"
+NORMALISES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+NOT_IN_F = ("matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "attention")
+
+
+class Reasons:
+    """Reads the policy's decisions again and asks the recording who ran, and who took which parameter.
+
+    Attributes:
+        calls: The calls of everything that a policy can address.
+        modules: The calls of layers, by name.
+        functions: The calls of functions, sites among them.
+        parameters: The model's own by id. They outlive the recording, so ids still tell which calls took them.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, recording: Recording) -> None:
+        self.model, self.plan = model, plan
+        self.calls = targets(model, recording)
+        described = [_target(name, call) for name, (call, *_) in self.calls.items()]
+        self.decisions = QuantPolicy.from_dict(plan.policy).resolve(described)
+        self.modules: dict[str, list[Call]] = {}
+        for call in recording.modules:
+            self.modules.setdefault(call.name, []).append(call)
+        self.functions = [c for c in recording.order if not isinstance(c.what, nn.Module)]
+        scales = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+        self.parameters = {id(p): p for p in model.parameters() if id(p) not in scales}
+        computing = [c for c in self.functions if not c.site]
+        self.taken_by = {key[0]: c for c in computing for key in c.inputs if key[0] in self.parameters}
+
+    def of_layer(self, name: str, module: nn.Module) -> str | None:
+        """`None` if `module`, one of `layers`, is integer throughout."""
+        if name in self.calls:
+            return self.of_target(name)
+        if isinstance(module, NORMS):
+            return self._norm(name)
+        if mixin_for(module) is not None:
+            return self._unreached(name, module)
+        return self._no_twin(module)
+
+    def of_target(self, name: str) -> str | None:
+        """What the policy leaves float of a layer or site that it could quantize."""
+        call = self.calls[name][0]
+        weighted = not call.site and _has_weight(call.what)
+        parts = (["weight"] if weighted else []) + (["act"] if call.inputs else [])
+        left = [p for p in parts if self.decisions[name][p][0] is None]
+        if not left:
+            return None
+        what = "it" if left == parts else "its weight" if left == ["weight"] else "its input"
+        by = sorted({self.decisions[name][p][1] for p in left})
+        who = " and ".join("policy" if b == "default" else f"rule '{b}'" for b in by)
+        return f"{who} {'leaves' if len(by) == 1 else 'leave'} {what} float"
+
+    def of_site(self, call: Call) -> str | None:
+        if call.site in self.calls:
+            return self.of_target(call.site)
+        return "one side of the sum is a parameter" if call.parameter else "mean over other axes than an image's"
+
+    def of_function(self, call: Call) -> str:
+        kind = COMPUTES[call.what]
+        if call.parameter:
+            return f"functional use of a weight ({_spelled(kind)})"
+        return f"{kind} in the forward of {self._owner(call.name)}"
+
+    def of_parameter(self, name: str) -> str:
+        return f"parameter in the forward of {self._owner(name.rpartition('.')[0])}, of no layer"
+
+    def _owner(self, name: str) -> str:
+        return f"'{name}'" if name else type_name(self.model)
+
+    def _norm(self, name: str) -> str:
+        into = next((layer for layer, norm in self.plan.batch_norms.items() if norm == name), None)
+        if into is not None:
+            return f"{FOLDS}{into}"
+        return "kept in float: follows no layer it can fold into" if name in self.modules else NOT_REACHED
+
+    def _unreached(self, name: str, module: nn.Module) -> str:
+        if name in self.modules:
+            return "weight is computed (parametrization or pruning)"
+        user = self._user(module)
+        return f"functional use of its weight ({_spelled(COMPUTES[user.what])})" if user else NOT_REACHED
+
+    def _no_twin(self, module: nn.Module) -> str:
+        cls, user = original_class(module), self._user(module)
+        base = next((m.serves.__name__ for m in MIXINS if issubclass(cls, m.serves)), None)
+        if base is not None:
+            return f"subclass of {base} with a forward of its own"
+        if user is not None and not _is_torchs(cls):
+            return f"functional use of a weight ({_spelled(COMPUTES[user.what])})"
+        return f"no quantized version of {cls.__name__}"
+
+    def _user(self, module: nn.Module) -> Call | None:
+        """A function call that took one of the module's parameters."""
+        return next((self.taken_by[id(p)] for p in module.parameters() if id(p) in self.taken_by), None)
+
+
+def layers(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's layers that have parameters or arithmetic, each once; those with a twin are not entered."""
+    inside: set[nn.Module] = set()
+    for name, module in root.named_modules():
+        closed = isinstance(module, Site | Quantizer) or mixin_for(module) is not None
+        if module in inside:
+            continue
+        if closed:
+            inside.update(m for m in module.modules() if m is not module)
+        if not isinstance(module, Site | Quantizer) and _is_listed(module, is_root=not name):
+            yield name, module
+
+
+def _is_listed(module: nn.Module, is_root: bool) -> bool:
+    if mixin_for(module) is not None or isinstance(module, NORMALISES):
+        return True
+    owns = any(p is not None for p in module._parameters.values())
+    is_container = is_root or any(not isinstance(child, Site) for child in module.children())
+    return owns and (not is_container or _is_torchs(original_class(module)))
+
+
+def _target(name: str, call: Call) -> Target:
+    """As `qat.insert.make_plan` saw it; the layer has become a twin since."""
+    return Target(name, call.kind or type_name(call.what), not call.kind and _has_weight(call.what))
+
+
+def type_name(module: nn.Module) -> str:
+    return original_class(module).__name__
+
+
+def _has_weight(module: nn.Module) -> bool:
+    mixin = mixin_for(module)
+    return mixin is not None and mixin.channel_axis is not None and has_plain_weight(module)
+
+
+def _is_torchs(cls: type) -> bool:
+    return cls.__module__.startswith("torch.nn.")
+
+
+def _spelled(kind: str) -> str:
+    return kind if kind in NOT_IN_F else f"F.{kind}"

@@ -1,0 +1,79 @@
+"""Numbers as people read them, and the report's table as plain strings: terminal and picture show the same."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+STAGES = {"float": "float", "ptq": "PTQ", "qat": "QAT", "exported": "exported"}
+NONE = "-"
+
+
+class Verdict(NamedTuple):
+    """The outcome of verification: whether it passed, in one line, and the checks that failed, one line each."""
+
+    passed: bool
+    text: str
+    failures: list[str]
+
+
+def count(number: int) -> str:
+    """`40.6M`, `1.28k`, `640`."""
+    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g}{unit}" if number < 999.5 * factor else f"{number / factor:.0f}{unit}"
+    return str(number)
+
+
+def size(number: float | None) -> str:
+    """Bytes in decimal units: `269 kB`, `1.08 MB`."""
+    if number is None:
+        return NONE
+    return f"{number:.0f} B" if number < 1000 else f"{count(int(number))[:-1]} {count(int(number))[-1]}B"
+
+
+def metric(value: float | None, signed: bool = False) -> str:
+    if value is None:
+        return NONE
+    digits = 4 if abs(value) < 100 else 1
+    return f"{value:{'+' if signed else ''}.{digits}f}"
+
+
+def stage_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the table of stages; absent stages have no row, absent fields a dash."""
+    stages = report.get("stages") or {}
+    base: float | None = (stages.get("float") or {}).get("metric")
+    headers = ["stage", report.get("metric") or "metric", "vs float", "file", "CPU p50", "agreement"]
+    rows = []
+    for key, label in STAGES.items():
+        stage = stages.get(key)
+        if stage is None:
+            continue
+        value, latency, agreement = stage.get("metric"), stage.get("latency_ms"), stage.get("agreement")
+        delta = value - base if key != "float" and value is not None and base is not None else None
+        rows.append([
+            label,
+            metric(value),
+            metric(delta, signed=True),
+            size(stage.get("bytes")),
+            NONE if latency is None else f"{latency:.3g} ms",
+            NONE if agreement is None else f"{100 * agreement:.2f}%",
+        ])  # fmt: skip
+    return headers, rows
+
+
+def verdict(report: Mapping[str, Any]) -> Verdict | None:
+    """What `report["verify"]` says; `None` if nothing was verified."""
+    verify = report.get("verify")
+    if not verify:
+        return None
+    facts = []
+    if (same := verify.get("codes_identical")) is not None:
+        facts.append("weight codes identical" if same else "weight codes differ")
+    if (steps := verify.get("max_deviation_steps")) is not None:
+        facts.append(f"activations within {steps:.3g} step{'' if steps == 1 else 's'}")
+    if (nodes := verify.get("integer_nodes")) is not None:
+        expected = verify.get("expected_integer_nodes")
+        facts.append(f"{nodes}{'' if expected is None else f' of {expected}'} nodes run on integers")
+    failures = [f"{c['name']}: {c.get('detail', '')}" for c in verify.get("checks") or () if not c.get("passed")]
+    passed = bool(verify.get("passed"))
+    headline = "verified" if passed else "NOT VERIFIED"
+    return Verdict(passed, f"{headline}: {', '.join(facts)}" if facts else headline, failures)

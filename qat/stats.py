@@ -1,0 +1,200 @@
+"""How well each grid fits the tensor that passes it, measured on a calibrated model.
+
+For every quantizer, over all values `x` of one pass and what the grid makes of them, `fq(x)`:
+
+    sqnr_db      10 log10(sum x^2 / sum (x - fq(x))^2): about 6 dB per bit put to use
+    clip_rate    share of values that lie more than half a step outside the grid: many mean that the range is too tight
+    used_codes   share of the grid's codes that occur: few mean that the range is too wide, or that fewer bits would do
+
+Activations are seen by hooks on their quantizers while the model runs (the second of two grids in a row sees what the
+first made of the tensor); weights are read where they lie, which needs no data.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UserError
+from qat.functional import SCALE_FLOOR, levels
+from qat.insert import named_quantizers
+from qat.layers import QuantizedLayer
+from qat.quantizers import Quantizer
+
+READER = re.compile(r"\.?(?:input|weight)_quantizer(?:_\d+)?(?:\.\d+)?$")
+"""The end of a quantizer's name, after its reader's: `.weight_quantizer`, `.input_quantizer_1`, `.input_quantizer.0`"""
+
+
+@dataclass(frozen=True)
+class QuantizerStats:
+    """One quantizer's fit; the module's docstring defines the last three.
+
+    Attributes:
+        name: Module path of the quantizer.
+        layer: Module path of the layer that reads through it, or name of the functional site; the first of `readers`.
+        readers: All of them.
+        role: What it quantizes.
+        spec: Short label of its grid, such as `int4/channel`.
+        bits: Width of its codes.
+        scale_min, scale_mean, scale_max: Over its scales (one number thrice if it has one scale).
+        sqnr_db: In decibels; `None` if the grid holds every value exactly.
+        clip_rate: 0 to 1.
+        used_codes: 0 to 1.
+    """
+
+    name: str
+    layer: str
+    readers: tuple[str, ...]
+    role: Literal["weight", "act"]
+    spec: str
+    bits: int
+    scale_min: float
+    scale_mean: float
+    scale_max: float
+    sqnr_db: float | None
+    clip_rate: float
+    used_codes: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "readers": list(self.readers)}
+
+
+@dataclass
+class _Tally:
+    """Sums over the values that one quantizer has seen so far."""
+
+    signal: float = 0.0
+    noise: float = 0.0
+    clipped: int = 0
+    total: int = 0
+    codes: set[int] = field(default_factory=set)
+
+    def add(self, name: str, quantizer: Quantizer, x: Tensor) -> None:
+        x = x.detach()
+        if not x.isfinite().all():
+            raise UserError(f"statistics of '{name}': the tensor it quantizes holds NaN or infinity")
+        codes = quantizer.quantize(x)
+        exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        wide = x if x.dtype == torch.float64 else x.float()
+        self.signal += wide.square().sum(dtype=exact).item()
+        self.noise += (wide - quantizer.dequantize(codes, x.dtype)).square().sum(dtype=exact).item()
+        self.clipped += _clipped(quantizer, x)
+        self.total += x.numel()
+        occurs = torch.bincount(codes.flatten().int() - quantizer.quant_min).nonzero().flatten()
+        self.codes.update(occurs.tolist())
+
+
+def _clipped(quantizer: Quantizer, x: Tensor) -> int:
+    """How many values round to a level beyond the grid's last, which is one more than clipping lets through."""
+    low, high = quantizer._levels_range(x.ndim)
+    level = levels(quantizer._grouped(x), quantizer._spread(quantizer.scale, x.ndim), low - 1, high + 1)
+    return int(((level < low) | (level > high)).sum())
+
+
+@torch.no_grad()
+def quantizer_stats(model: nn.Module, run: Callable[[], Any]) -> list[QuantizerStats]:
+    """Measures every quantizer of a calibrated model in one pass, in the order of the model's modules.
+
+    A quantizer that several readers share appears once and counts each reading; one that nothing passed is left out.
+
+    Args:
+        model: A model with calibrated quantizers; it is left as it was, including who is in training mode.
+        run: Calls the model on some batches. It runs in evaluation mode without gradients.
+
+    Raises:
+        UserError: if a quantizer has no range yet, or meets NaN or infinity.
+    """
+    found = dict(named_quantizers(model))
+    tallies = {name: _Tally() for name, q in found.items() if not q.is_weight}
+
+    def watch(name: str) -> Callable[..., None]:
+        return lambda quantizer, args: tallies[name].add(name, quantizer, args[0])
+
+    _check_calibrated(found)
+    handles = [found[name].register_forward_pre_hook(watch(name)) for name in tallies]
+    try:
+        with _evaluating(model):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    tallies |= _weight_tallies(model, found)
+    readers = _readers(model)
+    seen = [name for name in found if name in tallies and tallies[name].total]
+    return [_summary(name, found[name], tallies[name], readers[found[name]]) for name in seen]
+
+
+@torch.no_grad()
+def weight_stats(model: nn.Module) -> list[QuantizerStats]:
+    """The weights' part of `quantizer_stats`, which needs no data: cheap enough for logging during training.
+
+    Raises:
+        UserError: if a weight quantizer has no range yet, or meets NaN or infinity.
+    """
+    found = {name: q for name, q in named_quantizers(model) if q.is_weight}
+    _check_calibrated(found)
+    readers = _readers(model)
+    tallies = _weight_tallies(model, found)
+    return [_summary(name, found[name], tally, readers[found[name]]) for name, tally in tallies.items()]
+
+
+def _check_calibrated(found: dict[str, Quantizer]) -> None:
+    for name, quantizer in found.items():
+        if not quantizer.initialised:
+            raise UserError(f"statistics of '{name}': it has no range yet; calibrate the model first (qat.calibrate)")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _weight_tallies(model: nn.Module, found: dict[str, Quantizer]) -> dict[str, _Tally]:
+    """One tally per weight quantizer, from the weight of the first layer that has it."""
+    weights: dict[nn.Module, Tensor] = {}
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None:
+            weights.setdefault(layer.weight_quantizer, layer.weight)
+    tallies = {name: _Tally() for name, q in found.items() if q in weights}
+    for name, tally in tallies.items():
+        tally.add(name, found[name], weights[found[name]])
+    return tallies
+
+
+def _readers(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """The layers and sites that read through each quantizer."""
+    readers: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Quantizer):
+            readers.setdefault(module, []).append(READER.sub("", name))
+    return {quantizer: tuple(dict.fromkeys(names)) for quantizer, names in readers.items()}
+
+
+def _summary(name: str, quantizer: Quantizer, tally: _Tally, readers: tuple[str, ...]) -> QuantizerStats:
+    scale = quantizer.scale.detach().float().clamp_min(SCALE_FLOOR)
+    both = tally.signal and tally.noise
+    return QuantizerStats(
+        name=name,
+        layer=readers[0],
+        readers=readers,
+        role="weight" if quantizer.is_weight else "act",
+        spec=quantizer.spec.short,
+        bits=quantizer.spec.bits,
+        scale_min=scale.min().item(),
+        scale_mean=scale.mean().item(),
+        scale_max=scale.max().item(),
+        sqnr_db=10 * math.log10(tally.signal / tally.noise) if both else None,
+        clip_rate=tally.clipped / tally.total,
+        used_codes=len(tally.codes) / (quantizer.quant_max - quantizer.quant_min + 1),
+    )

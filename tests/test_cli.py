@@ -1,0 +1,249 @@
+"""The command line: a mistake is one line with the nearest right thing, costs no torch import, and leaves no file."""
+
+import logging
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+import qat
+from qat.cli import main
+from qat.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Replaces the training by a list of what it would have been called with."""
+    calls: list[tuple[DictConfig, Path]] = []
+    _replace_run(monkeypatch, lambda cfg, run_dir: calls.append((cfg, run_dir)))
+    return calls
+
+
+def _replace_run(monkeypatch, run) -> None:
+    fake = types.ModuleType("qat.lightning.run")
+    fake.run = run  # pyright: ignore
+    monkeypatch.setitem(sys.modules, "qat.lightning.run", fake)
+
+
+def _error(capfd, *argv: str) -> str:
+    """Runs a command that must fail as a mistake of the user, and returns its only line on stderr."""
+    assert main(list(argv)) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("qat: error: ")
+    return lines[0].removeprefix("qat: error: ")
+
+
+def test_train_calls_run_with_the_resolved_config_and_hydras_output_directory(runs):
+    assert main(["train", "model=mlp", "seed=3", "run_dir=here"]) == 0
+    [(cfg, run_dir)] = runs
+    assert run_dir == Path("here").absolute() and (run_dir / ".hydra" / "config.yaml").exists()
+    assert cfg.seed == 3 and cfg.run_dir == cfg.trainer.default_root_dir == cfg.logger.save_dir == str(run_dir)
+    assert "mlp" in cfg.model._target_.lower()
+
+
+def test_runs_and_sweeps_go_below_logs_and_the_name(runs):
+    assert main(["train", "name=mine"]) == 0
+    assert main(["train", "-m", "name=mine", "seed=1,2"]) == 0
+    (_, single), (_, first), (_, second) = runs
+    assert single.parent == Path("logs/mine/runs").absolute()
+    assert (first.name, second.name) == ("0", "1")
+    assert first.parent == second.parent and first.parents[1] == Path("logs/mine/multiruns").absolute()
+
+
+def test_options_may_stand_among_overrides(runs):
+    assert main(["train", "seed=1", "-m", "float_epochs=1,2"]) == 0
+    assert [(cfg.seed, cfg.float_epochs) for cfg, _ in runs] == [(1, 1), (1, 2)]
+
+
+def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_ranks(monkeypatch):
+    seen = []
+    _replace_run(monkeypatch, lambda cfg, run_dir: seen.append(list(sys.argv)))
+    monkeypatch.setattr(sys, "argv", ["/bin/qat", "train", "seed=1"])
+    assert main() == 0
+    assert seen == [["/bin/qat", "train", "seed=1"]] and sys.argv == ["/bin/qat", "train", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        pytest.param(["trian"], "unknown command 'trian'; did you mean 'train'?", id="command"),
+        pytest.param(["train", "--multrun"], "unknown option '--multrun'; did you mean '--multirun'", id="option"),
+        pytest.param(["train", "sed=1"], "unknown config key 'sed'; did you mean 'seed'?", id="key"),
+        pytest.param(["train", "modle=mlp"], "unknown config key 'modle'; did you mean 'model'", id="group"),
+        pytest.param(
+            ["train", "model=mpl"], "model=mpl: there is no such option; did you mean 'mlp'?", id="group-option"
+        ),
+        pytest.param(["train", "max_epochs=3"], "did you mean 'trainer.max_epochs'?", id="key-without-its-parent"),
+        pytest.param(["train", "trainer.max_epoch=3"], "did you mean 'trainer.max_epochs'", id="nested-key"),
+        pytest.param(
+            ["train", "trainer.zzz=3"], "'trainer.zzz'; choose from _target_, accelerator, ", id="nothing-near"
+        ),
+        pytest.param(["train", "hydra.run.dri=x"], "did you mean 'hydra.run.dir'", id="hydra-key"),
+        pytest.param(["train", "~sed"], "unknown config key 'sed'; did you mean 'seed'?", id="deletion"),
+        pytest.param(["train", "+sed=1"], "config key 'sed' is read by nothing; did you mean 'seed'?", id="added-key"),
+        pytest.param(["train", "seed=[1"], "cannot read the override 'seed=[1'", id="syntax"),
+        pytest.param(["train", "seed=1,2"], "add -m to run each of them", id="sweep-without-m"),
+        pytest.param(
+            ["train", "seed=${nothing}"], "config key 'seed': Interpolation key 'nothing'", id="interpolation"
+        ),
+        pytest.param(
+            ["train", "name=${nothing}"], "Interpolation key 'nothing' not found", id="interpolation-in-run-dir"
+        ),
+        pytest.param(["train", "seed=???"], "config key 'seed' needs a value: seed=...", id="missing-value"),
+        pytest.param(["train", "-m", "seed=1,2", "modle=mlp"], "did you mean 'model'", id="key-in-a-sweep"),
+        pytest.param(
+            ["train", "-m", "model=mlp,mpl"], "model=mpl: there is no such option", id="one-option-of-a-sweep"
+        ),
+        pytest.param(["train", "-m", "run_dir=a", "seed=1,2"], "hydra.sweep.dir", id="one-run-dir-for-a-sweep"),
+        pytest.param(["train", "--cfg", "job", "sed=1"], "did you mean 'seed'?", id="printing-the-config"),
+        pytest.param(["train", "--help", "sed=1"], "did you mean 'seed'?", id="help-with-a-wrong-key"),
+        pytest.param(["train", "--config-dir", "nowhere"], "nowhere", id="config-dir"),
+        pytest.param(["verify", "nowhere"], "nowhere is not a directory", id="verify"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing_written(argv, said, runs, capfd, in_an_empty_folder):
+    assert said in _error(capfd, *argv)
+    assert not runs
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
+def test_a_users_own_config_folder_is_searched_for_suggestions(runs, capfd, in_an_empty_folder):
+    (in_an_empty_folder / "own" / "experiment").mkdir(parents=True)
+    (in_an_empty_folder / "own" / "experiment" / "theirs.yaml").write_text("# @package _global_\nname: theirs\n")
+    assert "did you mean 'theirs'?" in _error(capfd, "train", "--config-dir", "own", "experiment=thiers")
+    assert main(["train", "--config-dir", "own", "experiment=theirs"]) == 0
+    assert runs[0][0].name == "theirs"
+
+
+def _refuse(cfg, run_dir) -> None:
+    raise UserError("quant.rules.stem matches no layer")
+
+
+def test_a_user_error_in_the_task_is_one_line_and_removes_the_run_directory(monkeypatch, capfd, in_an_empty_folder):
+    _replace_run(monkeypatch, _refuse)
+    assert _error(capfd, "train", "run_dir=a/b/c") == "quant.rules.stem matches no layer"
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
+def test_a_user_error_in_a_sweep_removes_the_sweep_directory(monkeypatch, capfd, in_an_empty_folder):
+    _replace_run(monkeypatch, _refuse)
+    assert main(["train", "-m", "seed=1,2"]) == 2
+    assert "qat: error: quant.rules.stem matches no layer" in capfd.readouterr().err
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("before", [pytest.param([], id="empty"), pytest.param(["last.ckpt"], id="with-a-checkpoint")])
+def test_a_directory_that_was_there_before_stays(before, monkeypatch, capfd, in_an_empty_folder):
+    mine = in_an_empty_folder / "mine"
+    mine.mkdir()
+    for name in before:
+        (mine / name).write_text("x")
+    _replace_run(monkeypatch, _refuse)
+    _error(capfd, "train", "run_dir=mine")
+    assert mine.is_dir() and all((mine / name).exists() for name in before)
+
+
+def test_a_user_error_after_something_was_written_keeps_it(monkeypatch, capfd):
+    def write_then_refuse(cfg, run_dir):
+        (run_dir / "float.ckpt").write_text("x")
+        raise UserError("too late")
+
+    _replace_run(monkeypatch, write_then_refuse)
+    _error(capfd, "train", "run_dir=mine")
+    assert Path("mine/float.ckpt").exists()
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def fail(cfg, run_dir):
+        raise ZeroDivisionError("a bug")
+
+    _replace_run(monkeypatch, fail)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        main(["train"])
+
+
+def _interrupt(cfg, run_dir) -> None:
+    raise KeyboardInterrupt
+
+
+def _interrupt_as_lightning_does(cfg, run_dir) -> None:
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sys.exit(1)
+
+
+@pytest.mark.parametrize("interrupt", [_interrupt, _interrupt_as_lightning_does])
+def test_an_interrupt_is_status_130(interrupt, monkeypatch):
+    _replace_run(monkeypatch, interrupt)
+    assert main(["train"]) == 130
+
+
+def test_ddp_under_a_sweep_is_refused_because_each_rank_would_sweep_again(runs, capfd):
+    assert main(["train", "-m", "trainer=ddp", "seed=1,2"]) == 2
+    assert "trainer.strategy=ddp cannot run under -m" in capfd.readouterr().err
+    assert not runs
+
+
+def test_lightnings_advertisements_are_not_printed(monkeypatch, capfd):
+    def talk(cfg, run_dir):
+        log = logging.getLogger("lightning_utilities.core.rank_zero")
+        log.info("💡 Tip: For seamless cloud logging, install something")
+        log.info("Restoring states")
+
+    _replace_run(monkeypatch, talk)
+    assert main(["train", "run_dir=here"]) == 0
+    for text in (capfd.readouterr().out, Path("here/train.log").read_text()):
+        assert "Restoring states" in text and "Tip" not in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "status"),
+    [
+        pytest.param(["--help"], 0, id="help"),
+        pytest.param(["train", "--help"], 0, id="train-help"),
+        pytest.param(["train", "--cfg", "job"], 0, id="cfg"),
+        pytest.param(["train", "--cfg", "job", "--resolve"], 0, id="cfg-resolved"),
+        pytest.param(["trian"], 2, id="wrong-command"),
+        pytest.param(["train", "--multrun"], 2, id="wrong-option"),
+        pytest.param(["train", "sed=1"], 2, id="wrong-key"),
+        pytest.param(["train", "-m", "model=mlp,mpl"], 2, id="wrong-option-in-a-sweep"),
+        pytest.param(["verify", "nowhere"], 2, id="verify-nothing"),
+    ],
+)
+def test_what_needs_no_training_imports_no_torch(argv, status):
+    code = (
+        "import sys\nfrom qat.cli import main\n"
+        "try:\n    status = main(sys.argv[1:])\nexcept SystemExit as stop:\n    status = stop.code or 0\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\nsys.exit(status)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert "torch was imported" not in done.stderr
+
+
+def test_help_without_a_command_names_the_commands(capfd):
+    assert main([]) == 2
+    assert "train" in capfd.readouterr().err
+
+
+def test_version_is_the_packages(capfd):
+    assert main(["--version"]) == 0
+    assert capfd.readouterr().out == f"qat {qat.__version__}\n"
+
+
+def test_public_names_load_on_first_use_and_unknown_ones_do_not_exist():
+    assert qat.UserError is UserError
+    assert set(qat.__all__) <= set(dir(qat))
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = qat.nothing

@@ -1,0 +1,51 @@
+"""No trainer, logger or debug config can rot: each composes, and its target takes what it says."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from qat.cli.configs import configs_dir, finish
+from qat.cli.instantiate import instantiate
+from qat.cli.train import VERSION
+
+
+def _options(group: str) -> list[str]:
+    return sorted(path.stem for path in (configs_dir() / group).glob("*.yaml"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    def composed(*overrides: str):
+        with initialize_config_dir(str(configs_dir()), **VERSION):
+            cfg = compose("train", overrides=list(overrides))
+        finish(cfg, tmp_path)
+        return cfg
+
+    return composed
+
+
+@pytest.mark.parametrize("option", _options("trainer"))
+def test_a_trainer_is_built_with_every_key_of_its_config(option, config, tmp_path):
+    cfg = config(f"trainer={option}", "trainer.accelerator=cpu")
+    trainer = instantiate(cfg.trainer, logger=False)
+    assert (trainer.max_epochs, trainer.default_root_dir) == (cfg.trainer.max_epochs, str(tmp_path))
+    assert trainer.num_devices == cfg.trainer.devices
+
+
+@pytest.mark.parametrize("option", [option for option in _options("logger") if option != "none"])
+def test_a_logger_writes_below_the_run_directory(option, config, tmp_path):
+    if option == "tensorboard":
+        pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
+    logger = instantiate(config(f"logger={option}").logger)
+    assert logger.save_dir == str(tmp_path)
+
+
+def test_no_logger_is_none(config):
+    assert config("logger=none").logger is None
+
+
+@pytest.mark.parametrize("option", _options("debug"))
+def test_a_debug_config_changes_only_what_the_trainer_and_the_program_know(option, config):
+    plain, debug = config(), config(f"debug={option}")
+    assert debug != plain
+    assert set(debug) == set(plain) and set(debug.trainer) == set(plain.trainer)
+    instantiate(debug.trainer, logger=False)

@@ -1,0 +1,228 @@
+"""The data modules: splits, batched fetching, augmentation, configurations, and what a wrong option says."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from hydra.utils import get_class, instantiate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from pytorch_lightning.utilities.data import _update_dataloader
+from torch.utils.data import DataLoader, DistributedSampler
+
+from qat.data import Digits, ImageDataModule, Images
+from qat.data.batches import Collate, ImageDataset, augment
+from qat.errors import UserError
+from qat.models.classifier import Training
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def ready(data: ImageDataModule) -> ImageDataModule:
+    data.setup()
+    return data
+
+
+def counting(n: int) -> Images:
+    """n one-pixel images; image i holds the byte i and the label i."""
+    return Images(torch.arange(n, dtype=torch.uint8).view(n, 1, 1, 1), torch.arange(n))
+
+
+# Digits
+
+
+def test_digits_splits_are_disjoint_stratified_and_complete():
+    splits = ready(Digits()).splits
+    assert {name: len(images.labels) for name, images in splits.items()} == {"train": 1257, "val": 180, "test": 360}
+    pixels = torch.cat([images.pixels for images in splits.values()]).flatten(1)
+    assert len(pixels.unique(dim=0)) == 1797  # no two digits are alike, so nothing is in two splits
+    for images in splits.values():
+        share = images.labels.bincount(minlength=10) / len(images.labels)
+        assert share.min() > 0.09 and share.max() < 0.11
+
+
+def test_digits_are_normalised_with_the_training_set_s_mean_and_deviation():
+    x = torch.cat([x for x, _ in ready(Digits()).train_dataloader()])
+    assert x.shape == (1257, 1, 8, 8)
+    assert x.mean().abs() < 0.02 and (x.std() - 1).abs() < 0.02
+
+
+def test_the_split_depends_on_its_own_seed_alone():
+    torch.manual_seed(1)
+    first = ready(Digits(split_seed=3)).splits["test"].pixels
+    torch.manual_seed(2)
+    assert torch.equal(first, ready(Digits(split_seed=3)).splits["test"].pixels)
+    assert not torch.equal(first, ready(Digits(split_seed=4)).splits["test"].pixels)
+
+
+def test_limits_keep_a_random_fixed_subset():
+    data, whole = ready(Digits(train_limit=100, val_limit=90, test_limit=110)), ready(Digits())
+    for name, limit in {"train": 100, "val": 90, "test": 110}.items():
+        kept = data.splits[name]
+        assert len(kept.labels) == limit
+        assert not torch.equal(kept.pixels, whole.splits[name].pixels[:limit])
+        assert len(kept.labels.unique()) == 10
+
+
+# Fetching
+
+
+def test_a_batch_is_fetched_by_one_call():
+    calls = []
+
+    class Counted(ImageDataset):
+        def __getitems__(self, indices):
+            calls.append(list(indices))
+            return super().__getitems__(indices)
+
+    batches = list(DataLoader(Counted(counting(10)), 4, collate_fn=Collate(1, [0.0], [1.0])))
+    assert calls == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [y.tolist() for _, y in batches] == calls
+
+
+def test_one_index_gives_one_sample():
+    x, y = ImageDataset(counting(10))[7]
+    assert (x.tolist(), y.item()) == ([[[7]]], 7)
+
+
+def test_seeding_torch_reproduces_order_and_augmentation():
+    data = ready(Digits(crop_padding=1, flip=True, batch_size=100))
+
+    def epoch(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return torch.cat([x for x, _ in data.train_dataloader()])
+
+    assert torch.equal(epoch(0), epoch(0))
+    assert not torch.equal(epoch(0), epoch(1))
+
+
+def test_only_training_batches_are_shuffled_and_augmented():
+    data = ready(Digits(crop_padding=2, flip=True))
+    for split, loader in {"val": data.val_dataloader(), "test": data.test_dataloader()}.items():
+        x, y = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        assert torch.equal(y, data.splits[split].labels)
+        assert torch.equal(x, (data.splits[split].pixels.float() / 16 - 0.3053) / 0.3760)
+    assert torch.equal(next(iter(data.predict_dataloader()))[0], next(iter(data.test_dataloader()))[0])
+    plain = {tuple(p.flatten().tolist()) for p in (data.splits["train"].pixels.float() / 16 - 0.3053) / 0.3760}
+    augmented = torch.cat([x for x, _ in data.train_dataloader()])
+    assert sum(tuple(p.flatten().tolist()) in plain for p in augmented) < 0.1 * len(augmented)  # 1/50 are the identity
+
+
+def test_lightning_s_distributed_sampler_shares_every_sample_between_ranks_in_batches():
+    data = ready(Digits(batch_size=50))
+    loader = data.train_dataloader()
+    seen = []
+    for rank in range(2):
+        sampler = DistributedSampler(loader.dataset, num_replicas=2, rank=rank, shuffle=True, seed=5)
+        shard = _update_dataloader(loader, sampler)
+        batches = list(shard)
+        assert [len(y) for _, y in batches[:-1]] == [50] * (len(batches) - 1)
+        seen.append(torch.cat([x for x, _ in batches]))
+    together = torch.cat(seen).flatten(1)
+    assert len(together) == 1258  # 1257, and one repeated so that both ranks have as many
+    assert len(together.unique(dim=0)) == 1257
+
+
+@pytest.mark.slow
+def test_two_ddp_processes_train_on_halves_of_the_data(tmp_path):
+    script = tmp_path / "ddp.py"
+    script.write_text(
+        "import pytorch_lightning as pl, torch\n"
+        "from qat.data import Digits\nfrom qat.models import MLP\n"
+        "torch.set_num_threads(1)\n"
+        "trainer = pl.Trainer(max_epochs=1, accelerator='cpu', devices=2, strategy='ddp', logger=False,\n"
+        "                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)\n"
+        "trainer.fit(MLP(), Digits(batch_size=64))\n"
+        "if trainer.is_global_zero:\n"
+        "    print('STEPS', trainer.global_step)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
+    assert "STEPS 10" in done.stdout, done.stderr[-2000:]  # ceil(629 / 64), not the 20 of a single process
+
+
+# Augmentation
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    n=st.integers(1, 5), channels=st.sampled_from([1, 3]), height=st.integers(1, 7), width=st.integers(1, 7),
+    padding=st.integers(0, 3), flip=st.booleans(), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_every_augmented_image_is_some_crop_of_the_padded_image_or_of_its_mirror(
+    n, channels, height, width, padding, flip, seed
+):
+    torch.manual_seed(seed)
+    x = torch.randint(0, 256, (n, channels, height, width), dtype=torch.uint8)
+    out = augment(x, crop_padding=padding, flip=flip)
+    assert (out.shape, out.dtype) == (x.shape, x.dtype)
+    padded = torch.nn.functional.pad(x, [padding] * 4)
+    for image, result in zip(padded, out, strict=True):
+        offsets = [(i, j) for i in range(2 * padding + 1) for j in range(2 * padding + 1)]
+        crops = [image[:, i : i + height, j : j + width] for i, j in offsets]
+        crops += [crop.flip(-1) for crop in crops] if flip else []
+        assert any(torch.equal(result, crop) for crop in crops)
+
+
+def test_offsets_and_flips_are_drawn_per_image_and_uniformly():
+    torch.manual_seed(0)
+    x = torch.zeros(9000, 1, 3, 3)
+    x[:, :, 1, 0] = 1.0  # left of the middle: the result tells offset and flip
+    out = augment(x, crop_padding=1, flip=True)[:, 0]
+    inside = out.sum((1, 2))
+    assert inside.mean() == pytest.approx(2 / 3, abs=0.02)  # one of the three horizontal offsets crops the pixel off
+    left, right = out[:, :, 0].sum(), out[:, :, 2].sum()
+    assert (left / (left + right)).item() == pytest.approx(0.5, abs=0.03)
+    rows = out.sum((0, 2)) / inside.sum()
+    assert torch.allclose(rows, torch.full((3,), 1 / 3), atol=0.03)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        pytest.param({"batch_size": 0}, r"data\.batch_size=0: expected at least 1", id="batch-size"),
+        pytest.param({"train_limit": 0}, r"data\.train_limit=0", id="limit-zero"),
+        pytest.param({"test_limit": 361}, r"data\.test_limit=361: expected at most 360", id="limit-too-large"),
+        pytest.param({"crop_padding": -1}, r"data\.crop_padding=-1", id="padding"),
+        pytest.param({"mean": [0.5] * 2}, r"data\.mean=\[0\.5, 0\.5\]", id="two-channels"),
+        pytest.param({"mean": [0.5] * 3, "std": [0.5] * 3}, r"data\.mean=.*digits are grey", id="colour-digits"),
+        pytest.param({"std": [0.0]}, r"data\.std=\[0\.0\]: expected 1 positive numbers, as in data\.mean", id="std"),
+    ],
+)
+def test_a_bad_option_is_named(options, message):
+    with pytest.raises(UserError, match=message):
+        ready(Digits(**options))
+
+
+def test_importing_the_data_modules_does_not_import_datasets():
+    code = "import sys, qat.data; assert not {'datasets', 'PIL.Image'} & set(sys.modules) - before, 'imported'"
+    code = "import sys, pytorch_lightning; before = set(sys.modules); " + code
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+# Configurations
+
+
+@pytest.mark.parametrize(
+    "file", sorted(CONFIGS.glob("data/*.yaml")) + sorted(CONFIGS.glob("model/*.yaml")), ids=lambda p: p.stem
+)
+def test_a_config_lists_every_option_of_its_class_with_a_comment_and_builds(file):
+    config = OmegaConf.load(file)
+    target = get_class(config["_target_"])
+    options = set(inspect.signature(target).parameters)
+    if "training" in options:
+        options = options - {"training"} | set(Training.__annotations__)
+    assert set(config) == {"_target_"} | options
+    lines = file.read_text().splitlines()
+    assert all("#" in line for line in lines if not line.startswith("_target_") and ":" in line and "std:" not in line)
+    assert isinstance(instantiate(config), pl.LightningDataModule | pl.LightningModule)

@@ -1,0 +1,74 @@
+"""The wheel works outside the checkout: it carries the configs, the command, and everything a run needs."""
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    pytest.importorskip("hatchling", reason="building the wheel needs the extra `dev`")
+    out = tmp_path_factory.mktemp("dist")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [built] = out.glob("qat-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def qat_command(wheel, tmp_path_factory) -> Path:
+    """`qat` from the wheel, in an environment of its own that finds the dependencies in the one the tests run in."""
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home, with_pip=False, symlinks=True)
+    python = home / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--no-index", str(wheel)]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (Path(site) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return home / "bin" / "qat"
+
+
+def _qat(command: Path, folder: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Runs the installed command in another folder, without the checkout on its path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([command, *argv], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_the_wheel_carries_every_config_of_the_checkout(wheel):
+    inside = {name.removeprefix("qat/") for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".yaml")}
+    assert inside == {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+
+
+def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
+    tops = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"qat"}
+
+
+def test_the_installed_command_finds_its_configs_from_another_folder(qat_command, tmp_path):
+    done = _qat(qat_command, tmp_path, "train", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "usage: qat train" in done.stdout and "model: cnn, mlp" in done.stdout
+    source = _qat(qat_command, tmp_path, "train", "--info", "searchpath").stdout
+    assert str(qat_command.parents[1]) in source and str(ROOT / "configs") not in source
+
+
+def test_the_installed_command_trains_from_another_folder(qat_command, tmp_path):
+    done = _qat(qat_command, tmp_path, "train", "model=mlp", "float_epochs=1", "trainer.max_epochs=1", "run_dir=run")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "run" / ".hydra" / "config.yaml").exists()
+    assert [path for path in (tmp_path / "run").rglob("*") if path.suffix == ".onnx"]
