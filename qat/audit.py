@@ -1,7 +1,7 @@
 """What became integer and what stayed float, and why: no layer is left out of quantization without a word.
 
 In execution order, one row for each layer with parameters or arithmetic, each functional site (`layer1.0.add_0`), each
-other function that computes (`attn.matmul_0`) and each parameter that a forward uses by itself. Rectifiers, dropout,
+other function that computes (`attn.matmul_0`) and each parameter that is in no layer. Rectifiers, dropout,
 reshaping and max-pooling are not listed: they have no parameters, and an integer engine runs them on codes as they are.
 """
 
@@ -137,7 +137,7 @@ class _Auditor:
 
     def _labels(self, name: str) -> dict[str, Any]:
         layer = self.plan.layers.get(name, {"weight": None, "input": []})
-        weight = self.plan.weights[layer["weight"]] if layer["weight"] else None
+        weight = None if layer["weight"] is None else self.plan.weights[layer["weight"]]
         chains = self.plan.sites.get(name, [layer["input"]])
         specs = [[self.plan.activations[label] for label in chain] for chain in chains if chain]
         labels = dict.fromkeys(" > ".join(s.short for s in chain) for chain in specs)

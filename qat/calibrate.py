@@ -12,6 +12,7 @@ from torch import nn
 from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.layers import QuantizedLayer
+from qat.modes import evaluating
 
 
 def needs_calibration(model: nn.Module) -> bool:
@@ -30,15 +31,18 @@ def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
         UserError: naming the quantizer that saw nothing, or saw NaN or infinity.
     """
     found = list(named_quantizers(model))
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
     for _, quantizer in found:
         quantizer.observe()
     try:
-        run()
+        with evaluating(model):
+            run()
         done: set[nn.Module] = set()
         for layer in model.modules():
-            if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None and layer.weight_quantizer not in done:
+            if (
+                isinstance(layer, QuantizedLayer)
+                and layer.weight_quantizer is not None
+                and layer.weight_quantizer not in done
+            ):
                 layer.weight_quantizer.calibrate(layer.weight)
                 done.add(layer.weight_quantizer)
         for name, quantizer in found:
@@ -47,8 +51,6 @@ def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
     finally:
         for _, quantizer in found:
             quantizer.observe(False)
-        for module, training in modes:
-            module.training = training
 
 
 def _finish(name: str, quantizer: Any) -> None:

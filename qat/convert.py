@@ -11,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.functional import levels
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
 from qat.layers import QuantizedLayer, become_twin
+from qat.layers.accumulator import bias_codes, folded, input_grid
 from qat.quantizers import Quantizer
-
-INT32 = 2**31 - 1
 
 
 @torch.no_grad()
@@ -57,28 +55,33 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
 def _integer_weight(module: QuantizedLayer, quantizer: Quantizer) -> IntegerTensor:
     weight, spec = module.weight, quantizer.spec
     axis = {"tensor": None, "channel": quantizer.axis, "group": 1 - quantizer.axis}[spec.granularity]
-    return IntegerTensor(quantizer.quantize(weight), quantizer.step(), quantizer.zero_point.detach().clone(), spec.bits, axis, spec.group_size)
+    return IntegerTensor(
+        quantizer.quantize(weight),
+        quantizer.step(),
+        quantizer.zero_point.detach().clone(),
+        spec.bits,
+        axis,
+        spec.group_size,
+    )
 
 
 def _fold(name: str, weight: IntegerTensor, bias: Tensor | None, norm: nn.Module) -> Tensor:
     """Multiplies the BatchNorm into the weight's scale in place; returns the bias of both. Float64, rounded once at the end."""
-    assert isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) and norm.running_var is not None and norm.running_mean is not None
-    channels = norm.num_features
-    gamma = norm.weight.double() if norm.weight is not None else torch.ones(channels, dtype=torch.float64)
-    beta = norm.bias.double() if norm.bias is not None else torch.zeros(channels, dtype=torch.float64)
-    factor = gamma / (norm.running_var.double() + norm.eps).sqrt()
+    factor, both = folded(norm, bias)  # pyright: ignore[reportArgumentType]
     if weight.group_size is None and weight.axis is None:
-        weight.scale, weight.zero_point, weight.axis = weight.scale.repeat(channels), weight.zero_point.repeat(channels), 0
-    mirror = factor < 0
+        weight.scale, weight.zero_point, weight.axis = (
+            weight.scale.repeat(len(factor)),
+            weight.zero_point.repeat(len(factor)),
+            0,
+        )
+    mirror, dead = factor < 0, factor == 0
     if mirror.any():
         _mirror(name, weight, mirror)
-    scale = weight.scale.double() * factor.abs().view(-1, *[1] * (weight.scale.ndim - 1))
     # A channel with gamma = 0 is constant: its codes are zero, and any positive scale will do.
-    dead = factor == 0
-    weight.codes[dead] = weight.zero_point[dead].view(-1, *[1] * (weight.codes.ndim - 1)) if weight.group_size is None else 0
-    weight.scale = torch.where(scale > 0, scale, weight.scale.double()).float()
-    shift = bias.double() if bias is not None else torch.zeros(channels, dtype=torch.float64)
-    return (beta + (shift - norm.running_mean.double()) * factor).float()
+    weight.codes[dead] = weight.spread(weight.zero_point).expand_as(weight.codes)[dead]
+    factor = torch.where(dead, 1, factor.abs())
+    weight.scale = (weight.scale.double() * factor.view(-1, *[1] * (weight.scale.ndim - 1))).float()
+    return both
 
 
 def _mirror(name: str, weight: IntegerTensor, channels: Tensor) -> None:
@@ -91,7 +94,9 @@ def _mirror(name: str, weight: IntegerTensor, channels: Tensor) -> None:
     codes = weight.codes[channels].to(torch.int16).neg()
     if codes.max() >= 2 ** (weight.bits - 1):
         if weight.bits == 8:
-            raise UserError(f"'{name}': code -128 cannot be mirrored for a BatchNorm with a negative gamma; train it with narrow: true")
+            raise UserError(
+                f"'{name}': code -128 cannot be mirrored for a BatchNorm with a negative gamma; train it with narrow: true"
+            )
         weight.bits += 1
     weight.codes[channels] = codes.to(torch.int8)
 
@@ -101,21 +106,16 @@ def _install(module: QuantizedLayer, weight: IntegerTensor, bias: Tensor | None)
     module._parameters.pop("bias", None)
     module.integer_weight = weight  # pyright: ignore[reportAttributeAccessIssue]
     module.integer_bias = None  # pyright: ignore[reportAttributeAccessIssue]
-    module.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-    grid = _last_grid(module.input_quantizer)
+    module.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+    grid = input_grid(module.input_quantizer)
     if bias is not None and grid is not None and weight.group_size is None:
         scale = grid.step().double() * weight.scale.double()
-        codes = levels(bias.double(), scale, -INT32 - 1, INT32).to(torch.int32)
         axis = 0 if weight.axis is not None else None
-        module.integer_bias = IntegerTensor(codes, scale.float(), torch.zeros_like(scale), 32, axis)  # pyright: ignore[reportAttributeAccessIssue]
+        module.integer_bias = IntegerTensor(
+            bias_codes(bias, scale).to(torch.int32), scale.float(), torch.zeros_like(scale), 32, axis
+        )  # pyright: ignore[reportAttributeAccessIssue]
         module.bias = None
     become_twin(module, IntegerLayer)  # pyright: ignore[reportArgumentType]
-
-
-def _last_grid(quantizer: nn.Module | None) -> Quantizer | None:
-    """The grid that the layer's multiplications see."""
-    last = quantizer[-1] if isinstance(quantizer, nn.Sequential) else quantizer
-    return last if isinstance(last, Quantizer) and last.enabled else None
 
 
 def _freeze_activations(model: nn.Module) -> None:

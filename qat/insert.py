@@ -18,7 +18,7 @@ from torch import nn
 from qat import quantizers
 from qat.errors import UserError
 from qat.layers import (
-    QuantizedLayer, Site, SiteOwner, TwinMixin, become_twin, drop_mixins, mixin_for, owner_mixin,
+    FoldingNorm, QuantizedLayer, Site, SiteOwner, TwinMixin, become_twin, drop_mixins, mixin_for, owner_mixin,
 )  # fmt: skip
 from qat.policy import QuantPolicy, Target
 from qat.probe import MEAN, Call, Key, Recording, record
@@ -98,16 +98,21 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
     recording = record(model, run, is_leaf)
     calls = targets(model, recording)
     if not calls:
-        raise UserError(f"{type(model).__name__} has no layer that can be quantized: the probe batch passed no Linear, Conv or Embedding")
+        raise UserError(
+            f"{type(model).__name__} has no layer that can be quantized: the probe batch passed no Linear, Conv or Embedding"
+        )
     described = [
-        Target(name, type(c[0].what).__name__ if c[0].kind is None else c[0].kind, _has_weight(c[0])) for name, c in calls.items()
+        Target(name, type(c[0].what).__name__ if c[0].kind is None else c[0].kind, _has_weight(c[0]))
+        for name, c in calls.items()
     ]
     decisions = policy.resolve(described)
     plan = Plan(policy=policy.settings, owners=recording.site_counts(), batch_norms=_batch_norm_pairs(recording))
     _plan_weights(plan, calls, decisions)
     _plan_activations(plan, recording, calls, decisions)
     if not plan.weights and not plan.activations:
-        raise UserError("the policy leaves everything float: give quant.weight or quant.act settings, or a rule that does")
+        raise UserError(
+            "the policy leaves everything float: give quant.weight or quant.act settings, or a rule that does"
+        )
     return plan, recording
 
 
@@ -126,11 +131,15 @@ def _plan_weights(plan: Plan, calls: dict[str, list[Call]], decisions: dict[str,
         if spec and owner == name:
             plan.weights[name] = spec.resolved(nonnegative=False, weight=True)
         elif spec and owner and spec.resolved(nonnegative=False, weight=True) != plan.weights[owner]:
-            raise UserError(f"'{name}' and '{owner}' are one weight, but the policy gives them different grids; add a rule that matches both")
+            raise UserError(
+                f"'{name}' and '{owner}' are one weight, but the policy gives them different grids; add a rule that matches both"
+            )
         plan.layers[name] = {"weight": owner, "input": []}
 
 
-def _plan_activations(plan: Plan, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]) -> None:
+def _plan_activations(
+    plan: Plan, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
+) -> None:
     edges: list[tuple[str, int, Key, QuantSpec]] = []
     for name, (first, *more) in calls.items():
         spec = decisions[name]["act"][0]
@@ -160,7 +169,11 @@ def _batch_norm_pairs(recording: Recording) -> dict[str, str]:
     times: dict[str, int] = {}
     for call in recording.modules:
         times[call.name] = times.get(call.name, 0) + 1
-    producers = {call.output: call.name for call in recording.modules if _has_weight(call) and not isinstance(call.what, nn.Embedding)}
+    producers = {
+        call.output: call.name
+        for call in recording.modules
+        if _has_weight(call) and not isinstance(call.what, nn.Embedding)
+    }
     return {
         producers[call.inputs[0]]: call.name
         for call in recording.modules
@@ -184,7 +197,9 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     missing = [n for n in (*plan.layers, *plan.owners) if n not in modules]
     if missing:
-        raise UserError(f"the quantization plan was made for another model: there is no module '{missing[0]}' in {type(model).__name__}")
+        raise UserError(
+            f"the quantization plan was made for another model: there is no module '{missing[0]}' in {type(model).__name__}"
+        )
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     activations = {label: quantizers.create(spec).to(device) for label, spec in plan.activations.items()}
     for name, layer in plan.layers.items():
@@ -195,6 +210,11 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         become_twin(module, mixin)
         module.register_module("input_quantizer", _chain(layer["input"], activations))
         module.register_module("weight_quantizer", _weight_quantizer(name, layer["weight"], plan, modules, mixin))
+        if name in plan.batch_norms and layer["weight"] is not None:
+            norm = modules[plan.batch_norms[name]]
+            become_twin(norm, FoldingNorm)
+            norm.host = (module,)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+            module.folds = True  # pyright: ignore[reportAttributeAccessIssue]
     for name, counts in plan.owners.items():
         become_twin(modules[name], owner_mixin(modules[name]))
         modules[name].site_counts = dict(counts)  # pyright: ignore[reportAttributeAccessIssue]
@@ -234,9 +254,12 @@ def remove(model: nn.Module) -> None:
                 del module.site_counts
             if isinstance(module, QuantizedLayer):
                 del module.input_quantizer, module.weight_quantizer
-                module.__dict__.pop("_weight_cache", None)
-            drop_mixins(module, QuantizedLayer)
-            drop_mixins(module, SiteOwner)
+                for name in ("_weight_cache", "folds"):
+                    module.__dict__.pop(name, None)
+            if isinstance(module, FoldingNorm):
+                del module.host
+            for mixin in (QuantizedLayer, SiteOwner, FoldingNorm):
+                drop_mixins(module, mixin)
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:

@@ -33,7 +33,13 @@ class IntegerTensor(nn.Module):
     zero_point: Tensor
 
     def __init__(
-        self, codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int, axis: int | None = None, group_size: int | None = None
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bits: int,
+        axis: int | None = None,
+        group_size: int | None = None,
     ) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
@@ -94,7 +100,9 @@ class Eager:
     """Computes the values with the functions that training uses."""
 
     def dequantize(self, tensor: IntegerTensor) -> Tensor:
-        level = tensor.codes.to(torch.float64 if tensor.codes.dtype == torch.int32 else torch.float32) - tensor.spread(tensor.zero_point)
+        level = tensor.codes.to(torch.float64 if tensor.codes.dtype == torch.int32 else torch.float32) - tensor.spread(
+            tensor.zero_point
+        )
         return (level * tensor.spread(tensor.scale)).float()
 
     def quantize_dequantize(self, x: Tensor, grid: IntegerActivation) -> Tensor:

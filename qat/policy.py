@@ -26,7 +26,11 @@ from qat.spec import QuantSpec
 
 ROLES = ("weight", "act")
 RULE_KEYS = ("match", "type", *ROLES)
-RANGES = tuple(name for name, f in vars(ranges).items() if callable(f) and f.__module__ == ranges.__name__ and name != "scale_and_zero_point")
+RANGES = tuple(
+    name
+    for name, f in vars(ranges).items()
+    if callable(f) and f.__module__ == ranges.__name__ and name != "scale_and_zero_point"
+)
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,18 @@ class Rule:
     @classmethod
     def from_dict(cls, name: str, values: Any, where: str) -> "Rule":
         if not isinstance(values, Mapping):
-            raise UserError(f"{where}={values!r}: a rule is a mapping such as {{match: 'layer1.*', weight: {{bits: 8}}}}")
+            raise UserError(
+                f"{where}={values!r}: a rule is a mapping such as {{match: 'layer1.*', weight: {{bits: 8}}}}"
+            )
         for key in values:
             if key not in RULE_KEYS:
                 raise UserError(f"{where}.{key}: no such setting{nearest(str(key), RULE_KEYS)}")
         match = values.get("match")
         patterns = (match,) if isinstance(match, str) else tuple(match) if isinstance(match, Sequence) else ()
         if not patterns or not all(isinstance(p, str) for p in patterns):
-            raise UserError(f"{where}.match={match!r}: must be a pattern such as 'layer1.*', '@first' or '@last', or a list of them")
+            raise UserError(
+                f"{where}.match={match!r}: must be a pattern such as 'layer1.*', '@first' or '@last', or a list of them"
+            )
         kind = values.get("type")
         if not isinstance(kind, str | None):
             raise UserError(f"{where}.type={kind!r}: must be a class name such as Conv2d or a site kind such as add")
@@ -91,7 +99,9 @@ class QuantPolicy:
         settings: The policy as plain containers, as given (what checkpoints and manifests store).
     """
 
-    def __init__(self, defaults: Mapping[str, Mapping[str, Any] | bool], rules: Sequence[Rule], settings: dict[str, Any]) -> None:
+    def __init__(
+        self, defaults: Mapping[str, Mapping[str, Any] | bool], rules: Sequence[Rule], settings: dict[str, Any]
+    ) -> None:
         self.defaults = defaults
         self.rules = tuple(rules)
         self.settings = settings
@@ -168,14 +178,20 @@ class QuantPolicy:
         special = {"@first": weighted[:1], "@last": weighted[-1:]}
         pool = [t.name for t in targets if rule.type in (None, t.type)]
         if not pool:
-            raise UserError(f"quant.rules.{rule.name}.type: nothing is a '{rule.type}'{nearest(str(rule.type), {t.type for t in targets})}")
+            raise UserError(
+                f"quant.rules.{rule.name}.type: nothing is a '{rule.type}'{nearest(str(rule.type), {t.type for t in targets})}"
+            )
         found: set[str] = set()
         for pattern in rule.match:
             if pattern.startswith("@") and pattern not in special:
                 raise UserError(f"quant.rules.{rule.name}.match: no selector '{pattern}'{nearest(pattern, special)}")
-            hits = [n for n in pool if (n in special[pattern] if pattern in special else fnmatch.fnmatchcase(n, pattern))]
+            hits = [
+                n for n in pool if (n in special[pattern] if pattern in special else fnmatch.fnmatchcase(n, pattern))
+            ]
             if not hits:
-                raise UserError(f"quant.rules.{rule.name}.match: no layer matches '{pattern}'{_nearest_pattern(pattern, pool)}")
+                raise UserError(
+                    f"quant.rules.{rule.name}.match: no layer matches '{pattern}'{_nearest_pattern(pattern, pool)}"
+                )
             found.update(hits)
         return found
 
@@ -183,7 +199,9 @@ class QuantPolicy:
 def _spec(values: Mapping[str, Any], where: str) -> QuantSpec:
     spec = QuantSpec.from_dict(values, where)
     if spec.quantizer not in quantizers.names():
-        raise UserError(f"{where}.quantizer={spec.quantizer}: no such quantizer{nearest(spec.quantizer, quantizers.names())}")
+        raise UserError(
+            f"{where}.quantizer={spec.quantizer}: no such quantizer{nearest(spec.quantizer, quantizers.names())}"
+        )
     if spec.range not in RANGES:
         raise UserError(f"{where}.range={spec.range}: no such estimator{nearest(spec.range, RANGES)}")
     return spec

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
+from qat.modes import evaluating
+
 Key = tuple[int, int]
 """A tensor at a moment: (id, version)."""
 
@@ -104,7 +106,9 @@ class Recording:
     def restrict_to_forward(self) -> None:
         """Forgets what ran outside the root's forward (losses, metrics), if the root was called at all."""
         if any(call.inside for call in self.order):
-            self.modules, self.functions, self.order = ([c for c in calls if c.inside] for calls in (self.modules, self.functions, self.order))
+            self.modules, self.functions, self.order = (
+                [c for c in calls if c.inside] for calls in (self.modules, self.functions, self.order)
+            )
 
     def root(self, key: Key) -> Key:
         """The tensor that `key` holds the values of."""
@@ -164,7 +168,9 @@ class _Recorder(TorchFunctionMode):
             for key in inputs:
                 self.recording.readers[key] = self.recording.readers.get(key, 0) + 1
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         operands = [a for a in _flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
         inputs = self.keys(operands)
@@ -175,7 +181,14 @@ class _Recorder(TorchFunctionMode):
         return output
 
     def note(
-        self, func: Any, args: Any, kwargs: Any, operands: list[Tensor], inputs: list[Key], outputs: list[Key], output_shape: torch.Size
+        self,
+        func: Any,
+        args: Any,
+        kwargs: Any,
+        operands: list[Tensor],
+        inputs: list[Key],
+        outputs: list[Key],
+        output_shape: torch.Size,
     ) -> None:
         recording = self.recording
         if keeps_values(func, args, kwargs):
@@ -191,7 +204,9 @@ class _Recorder(TorchFunctionMode):
         name, kind = self.names[id(self.stack[-1])], site_kind(func, args)
         if kind is None and func not in COMPUTES:
             return
-        call = Call(name, func, inputs, outputs[0], kind=kind, parameter=any(isinstance(a, nn.Parameter) for a in operands))
+        call = Call(
+            name, func, inputs, outputs[0], kind=kind, parameter=any(isinstance(a, nn.Parameter) for a in operands)
+        )
         call.shape, call.input_shape = tuple(output_shape), tuple(operands[0].shape)
         call.inside = self.root in self.stack
         if kind is not None:
@@ -258,15 +273,9 @@ def record(model: nn.Module, run: Callable[[], Any], is_leaf: Callable[[nn.Modul
         is_leaf: Which modules count as one operation.
     """
     recorder = _Recorder(model, is_leaf)
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        # Tensors made in inference mode have no version to tell them apart by.
-        with torch.inference_mode(False), torch.no_grad(), _global_hooks(recorder), recorder:
-            run()
-    finally:
-        for module, training in modes:
-            module.training = training
+    # Tensors made in inference mode have no version to tell them apart by.
+    with evaluating(model), torch.inference_mode(False), torch.no_grad(), _global_hooks(recorder), recorder:
+        run()
     recorder.recording.restrict_to_forward()
     return recorder.recording
 

@@ -51,7 +51,9 @@ def mse(x: Tensor, quant_min: int, quant_max: int, symmetric: bool, candidates: 
     return result
 
 
-def scale_and_zero_point(low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def scale_and_zero_point(
+    low: Tensor, high: Tensor, quant_min: int, quant_max: int, symmetric: bool
+) -> tuple[Tensor, Tensor]:
     """The grid that covers `low .. high` (each `[R]`).
 
     Returns:

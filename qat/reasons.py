@@ -75,7 +75,7 @@ class Reasons:
         return f"{kind} in the forward of {self._owner(call.name)}"
 
     def of_parameter(self, name: str) -> str:
-        return f"parameter in the forward of {self._owner(name.rpartition('.')[0])}, of no layer"
+        return f"parameter of {self._owner(name.rpartition('.')[0])} itself, in no layer"
 
     def _owner(self, name: str) -> str:
         return f"'{name}'" if name else type_name(self.model)

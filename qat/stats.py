@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.functional import SCALE_FLOOR, levels
+from qat.functional import levels
 from qat.insert import named_quantizers
 from qat.layers import QuantizedLayer
 from qat.quantizers import Quantizer
@@ -182,7 +182,7 @@ def _readers(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 
 def _summary(name: str, quantizer: Quantizer, tally: _Tally, readers: tuple[str, ...]) -> QuantizerStats:
-    scale = quantizer.scale.detach().float().clamp_min(SCALE_FLOOR)
+    scale = quantizer.step()
     both = tally.signal and tally.noise
     return QuantizerStats(
         name=name,

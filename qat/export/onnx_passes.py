@@ -1,8 +1,8 @@
 """What a traced graph still needs before ONNX Runtime turns it into integer kernels. Each pass changes the graph in place and no value of it.
 
-    pool_globally     a mean over all pixels becomes GlobalAveragePool, which has an integer kernel
-    clip_codes        ReLU and Clip before QuantizeLinear become a Clip of its codes (rounding is monotone, so they commute), so that it sits right behind the layer
-    pack_weights      int8 codes of at most 4 bits become INT4 initializers, cast back to int8 at load
+pool_globally     a mean over all pixels becomes GlobalAveragePool, which has an integer kernel
+clip_codes        ReLU and Clip before QuantizeLinear become a Clip of its codes (rounding is monotone, so they commute), so that it sits right behind the layer
+pack_weights      int8 codes of at most 4 bits become INT4 initializers, cast back to int8 at load
 """
 
 from typing import Any
@@ -32,6 +32,13 @@ def finish(model: ir.Model) -> ir.Model:
     for name, value in list(model.graph.initializers.items()):
         if name.startswith("model."):
             value.name = name.removeprefix("model.")
+    for node in model.graph:
+        for value in node.outputs:
+            if value not in model.graph.outputs:
+                value.type, value.shape = (
+                    None,
+                    None,
+                )  # runtimes infer them, and in a small model they outweigh the weights
     return common.ClearMetadataAndDocStringPass()(model).model
 
 
@@ -52,7 +59,12 @@ def pool_globally(model: ir.Model) -> None:
     """ReduceMean over the last two axes of an image becomes GlobalAveragePool (and a Reshape, through which the runtime moves Q/DQ)."""
     graph = model.graph
     for node in list(graph):
-        if node.op_type != "ReduceMean" or node.inputs[0] is None or node.inputs[0].shape is None or len(node.inputs[0].shape) != 4:
+        if (
+            node.op_type != "ReduceMean"
+            or node.inputs[0] is None
+            or node.inputs[0].shape is None
+            or len(node.inputs[0].shape) != 4
+        ):
             continue
         axes = _constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or sorted(int(a) % 4 for a in axes.reshape(-1)) != [2, 3]:
@@ -64,9 +76,17 @@ def pool_globally(model: ir.Model) -> None:
         result.shape = ir.Shape([source.shape[0], source.shape[1], 1, 1])
         graph.insert_before(node, pool)
         if node.attributes.get_int("keepdims", 1) == 0:
-            reshape = ir.node("Reshape", [result, _initializer(graph, "flat_shape", np.array([0, -1], np.int64))], name=f"{node.name}_flat")
+            reshape = ir.node(
+                "Reshape",
+                [result, _initializer(graph, "flat_shape", np.array([0, -1], np.int64))],
+                name=f"{node.name}_flat",
+            )
             flat = reshape.outputs[0]
-            flat.name, flat.dtype, flat.shape = f"{output.name}_flat", source.dtype, ir.Shape([source.shape[0], source.shape[1]])
+            flat.name, flat.dtype, flat.shape = (
+                f"{output.name}_flat",
+                source.dtype,
+                ir.Shape([source.shape[0], source.shape[1]]),
+            )
             graph.insert_before(node, reshape)
             result = flat
         ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
@@ -89,7 +109,9 @@ def _clip_codes_of(graph: ir.Graph, quantize: ir.Node) -> None:
     limits = np.iinfo(zero.dtype)
     bounds = (0.0, None) if source.op_type == "Relu" else [_constant(v) for v in [*source.inputs, None, None][1:3]]
     codes = [
-        None if b is None else int(np.clip(np.rint(np.float32(b) / scale.reshape(())) + int(zero.reshape(())), limits.min, limits.max))
+        None
+        if b is None
+        else int(np.clip(np.rint(np.float32(b) / scale.reshape(())) + int(zero.reshape(())), limits.min, limits.max))
         for b in bounds
     ]
     low = limits.min if codes[0] is None else codes[0]
@@ -134,7 +156,12 @@ def pack_weights(model: ir.Model) -> None:
     graph = model.graph
     for node in list(graph):
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if codes is None or not codes.is_initializer() or codes.dtype != ir.DataType.INT8 or int(node.metadata_props.get(BITS_KEY, 8)) > 4:
+        if (
+            codes is None
+            or not codes.is_initializer()
+            or codes.dtype != ir.DataType.INT8
+            or int(node.metadata_props.get(BITS_KEY, 8)) > 4
+        ):
             continue
         packed_name = f"{codes.name}"
         unpacked = next((n for n in graph if n.op_type == "Cast" and n.name == f"{packed_name}_unpack"), None)

@@ -63,7 +63,12 @@ def save_packed(model: nn.Module, plan: Plan, folder: str | Path) -> None:
     for key, value in model.state_dict().items():
         if tensor := packable.get(key):
             tensors[key] = pack(value, tensor.bits, _first(tensor))
-            described[key] = {"shape": list(value.shape), "bits": tensor.bits, "first_code": _first(tensor), "dtype": str(value.dtype).removeprefix("torch.")}
+            described[key] = {
+                "shape": list(value.shape),
+                "bits": tensor.bits,
+                "first_code": _first(tensor),
+                "dtype": str(value.dtype).removeprefix("torch."),
+            }
         else:
             tensors[key] = value.clone().contiguous()  # shared grids appear under each of their readers
     with atomic(folder / WEIGHTS) as temporary:
@@ -111,7 +116,9 @@ def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
         tensors = load_file(Path(folder) / WEIGHTS)
         plan = Plan.from_dict(manifest["plan"])
         for key, how in manifest["packed"].items():
-            tensors[key] = unpack(tensors[key], how["bits"], how["first_code"], tuple(how["shape"]), getattr(torch, how["dtype"]))
+            tensors[key] = unpack(
+                tensors[key], how["bits"], how["first_code"], tuple(how["shape"]), getattr(torch, how["dtype"])
+            )
     except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{Path(folder) / MANIFEST}: is damaged ({error})") from None
     skeleton = _skeleton(model, plan)
@@ -120,18 +127,17 @@ def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
     try:
         skeleton.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(f"{folder}: holds another architecture than {type(model).__name__}: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(
+            f"{folder}: holds another architecture than {type(model).__name__}: {str(error).splitlines()[-1].strip()}"
+        ) from None
     return skeleton
 
 
 def _skeleton(model: nn.Module, plan: Plan) -> nn.Module:
     """A converted model of the right shape, with meaningless numbers."""
 
-
     shell = copy.deepcopy(model).cpu()
     apply_plan(shell, plan)
     for _, quantizer in named_quantizers(shell):
         quantizer.calibrate(torch.ones(quantizer.scale.shape) if quantizer.is_weight else torch.ones(1))
     return convert(shell, plan)
-
-

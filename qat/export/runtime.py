@@ -91,5 +91,3 @@ def latency_ms(runners: Mapping[str, OnnxRunner], repeats: int = 200) -> dict[st
             if step >= repeats // 10:
                 times[name].append(time.perf_counter() - start)
     return {name: float(np.median(t)) * 1e3 for name, t in times.items()}
-
-

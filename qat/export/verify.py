@@ -37,7 +37,11 @@ class Comparison:
         difference = np.nan_to_num(np.abs(expected.astype(np.float64) - actual), nan=np.inf)
         self.deviation = max(self.deviation, float(difference.max()))
         classes = expected.ndim == 2 and expected.shape[1] > 1
-        same = expected.argmax(1) == actual.argmax(1) if classes else (difference <= self.step).reshape(len(expected), -1).all(1)
+        same = (
+            expected.argmax(1) == actual.argmax(1)
+            if classes
+            else (difference <= self.step).reshape(len(expected), -1).all(1)
+        )
         self.agreeing += int(same.sum())
 
     @property
@@ -83,7 +87,9 @@ class Verdict:
 def expected_integer_nodes(converted: nn.Module) -> int:
     """Convolutions and linear layers whose input and weight are both integers."""
     return sum(
-        isinstance(m, IntegerLayer) and issubclass(original_class(m), nn.Linear | nn.Conv1d | nn.Conv2d) and _reads_codes(m)  # pyright: ignore[reportArgumentType]
+        isinstance(m, IntegerLayer)
+        and issubclass(original_class(m), nn.Linear | nn.Conv1d | nn.Conv2d)
+        and _reads_codes(m)  # pyright: ignore[reportArgumentType]
         for m in converted.modules()
     )
 
@@ -118,14 +124,18 @@ def check_kernels(verdict: Verdict, converted: nn.Module, runner: OnnxRunner) ->
 
 def check_outputs(verdict: Verdict, comparison: Comparison, min_agreement: float) -> None:
     """Predictions and outputs over the data set."""
-    verdict.facts.update(agreement=comparison.agreement, max_deviation_steps=comparison.deviation_steps, samples=comparison.samples)
+    verdict.facts.update(
+        agreement=comparison.agreement, max_deviation_steps=comparison.deviation_steps, samples=comparison.samples
+    )
     verdict.add(
         "predictions",
         comparison.agreement >= min_agreement,
         f"{comparison.agreement:.2%} of {comparison.samples} agree (at least {min_agreement:.2%} wanted)",
     )
     verdict.add(
-        "outputs", np.isfinite(comparison.deviation), f"largest deviation {comparison.deviation_steps:.2f} steps of the 8-bit output grid"
+        "outputs",
+        np.isfinite(comparison.deviation),
+        f"largest deviation {comparison.deviation_steps:.2f} steps of the 8-bit output grid",
     )
 
 
@@ -133,4 +143,8 @@ def check_metric(verdict: Verdict, name: str, trained: float, exported: float, m
     """The metric from the file's own predictions against the one from training."""
     verdict.facts["metric"] = exported
     change = abs(exported - trained)
-    verdict.add("metric", change <= max_change, f"{name} {exported:.4f}, fake-quantized {trained:.4f} (at most {max_change:g} apart)")
+    verdict.add(
+        "metric",
+        change <= max_change,
+        f"{name} {exported:.4f}, fake-quantized {trained:.4f} (at most {max_change:g} apart)",
+    )

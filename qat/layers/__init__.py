@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from qat.layers.accumulator import FoldingNorm
 from qat.layers.base import QuantizedLayer
 from qat.layers.modules import (
     QuantAdaptiveAvgPool1d,
@@ -28,5 +29,5 @@ def mixin_for(module: nn.Module) -> type[QuantizedLayer] | None:
 
 
 __all__ = [
-    "MIXINS", "QuantizedLayer", "Site", "SiteOwner", "TwinMixin", "become_twin", "drop_mixins", "mixin_for", "original_class", "owner_mixin",
+    "MIXINS", "FoldingNorm", "QuantizedLayer", "Site", "SiteOwner", "TwinMixin", "become_twin", "drop_mixins", "mixin_for", "original_class", "owner_mixin",
 ]  # fmt: skip

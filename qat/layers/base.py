@@ -9,7 +9,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from qat.layers.twin import TwinMixin
+from qat.layers.accumulator import accumulator_scale, bias_codes
+from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
 
@@ -19,6 +20,7 @@ class QuantizedLayer(TwinMixin):
     Attributes:
         input_quantizer: Grid of the input; several in a row where a tensor is first put on a finer grid that it shares with other readers.
         weight_quantizer: Grid of the weight.
+        folds: Whether a BatchNorm folds into it.
     """
 
     serves: ClassVar[type[nn.Module]]
@@ -29,16 +31,24 @@ class QuantizedLayer(TwinMixin):
     weight: Tensor
     bias: Tensor | None
     training: bool
+    folds: bool = False
     _weight_cache: tuple[Any, Tensor] | None = None
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        return x if self.input_quantizer is None else self.input_quantizer(x)
+        if self.input_quantizer is None:
+            return x
+        with ours():
+            return self.input_quantizer(x)
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid; outside training it is computed once per change of weight or grid."""
         quantizer, weight = self.weight_quantizer, self.weight
         if quantizer is None:
             return weight
+        with ours():
+            return self._on_grid(quantizer, weight)
+
+    def _on_grid(self, quantizer: Quantizer, weight: Tensor) -> Tensor:
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
             return quantizer(weight)
         stamp = weight.data_ptr(), weight._version, *quantizer.versions()
@@ -47,8 +57,12 @@ class QuantizedLayer(TwinMixin):
         return self._weight_cache[1]
 
     def quantized_bias(self) -> Tensor | None:
-        """The bias: float in training; converted layers put it on the accumulator's grid."""
-        return self.bias
+        """The bias: float in training, in whole accumulator steps in evaluation (a BatchNorm behind the layer does that for both)."""
+        if self.bias is None or self.training or self.folds:
+            return self.bias
+        with ours():
+            scale = accumulator_scale(self)
+            return self.bias if scale is None else (bias_codes(self.bias, scale) * scale).to(self.bias.dtype)
 
     def train(self, mode: bool = True) -> Self:
         # Averaging callbacks swap weights through `.data`, which no version counter sees; they do so after switching modes.

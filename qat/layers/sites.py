@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qat.layers.twin import TwinMixin
+from qat.layers.twin import TwinMixin, ours
 from qat.probe import site_kind
 
 
@@ -35,7 +35,9 @@ class SiteMode(TorchFunctionMode):
         self.owner = owner
         self.seen: dict[str, int] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kind = site_kind(func, args)
         if kind is not None:
             index = self.seen.get(kind, 0)
@@ -82,7 +84,8 @@ class SiteOwner(TwinMixin):
         if not isinstance(site, Site):
             return args
         inputs = 2 if kind == "add" else 1
-        return (*site(*args[:inputs]), *args[inputs:])
+        with ours():
+            return (*site(*args[:inputs]), *args[inputs:])
 
     def _check(self, seen: dict[str, int]) -> None:
         if seen != self.site_counts:

@@ -8,7 +8,11 @@ Made-up classes have no import path; `TwinMixin.__reduce_ex__` pickles and copie
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
+
+ours = torch._C.DisableTorchFunction
+"""Context for the arithmetic that twins add: it is no functional site of the module around them, whatever it looks like."""
 
 _parts: dict[type, tuple[type, type]] = {}
 

@@ -37,7 +37,9 @@ class QATCallback(Callback):
             the quantized model, comes before this one.
     """
 
-    def __init__(self, policy: QuantPolicy | Mapping[str, Any], calibration_samples: int = 512, scale_lr_factor: float = 1.0) -> None:
+    def __init__(
+        self, policy: QuantPolicy | Mapping[str, Any], calibration_samples: int = 512, scale_lr_factor: float = 1.0
+    ) -> None:
         if calibration_samples < 1:
             raise UserError(f"calibration_samples={calibration_samples}: must be at least 1")
         self.policy = policy if isinstance(policy, QuantPolicy) else QuantPolicy.from_dict(policy)
@@ -91,4 +93,6 @@ class QATCallback(Callback):
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
         for other in callbacks[: callbacks.index(self)]:
             if isinstance(other, MUST_FOLLOW):
-                raise UserError(f"QATCallback must come before {type(other).__name__} in the trainer's callbacks, which has to see the quantized model")
+                raise UserError(
+                    f"QATCallback must come before {type(other).__name__} in the trainer's callbacks, which has to see the quantized model"
+                )

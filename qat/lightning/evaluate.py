@@ -22,7 +22,9 @@ def test_metric(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightn
     """
     results = trainer.test(module, datamodule=data, verbose=False)[0]
     if metric not in results:
-        raise UserError(f"metric={metric}: {type(module).__name__}.test_step logs no such value{nearest(metric, results)}")
+        raise UserError(
+            f"metric={metric}: {type(module).__name__}.test_step logs no such value{nearest(metric, results)}"
+        )
     return float(results[metric])
 
 

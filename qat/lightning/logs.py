@@ -40,7 +40,9 @@ def log_results(loggers: list[Any], report: dict[str, Any], files: list[Path]) -
             continue
         stages = report["stages"]
         columns = ["stage", *dict.fromkeys(key for values in stages.values() for key in values)]
-        logger.log_table("results", columns, [[name, *(values.get(c) for c in columns[1:])] for name, values in stages.items()])
+        logger.log_table(
+            "results", columns, [[name, *(values.get(c) for c in columns[1:])] for name, values in stages.items()]
+        )
         if layers := report.get("layers"):
             columns = list(layers[0])
             logger.log_table("layers", columns, [[layer.get(c) for c in columns] for layer in layers])

@@ -64,7 +64,9 @@ class Run:
         self.console = Console()
         settings = OmegaConf.to_container(cfg.quant, resolve=True)
         assert isinstance(settings, dict)
-        self.policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in ("calibration_samples", "scale_lr")})
+        self.policy = QuantPolicy.from_dict(
+            {str(k): v for k, v in settings.items() if k not in ("calibration_samples", "scale_lr")}
+        )
         self.resuming = cfg.ckpt == "last"
         self.progress: dict[str, Any] = {"stages": {}, "seconds": {}}
         if self.resuming:
@@ -97,7 +99,8 @@ class Run:
         start, values = time.perf_counter(), {}
         pl.seed_everything(self.cfg.seed, workers=True, verbose=False)
         yield values
-        self.progress["stages"].setdefault(name, {}).update(values)
+        if values:
+            self.progress["stages"].setdefault(name, {}).update(values)
         self.progress["seconds"][name] = round(time.perf_counter() - start, 2)
         with atomic(self.folder / "progress.json") as temporary:
             temporary.write_text(json.dumps(self.progress, indent=1))
@@ -129,8 +132,10 @@ class Run:
                 save_file({k: v.cpu().contiguous() for k, v in self.module.state_dict().items()}, temporary)
 
     def _train_float(self) -> None:
-        module = instantiate(self.cfg.model, **OmegaConf.to_container(self.cfg.float_model))  # pyright: ignore[reportCallIssue]
-        checkpoint = pl.callbacks.ModelCheckpoint(self.folder / "float", save_last=True, save_top_k=0, enable_version_counter=False)
+        module = instantiate(self.cfg.model, **(self.cfg.float_model or {}))
+        checkpoint = pl.callbacks.ModelCheckpoint(
+            self.folder / "float", save_last=True, save_top_k=0, enable_version_counter=False
+        )
         last = self.folder / "float" / "last.ckpt"
         trainer = self.trainer(
             max_epochs=self.cfg.float_epochs,
@@ -146,16 +151,24 @@ class Run:
         if self.done("ptq"):
             return
         with self.stage("ptq") as values:
-            values["metric"] = test_metric(self.trainer(callbacks=[self.qat_callback()]), self.module, self.data, self.cfg.metric)
+            values["metric"] = test_metric(
+                self.trainer(callbacks=[self.qat_callback()]), self.module, self.data, self.cfg.metric
+            )
 
     def qat_stage(self) -> None:
         """Trains with fake quantization."""
         last = self.folder / "checkpoints" / "last.ckpt"
         with self.stage("qat") as values:
-            callbacks = [self.qat_callback(), SeedEpochs(self.cfg.seed), *(instantiate(c) for c in (self.cfg.callbacks or {}).values() if c)]
-            self.loggers = [logger] if (logger := instantiate(self.cfg.logger)) else []
+            callbacks = [
+                self.qat_callback(),
+                SeedEpochs(self.cfg.seed),
+                *(instantiate(c) for c in (self.cfg.callbacks or {}).values() if c),
+            ]
+            self.loggers = [instantiate(self.cfg.logger)] if self.cfg.logger else []
             trainer = self.trainer(callbacks=callbacks, logger=self.loggers, enable_checkpointing=True)
-            trainer.fit(self.module, datamodule=self.data, ckpt_path=str(last) if self.resuming and last.is_file() else None)
+            trainer.fit(
+                self.module, datamodule=self.data, ckpt_path=str(last) if self.resuming and last.is_file() else None
+            )
             values["metric"] = test_metric(self.trainer(), self.module, self.data, self.cfg.metric)
             trainer.save_checkpoint(self.folder / "quantized.ckpt", weights_only=True)
 
@@ -166,12 +179,16 @@ class Run:
             assert isinstance(plan, Plan)
             converted = convert(self.module, plan)
             save_packed(converted, plan, self.folder)
-            if (target := instantiate(self.cfg.export)) is None:
+            if self.cfg.export is None:
                 return None
+            target = instantiate(self.cfg.export)
             values["bytes"] = self._export(converted, target.file)
             verdict = self.verify(target, converted)
             values |= {"metric": verdict.facts["metric"], "agreement": verdict.facts["agreement"]}
-            runners = {"float": OnnxRunner(self.folder / "float.onnx", threads=1), "exported": OnnxRunner(self.folder / target.file, threads=1)}
+            runners = {
+                "float": OnnxRunner(self.folder / "float.onnx", threads=1),
+                "exported": OnnxRunner(self.folder / target.file, threads=1),
+            }
             measured = latency_ms(runners)
             values["latency_ms"] = measured["exported"]
             self.progress["stages"]["float"]["latency_ms"] = measured["float"]
@@ -197,7 +214,9 @@ class Run:
             "name": self.cfg.name, "metric": self.cfg.metric, "higher_is_better": self.cfg.mode == "max", "version": __version__, **self.progress,
         }  # fmt: skip
         if not self.policy.is_off:
-            statistics = quantizer_stats(self.module, run_steps(self.module, self.data.train_dataloader, STATISTICS_SAMPLES))
+            statistics = quantizer_stats(
+                self.module, run_steps(self.module, self.data.train_dataloader, STATISTICS_SAMPLES)
+            )
             report["layers"] = layer_rows(self.audit_rows, statistics)
         if verdict is not None:
             report["verify"] = verdict.to_dict()
@@ -257,10 +276,9 @@ def verify(run_dir: Path) -> bool:
     OmegaConf.resolve(cfg)
     this = Run(cfg, run_dir)
     this.module = load_from_checkpoint(type(this.module), run_dir / "quantized.ckpt")
-    target = instantiate(cfg.export)
-    if target is None:
+    if cfg.export is None:
         raise UserError(f"{run_dir} was run with export=none; there is no file to verify")
-    verdict = this.verify(target, convert(this.module, this.module.quantization_plan))  # pyright: ignore[reportArgumentType]
+    verdict = this.verify(instantiate(cfg.export), convert(this.module, this.module.quantization_plan))  # pyright: ignore[reportArgumentType]
     report = json.loads((run_dir / "report.json").read_text())
     report["verify"] = verdict.to_dict()
     this.console.print(report_table(report))

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from qat.errors import UserError
+from qat.modes import evaluating
 
 CALIBRATION_SEED = 0
 
@@ -29,18 +30,24 @@ def step_of(module: pl.LightningModule) -> Callable[[Any], Any]:
     for name in ("validation_step", "training_step", "test_step"):
         if is_overridden(name, module):
             method = getattr(module, name)
-            positional = [p for p in inspect.signature(method).parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-            indices = [0] * sum(p.default is p.empty for p in positional[1:])  # batch_idx, dataloader_idx, under whatever name
+            positional = [
+                p
+                for p in inspect.signature(method).parameters.values()
+                if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+            ]
+            indices = [0] * sum(
+                p.default is p.empty for p in positional[1:]
+            )  # batch_idx, dataloader_idx, under whatever name
             return lambda batch: method(batch, *indices)
     return lambda batch: module(batch)
 
 
 @contextmanager
 def no_trace(module: pl.LightningModule) -> Iterator[None]:
-    """Steps that run inside log nothing, leave metrics empty and random numbers as they were."""
+    """Steps that run inside log nothing, update no running statistics, leave metrics empty and random numbers as they were."""
     module.__dict__["log"] = lambda *args, **kwargs: None
     try:
-        with isolate_rng(), torch.no_grad():
+        with evaluating(module), isolate_rng(), torch.no_grad():
             torch.manual_seed(CALIBRATION_SEED)
             yield
     finally:
@@ -100,7 +107,9 @@ def run_steps(module: pl.LightningModule, source: Source, samples: int, title: s
     def run() -> None:
         step = step_of(module)
         with no_trace(module), _precision(module):
-            for batch in track(_batches(source, samples), description=title or "", transient=True, disable=title is None):
+            for batch in track(
+                _batches(source, samples), description=title or "", transient=True, disable=title is None
+            ):
                 step(module._apply_batch_transfer_handler(batch, device=module.device))
 
     return run
@@ -128,6 +137,8 @@ def example_input(module: pl.LightningModule, source: Source) -> Tensor:
         raise UserError(f"{type(module).__name__}: its step never calls self(x), so there is no input to export with")
     args, kwargs = seen[0]
     if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
-        raise UserError(f"{type(module).__name__}: export needs a forward of one tensor, its step passes {len(args)} arguments and {list(kwargs)}")
+        raise UserError(
+            f"{type(module).__name__}: export needs a forward of one tensor, its step passes {len(args)} arguments and {list(kwargs)}"
+        )
     x = args[0].detach().cpu()
     return x if len(x) > 1 else x.repeat(2, *[1] * (x.ndim - 1))

@@ -52,11 +52,17 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     # A BatchNorm's step counter matters to nothing but cumulative averaging, and many published files leave it out.
     optional = {k for k in own if k.endswith("num_batches_tracked")}
     if missing := [k for k in own if k not in state and k not in optional]:
-        raise UserError(f"checkpoint {path}: lacks '{missing[0]}' ({len(missing)} keys missing){nearest(missing[0], state)}")
+        raise UserError(
+            f"checkpoint {path}: lacks '{missing[0]}' ({len(missing)} keys missing){nearest(missing[0], state)}"
+        )
     if extra := [k for k in state if k not in own]:
-        raise UserError(f"checkpoint {path}: has '{extra[0]}', which {type(model).__name__} lacks ({len(extra)} such keys){nearest(extra[0], own)}")
+        raise UserError(
+            f"checkpoint {path}: has '{extra[0]}', which {type(model).__name__} lacks ({len(extra)} such keys){nearest(extra[0], own)}"
+        )
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.shape != own[key].shape:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"checkpoint {path}: '{key}' is {shape}, but {type(model).__name__} has {tuple(own[key].shape)}")
+            raise UserError(
+                f"checkpoint {path}: '{key}' is {shape}, but {type(model).__name__} has {tuple(own[key].shape)}"
+            )
     model.load_state_dict({**{k: own[k] for k in optional}, **state})

@@ -135,7 +135,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self._on:
+        if not self.on:
             return self._pass(x)
         return self._snap(x)
 
@@ -156,7 +156,7 @@ class Quantizer(nn.Module):
         """Refreshes the Python mirror of the flags; whoever writes a flag calls it."""
         enabled, initialised = bool(self.enabled), bool(self.initialised)
         self._wants_calibration = enabled and not initialised
-        self._on = enabled and initialised and not self.observing
+        self.on = enabled and initialised and not self.observing
 
     def enable(self, enabled: bool = True) -> None:
         """Switches between on and off."""
@@ -165,7 +165,7 @@ class Quantizer(nn.Module):
 
     def versions(self) -> tuple[Any, ...]:
         """Changes whenever the grid or its state does; what a cache of quantized weights is keyed by."""
-        return self.scale._version, self.zero_point._version, self._on, self.scale.data_ptr()
+        return self.scale._version, self.zero_point._version, self.on, self.scale.data_ptr()
 
     def observe(self, observing: bool = True) -> None:
         """Starts or ends collecting for `calibrate`."""

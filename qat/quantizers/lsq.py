@@ -18,6 +18,8 @@ class LSQ(Quantizer):
         self.scale = nn.Parameter(scale)
 
     def fake_quantize(self, x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
-        sharing = x.numel() // self.scale.numel() if self.is_weight else x.numel() // max(x.shape[0], 1) if x.ndim else 1
+        sharing = (
+            x.numel() // self.scale.numel() if self.is_weight else x.numel() // max(x.shape[0], 1) if x.ndim else 1
+        )
         grad_scale = (max(sharing, 1) * max(self.quant_max, 1)) ** -0.5
         return RoundLSQ.apply(x, scale, low, high, grad_scale)  # pyright: ignore[reportReturnType]

@@ -36,7 +36,10 @@ class MinMax(Quantizer):
     @torch.no_grad()
     def _track(self, x: Tensor) -> None:
         rows = self._rows(x.float())
-        low, high = rows.amin(1).clamp_max(0).view_as(self.running_low), rows.amax(1).clamp_min(0).view_as(self.running_high)
+        low, high = (
+            rows.amin(1).clamp_max(0).view_as(self.running_low),
+            rows.amax(1).clamp_min(0).view_as(self.running_high),
+        )
         # A non-finite batch (an exploded step) must not poison the range for ever.
         step = self.tracking * low.isfinite() * high.isfinite() * (1.0 if self.is_weight else MOMENTUM)
         self._set_range(

@@ -1,0 +1,83 @@
+"""Biases as integer engines add them: int32 codes at the accumulator's scale s_x * s_w (Jacob et al., CVPR 2018, section 2.4).
+
+With few bits that scale is coarse: at 4 bits a step of the accumulator is often a twentieth of an output step, so a bias rounded to it moves a few percent of the outputs to
+another code. Evaluation therefore adds rounded biases, as the exported file will, and measures what it will do. A BatchNorm behind a layer becomes part of that bias when it
+folds, so its twin adds the rounding error of the folded bias; training keeps the plain layer and the plain BatchNorm.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.functional import levels
+from qat.layers.twin import TwinMixin, ours
+from qat.quantizers import Quantizer
+
+INT32_MAX = 2**31 - 1
+
+
+def input_grid(input_quantizer: nn.Module | None) -> Quantizer | None:
+    """The grid that a layer's multiplications see (the last, where its input passes several), if it is on."""
+    last = input_quantizer[-1] if isinstance(input_quantizer, nn.Sequential) else input_quantizer
+    return last if isinstance(last, Quantizer) and last.on else None
+
+
+def accumulator_scale(layer: Any) -> Tensor | None:
+    """Scale of the layer's integer accumulator, float64 `(1,)` or `(channels,)`; `None` if it does not accumulate integers of one scale."""
+    grid, weight = input_grid(layer.input_quantizer), layer.weight_quantizer
+    if grid is None or weight is None or not weight.on or weight.spec.granularity == "group":
+        return None
+    return grid.step().double() * weight.step().double()
+
+
+def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
+    """`bias` in whole accumulator steps, clipped to int32; float64."""
+    return levels(bias.double(), scale.double(), -INT32_MAX - 1, INT32_MAX)
+
+
+def folded(norm: nn.BatchNorm1d | nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a BatchNorm (with running statistics) does to the layer before it.
+
+    Returns:
+        The factor of each output channel and the bias of both together, float64.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    factor = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    shifted = -mean if bias is None else bias.double() - mean
+    both = shifted * factor
+    return factor, both if norm.bias is None else both + norm.bias.double()
+
+
+class FoldingNorm(TwinMixin):
+    """Twin of a BatchNorm that will fold: in evaluation it adds the rounding error of the folded bias.
+
+    Attributes:
+        host: The layer it folds into, in a tuple (it is no child of the norm).
+    """
+
+    host: tuple[Any]
+    training: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.training:
+            return y
+        with ours():
+            error = self._rounding_error()
+            return y if error is None else y + error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))
+
+    @torch.no_grad()
+    def _rounding_error(self) -> Tensor | None:
+        layer = self.host[0]
+        scale = accumulator_scale(layer)
+        if scale is None:
+            return None
+        factor, bias = folded(self, layer.bias)  # pyright: ignore[reportArgumentType]
+        scale = scale * factor.abs()
+        # gamma = 0 leaves a constant channel, whose scale conversion keeps as it is.
+        scale = torch.where(scale > 0, scale, accumulator_scale(layer))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        return bias_codes(bias, scale) * scale - bias
