@@ -8,17 +8,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qat.errors import UserError, nearest
+    from qat.errors import UserError
+    from qat.lightning.callback import QATCallback
+    from qat.lightning.module import load_from_checkpoint
+    from qat.lightning.weights import load_weights
+    from qat.policy import QuantPolicy
+    from qat.quantizers.base import Quantizer
+    from qat.spec import QuantSpec
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it; the TYPE_CHECKING block above tells editors and pyright the same.
 _HOME = {
+    "QATCallback": "qat.lightning.callback",
+    "QuantPolicy": "qat.policy",
+    "QuantSpec": "qat.spec",
+    "Quantizer": "qat.quantizers.base",
     "UserError": "qat.errors",
-    "nearest": "qat.errors",
+    "load_from_checkpoint": "qat.lightning.module",
+    "load_weights": "qat.lightning.weights",
 }
 
-__all__ = ["__version__", "UserError", "nearest"]
+__all__ = [
+    "QATCallback", "QuantPolicy", "QuantSpec", "Quantizer", "UserError", "__version__", "load_from_checkpoint", "load_weights",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

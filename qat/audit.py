@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.insert import Plan
-from qat.probe import COMPUTES, Call, Recording, macs
+from qat.functions import COMPUTES
+from qat.plan import Plan
+from qat.probe import Call, Recording, macs
 from qat.reasons import FOLDS, Reasons, layers, type_name
 
 
@@ -144,8 +145,8 @@ class _Auditor:
         return {
             "weight": weight.short if weight else None,
             "act": " + ".join(labels) or None,
-            "weight_bits": weight.bits if weight else None,
-            "act_bits": min((s.bits for chain in specs for s in chain), default=None),
+            "weight_bits": weight.width if weight else None,
+            "act_bits": min((s.width for chain in specs for s in chain), default=None),
         }
 
     def _count(self, module: nn.Module) -> int:

@@ -1,9 +1,11 @@
 """Calibration: one look at data gives every quantizer its first range.
 
-All activation quantizers observe the float model at once (they pass values through while observing), weights are read where they lie.
+All activation quantizers observe the float model at once (they pass values through while observing), weights are read
+where they lie.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.layers import QuantizedLayer
 from qat.modes import evaluating
+from qat.quantizers import Quantizer
 
 
 def needs_calibration(model: nn.Module) -> bool:
@@ -34,27 +37,38 @@ def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
     for _, quantizer in found:
         quantizer.observe()
     try:
-        with evaluating(model):
+        with evaluating(model), _naming(found):
             run()
-        done: set[nn.Module] = set()
-        for layer in model.modules():
-            if (
-                isinstance(layer, QuantizedLayer)
-                and layer.weight_quantizer is not None
-                and layer.weight_quantizer not in done
-            ):
-                layer.weight_quantizer.calibrate(layer.weight)
-                done.add(layer.weight_quantizer)
+        layers = [m for m in model.modules() if isinstance(m, QuantizedLayer) and m.weight_quantizer is not None]
+        weights = {layer.weight_quantizer: layer.weight for layer in layers}
         for name, quantizer in found:
-            if quantizer not in done:
-                _finish(name, quantizer)
+            with _named(name):
+                quantizer.calibrate(weights.get(quantizer))
     finally:
         for _, quantizer in found:
             quantizer.observe(False)
 
 
-def _finish(name: str, quantizer: Any) -> None:
+@contextmanager
+def _naming(found: list[tuple[str, Quantizer]]) -> Iterator[None]:
+    """Puts the name of the quantizer in front of what it complains about meanwhile."""
+    running: list[str] = []
+    handles = []
+    for name, quantizer in found:
+        handles.append(quantizer.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+        handles.append(quantizer.register_forward_hook(lambda *_: running.clear()))
     try:
-        quantizer.calibrate()
+        yield
+    except UserError as error:
+        raise UserError(f"calibrating '{running[-1]}': {error}" if running else str(error)) from None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
     except UserError as error:
         raise UserError(f"calibrating '{name}': {error}") from None

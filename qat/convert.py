@@ -1,11 +1,13 @@
 """Conversion: a trained fake-quantized model becomes one whose weights *are* integers.
 
-Codes come from `Quantizer.quantize`, as in training. A BatchNorm behind a layer folds exactly: it multiplies the scale of each output channel by
-gamma / sqrt(var + eps) and moves the rest into the bias; the codes stay, mirrored where gamma is negative. Biases become int32 at the accumulator's scale
-s_x * s_w, as integer kernels add them (Jacob et al., CVPR 2018, section 2.4): the only rounding that conversion adds, of at most half an accumulator step.
+Codes come from `Quantizer.quantize`, as in training. A BatchNorm behind a layer folds exactly: it multiplies the scale
+of each output channel by gamma / sqrt(var + eps) and moves the rest into the bias; the codes stay, mirrored where
+gamma is negative. Biases become int32 at the accumulator's scale s_x * s_w, as integer kernels add them (Jacob et al.,
+CVPR 2018, section 2.4): the only rounding that conversion adds, of at most half an accumulator step.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,8 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
         plan: The plan its quantizers were made from.
 
     Returns:
-        A copy in evaluation mode on the CPU, its quantized weights held as codes (`IntegerTensor`) and its activation grids frozen.
+        A copy in evaluation mode on the CPU, its quantized weights held as codes (`IntegerTensor`) and its activation
+        grids frozen.
 
     Raises:
         UserError: if a grid was never calibrated, or a full-range 8-bit weight cannot be mirrored for a negative gamma.
@@ -37,7 +40,7 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
             raise UserError(f"'{name}' was never calibrated, so there is nothing to convert yet")
     converted = copy.deepcopy(model).cpu().eval()
     modules = dict(converted.named_modules())
-    for name, layer in plan.layers.items():
+    for name in plan.layers:
         module = modules[name]
         assert isinstance(module, QuantizedLayer)
         quantizer = module.weight_quantizer
@@ -59,14 +62,15 @@ def _integer_weight(module: QuantizedLayer, quantizer: Quantizer) -> IntegerTens
         quantizer.quantize(weight),
         quantizer.step(),
         quantizer.zero_point.detach().clone(),
-        spec.bits,
+        spec.width,
         axis,
         spec.group_size,
     )
 
 
 def _fold(name: str, weight: IntegerTensor, bias: Tensor | None, norm: nn.Module) -> Tensor:
-    """Multiplies the BatchNorm into the weight's scale in place; returns the bias of both. Float64, rounded once at the end."""
+    """Multiplies the BatchNorm into the weight's scale in place; returns the bias of both. Float64, rounded once at
+    the end."""
     factor, both = folded(norm, bias)  # pyright: ignore[reportArgumentType]
     if weight.group_size is None and weight.axis is None:
         weight.scale, weight.zero_point, weight.axis = (
@@ -95,27 +99,25 @@ def _mirror(name: str, weight: IntegerTensor, channels: Tensor) -> None:
     if codes.max() >= 2 ** (weight.bits - 1):
         if weight.bits == 8:
             raise UserError(
-                f"'{name}': code -128 cannot be mirrored for a BatchNorm with a negative gamma; train it with narrow: true"
+                f"'{name}': code -128 cannot be mirrored for a BatchNorm with a negative gamma; "
+                "train it with narrow: true"
             )
         weight.bits += 1
     weight.codes[channels] = codes.to(torch.int8)
 
 
-def _install(module: QuantizedLayer, weight: IntegerTensor, bias: Tensor | None) -> None:
+def _install(module: Any, weight: IntegerTensor, bias: Tensor | None) -> None:
     del module.weight, module.weight_quantizer
     module._parameters.pop("bias", None)
-    module.integer_weight = weight  # pyright: ignore[reportAttributeAccessIssue]
-    module.integer_bias = None  # pyright: ignore[reportAttributeAccessIssue]
+    module.integer_weight, module.integer_bias = weight, None
     module.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
     grid = input_grid(module.input_quantizer)
     if bias is not None and grid is not None and weight.group_size is None:
         scale = grid.step().double() * weight.scale.double()
-        axis = 0 if weight.axis is not None else None
-        module.integer_bias = IntegerTensor(
-            bias_codes(bias, scale).to(torch.int32), scale.float(), torch.zeros_like(scale), 32, axis
-        )  # pyright: ignore[reportAttributeAccessIssue]
+        codes, axis = bias_codes(bias, scale).to(torch.int32), None if weight.axis is None else 0
+        module.integer_bias = IntegerTensor(codes, scale.float(), torch.zeros_like(scale), 32, axis)
         module.bias = None
-    become_twin(module, IntegerLayer)  # pyright: ignore[reportArgumentType]
+    become_twin(module, IntegerLayer)
 
 
 def _freeze_activations(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """What a converted model is made of: integer codes and frozen grids, and the two operations on them.
 
-A converted model runs anywhere torch does (its operations compute in float what the codes stand for), and it is the one thing that exporters consume: they set
-`emitter` to an object that writes their format's operations instead, and trace the model.
+A converted model runs anywhere torch does (its operations compute in float what the codes stand for), and it is the
+one thing that exporters consume: they set `emitter` to an object that writes their format's operations instead, and
+trace the model.
 """
 
 from collections.abc import Iterator

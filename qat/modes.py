@@ -8,7 +8,9 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module meanwhile; afterwards each is in the mode it was in (a frozen BatchNorm stays frozen)."""
+    """Evaluation mode for every module meanwhile; afterwards each is in the mode it was in (a frozen BatchNorm stays
+    frozen).
+    """
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

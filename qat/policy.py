@@ -1,7 +1,8 @@
-"""`QuantPolicy`: which grid every weight and every activation gets, as ordered, *named* rules. A pure function of names and types.
+"""`QuantPolicy`: which grid every weight and every activation gets, as ordered, *named* rules. A pure function of names
+and types.
 
-A policy has defaults for weights and activations and rules that change them for the layers they match, later rules winning, like a style
-sheet:
+A policy has defaults for weights and activations and rules that change them for the layers they match, later rules
+winning, like a style sheet:
 
     weight: {bits: 4, granularity: channel}
     act: {bits: 4}
@@ -10,12 +11,14 @@ sheet:
       stem: {match: "@first", weight: {bits: 8}, act: {bits: 8}}
       no_attention: {match: ["h.*.attn.*"], act: off}
 
-`act` is for the inputs of layers with weights; `sites`, on top of it, for the inputs of operations without (residual additions, average pooling).
-`match` is a glob over module paths (`*` crosses dots), or `@first` / `@last`, the first and last layer with weights in execution order;
-`type` narrows it to a class name (`Conv2d`) or a kind of site (`add`). `weight: off` / `act: off` leaves that tensor float.
+`act` is for the inputs of layers with weights; `sites`, on top of it, for the inputs of operations without (residual
+additions, average pooling). `match` is a glob over module paths (`*` crosses dots), or `@first` / `@last`, the first
+and last layer with weights in execution order; `type` narrows it to a class name (`Conv2d`) or a kind of site (`add`).
+`weight: off` / `act: off` leaves that tensor float.
 """
 
 import fnmatch
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,7 +32,10 @@ RULE_KEYS = ("match", "type", *ROLES)
 RANGES = tuple(
     name
     for name, f in vars(ranges).items()
-    if callable(f) and f.__module__ == ranges.__name__ and name != "scale_and_zero_point"
+    if inspect.isfunction(f)
+    and f.__module__ == ranges.__name__
+    and name != "scale_and_zero_point"
+    and not name.startswith("_")
 )
 
 
@@ -76,6 +82,8 @@ class Rule:
         if not isinstance(kind, str | None):
             raise UserError(f"{where}.type={kind!r}: must be a class name such as Conv2d or a site kind such as add")
         settings = {role: _role(values[role], f"{where}.{role}") for role in ROLES if values.get(role) is not None}
+        if not settings:
+            raise UserError(f"{where}: it changes nothing; give it weight or act, such as {{act: off}}, or remove it")
         return cls(name, patterns, kind, settings)
 
 
@@ -137,13 +145,10 @@ class QuantPolicy:
     def _check_specs(self, where: str) -> None:
         """Every default and every rule on top of it must make a valid spec, whether or not it will match."""
         for key, base in self.defaults.items():
-            if isinstance(base, Mapping):
-                _spec(base, f"{where}.{key}")
             role = "act" if key == "sites" else key
+            _spec(base, f"{where}.{key}", role)
             for rule in self.rules:
-                merged = _merge(base, rule.settings.get(role, False))
-                if isinstance(merged, Mapping):
-                    _spec(merged, f"{where}.rules.{rule.name}.{role}")
+                _spec(_merge(base, rule.settings.get(role, False)), f"{where}.rules.{rule.name}.{role}", role)
 
     def resolve(self, targets: Sequence[Target]) -> dict[str, dict[str, tuple[QuantSpec | None, str]]]:
         """Decides the grid of every target's weight and inputs.
@@ -152,10 +157,11 @@ class QuantPolicy:
             targets: In execution order.
 
         Returns:
-            For each target name and each role (`weight`, `act`): the spec, or `None` for float, and the rule that decided (or `default`).
+            For each target name and each role (`weight`, `act`): the spec, or `None` for float, and the rule that
+            decided (or `default`).
 
         Raises:
-            UserError: if a rule matches no target, naming the closest.
+            UserError: if a rule matches no target, naming the closest, or sets the weights of targets that have none.
         """
         matched = {rule.name: self._matches(rule, targets) for rule in self.rules}
         result: dict[str, dict[str, tuple[QuantSpec | None, str]]] = {}
@@ -169,8 +175,7 @@ class QuantPolicy:
                     if own is None or target.name not in matched[rule.name]:
                         continue
                     by, current = rule.name, _merge(current, own)
-                spec = _spec(current, f"quant.{role} for {target.name}") if isinstance(current, Mapping) else None
-                result[target.name][role] = spec, by
+                result[target.name][role] = _spec(current, f"quant.{role} for {target.name}", role), by
         return result
 
     def _matches(self, rule: Rule, targets: Sequence[Target]) -> set[str]:
@@ -178,9 +183,8 @@ class QuantPolicy:
         special = {"@first": weighted[:1], "@last": weighted[-1:]}
         pool = [t.name for t in targets if rule.type in (None, t.type)]
         if not pool:
-            raise UserError(
-                f"quant.rules.{rule.name}.type: nothing is a '{rule.type}'{nearest(str(rule.type), {t.type for t in targets})}"
-            )
+            hint = nearest(str(rule.type), sorted({t.type for t in targets}))
+            raise UserError(f"quant.rules.{rule.name}.type: nothing is a '{rule.type}'{hint}")
         found: set[str] = set()
         for pattern in rule.match:
             if pattern.startswith("@") and pattern not in special:
@@ -193,10 +197,16 @@ class QuantPolicy:
                     f"quant.rules.{rule.name}.match: no layer matches '{pattern}'{_nearest_pattern(pattern, pool)}"
                 )
             found.update(hits)
+        if "weight" in rule.settings and rule.settings["weight"] and not found.intersection(weighted):
+            raise UserError(
+                f"quant.rules.{rule.name}.weight: nothing that it matches has a weight: {', '.join(sorted(found))}"
+            )
         return found
 
 
-def _spec(values: Mapping[str, Any], where: str) -> QuantSpec:
+def _spec(values: Mapping[str, Any] | bool, where: str, role: str) -> QuantSpec | None:
+    if not isinstance(values, Mapping):
+        return None
     spec = QuantSpec.from_dict(values, where)
     if spec.quantizer not in quantizers.names():
         raise UserError(
@@ -204,11 +214,16 @@ def _spec(values: Mapping[str, Any], where: str) -> QuantSpec:
         )
     if spec.range not in RANGES:
         raise UserError(f"{where}.range={spec.range}: no such estimator{nearest(spec.range, RANGES)}")
+    if role == "act":
+        try:  # which granularities an activation can have is the quantizer's to say
+            quantizers.create(spec.resolved(nonnegative=False, weight=False))
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
     return spec
 
 
 def _nearest_pattern(pattern: str, names: Sequence[str]) -> str:
-    """Suggests a pattern that matches something: the same wildcard behind the closest existing prefix, or else a name."""
+    """Suggests a pattern that matches: the same wildcard behind the closest existing prefix, or else a name."""
     if pattern.endswith(".*"):
         prefixes = dict.fromkeys(n.rsplit(".", depth)[0] for n in names for depth in range(1, n.count(".") + 1))
         return nearest(pattern, [f"{p}.*" for p in prefixes] or names)

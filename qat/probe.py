@@ -1,67 +1,31 @@
-"""One recorded forward pass: which layers run in which order, which tensor each reads, and what happens to tensors in between.
+"""One recorded forward pass: which layers run in which order, which tensor each reads, and what happens to tensors in
+between.
 
-Nothing is traced symbolically: a `TorchFunctionMode` and global module hooks watch one real batch go by. A tensor is identified by object and
-version, so that in-place operations make a new one. The recording answers the questions that insertion has:
+Nothing is traced symbolically: a `TorchFunctionMode` and global module hooks watch one real batch go by. A tensor is
+identified by object and version, so that in-place operations make a new one. The recording answers the questions that
+insertion has:
 
-    who reads the same tensor?        `root` follows operations that change no value (reshape, max-pool, slice, zero padding, dropout)
-    is it known to be >= 0?           after ReLU and the like, and what keeps that (pooling, concatenation, the sum of two such)
-    which BatchNorm follows a conv?   it reads the conv's output, and nobody else does
+    who reads the same tensor?        `root` follows operations that change no value (reshape, max-pool, slice, zero
+    padding, dropout) is it known to be >= 0?           after ReLU and the like, and what keeps that (pooling,
+    concatenation, the sum of two such) which BatchNorm follows a conv?   it reads the conv's output, and nobody else
+    does
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.nn.modules import module as module_hooks
 from torch.overrides import TorchFunctionMode
 
+from qat.functions import COMPUTES, first_tensor, flat, is_nonnegative, keeps_values, positional, site_kind
 from qat.modes import evaluating
 
 Key = tuple[int, int]
 """A tensor at a moment: (id, version)."""
-
-T = torch.Tensor
-ADD = {torch.add, T.add, T.add_, T.__add__, T.__radd__, T.__iadd__}
-MEAN = {torch.mean, T.mean}
-POOL = {
-    F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
-}  # fmt: skip
-KEEPS_VALUES = {
-    torch.flatten, T.flatten, torch.reshape, T.reshape, T.view, torch.permute, T.permute, torch.transpose, T.transpose, T.contiguous,
-    torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze, torch.unflatten, T.unflatten, T.__getitem__, T.expand, T.clone, torch.clone, T.detach,
-    T.to, T.float, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.chunk, T.chunk, torch.split, T.split, torch.narrow, T.narrow,
-    F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d, torch.swapaxes, T.swapaxes, T.mT.__get__, T.T.__get__,
-}  # fmt: skip
-MAKES_NONNEGATIVE = {
-    F.relu, F.relu_, torch.relu, torch.relu_, T.relu, T.relu_, F.relu6, torch.sigmoid, T.sigmoid, F.sigmoid, F.softmax, torch.softmax, T.softmax,
-    F.hardsigmoid, torch.exp, T.exp, torch.abs, T.abs, torch.square, T.square, F.softplus,
-}  # fmt: skip
-KEEPS_SIGN = POOL | MEAN | ADD | {torch.cat, torch.concat, torch.mul, T.mul, T.__mul__, torch.stack, F.interpolate}
-COMPUTES = {
-    F.linear: "linear", F.conv1d: "conv1d", F.conv2d: "conv2d", F.conv3d: "conv3d", torch.conv1d: "conv1d", torch.conv2d: "conv2d",
-    F.conv_transpose1d: "conv_transpose1d", F.conv_transpose2d: "conv_transpose2d", F.conv_transpose3d: "conv_transpose3d",
-    torch.matmul: "matmul", T.matmul: "matmul", T.__matmul__: "matmul", T.__rmatmul__: "matmul", torch.bmm: "bmm", T.bmm: "bmm", torch.mm: "mm", T.mm: "mm",
-    torch.addmm: "addmm", torch.baddbmm: "baddbmm", torch.einsum: "einsum", F.embedding: "embedding", F.bilinear: "bilinear",
-    F.scaled_dot_product_attention: "attention", F.multi_head_attention_forward: "attention",
-}  # fmt: skip
-
-
-def site_kind(function: Any, args: tuple[Any, ...]) -> str | None:
-    """The kind of functional site that a call is: `add` of two float tensors, `avg_pool` of one; `None` if it is no site.
-
-    A mean counts as pooling when it averages an image `[N, C, H, W]` over its last two axes; the caller's keyword arguments don't matter to the
-    grid. Recording and running ask this same function, so that both count alike.
-    """
-    if function in ADD and len(args) >= 2 and all(isinstance(a, Tensor) and a.is_floating_point() for a in args[:2]):
-        return "add"
-    if function in POOL or (function in MEAN and args and isinstance(args[0], Tensor) and args[0].ndim == 4):
-        return "avg_pool"
-    return None
 
 
 @dataclass
@@ -71,7 +35,7 @@ class Call:
     Attributes:
         name: Path of the module, or of the module whose forward called the function.
         what: The module, or the function.
-        inputs: Float tensors among the positional arguments, in order (for functions also keyword arguments).
+        inputs: Float tensors among the arguments, in order (keyword arguments last).
         output: The first float tensor that came out.
         shape: Shape of that output.
         input_shape: Shape of the first operand (functions only).
@@ -94,7 +58,16 @@ class Call:
 
 @dataclass
 class Recording:
-    """What one pass did; see the module's docstring."""
+    """What one pass did; see the module's docstring.
+
+    Attributes:
+        modules, functions, order: Calls of layers, of functions that are sites or compute, and both, as they came.
+        source: For a tensor that only rearranges another's values, that other.
+        nonnegative: Tensors known to be >= 0.
+        readers: How often each tensor was read.
+        passes: For each forward that ended: the module, how many sites of each kind it ran, and whether it was inside
+            the root's.
+    """
 
     modules: list[Call] = field(default_factory=list)
     functions: list[Call] = field(default_factory=list)
@@ -102,6 +75,7 @@ class Recording:
     nonnegative: set[Key] = field(default_factory=set)
     readers: dict[Key, int] = field(default_factory=dict)
     order: list[Call] = field(default_factory=list)
+    passes: list[tuple[str, dict[str, int], bool]] = field(default_factory=list)
 
     def restrict_to_forward(self) -> None:
         """Forgets what ran outside the root's forward (losses, metrics), if the root was called at all."""
@@ -109,6 +83,7 @@ class Recording:
             self.modules, self.functions, self.order = (
                 [c for c in calls if c.inside] for calls in (self.modules, self.functions, self.order)
             )
+            self.passes = [p for p in self.passes if p[2]]
 
     def root(self, key: Key) -> Key:
         """The tensor that `key` holds the values of."""
@@ -116,14 +91,29 @@ class Recording:
             key = self.source[key]
         return key
 
-    def site_counts(self) -> dict[str, dict[str, int]]:
-        """How many sites of each kind the forward of each module runs, for those that run any."""
-        counts: dict[str, dict[str, int]] = {}
-        for call in self.functions:
-            if call.kind:
-                owner = counts.setdefault(call.name, {})
-                owner[call.kind] = owner.get(call.kind, 0) + 1
-        return counts
+    def read(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self.readers[key] = self.readers.get(key, 0) + 1
+
+    def site_counts(self) -> dict[str, list[dict[str, int]]]:
+        """The numbers of sites of each kind that forwards of a module ran: one entry, or several if its forwards
+        differ.
+        """
+        counts: dict[str, list[dict[str, int]]] = {}
+        for owner, seen, _ in self.passes:
+            found = counts.setdefault(owner, [])
+            if seen not in found:
+                found.append(seen)
+        return {owner: found for owner, found in counts.items() if any(found)}
+
+
+@dataclass
+class _Frame:
+    """One running forward of a module, and how many sites of each kind it has come to."""
+
+    module: nn.Module
+    is_leaf: bool
+    seen: dict[str, int] = field(default_factory=dict)
 
 
 class _Recorder(TorchFunctionMode):
@@ -136,127 +126,95 @@ class _Recorder(TorchFunctionMode):
         self.root = root
         self.is_leaf = is_leaf
         self.recording = Recording()
-        self.stack: list[nn.Module] = []
-        self.pending: list[tuple[nn.Module, list[Key]]] = []
+        self.stack: list[_Frame] = []
         self.alive: list[Any] = []  # ids are unique only among living objects
-        self.counts: dict[tuple[str, str], int] = {}
 
-    def key(self, value: Any) -> Key:
+    @property
+    def in_leaf(self) -> bool:
+        return any(frame.is_leaf for frame in self.stack)
+
+    @property
+    def inside(self) -> bool:
+        return any(frame.module is self.root for frame in self.stack)
+
+    def key(self, value: Tensor) -> Key:
         self.alive.append(value)
-        return id(value), value._version
+        # A tensor that was made in inference mode (a metric's state, say) has no version.
+        return id(value), 0 if value.is_inference() else value._version
 
     def keys(self, values: Any) -> list[Key]:
         return [self.key(v) for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if id(module) in self.names:
-            self.stack.append(module)
-            self.pending.append((module, self.keys(args)))
+        self.stack.append(_Frame(module, self.is_leaf(module)))
 
-    def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self.pending or self.pending[-1][0] is not module:
-            return
-        self.stack.pop()
-        _, inputs = self.pending.pop()
-        tensor = _first_tensor(output)
-        if self.is_leaf(module) and not any(self.is_leaf(m) for m in self.stack):
-            call = Call(self.names[id(module)], module, inputs, self.key(tensor) if tensor is not None else None)
-            call.inside = self.root in self.stack
-            call.shape = tuple(tensor.shape) if tensor is not None else ()
-            self.recording.modules.append(call)
-            self.recording.order.append(call)
-            for key in inputs:
-                self.recording.readers[key] = self.recording.readers.get(key, 0) + 1
+    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        recording, inside, frame = self.recording, self.inside, self.stack.pop()
+        if module is self.root:  # who called it reads what it returns
+            recording.read(self.keys(flat((output,))))
+        if not frame.is_leaf:
+            recording.passes.append((self.names[id(module)], frame.seen, inside))
+        elif not self.in_leaf:
+            tensor = first_tensor(output)
+            call = Call(self.names[id(module)], module, self.keys((*args, *kwargs.values())), None, inside=inside)
+            if tensor is not None:
+                call.output, call.shape = self.key(tensor), tuple(tensor.shape)
+            recording.modules.append(call)
+            recording.order.append(call)
+            recording.read(call.inputs)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        operands = [a for a in _flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
+        args, kwargs = positional(args, kwargs or {})
+        operands = [a for a in flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
         inputs = self.keys(operands)
+        nonnegative = is_nonnegative(func, args, kwargs, self._is_known_nonnegative)  # before it may run in place
         output = func(*args, **kwargs)
-        outputs = [self.key(o) for o in _flat((output,)) if isinstance(o, Tensor) and o.is_floating_point()]
+        outputs = self.keys(flat((output,)))
         if inputs and outputs:
-            self.note(func, args, kwargs, operands, inputs, outputs, _first_tensor(output).shape)  # pyright: ignore
+            if keeps_values(func, args, kwargs):
+                self.recording.source.update((o, inputs[0]) for o in outputs if o != inputs[0])
+            elif nonnegative:
+                self.recording.nonnegative.update(outputs)
+            if self.stack and not self.in_leaf:
+                self.recording.read(dict.fromkeys(inputs))
+                self._note_call(func, args, operands, inputs, outputs[0], first_tensor(output))
         return output
 
-    def note(
-        self,
-        func: Any,
-        args: Any,
-        kwargs: Any,
-        operands: list[Tensor],
-        inputs: list[Key],
-        outputs: list[Key],
-        output_shape: torch.Size,
+    def _is_known_nonnegative(self, value: Tensor) -> bool:
+        return value.is_floating_point() and self.recording.root(self.key(value)) in self.recording.nonnegative
+
+    def _note_call(
+        self, func: Any, args: Any, operands: list[Tensor], inputs: list[Key], output: Key, tensor: Tensor | None
     ) -> None:
-        recording = self.recording
-        if keeps_values(func, args, kwargs):
-            recording.source.update((o, inputs[0]) for o in outputs if o != inputs[0])
-        elif makes_nonnegative(func, args, kwargs):
-            recording.nonnegative.update(outputs)
-        elif func in KEEPS_SIGN and all(recording.root(k) in recording.nonnegative for k in inputs):
-            recording.nonnegative.update(outputs)
-        if not self.stack or any(self.is_leaf(m) for m in self.stack):
-            return
-        for key in dict.fromkeys(inputs):
-            recording.readers[key] = recording.readers.get(key, 0) + 1
-        name, kind = self.names[id(self.stack[-1])], site_kind(func, args)
+        frame, kind = self.stack[-1], site_kind(func, args)
         if kind is None and func not in COMPUTES:
             return
-        call = Call(
-            name, func, inputs, outputs[0], kind=kind, parameter=any(isinstance(a, nn.Parameter) for a in operands)
-        )
-        call.shape, call.input_shape = tuple(output_shape), tuple(operands[0].shape)
-        call.inside = self.root in self.stack
+        name = self.names[id(frame.module)]
+        call = Call(name, func, inputs, output, kind=kind, inside=self.inside)
+        call.parameter = any(isinstance(a, nn.Parameter) for a in operands)
+        call.shape, call.input_shape = tuple(tensor.shape) if tensor is not None else (), tuple(operands[0].shape)
         if kind is not None:
-            index = self.counts.get((name, kind), 0)
-            self.counts[name, kind] = index + 1
-            call.site = f"{name}.{kind}_{index}" if name else f"{kind}_{index}"
-        recording.functions.append(call)
-        recording.order.append(call)
-
-
-def keeps_values(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether every value of the output is a value of the first input, or zero (which every grid holds)."""
-    if func in (F.pad, torch.constant_pad_nd):
-        mode = kwargs.get("mode", args[2] if len(args) > 2 and isinstance(args[2], str) else "constant")
-        value = kwargs.get("value", args[3] if len(args) > 3 else None)
-        return mode != "constant" or not value
-    return func in KEEPS_VALUES
-
-
-def makes_nonnegative(func: Any, args: Any, kwargs: Any) -> bool:
-    if func in (torch.clamp, T.clamp, T.clamp_, torch.clip, T.clip, F.hardtanh):
-        bound = kwargs.get("min", kwargs.get("min_val", args[1] if len(args) > 1 else None))
-        return isinstance(bound, int | float) and bound >= 0
-    return func in MAKES_NONNEGATIVE
+            index = frame.seen.get(kind, 0)
+            frame.seen[kind] = index + 1
+            call.site = f"{name}.{kind}_{index}".removeprefix(".")
+        self.recording.functions.append(call)
+        self.recording.order.append(call)
 
 
 def _is_metric(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torchmetrics")
 
 
-def _flat(values: Any) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, list | tuple):
-            yield from _flat(value)
-        elif isinstance(value, dict):
-            yield from _flat(value.values())
-        else:
-            yield value
-
-
-def _first_tensor(output: Any) -> Tensor | None:
-    return next((o for o in _flat((output,)) if isinstance(o, Tensor) and o.is_floating_point()), None)
-
-
 @contextmanager
-def _global_hooks(recorder: _Recorder) -> Iterator[None]:
-    handles = [
-        module_hooks.register_module_forward_pre_hook(recorder.before),
-        module_hooks.register_module_forward_hook(recorder.after),
-    ]
+def _hooks(recorder: _Recorder, model: nn.Module) -> Iterator[None]:
+    """The innermost hooks of every module, so that the user's own run outside, as they will around a twin's forward."""
+    handles = []
+    for module in model.modules():
+        if id(module) in recorder.names:
+            handles.append(module.register_forward_pre_hook(recorder.before))
+            handles.append(module.register_forward_hook(recorder.after, prepend=True, with_kwargs=True))
     try:
         yield
     finally:
@@ -274,7 +232,7 @@ def record(model: nn.Module, run: Callable[[], Any], is_leaf: Callable[[nn.Modul
     """
     recorder = _Recorder(model, is_leaf)
     # Tensors made in inference mode have no version to tell them apart by.
-    with evaluating(model), torch.inference_mode(False), torch.no_grad(), _global_hooks(recorder), recorder:
+    with evaluating(model), torch.inference_mode(False), torch.no_grad(), _hooks(recorder, model), recorder:
         run()
     recorder.recording.restrict_to_forward()
     return recorder.recording

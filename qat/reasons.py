@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from qat.insert import NORMS, Plan, has_plain_weight, targets
+from qat.functions import COMPUTES
 from qat.layers import MIXINS, Site, mixin_for, original_class
-from qat.policy import QuantPolicy, Target
-from qat.probe import COMPUTES, Call, Recording
+from qat.plan import NORMS, Plan, computed, described, has_weight, targets
+from qat.policy import QuantPolicy
+from qat.probe import Call, Recording
 from qat.quantizers import Quantizer
 
 FOLDS = "folds into "
@@ -29,8 +30,7 @@ class Reasons:
     def __init__(self, model: nn.Module, plan: Plan, recording: Recording) -> None:
         self.model, self.plan = model, plan
         self.calls = targets(model, recording)
-        described = [_target(name, call) for name, (call, *_) in self.calls.items()]
-        self.decisions = QuantPolicy.from_dict(plan.policy).resolve(described)
+        self.decisions = QuantPolicy.from_dict(plan.policy).resolve(described(self.calls))
         self.modules: dict[str, list[Call]] = {}
         for call in recording.modules:
             self.modules.setdefault(call.name, []).append(call)
@@ -53,7 +53,7 @@ class Reasons:
     def of_target(self, name: str) -> str | None:
         """What the policy leaves float of a layer or site that it could quantize."""
         call = self.calls[name][0]
-        weighted = not call.site and _has_weight(call.what)
+        weighted = has_weight(call.what)
         parts = (["weight"] if weighted else []) + (["act"] if call.inputs else [])
         left = [p for p in parts if self.decisions[name][p][0] is None]
         if not left:
@@ -88,7 +88,7 @@ class Reasons:
 
     def _unreached(self, name: str, module: nn.Module) -> str:
         if name in self.modules:
-            return "weight is computed (parametrization or pruning)"
+            return f"{computed(module)} is computed (parametrization or pruning)"
         user = self._user(module)
         return f"functional use of its weight ({_spelled(COMPUTES[user.what])})" if user else NOT_REACHED
 
@@ -127,18 +127,8 @@ def _is_listed(module: nn.Module, is_root: bool) -> bool:
     return owns and (not is_container or _is_torchs(original_class(module)))
 
 
-def _target(name: str, call: Call) -> Target:
-    """As `qat.insert.make_plan` saw it; the layer has become a twin since."""
-    return Target(name, call.kind or type_name(call.what), not call.kind and _has_weight(call.what))
-
-
 def type_name(module: nn.Module) -> str:
     return original_class(module).__name__
-
-
-def _has_weight(module: nn.Module) -> bool:
-    mixin = mixin_for(module)
-    return mixin is not None and mixin.channel_axis is not None and has_plain_weight(module)
 
 
 def _is_torchs(cls: type) -> bool:

@@ -12,8 +12,7 @@ first made of the tensor); weights are read where they lie, which needs no data.
 
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from qat.errors import UserError
 from qat.functional import levels
 from qat.insert import named_quantizers
 from qat.layers import QuantizedLayer
+from qat.modes import evaluating
 from qat.quantizers import Quantizer
 
 READER = re.compile(r"\.?(?:input|weight)_quantizer(?:_\d+)?(?:\.\d+)?$")
@@ -82,17 +82,18 @@ class _Tally:
         exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
         wide = x if x.dtype == torch.float64 else x.float()
         self.signal += wide.square().sum(dtype=exact).item()
-        self.noise += (wide - quantizer.dequantize(codes, x.dtype)).square().sum(dtype=exact).item()
+        self.noise += (wide - quantizer.dequantize(codes, quantizer.grid(x))).square().sum(dtype=exact).item()
         self.clipped += _clipped(quantizer, x)
         self.total += x.numel()
-        occurs = torch.bincount(codes.flatten().int() - quantizer.quant_min).nonzero().flatten()
+        first = 0 if quantizer.spec.float_format else quantizer.quant_min  # bit patterns start at 0
+        occurs = torch.bincount(codes.flatten().int() - first).nonzero().flatten()
         self.codes.update(occurs.tolist())
 
 
 def _clipped(quantizer: Quantizer, x: Tensor) -> int:
     """How many values round to a level beyond the grid's last, which is one more than clipping lets through."""
-    low, high = quantizer._levels_range(x.ndim)
-    level = levels(quantizer._grouped(x), quantizer._spread(quantizer.scale, x.ndim), low - 1, high + 1)
+    scale, low, high = quantizer.grid(x)
+    level = levels(quantizer._grouped(quantizer.transform(x)), scale, low - 1, high + 1)
     return int(((level < low) | (level > high)).sum())
 
 
@@ -118,7 +119,7 @@ def quantizer_stats(model: nn.Module, run: Callable[[], Any]) -> list[QuantizerS
     _check_calibrated(found)
     handles = [found[name].register_forward_pre_hook(watch(name)) for name in tallies]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             run()
     finally:
         for handle in handles:
@@ -147,17 +148,6 @@ def _check_calibrated(found: dict[str, Quantizer]) -> None:
     for name, quantizer in found.items():
         if not quantizer.initialised:
             raise UserError(f"statistics of '{name}': it has no range yet; calibrate the model first (qat.calibrate)")
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _weight_tallies(model: nn.Module, found: dict[str, Quantizer]) -> dict[str, _Tally]:
@@ -190,11 +180,11 @@ def _summary(name: str, quantizer: Quantizer, tally: _Tally, readers: tuple[str,
         readers=readers,
         role="weight" if quantizer.is_weight else "act",
         spec=quantizer.spec.short,
-        bits=quantizer.spec.bits,
+        bits=quantizer.spec.width,
         scale_min=scale.min().item(),
         scale_mean=scale.mean().item(),
         scale_max=scale.max().item(),
         sqnr_db=10 * math.log10(tally.signal / tally.noise) if both else None,
         clip_rate=tally.clipped / tally.total,
-        used_codes=len(tally.codes) / (quantizer.quant_max - quantizer.quant_min + 1),
+        used_codes=len(tally.codes) / quantizer.spec.size,
     )

@@ -5,12 +5,26 @@ A checkout keeps them in `configs/` beside the package; the wheel carries the sa
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
+from qat.cli.typecheck import accepts, in_words, literals
 from qat.errors import UserError, nearest
+
+# Keys that no `_target_` takes, and so no signature describes.
+TYPES: dict[str, Any] = {
+    "name": str,
+    "seed": int,
+    "ckpt": str | None,
+    "metric": str,
+    "mode": Literal["max", "min"],
+    "float_epochs": int,
+    "float_model": dict | None,
+    "quant.calibration_samples": int,
+    "quant.scale_lr": float | None,
+}
 
 
 def configs_dir() -> Path:
@@ -41,7 +55,7 @@ def finish(cfg: DictConfig, run_dir: Path) -> None:
 
     Raises:
         UserError: for a top-level key that nothing reads (`+key=...` adds what it is told), for a mandatory value
-            (`???`) that nobody gave, and for an interpolation that leads nowhere.
+            (`???`) that nobody gave, for an interpolation that leads nowhere, and for a value of the wrong type.
     """
     known = known_keys()
     for key in cfg:
@@ -56,3 +70,18 @@ def finish(cfg: DictConfig, run_dir: Path) -> None:
     OmegaConf.resolve(cfg)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"config key '{missing[0]}' needs a value: {missing[0]}=...")
+    for key, hint in TYPES.items():
+        _check_type(key, hint, OmegaConf.select(cfg, key))
+    if not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed={cfg.seed}: must be between 0 and {2**32 - 1}")
+    if cfg.float_epochs < 1:
+        raise UserError(f"float_epochs={cfg.float_epochs}: must be at least 1")
+
+
+def _check_type(key: str, hint: Any, value: Any) -> None:
+    if OmegaConf.is_config(value):
+        value = OmegaConf.to_container(value)
+    if not accepts(hint, value):
+        options = [option for option in literals(hint) if isinstance(option, str)]
+        close = nearest(value, options) if isinstance(value, str) and options else ""
+        raise UserError(f"{key}={value!r}: must be {in_words(hint)}{close}")

@@ -95,10 +95,12 @@ def _check_call(node: DictConfig, key: str, kwargs: dict[str, Any]) -> None:
     kinds = [p.kind for p in parameters.values()]
     named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     given = [str(name) for name in node if name not in RESERVED]
-    if inspect.Parameter.VAR_KEYWORD not in kinds:
+    unpacked = [n for n in hints_of(target) if n not in parameters and n != "return"]
+    if inspect.Parameter.VAR_KEYWORD not in kinds or unpacked:
+        known = [*named, *unpacked]
         for name in given + list(kwargs):
-            if name not in named:
-                raise UserError(f"{_join(key, name)}: {_name(target)} has no parameter '{name}'{nearest(name, named)}")
+            if name not in known:
+                raise UserError(f"{_join(key, name)}: {_name(target)} has no parameter '{name}'{nearest(name, known)}")
     positional = list(parameters)[: len(node.get("_args_", ()))]
     if not node.get("_partial_", False):
         for name, parameter in named.items():

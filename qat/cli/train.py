@@ -20,7 +20,7 @@ from hydra._internal.utils import (
 )  # the parser of hydra.main, which offers no other way to see its arguments
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qat.cli.configs import configs_dir, finish
 from qat.cli.explain import COMPOSITION_ERRORS, explain
@@ -30,6 +30,11 @@ from qat.errors import UserError, nearest
 
 # Hydra 1.3 warns without version_base, 1.4 warns with it and wants to know whose code a config may call.
 VERSION: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
+# What Lightning says of every trainer: advertisements, hardware that is not used, and what the progress bar shows.
+SMALL_TALK = (
+    "💡 Tip", "GPU available", "TPU available", "Loading `train_dataloader`", "`Trainer.fit` stopped: `max_epochs",
+    "`Trainer(limit_test_batches=1)`",
+)  # fmt: skip
 TRUST: dict[str, Any] = {"execution_whitelist": allowed_patterns()} if HYDRA_1_4 else {}
 
 
@@ -62,10 +67,10 @@ def main(argv: list[str]) -> int:
     """Runs the command; every mistake in `argv` or in the config is a `UserError`, and leaves nothing written."""
     task = _Task(sys.argv)
     args = _parse(argv)
-    overrides: list[str] = args.overrides
     options = argv.copy()
-    for text in overrides:
+    for text in args.overrides:
         options.remove(text)
+    overrides = _resumed(args.overrides)
     sweeping = args.multirun or "hydra.mode=MULTIRUN" in overrides
     if sweeping and any(text.startswith("run_dir=") for text in overrides):
         raise UserError("run_dir is the directory of one run; with -m write hydra.sweep.dir=...")
@@ -85,10 +90,24 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _resumed(overrides: list[str]) -> list[str]:
+    """With `ckpt=last run_dir=DIR`, the overrides that DIR was run with, and then those given now."""
+    given = {_key(text): text.partition("=")[2] for text in overrides}
+    saved = Path(given.get("run_dir", "")) / ".hydra" / "overrides.yaml"
+    if given.get("ckpt") != "last" or "run_dir" not in given or not saved.is_file():
+        return overrides
+    before = [str(text) for text in OmegaConf.load(saved)]
+    return [*(text for text in before if _key(text) not in given), *overrides]
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
 def _prepare(cfg: DictConfig, run_dir: Path, *, sweeping: bool) -> None:
     """Checks what only the whole config shows, and readies the log handlers that Hydra has just made."""
     for handler in logging.getLogger().handlers:
-        handler.addFilter(lambda record: not record.getMessage().startswith("💡 Tip"))  # Lightning's advertisements
+        handler.addFilter(lambda record: not record.getMessage().startswith(SMALL_TALK))
     finish(cfg, run_dir)
     strategy = str((cfg.get("trainer") or {}).get("strategy", ""))
     if sweeping and strategy.startswith(("ddp", "fsdp", "deepspeed")) and not strategy.endswith(("_spawn", "_fork")):

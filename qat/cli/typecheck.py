@@ -7,16 +7,21 @@ no tuple, so a list fits one; an int fits a float; a bool is no number.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
 
 def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of a function's or class's parameters, strings resolved; empty where they cannot be."""
     function = target.__init__ if inspect.isclass(target) else target
     try:
-        return get_type_hints(function)
+        hints = get_type_hints(function)
     except (NameError, TypeError, AttributeError):
         return {}  # names imported under TYPE_CHECKING only
+    for name, hint in list(hints.items()):
+        if get_origin(hint) is Unpack:  # `**options: Unpack[Options]` stands for the keys of a TypedDict
+            del hints[name]
+            hints |= get_type_hints(get_args(hint)[0])
+    return hints
 
 
 def accepts(hint: Any, value: Any) -> bool:

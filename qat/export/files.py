@@ -9,7 +9,8 @@ from pathlib import Path
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path to write to; it takes the place of `path` if the block succeeds, and vanishes if it does not."""
+    """Yields a temporary path to write to; it takes the place of `path` if the block succeeds, and vanishes if it does
+    not."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")

@@ -1,29 +1,38 @@
 """ONNX with real integer initializers and Q/DQ pairs placed so that ONNX Runtime runs integer kernels.
 
-The converted model writes its own quantization: while it is traced, `OnnxEmitter` answers its two operations with `QuantizeLinear`/`DequantizeLinear` nodes. What
-those nodes look like is dictated by ONNX Runtime's CPU kernels (measured with 1.32):
+The converted model writes its own quantization: while it is traced, `OnnxEmitter` answers its two operations with
+`QuantizeLinear`/`DequantizeLinear` nodes. What those nodes look like is dictated by ONNX Runtime's CPU kernels
+(measured with 1.32):
 
-    activations   uint8, zero point 128 for signed grids. Narrower grids clip the uint8 codes; a float clip before QuantizeLinear would break fusion
-    weights       int8 with zero points; up to 4 bits packed as INT4 and cast to int8, which the runtime does once, at load
+    activations   uint8, zero point 128 for signed grids. Narrower grids clip the uint8 codes; a float clip before
+                  QuantizeLinear would break fusion
+    weights       int8 with zero points; up to 4 bits packed as INT4 and cast to int8, which the runtime does once, at
+                  load
+    linear        Gemm, on inputs of two dimensions; MatMul has no integer kernel that adds a bias
     biases        int32 at s_x * s_w; a float bias would be re-quantized differently (2.5% of a layer's outputs)
 
 Opset 21 is the first with INT4. Weights of 2 and 3 bits are stored as INT4.
 """
 
 import contextlib
+import copy
 import io
 import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qat.errors import UserError
 from qat.export import onnx_passes
 from qat.export.files import atomic
-from qat.integer import IntegerActivation, IntegerTensor, emitting
+from qat.export.onnx_slim import slim
+from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting
 
 OPSET = 21
 INPUT, OUTPUT = "input", "output"
@@ -50,7 +59,7 @@ class OnnxEmitter:
         return torch.onnx.ops.symbolic("DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=x.shape)
 
     def dequantize(self, tensor: IntegerTensor) -> Tensor:
-        attributes: dict[str, int] = {} if tensor.axis is None else {"axis": tensor.axis}
+        attributes: dict[str, Any] = {} if tensor.axis is None else {"axis": tensor.axis}
         scale, zero_point = tensor.scale, tensor.zero_point
         if tensor.group_size is not None:
             attributes["block_size"] = tensor.group_size
@@ -64,6 +73,16 @@ class OnnxEmitter:
             shape=tensor.codes.shape,
             metadata_props={onnx_passes.BITS_KEY: str(tensor.bits)},
         )
+
+
+class _FlatLinear(TorchFunctionMode):
+    """Runs `F.linear` on `[N, T, C]` as on `[N * T, C]`, so that it becomes a Gemm."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and args[0].ndim > 2:
+            x, *rest = args
+            return func(x.flatten(0, -2), *rest, **(kwargs or {})).view(-1, *x.shape[1:-1], rest[0].shape[0])
+        return func(*args, **(kwargs or {}))
 
 
 class _OneInput(nn.Module):
@@ -81,34 +100,52 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
     """Writes `model`, a converted or a float one, with a dynamic batch dimension, one input and one output.
 
     Args:
-        model: Its forward takes one float tensor `[N, ...]` and returns one tensor. It is traced on the CPU in evaluation mode.
+        model: Its forward takes one tensor `[N, ...]` and returns one. A copy of it is traced on the CPU in evaluation
+            mode.
         example: An input of at least two samples (a batch of one would be taken for a constant).
         path: The file; written whole or not at all.
 
     Raises:
-        UserError: if the model cannot be traced, with torch's reason.
+        UserError: if the model takes or returns something else, or cannot be traced, with torch's reason.
     """
-    import onnx_ir as ir
-
+    name = type(model).__name__
+    if not isinstance(example, Tensor):
+        raise UserError(f"{name} is called with {type(example).__name__}: ONNX export needs a forward of one tensor")
+    if len(example) < 2:
+        raise UserError(
+            "the example input must hold at least two samples: a batch of one would be taken for a constant"
+        )
+    model = copy.deepcopy(model).cpu().eval()
     emitter = OnnxEmitter()
     emitter.prepare(model)
-    with emitting(emitter), _quiet():
+    with torch.no_grad():
+        output = model(example)
+    if not isinstance(output, Tensor):
+        raise UserError(
+            f"{name} returns a {type(output).__name__}: ONNX export needs a forward that returns one tensor"
+        )
+    with emitting(emitter), _quiet(), _FlatLinear():
         try:
             program = torch.onnx.export(
-                _OneInput(model).eval(), (example,), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
+                _OneInput(model), (example,), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
                 dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=[INPUT], output_names=[OUTPUT],
             )  # fmt: skip
         except Exception as error:  # whatever stops a tracer, its first line says it best
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise UserError(f"{type(model).__name__} cannot be traced for ONNX: {reason}") from error
+            raise UserError(f"{name} cannot be traced for ONNX: {reason}") from error
     assert program is not None
-    graph = onnx_passes.finish(program.model)
+    weights = {
+        f"{layer}.weight".removeprefix("."): module.integer_weight.codes.numpy()
+        for layer, module in model.named_modules()
+        if isinstance(module, IntegerLayer)
+    }
+    content = slim(onnx_passes.finish(program.model, weights)).SerializeToString()
     with atomic(path) as temporary:
-        ir.save(graph, temporary)
+        temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
-def _quiet():  # noqa: ANN202 - a context manager of nothing
+def _quiet():
     """The exporter reports progress and deprecations of its own; errors come as exceptions."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     before = [logger.level for logger in loggers]

@@ -1,10 +1,17 @@
-"""What a traced graph still needs before ONNX Runtime turns it into integer kernels. Each pass changes the graph in place and no value of it.
+"""What a traced graph still needs before ONNX Runtime turns it into integer kernels. Each pass changes the graph in
+place and no value of it.
 
 pool_globally     a mean over all pixels becomes GlobalAveragePool, which has an integer kernel
-clip_codes        ReLU and Clip before QuantizeLinear become a Clip of its codes (rounding is monotone, so they commute), so that it sits right behind the layer
-pack_weights      int8 codes of at most 4 bits become INT4 initializers, cast back to int8 at load
+clip_codes        ReLU and Clip before QuantizeLinear become a Clip of its codes (rounding is monotone, so they
+commute), so that it sits right behind the layer keep_float        a float weight behind quantized inputs stays float:
+left alone, the runtime quantizes it as it sees fit pack_weights      int8 codes of at most 4 bits become INT4
+initializers, cast back to int8 at load
+
+Layers with identical weights (tied ones among them) share one initializer; the model's metadata says which.
 """
 
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes
@@ -13,14 +20,25 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 BITS_KEY = "qat.bits"
+SHARED_KEY = "qat.shared_weights"
+"""Metadata of the file: JSON, from the name of each weight that was left out to the identical one that stands for
+it."""
 PASS_THROUGH = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 """Operations that commute with clipping."""
 
 
-def finish(model: ir.Model) -> ir.Model:
-    """Runs every pass and drops what only the exporter needed (stack traces outweigh small weights)."""
+def finish(model: ir.Model, weights: Mapping[str, np.ndarray]) -> ir.Model:
+    """Runs every pass; the initializers of a layer are called after it: `conv1.weight`, `conv1.weight_scale`.
+
+    Args:
+        model: What was traced; the exporter has merged identical weights already.
+        weights: The integer codes of each layer's weight, by name (`conv1.weight`).
+    """
+    for name, value in list(model.graph.initializers.items()):
+        value.name = _short(name)
     pool_globally(model)
     clip_codes(model)
+    keep_float(model)
     cleanup = ir.passes.Sequential(
         common.DeduplicateInitializersPass(size_limit=2**20),
         common.CommonSubexpressionEliminationPass(),
@@ -28,18 +46,35 @@ def finish(model: ir.Model) -> ir.Model:
         common.RemoveUnusedOpsetsPass(),
     )
     model = cleanup(model).model
+    shared = _shared(model.graph, weights)
     pack_weights(model)
-    for name, value in list(model.graph.initializers.items()):
-        if name.startswith("model."):
-            value.name = name.removeprefix("model.")
-    for node in model.graph:
-        for value in node.outputs:
-            if value not in model.graph.outputs:
-                value.type, value.shape = (
-                    None,
-                    None,
-                )  # runtimes infer them, and in a small model they outweigh the weights
-    return common.ClearMetadataAndDocStringPass()(model).model
+    model = common.ClearMetadataAndDocStringPass()(model).model
+    if shared:
+        model.metadata_props[SHARED_KEY] = json.dumps(shared)
+    return model
+
+
+def _short(name: str) -> str:
+    """`model.conv1.integer_weight.codes` -> `conv1.weight`."""
+    for constant in ("weight", "bias"):
+        for part, short in (("codes", constant), ("scale", f"{constant}_scale"), ("zero_point", f"{constant}_zero")):
+            name = name.replace(f".integer_{constant}.{part}", f".{short}")
+    return name.removeprefix("model.")
+
+
+def is_weight(name: str) -> bool:
+    """Whether an initializer of this name holds a weight; if it is of integers, they are its codes."""
+    return name.rpartition(".")[2] == "weight"
+
+
+def _shared(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """For each weight that has no initializer of its own: the one with the same codes."""
+    kept = {_content(weights[name]): name for name in graph.initializers if name in weights}
+    return {name: kept[_content(codes)] for name, codes in weights.items() if name not in graph.initializers}
+
+
+def _content(codes: np.ndarray) -> tuple[Any, ...]:
+    return codes.dtype, codes.shape, codes.tobytes()
 
 
 def _constant(value: ir.Value | None) -> Any:
@@ -56,7 +91,8 @@ def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
 
 
 def pool_globally(model: ir.Model) -> None:
-    """ReduceMean over the last two axes of an image becomes GlobalAveragePool (and a Reshape, through which the runtime moves Q/DQ)."""
+    """ReduceMean over the last two axes of an image becomes GlobalAveragePool (and a Reshape, through which the
+    runtime moves Q/DQ)."""
     graph = model.graph
     for node in list(graph):
         if (
@@ -69,27 +105,17 @@ def pool_globally(model: ir.Model) -> None:
         axes = _constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or sorted(int(a) % 4 for a in axes.reshape(-1)) != [2, 3]:
             continue
-        source, output = node.inputs[0], node.outputs[0]
-        pool = ir.node("GlobalAveragePool", [source], name=f"{node.name}_pool")
+        source = node.inputs[0]
+        pool = ir.node("GlobalAveragePool", [source])
         result = pool.outputs[0]
-        result.name, result.dtype = f"{output.name}_pool", source.dtype
-        result.shape = ir.Shape([source.shape[0], source.shape[1], 1, 1])
+        result.type = source.type
         graph.insert_before(node, pool)
         if node.attributes.get_int("keepdims", 1) == 0:
-            reshape = ir.node(
-                "Reshape",
-                [result, _initializer(graph, "flat_shape", np.array([0, -1], np.int64))],
-                name=f"{node.name}_flat",
-            )
-            flat = reshape.outputs[0]
-            flat.name, flat.dtype, flat.shape = (
-                f"{output.name}_flat",
-                source.dtype,
-                ir.Shape([source.shape[0], source.shape[1]]),
-            )
+            reshape = ir.node("Reshape", [result, _initializer(graph, "flat_shape", np.array([0, -1], np.int64))])
+            reshape.outputs[0].type = source.type
             graph.insert_before(node, reshape)
-            result = flat
-        ir.convenience.replace_all_uses_with(output, result, replace_graph_outputs=True)
+            result = reshape.outputs[0]
+        ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
         graph.remove(node, safe=True)
 
 
@@ -139,10 +165,8 @@ def _limit(graph: ir.Graph, quantize: ir.Node, low: int, high: int, limits: Any)
         clip = readers[0]
         low, high = max(low, int(_constant(clip.inputs[1]))), min(high, int(_constant(clip.inputs[2])))
     elif low > limits.min or high < limits.max:
-        clip = ir.node("Clip", [output, None, None], name=f"{quantize.name}_clip")
-        clipped = clip.outputs[0]
-        clipped.name, clipped.dtype, clipped.shape = f"{output.name}_clipped", output.dtype, output.shape
-        ir.convenience.replace_all_uses_with(output, clipped)
+        clip = ir.node("Clip", [output, None, None])
+        ir.convenience.replace_all_uses_with(output, clip.outputs[0])
         clip.replace_input_with(0, output)
         graph.insert_after(quantize, clip)
     else:
@@ -151,31 +175,43 @@ def _limit(graph: ir.Graph, quantize: ir.Node, low: int, high: int, limits: Any)
         clip.replace_input_with(index, _initializer(graph, f"code_{code}_{limits.dtype}", np.array(code, limits.dtype)))
 
 
-def pack_weights(model: ir.Model) -> None:
-    """Stores int8 codes of at most 4 bits as INT4. It runs after all folding, which would undo the Cast."""
+def keep_float(model: ir.Model) -> None:
+    """Puts a Max of one input (which changes nothing, and which the runtime does not remove) between quantized inputs
+    and a float weight."""
     graph = model.graph
     for node in list(graph):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.inputs[0] is None or node.inputs[1] is None:
+            continue
+        reads_float = node.inputs[1].producer() is None
+        source = node.inputs[0].producer()
+        while source is not None and source.op_type in PASS_THROUGH and source.inputs[0] is not None:
+            source = source.inputs[0].producer()
+        if reads_float and source is not None and source.op_type == "DequantizeLinear":
+            kept = ir.node("Max", [node.inputs[0]])
+            graph.insert_before(node, kept)
+            node.replace_input_with(0, kept.outputs[0])
+
+
+def pack_weights(model: ir.Model) -> None:
+    """Stores int8 codes of at most 4 bits as INT4. It runs after all folding, which would undo the Cast."""
+    for node in list(model.graph):
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
         if (
-            codes is None
-            or not codes.is_initializer()
-            or codes.dtype != ir.DataType.INT8
-            or int(node.metadata_props.get(BITS_KEY, 8)) > 4
+            codes is not None
+            and codes.is_initializer()
+            and codes.dtype == ir.DataType.INT8
+            and int(node.metadata_props.get(BITS_KEY, 8)) <= 4
         ):
-            continue
-        packed_name = f"{codes.name}"
-        unpacked = next((n for n in graph if n.op_type == "Cast" and n.name == f"{packed_name}_unpack"), None)
-        if unpacked is None:
-            assert codes.const_value is not None and codes.name is not None
-            array = codes.const_value.numpy().astype(ml_dtypes.int4)
-            packed = ir.Value(
-                name=packed_name, const_value=ir.Tensor(array, dtype=ir.DataType.INT4, name=packed_name), type=ir.TensorType(ir.DataType.INT4),
-                shape=ir.Shape(array.shape),
-            )  # fmt: skip
-            unpacked = ir.node("Cast", [packed], {"to": int(ir.DataType.INT8)}, name=f"{packed_name}_unpack")
-            unpacked.outputs[0].name, unpacked.outputs[0].dtype = f"{packed_name}_int8", ir.DataType.INT8
-            unpacked.outputs[0].shape = packed.shape
-            graph.insert_before(node, unpacked)
-            ir.convenience.replace_all_uses_with(codes, unpacked.outputs[0])
-            del graph.initializers[codes.name]
-            graph.register_initializer(packed)
+            _pack(model.graph, codes, node)
+
+
+def _pack(graph: ir.Graph, codes: ir.Value, reader: ir.Node) -> None:
+    assert codes.const_value is not None and codes.name is not None
+    array: Any = codes.const_value.numpy().astype(ml_dtypes.int4)
+    tensor = ir.Tensor(array, dtype=ir.DataType.INT4, name=codes.name)
+    packed = ir.Value(name=codes.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+    unpack = ir.node("Cast", [packed], {"to": int(ir.DataType.INT8)})
+    graph.insert_before(reader, unpack)
+    ir.convenience.replace_all_uses_with(codes, unpack.outputs[0])
+    del graph.initializers[codes.name]
+    graph.register_initializer(packed)

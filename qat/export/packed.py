@@ -1,10 +1,13 @@
-"""The integer model as `model.safetensors` + `manifest.json`: codes packed to their true width, whatever it is, and nothing that could run.
+"""The integer model as `model.safetensors` + `manifest.json`: codes packed to their true width, whatever it is, and
+nothing that could run.
 
-A code of b bits takes b bits: codes are shifted to start at zero, and their bits, lowest first, fill bytes from the lowest bit up. The manifest says how to read every
-tensor (shape, bits, first code), holds the plan (so that the model can be rebuilt) and the SHA-256 of the weights file.
+A code of b bits takes b bits: codes are shifted to start at zero, and their bits, lowest first, fill bytes from the
+lowest bit up. The manifest says how to read every tensor (shape, bits, first code), holds the plan (so that the model
+can be rebuilt) and checksums of the weights file and of itself.
 """
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,7 @@ def pack(codes: Tensor, bits: int, first: int) -> Tensor:
         uint8 `[ceil(codes.numel() * bits / 8)]`.
     """
     shifted = codes.flatten().to(torch.int64) - first
-    if codes.numel() and not (0 <= int(shifted.min()) and int(shifted.max()) < 2**bits):
+    if codes.numel() and not (int(shifted.min()) >= 0 and int(shifted.max()) < 2**bits):
         raise ValueError(f"codes {int(codes.min())} .. {int(codes.max())} do not fit {bits} bits from {first}")
     stream = (shifted[:, None] >> torch.arange(bits)) & 1
     stream = nn.functional.pad(stream.flatten(), (0, -stream.numel() % 8)).view(-1, 8)
@@ -46,7 +49,7 @@ def unpack(packed: Tensor, bits: int, first: int, shape: tuple[int, ...], dtype:
 
 
 def _integer_tensors(model: nn.Module) -> dict[str, IntegerTensor]:
-    """The weights that are stored packed, by the key of their codes (int32 biases gain nothing from it)."""
+    """The weights, stored packed, by the key of their codes (int32 biases gain nothing from it)."""
     return {f"{n}.codes": m for n, m in model.named_modules() if isinstance(m, IntegerTensor) and m.bits <= 8}
 
 
@@ -71,12 +74,17 @@ def save_packed(model: nn.Module, plan: Plan, folder: str | Path) -> None:
             }
         else:
             tensors[key] = value.clone().contiguous()  # shared grids appear under each of their readers
-    with atomic(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary)
-        digest = sha256(temporary)
-    manifest = {"format": FORMAT, "sha256": digest, "packed": described, "plan": plan.to_dict()}
-    with atomic(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1))
+    with atomic(folder / WEIGHTS) as weights, atomic(folder / MANIFEST) as described_in:
+        save_file(tensors, weights)
+        manifest = {"format": FORMAT, "sha256": sha256(weights), "packed": described, "plan": plan.to_dict()}
+        manifest["manifest_sha256"] = _digest(manifest)
+        described_in.write_text(json.dumps(manifest, indent=1))
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all of the manifest but itself."""
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -92,10 +100,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         version = manifest["format"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise UserError(f"{folder / MANIFEST}: is damaged or no manifest") from None
     if version != FORMAT:
         raise UserError(f"{folder / MANIFEST}: has format {version}; this version reads format {FORMAT}")
+    if manifest.get("manifest_sha256") != _digest(manifest):
+        raise UserError(f"{folder / MANIFEST}: is damaged: its content does not have the checksum that it states")
     if sha256(folder / WEIGHTS) != manifest.get("sha256"):
         raise UserError(f"{folder / WEIGHTS}: does not match {MANIFEST}: damaged, or of another model")
     return manifest
@@ -134,10 +144,13 @@ def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _skeleton(model: nn.Module, plan: Plan) -> nn.Module:
-    """A converted model of the right shape, with meaningless numbers."""
-
+    """A converted model of the right shape, with meaningless numbers (zeros: any weight would do if it can be
+    converted)."""
     shell = copy.deepcopy(model).cpu()
+    for parameter in shell.parameters():
+        parameter.data.zero_()
     apply_plan(shell, plan)
     for _, quantizer in named_quantizers(shell):
-        quantizer.calibrate(torch.ones(quantizer.scale.shape) if quantizer.is_weight else torch.ones(1))
+        quantizer.initialised.fill_(True)
+        quantizer.enable()
     return convert(shell, plan)

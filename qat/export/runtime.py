@@ -1,6 +1,7 @@
 """ONNX Runtime as the judge: what it loads, which kernels it picks, what it computes, how fast."""
 
 import collections
+import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ import onnxruntime as ort
 
 from qat.errors import UserError
 from qat.export.onnx import INPUT
+from qat.export.onnx_passes import PASS_THROUGH, SHARED_KEY, is_weight
 
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
 
@@ -49,8 +51,16 @@ class OnnxRunner:
             raise UserError(f"{self.path}: onnxruntime refuses it: {str(error).splitlines()[0]}") from None
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Runs one batch; returns the first output."""
-        return np.asarray(self._session.run(None, {INPUT: x})[0])
+        """Runs one batch.
+
+        Raises:
+            UserError: if the file does not take such a batch.
+        """
+        try:
+            return np.asarray(self._session.run(None, {INPUT: x})[0])
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
 
     def kernels(self) -> collections.Counter[str]:
         """How many nodes of each kind the runtime executes, after its optimizations."""
@@ -64,26 +74,70 @@ class OnnxRunner:
         kernels = self.kernels()
         return sum(kernels[name] for name in INTEGER_KERNELS)
 
-    def input_shape(self) -> list[int]:
-        """Shape of one sample."""
-        return [int(d) for d in self._session.get_inputs()[0].shape[1:]]
+    def blank(self) -> np.ndarray:
+        """One sample of zeros."""
+        (node,) = self._session.get_inputs()
+        dtype = np.int64 if node.type == "tensor(int64)" else np.float32
+        return np.zeros([1, *(int(d) for d in node.shape[1:])], dtype)
 
 
 def weight_codes(path: str | Path) -> dict[str, np.ndarray]:
-    """The integer weights in an ONNX file, by layer, as int8 or uint8; up to 4 bits they are stored as INT4 and widened here."""
-    suffix = ".integer_weight.codes"
+    """The integer weights in an ONNX file, by layer, as int8 or uint8; up to 4 bits they are stored as INT4 and
+    widened here."""
+    model = onnx.load(str(path))
+    integer = (onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
     found = {}
-    for tensor in onnx.load(str(path)).graph.initializer:
-        if tensor.name.endswith(suffix):
+    for tensor in model.graph.initializer:
+        if is_weight(tensor.name) and tensor.data_type in integer:
             array = onnx.numpy_helper.to_array(tensor)
-            found[tensor.name.removesuffix(suffix)] = array if array.dtype == np.uint8 else array.astype(np.int8)
-    return found
+            found[tensor.name] = array if array.dtype == np.uint8 else array.astype(np.int8)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    for name, same in json.loads(metadata.get(SHARED_KEY, "{}")).items():
+        found[name] = found[same]
+    return {name.rpartition(".")[0]: array for name, array in found.items()}
+
+
+def float_convolutions(path: str | Path) -> int:
+    """How many convolutions of quantized inputs and weights the runtime computes in float: those whose output is not
+    quantized, or whose input is padded by a node of its own."""
+    graph = onnx.load(str(path)).graph
+    producers = {output: node for node in graph.node for output in node.output}
+    readers = collections.defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+
+    def quantized(name: str) -> bool:
+        node = producers.get(name)
+        return (
+            node is not None
+            and node.op_type == "DequantizeLinear"
+            and all(a.name != "block_size" for a in node.attribute)
+        )
+
+    def padded(name: str) -> bool:
+        return name in producers and producers[name].op_type == "Pad" and quantized(producers[name].input[0])
+
+    def becomes_codes(name: str) -> bool:
+        if len(readers[name]) != 1:
+            return False
+        (reader,) = readers[name]
+        return reader.op_type == "QuantizeLinear" or (
+            reader.op_type in PASS_THROUGH and becomes_codes(reader.output[0])
+        )
+
+    return sum(
+        node.op_type == "Conv"
+        and quantized(node.input[1])
+        and (padded(node.input[0]) or (quantized(node.input[0]) and not becomes_codes(node.output[0])))
+        for node in graph.node
+    )
 
 
 def latency_ms(runners: Mapping[str, OnnxRunner], repeats: int = 200) -> dict[str, float]:
     """Median milliseconds for one sample, measured in turn (a machine that slows down slows all of them)."""
     times: dict[str, list[float]] = {name: [] for name in runners}
-    inputs = {name: np.zeros([1, *runner.input_shape()], np.float32) for name, runner in runners.items()}
+    inputs = {name: runner.blank() for name, runner in runners.items()}
     for step in range(repeats + repeats // 10):
         for name, runner in runners.items():
             start = time.perf_counter()

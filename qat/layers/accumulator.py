@@ -1,8 +1,10 @@
-"""Biases as integer engines add them: int32 codes at the accumulator's scale s_x * s_w (Jacob et al., CVPR 2018, section 2.4).
+"""Biases as integer engines add them: int32 codes at the accumulator's scale s_x * s_w (Jacob et al., CVPR 2018,
+section 2.4).
 
-With few bits that scale is coarse: at 4 bits a step of the accumulator is often a twentieth of an output step, so a bias rounded to it moves a few percent of the outputs to
-another code. Evaluation therefore adds rounded biases, as the exported file will, and measures what it will do. A BatchNorm behind a layer becomes part of that bias when it
-folds, so its twin adds the rounding error of the folded bias; training keeps the plain layer and the plain BatchNorm.
+With few bits that scale is coarse: at 4 bits a step of the accumulator is often a twentieth of an output step, so a
+bias rounded to it moves a few percent of the outputs to another code. Evaluation therefore adds rounded biases, as the
+exported file will, and measures what it will do. A BatchNorm behind a layer becomes part of that bias when it folds, so
+its twin adds the rounding error of the folded bias; training keeps the plain layer and the plain BatchNorm.
 """
 
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.functional import levels
-from qat.layers.twin import TwinMixin, ours
+from qat.layers.twin import TwinMixin, ours, versions
 from qat.quantizers import Quantizer
 
 INT32_MAX = 2**31 - 1
@@ -24,16 +26,28 @@ def input_grid(input_quantizer: nn.Module | None) -> Quantizer | None:
 
 
 def accumulator_scale(layer: Any) -> Tensor | None:
-    """Scale of the layer's integer accumulator, float64 `(1,)` or `(channels,)`; `None` if it does not accumulate integers of one scale."""
+    """Scale of the layer's integer accumulator, float64 `(1,)` or `(channels,)`; `None` if it does not accumulate
+    integers of one scale.
+    """
     grid, weight = input_grid(layer.input_quantizer), layer.weight_quantizer
     if grid is None or weight is None or not weight.on or weight.spec.granularity == "group":
+        return None
+    if not all(q.static and q.spec.integer for q in (grid, weight)):
         return None
     return grid.step().double() * weight.step().double()
 
 
+def grid_versions(layer: Any) -> tuple[Any, ...]:
+    """Changes whenever `accumulator_scale(layer)` may."""
+    last = layer.input_quantizer
+    last = last[-1] if isinstance(last, nn.Sequential) else last
+    return tuple(v for q in (last, layer.weight_quantizer) if q is not None for v in q.versions())
+
+
 def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
     """`bias` in whole accumulator steps, clipped to int32; float64."""
-    return levels(bias.double(), scale.double(), -INT32_MAX - 1, INT32_MAX)
+    limit = torch.full_like(scale, INT32_MAX, dtype=torch.float64)
+    return levels(bias.double(), scale.double(), -limit - 1, limit)
 
 
 def folded(norm: nn.BatchNorm1d | nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -62,12 +76,15 @@ class FoldingNorm(TwinMixin):
     host: tuple[Any]
     training: bool
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
+    def forward(self, input: Tensor) -> Tensor:
+        y = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
         if self.training:
             return y
         with ours():
-            error = self._rounding_error()
+            layer = self.host[0]
+            tensors = self.running_mean, self.running_var, self.weight, self.bias, layer.bias  # pyright: ignore
+            stamp = lambda: (*versions(*tensors), *grid_versions(layer))  # noqa: E731
+            error = self.once_per_change("error", stamp, self._rounding_error)
             return y if error is None else y + error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))
 
     @torch.no_grad()

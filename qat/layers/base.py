@@ -1,16 +1,16 @@
-"""What quantized layers share: they read their input and their weight through quantizers, and run the original computation.
+"""What quantized layers share: they read their input and their weight through quantizers, and run the original
+computation.
 
-A mixin names the layer class it serves (`serves`) and which axis of the weight is the output channel. Adding a layer is one more mixin in this folder,
-listed in `qat/layers/__init__.py`.
+A mixin names the layer class it serves (`serves`) and which axis of the weight is the output channel. Adding a layer is
+one more mixin in this folder, listed in `qat/layers/__init__.py`.
 """
 
-from typing import Any, ClassVar, Self
+from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from qat.layers.accumulator import accumulator_scale, bias_codes
-from qat.layers.twin import TwinMixin, ours
+from qat.layers.accumulator import accumulator_scale, bias_codes, grid_versions
+from qat.layers.twin import TwinMixin, ours, versions
 from qat.quantizers import Quantizer
 
 
@@ -18,7 +18,8 @@ class QuantizedLayer(TwinMixin):
     """A layer whose input (and weight, if it has one) lie on grids.
 
     Attributes:
-        input_quantizer: Grid of the input; several in a row where a tensor is first put on a finer grid that it shares with other readers.
+        input_quantizer: Grid of the input; several in a row where a tensor is first put on a finer grid that it shares
+            with other readers.
         weight_quantizer: Grid of the weight.
         folds: Whether a BatchNorm folds into it.
     """
@@ -32,7 +33,6 @@ class QuantizedLayer(TwinMixin):
     bias: Tensor | None
     training: bool
     folds: bool = False
-    _weight_cache: tuple[Any, Tensor] | None = None
 
     def quantized_input(self, x: Tensor) -> Tensor:
         if self.input_quantizer is None:
@@ -46,29 +46,23 @@ class QuantizedLayer(TwinMixin):
         if quantizer is None:
             return weight
         with ours():
-            return self._on_grid(quantizer, weight)
-
-    def _on_grid(self, quantizer: Quantizer, weight: Tensor) -> Tensor:
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
-            return quantizer(weight)
-        stamp = weight.data_ptr(), weight._version, *quantizer.versions()
-        if self._weight_cache is None or self._weight_cache[0] != stamp:
-            self._weight_cache = stamp, quantizer(weight)
-        return self._weight_cache[1]
+            if self.training:
+                return quantizer(weight)
+            stamp = lambda: (*versions(weight), *quantizer.versions())  # noqa: E731
+            return self.once_per_change("weight", stamp, lambda: quantizer(weight))
 
     def quantized_bias(self) -> Tensor | None:
-        """The bias: float in training, in whole accumulator steps in evaluation (a BatchNorm behind the layer does that for both)."""
+        """The bias: float in training, in whole accumulator steps in evaluation (a BatchNorm behind the layer does that
+        for both).
+        """
         if self.bias is None or self.training or self.folds:
             return self.bias
         with ours():
-            scale = accumulator_scale(self)
-            return self.bias if scale is None else (bias_codes(self.bias, scale) * scale).to(self.bias.dtype)
+            stamp = lambda: (*versions(self.bias), *grid_versions(self))  # noqa: E731
+            return self.once_per_change("bias", stamp, self._rounded_bias)
 
-    def train(self, mode: bool = True) -> Self:
-        # Averaging callbacks swap weights through `.data`, which no version counter sees; they do so after switching modes.
-        self._weight_cache = None
-        return super().train(mode)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def __getstate__(self) -> dict[str, Any]:
-        parent = super().__getstate__()  # pyright: ignore[reportAttributeAccessIssue]
-        return {k: v for k, v in parent.items() if k != "_weight_cache"}
+    def _rounded_bias(self) -> Tensor | None:
+        scale = accumulator_scale(self)
+        if scale is None or self.bias is None:
+            return self.bias
+        return (bias_codes(self.bias, scale) * scale).to(self.bias.dtype)

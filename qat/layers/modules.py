@@ -1,24 +1,28 @@
-"""The quantized twins of torch's layers: each is the original computation on a quantized input and weight."""
+"""The quantized twins of torch's layers: each is the original computation on a quantized input and weight.
 
-import torch.nn.functional as F  # noqa: N812
+Their arguments have the names of the originals', which callers may use.
+"""
+
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.layers.base import QuantizedLayer
+from qat.layers.twin import ours
 
 
 class QuantLinear(QuantizedLayer):
     serves = nn.Linear
     channel_axis = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(x), self.quantized_weight(), self.quantized_bias())
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.quantized_input(input), self.quantized_weight(), self.quantized_bias())
 
 
 class _QuantConv(QuantizedLayer):
     channel_axis = 0
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.quantized_input(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.quantized_input(input)
         return self._conv_forward(x, self.quantized_weight(), self.quantized_bias())  # pyright: ignore[reportAttributeAccessIssue]
 
 
@@ -36,18 +40,20 @@ class QuantEmbedding(QuantizedLayer):
     serves = nn.Embedding
     channel_axis = 0
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         weight = self.quantized_weight()
         return F.embedding(
-            indices, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse  # pyright: ignore
+            input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse  # pyright: ignore
         )  # fmt: skip
 
 
 class _QuantPool(QuantizedLayer):
     """Average pooling of a quantized input: an integer engine sums codes, so it has to see them."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.quantized_input(x))  # pyright: ignore[reportAttributeAccessIssue]
+    def forward(self, input: Tensor) -> Tensor:
+        x = self.quantized_input(input)
+        with ours():  # the pooling in there is no site of the module around
+            return super().forward(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class QuantAvgPool1d(_QuantPool):

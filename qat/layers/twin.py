@@ -1,18 +1,22 @@
 """Re-classing: a layer becomes its quantized twin without leaving its place.
 
-`module.__class__ = Twin` keeps parameters, ties, hooks, names, attributes and every state_dict key, and it is what torch itself does for parametrizations,
-FSDP2 and lazy modules. A twin is `class Quant(Mixin, Original)`, made on demand, so subclasses of a layer keep theirs; mixins stack.
-Made-up classes have no import path; `TwinMixin.__reduce_ex__` pickles and copies an instance as (mixins, original class, state).
+`module.__class__ = Twin` keeps parameters, ties, hooks, names, attributes and every state_dict key, and it is what
+torch itself does for parametrizations, FSDP2 and lazy modules. A twin is `class Quant(Mixin, Original)`, made on
+demand, so subclasses of a layer keep theirs; mixins stack. Made-up classes have no import path;
+`TwinMixin.__reduce_ex__` pickles and copies an instance as (mixins, original class, state).
 """
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ours = torch._C.DisableTorchFunction
-"""Context for the arithmetic that twins add: it is no functional site of the module around them, whatever it looks like."""
+"""Context for the arithmetic that twins add: it is no functional site of the module around them, whatever it looks
+like.
+"""
 
 _parts: dict[type, tuple[type, type]] = {}
 
@@ -23,6 +27,32 @@ class TwinMixin:
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *rest = super().__reduce_ex__(2)
         return _rebuild, (*_unstack(type(self)),), *rest
+
+    def once_per_change(self, name: str, stamp: Callable[[], tuple[Any, ...]], compute: Callable[[], Any]) -> Any:
+        """What `compute` returns, computed anew only when `stamp` differs from that of the last call.
+
+        For evaluation, where weights and grids stand still: nothing is kept while gradients are on or somebody compiles.
+        """
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return compute()
+        kept, now = self.__dict__.setdefault("_kept", {}), stamp()
+        if name not in kept or kept[name][0] != now:
+            kept[name] = now, compute()
+        return kept[name][1]
+
+    def train(self, mode: bool = True) -> Self:
+        # Averaging callbacks swap weights through `.data`, which no version counter sees; they do so after switching modes.
+        self.__dict__.pop("_kept", None)
+        return super().train(mode)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def __getstate__(self) -> dict[str, Any]:
+        parent: dict[str, Any] = super().__getstate__()  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
+        return {k: v for k, v in parent.items() if k != "_kept"}
+
+
+def versions(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Changes whenever one of the tensors is written to or replaced (inference tensors, which count no versions, never match)."""
+    return tuple(t if t is None else (object() if t.is_inference() else (t.data_ptr(), t._version)) for t in tensors)
 
 
 @cache

@@ -1,4 +1,7 @@
-"""The user's own test loop, with an exported file in the place of the model: so the metric is the one that training measured, computed from the file."""
+"""The user's own test loop, with an exported file in the place of the model.
+
+So the metric is the one that training measured, computed from the file.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

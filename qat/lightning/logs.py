@@ -1,5 +1,7 @@
 """What the log says about quantizers while they train, and what W&B keeps of a finished run."""
 
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ class LogQuantizers(Callback):
         values = {f"scale/{name}": q.scale.detach().mean().item() for name, q in named_quantizers(pl_module)}
         values |= {f"sqnr/{s.layer}": s.sqnr_db for s in weight_stats(pl_module) if s.sqnr_db is not None}
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+            logger.log_metrics(values, step=trainer.global_step - 1)  # as Lightning counts at an epoch's end
 
 
 def log_results(loggers: list[Any], report: dict[str, Any], files: list[Path]) -> None:
@@ -48,14 +50,15 @@ def log_results(loggers: list[Any], report: dict[str, Any], files: list[Path]) -
             logger.log_table("layers", columns, [[layer.get(c) for c in columns] for layer in layers])
         import wandb
 
-        artifact = wandb.Artifact(f"{report['name']}-export", type="model", metadata={"metric": stages})
+        name = re.sub(r"[^\w.-]+", "-", report["name"])  # all that W&B allows
+        artifact = wandb.Artifact(f"{name}-export", type="model", metadata={"metric": stages})
         for path in files:
             artifact.add_file(str(path))
         logger.experiment.log_artifact(artifact)
 
 
-def finish(loggers: list[Any]) -> None:
-    """Closes W&B runs, so that the next run of this process does not continue them."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.finish(quiet=True)
+def finish() -> None:
+    """Closes the W&B run, if there is one, so that the next run of this process does not continue it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.run.finish()

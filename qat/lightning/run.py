@@ -1,30 +1,33 @@
 """One run, from config to proof: float -> calibrated -> trained -> integers -> file -> verdict -> table.
 
-Everything a run writes is in its folder. `progress.json` remembers what earlier stages measured, so that a run that was killed resumes (`ckpt=last`) where it stopped:
+Everything a run writes is in its folder. `progress.json` remembers what earlier stages measured, so that a run that
+was killed resumes (`ckpt=last`) where it stopped:
 
-    float.safetensors, float.onnx      the float model it started from        checkpoints/{last,best}.ckpt     training states
-    quantized.ckpt                     the trained model with its scales      model.onnx                       the file for the runtime
-    model.safetensors, manifest.json   the packed integers                    audit.json                       what is integer, what is float and why
+    float.safetensors, float.onnx      the float model it started from
+    float/, csv/                       logs of float training and of what follows
+    checkpoints/{last,best}.ckpt       training states
+    quantized.ckpt                     the trained model with its scales
+    model.safetensors, manifest.json   the packed integers
+    model.onnx                         the file for the runtime
+    audit.json                         what is integer, what is float and why
     report.json, report.png            the table at the end
 """
 
 import copy
 import json
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from rich.console import Console
 from safetensors.torch import save_file
 
 from qat import __version__
-from qat.audit import audit, coverage, to_dict
-from qat.cli.instantiate import instantiate
+from qat.audit import coverage, to_dict
 from qat.convert import convert
 from qat.errors import UserError
 from qat.export.files import atomic
@@ -32,90 +35,23 @@ from qat.export.onnx import OnnxTarget, export_onnx
 from qat.export.packed import MANIFEST, WEIGHTS, save_packed
 from qat.export.runtime import OnnxRunner, latency_ms
 from qat.export.verify import Verdict
-from qat.insert import Plan, apply_plan, make_plan
-from qat.lightning.callback import QATCallback
+from qat.insert import Plan
+from qat.lightning.calm import calm
 from qat.lightning.evaluate import test_metric, verify_onnx
 from qat.lightning.logs import finish, log_results
 from qat.lightning.module import load_from_checkpoint
-from qat.lightning.resume import SeedEpochs
+from qat.lightning.resume import SeedEpochs, continue_csv
 from qat.lightning.steps import example_input, run_steps
-from qat.lightning.weights import load_weights
-from qat.policy import QuantPolicy
+from qat.lightning.weights import load_weights, read_checkpoint
+from qat.lightning.workspace import Workspace
 from qat.report import audit_table, layer_rows, report_table, save_plot
 from qat.stats import quantizer_stats
 
-POLICY_KEYS = ("weight", "act", "sites", "rules")
 STATISTICS_SAMPLES = 256
 
 
-class Run:
-    """A run's config, data and folder, and what it has measured so far.
-
-    Args:
-        cfg: The composed and resolved config (see configs/train.yaml).
-        folder: Where everything is written.
-
-    Raises:
-        UserError: if anything in the config is wrong that can be known before training.
-    """
-
-    def __init__(self, cfg: DictConfig, folder: Path) -> None:
-        self.cfg, self.folder = cfg, folder
-        self.console = Console()
-        settings = OmegaConf.to_container(cfg.quant, resolve=True)
-        assert isinstance(settings, dict)
-        self.policy = QuantPolicy.from_dict(
-            {str(k): v for k, v in settings.items() if k not in ("calibration_samples", "scale_lr")}
-        )
-        self.resuming = cfg.ckpt == "last"
-        self.progress: dict[str, Any] = {"stages": {}, "seconds": {}}
-        if self.resuming:
-            self._recall()
-        self.data: pl.LightningDataModule = instantiate(cfg.data)
-        self.data.prepare_data()
-        self.data.setup("fit")
-        self.module: pl.LightningModule = instantiate(cfg.model)
-        if not self.policy.is_off:
-            self._check_policy()
-        if cfg.ckpt and not self.resuming:
-            load_weights(self.module, cfg.ckpt)
-
-    def _check_policy(self) -> None:
-        """A rule that matches nothing, or a grid that does not fit a layer, is an error now rather than after float training."""
-        shell = copy.deepcopy(self.module)
-        plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
-        apply_plan(shell, plan)
-        self.audit_rows = audit(shell, plan, recording)
-
-    def _recall(self) -> None:
-        path = self.folder / "progress.json"
-        if not path.is_file():
-            raise UserError(f"ckpt=last: there is no run to resume in {self.folder}; name its folder with run_dir=...")
-        self.progress = json.loads(path.read_text())
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Times a stage and remembers what it measured once it is complete."""
-        start, values = time.perf_counter(), {}
-        pl.seed_everything(self.cfg.seed, workers=True, verbose=False)
-        yield values
-        if values:
-            self.progress["stages"].setdefault(name, {}).update(values)
-        self.progress["seconds"][name] = round(time.perf_counter() - start, 2)
-        with atomic(self.folder / "progress.json") as temporary:
-            temporary.write_text(json.dumps(self.progress, indent=1))
-
-    def done(self, name: str) -> bool:
-        return name in self.progress["stages"]
-
-    def trainer(self, **settings: Any) -> pl.Trainer:
-        return instantiate(self.cfg.trainer, **{"logger": False, "enable_checkpointing": False, **settings})
-
-    def qat_callback(self) -> QATCallback:
-        quant = self.cfg.quant
-        return QATCallback(self.policy, calibration_samples=quant.calibration_samples, scale_lr_factor=quant.scale_lr)
-
-    # -- stages ------------------------------------------------------------------------------------------------------------
+class Run(Workspace):
+    """The stages of a run, in order."""
 
     def float_stage(self) -> None:
         """Trains in float, unless a checkpoint was given, and measures the float model."""
@@ -123,81 +59,87 @@ class Run:
         if self.done("float"):
             load_weights(self.module, weights)
             return
-        with self.stage("float") as values:
-            if not self.cfg.ckpt or self.resuming:
+        with self.stage("float", "Float") as values:
+            if not self.progress["start"]:
                 self._train_float()
-            values["metric"] = test_metric(self.trainer(), self.module, self.data, self.cfg.metric)
-            values["bytes"] = self._export(self.module, "float.onnx")
-            with atomic(weights) as temporary:
-                save_file({k: v.cpu().contiguous() for k, v in self.module.state_dict().items()}, temporary)
+            values["metric"] = self.measure()
+            if self.main:
+                values["bytes"] = self._export(self.module, "float.onnx")
+                with atomic(weights) as temporary:
+                    save_file({k: v.cpu().contiguous() for k, v in self.module.state_dict().items()}, temporary)
 
     def _train_float(self) -> None:
-        module = instantiate(self.cfg.model, **(self.cfg.float_model or {}))
-        checkpoint = pl.callbacks.ModelCheckpoint(
-            self.folder / "float", save_last=True, save_top_k=0, enable_version_counter=False
-        )
-        last = self.folder / "float" / "last.ckpt"
+        checkpoint = ModelCheckpoint(self.folder / "float", filename="last", enable_version_counter=False)
+        logger = CSVLogger(self.folder, "float", "")
+        last = self._resume_from(self.folder / "float" / "last.ckpt", logger)
+        callbacks = [SeedEpochs(self.cfg.seed), checkpoint]
         trainer = self.trainer(
-            max_epochs=self.cfg.float_epochs,
-            callbacks=[SeedEpochs(self.cfg.seed), checkpoint],
-            logger=CSVLogger(self.folder, "float", ""),
-            enable_checkpointing=True,
+            max_epochs=self.cfg.float_epochs, callbacks=callbacks, logger=logger, enable_checkpointing=True
         )
-        trainer.fit(module, datamodule=self.data, ckpt_path=str(last) if self.resuming and last.is_file() else None)
-        self.module.load_state_dict(module.state_dict())
+        trainer.fit(self.float_module, datamodule=self.data, ckpt_path=last, weights_only=True)
+        self.module.load_state_dict(self.float_module.state_dict())
 
     def ptq_stage(self) -> None:
         """Inserts, calibrates and measures, before any training."""
         if self.done("ptq"):
             return
-        with self.stage("ptq") as values:
-            values["metric"] = test_metric(
-                self.trainer(callbacks=[self.qat_callback()]), self.module, self.data, self.cfg.metric
-            )
+        with self.stage("ptq", "Calibrated (PTQ)") as values:
+            values["metric"] = self.measure(callbacks=[self.qat_callback()])
 
     def qat_stage(self) -> None:
         """Trains with fake quantization."""
-        last = self.folder / "checkpoints" / "last.ckpt"
-        with self.stage("qat") as values:
-            callbacks = [
-                self.qat_callback(),
-                SeedEpochs(self.cfg.seed),
-                *(instantiate(c) for c in (self.cfg.callbacks or {}).values() if c),
-            ]
-            self.loggers = [instantiate(self.cfg.logger)] if self.cfg.logger else []
+        with self.stage("qat", "Quantization-aware training") as values:
+            last = self._resume_from(self.folder / "checkpoints" / "last.ckpt", *self.loggers)
+            callbacks = [self.qat_callback(), SeedEpochs(self.cfg.seed), *self.callbacks]
             trainer = self.trainer(callbacks=callbacks, logger=self.loggers, enable_checkpointing=True)
-            trainer.fit(
-                self.module, datamodule=self.data, ckpt_path=str(last) if self.resuming and last.is_file() else None
-            )
-            values["metric"] = test_metric(self.trainer(), self.module, self.data, self.cfg.metric)
+            trainer.fit(self.module, datamodule=self.data, ckpt_path=last, weights_only=True)
             trainer.save_checkpoint(self.folder / "quantized.ckpt", weights_only=True)
+            if (
+                torch.distributed.is_initialized()
+            ):  # the first process is alone from here on: nothing may wait for the others
+                torch.distributed.destroy_process_group()
+            values["metric"] = self.measure()
+
+    def _resume_from(self, last: Path, *loggers: Any) -> str | None:
+        """The checkpoint to go on from, if this run was interrupted after it was written."""
+        if not self.resuming or not last.is_file():
+            return None
+        step = read_checkpoint(last)["global_step"]
+        for logger in loggers:
+            if self.main and isinstance(logger, CSVLogger):
+                continue_csv(logger, step)
+        return str(last)
 
     def export_stage(self) -> Verdict | None:
         """Converts, writes the files, verifies and measures them."""
-        with self.stage("exported") as values:
+        with self.stage("exported", "Exported") as values:
             plan = self.module.quantization_plan
             assert isinstance(plan, Plan)
             converted = convert(self.module, plan)
             save_packed(converted, plan, self.folder)
-            if self.cfg.export is None:
+            if self.target is None:
                 return None
-            target = instantiate(self.cfg.export)
-            values["bytes"] = self._export(converted, target.file)
-            verdict = self.verify(target, converted)
+            values["bytes"] = self._export(converted, self.target.file)
+            verdict = self.verify(self.target, converted)
             values |= {"metric": verdict.facts["metric"], "agreement": verdict.facts["agreement"]}
             runners = {
                 "float": OnnxRunner(self.folder / "float.onnx", threads=1),
-                "exported": OnnxRunner(self.folder / target.file, threads=1),
+                "exported": OnnxRunner(self.folder / self.target.file, threads=1),
             }
             measured = latency_ms(runners)
             values["latency_ms"] = measured["exported"]
             self.progress["stages"]["float"]["latency_ms"] = measured["float"]
         return verdict
 
+    def measure(self, **settings: Any) -> float:
+        """The metric of the module as it is, over the test set."""
+        return test_metric(self.measuring(**settings), self.module, self.data, self.cfg.metric)
+
     def verify(self, target: OnnxTarget, converted: Any) -> Verdict:
+        trained = self.progress["stages"]["qat"]["metric"]
         return verify_onnx(
-            self.folder / target.file, target, converted, self.trainer(), self.module, self.data, self.cfg.metric,
-            self.progress["stages"]["qat"]["metric"],
+            self.folder / target.file, target, converted, self.measuring(), self.module, self.data, self.cfg.metric,
+            trained,
         )  # fmt: skip
 
     def _export(self, model: Any, name: str) -> int:
@@ -206,22 +148,18 @@ class Run:
         export_onnx(copy.deepcopy(model).cpu(), example, self.folder / name)
         return (self.folder / name).stat().st_size
 
-    # -- the end -----------------------------------------------------------------------------------------------------------
-
     def report(self, verdict: Verdict | None) -> dict[str, Any]:
         """Writes and shows the report."""
         report: dict[str, Any] = {
-            "name": self.cfg.name, "metric": self.cfg.metric, "higher_is_better": self.cfg.mode == "max", "version": __version__, **self.progress,
+            "name": self.cfg.name, "metric": self.cfg.metric, "higher_is_better": self.cfg.mode == "max",
+            "version": __version__, **self.progress,
         }  # fmt: skip
         if not self.policy.is_off:
-            statistics = quantizer_stats(
-                self.module, run_steps(self.module, self.data.train_dataloader, STATISTICS_SAMPLES)
-            )
-            report["layers"] = layer_rows(self.audit_rows, statistics)
+            batches = run_steps(self.module, self.data.train_dataloader, STATISTICS_SAMPLES)
+            report["layers"] = layer_rows(self.audit_rows, quantizer_stats(self.module, batches))
         if verdict is not None:
             report["verify"] = verdict.to_dict()
-        with atomic(self.folder / "report.json") as temporary:
-            temporary.write_text(json.dumps(report, indent=1))
+        self.write_json("report.json", report)
         save_plot(report, self.folder / "report.png")
         self.console.print(report_table(report))
         return report
@@ -237,27 +175,34 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
         UserError: for mistakes in the config, before anything is written.
         SystemExit: with status 1 if the exported file falls short.
     """
-    pl.seed_everything(cfg.seed, workers=True, verbose=False)
-    this = Run(cfg, run_dir)
-    this.loggers = []
-    try:
-        this.float_stage()
-        verdict = None
-        if not this.policy.is_off:
-            this.console.print(audit_table(this.audit_rows, coverage(this.audit_rows)))
-            with atomic(run_dir / "audit.json") as temporary:
-                temporary.write_text(json.dumps(to_dict(this.audit_rows), indent=1))
-            this.ptq_stage()
-            this.qat_stage()
-            verdict = this.export_stage()
-        report = this.report(verdict)
-        files = [run_dir / name for name in (WEIGHTS, MANIFEST, OnnxTarget.file, "report.json", "report.png")]
-        log_results(this.loggers, report, [f for f in files if f.is_file()])
-    finally:
-        finish(this.loggers)
+    with calm():
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        this = Run(cfg, run_dir)
+        this.check()
+        this.remember()
+        try:
+            verdict = _stages(this)
+            if not this.main:
+                return math.nan
+            report = this.report(verdict)
+            files = [run_dir / name for name in (WEIGHTS, MANIFEST, OnnxTarget.file, "report.json", "report.png")]
+            log_results(this.loggers, report, [f for f in files if f.is_file()])
+        finally:
+            finish()
     if verdict is not None and not verdict.passed:
         raise SystemExit(1)
-    return list(report["stages"].values())[-1]["metric"]
+    return [stage["metric"] for stage in report["stages"].values() if "metric" in stage][-1]
+
+
+def _stages(this: Run) -> Verdict | None:
+    this.float_stage()
+    if this.policy.is_off:
+        return None
+    this.console.print(audit_table(this.audit_rows, coverage(this.audit_rows)))
+    this.write_json("audit.json", to_dict(this.audit_rows))
+    this.ptq_stage()
+    this.qat_stage()
+    return this.export_stage() if this.main else None
 
 
 def verify(run_dir: Path) -> bool:
@@ -267,18 +212,23 @@ def verify(run_dir: Path) -> bool:
         UserError: if the folder holds no finished run.
     """
     config = run_dir / ".hydra" / "config.yaml"
-    for path in (config, run_dir / "quantized.ckpt", run_dir / "progress.json"):
+    for path in (config, run_dir / "report.json"):
         if not path.is_file():
             raise UserError(f"{run_dir} holds no finished run: there is no {path.name}")
     cfg = OmegaConf.load(config)
     assert isinstance(cfg, DictConfig)
+    if cfg.export is None or not (run_dir / "quantized.ckpt").is_file():
+        without = "export=none" if cfg.export is None else "quant=off"
+        raise UserError(f"{run_dir} was run with {without}; there is no file to verify")
     cfg.run_dir, cfg.ckpt = str(run_dir), "last"
     OmegaConf.resolve(cfg)
-    this = Run(cfg, run_dir)
-    this.module = load_from_checkpoint(type(this.module), run_dir / "quantized.ckpt")
-    if cfg.export is None:
-        raise UserError(f"{run_dir} was run with export=none; there is no file to verify")
-    verdict = this.verify(instantiate(cfg.export), convert(this.module, this.module.quantization_plan))  # pyright: ignore[reportArgumentType]
+    with calm():
+        this = Run(cfg, run_dir)
+        assert this.target is not None
+        this.module = load_from_checkpoint(type(this.module), run_dir / "quantized.ckpt")
+        plan = this.module.quantization_plan
+        assert isinstance(plan, Plan)
+        verdict = this.verify(this.target, convert(this.module, plan))
     report = json.loads((run_dir / "report.json").read_text())
     report["verify"] = verdict.to_dict()
     this.console.print(report_table(report))

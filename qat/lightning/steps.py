@@ -1,6 +1,7 @@
-"""Running a LightningModule's own step on training batches, without leaving a trace: for the probe batch and for calibration.
+"""Running a LightningModule's own step on training batches, without leaving a trace.
 
-The user's `validation_step` (or `training_step`) knows how to call the model, whatever its batches look like; nothing has to be told to us.
+The user's `validation_step` (or `training_step`) knows how to call the model, whatever its batches look like; nothing
+has to be told to us.
 """
 
 import inspect
@@ -10,10 +11,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
+from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.model_helpers import is_overridden
+from pytorch_lightning.utilities.seed import isolate_rng
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -28,7 +30,7 @@ CALIBRATION_SEED = 0
 def step_of(module: pl.LightningModule) -> Callable[[Any], Any]:
     """The module's own step, as a function of a batch."""
     for name in ("validation_step", "training_step", "test_step"):
-        if is_overridden(name, module):
+        if is_overridden(name, module) and (name != "training_step" or module.automatic_optimization):
             method = getattr(module, name)
             positional = [
                 p
@@ -44,14 +46,23 @@ def step_of(module: pl.LightningModule) -> Callable[[Any], Any]:
 
 @contextmanager
 def no_trace(module: pl.LightningModule) -> Iterator[None]:
-    """Steps that run inside log nothing, update no running statistics, leave metrics empty and random numbers as they were."""
+    """Steps that run inside log nothing and leave statistics, metrics, lists and random numbers as they were."""
+    trainer = module._trainer
+    loggers = [] if trainer is None else trainer.loggers
+    lists = [(values, list(values)) for values in module.__dict__.values() if type(values) is list]
     module.__dict__["log"] = lambda *args, **kwargs: None
+    if trainer is not None and loggers:
+        trainer.loggers = [DummyLogger()]
     try:
         with evaluating(module), isolate_rng(), torch.no_grad():
             torch.manual_seed(CALIBRATION_SEED)
             yield
     finally:
         del module.__dict__["log"]
+        if trainer is not None and loggers:
+            trainer.loggers = loggers
+        for values, before in lists:  # many steps collect their outputs for the epoch's end
+            values[:] = before
         for child in module.modules():
             if isinstance(child, Metric):
                 child.reset()
@@ -74,7 +85,8 @@ def trainer_source(trainer: pl.Trainer) -> Source:
             datamodule.setup("fit")
         if not trainer.fit_loop._data_source.is_defined():
             raise UserError(
-                "no training data to calibrate on: pass a datamodule, call trainer.fit first, or start from a checkpoint that is quantized already"
+                "no training data to calibrate on: pass a datamodule, call trainer.fit first, "
+                "or start from a checkpoint that is quantized already"
             )
         return trainer.fit_loop._data_source.dataloader()
 
@@ -102,7 +114,7 @@ def _batch_size(batch: Any) -> int:
 
 
 def run_steps(module: pl.LightningModule, source: Source, samples: int, title: str | None = None) -> Callable[[], Any]:
-    """A function that runs the module's step on enough training batches for `samples` samples, with a progress bar under `title`."""
+    """A function that runs the step on training batches of `samples` samples, with a progress bar under `title`."""
 
     def run() -> None:
         step = step_of(module)
@@ -138,7 +150,8 @@ def example_input(module: pl.LightningModule, source: Source) -> Tensor:
     args, kwargs = seen[0]
     if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
         raise UserError(
-            f"{type(module).__name__}: export needs a forward of one tensor, its step passes {len(args)} arguments and {list(kwargs)}"
+            f"{type(module).__name__}: export needs a forward of one tensor, "
+            f"its step passes {len(args)} arguments and {list(kwargs)}"
         )
     x = args[0].detach().cpu()
     return x if len(x) > 1 else x.repeat(2, *[1] * (x.ndim - 1))

@@ -1,4 +1,7 @@
-"""Reading weights from files that may come from anywhere: safetensors, or checkpoints through torch's weights-only unpickler. No code in a file ever runs."""
+"""Reading weights from files that may come from anywhere.
+
+They are safetensors, or checkpoints that torch's weights-only unpickler reads: no code in a file ever runs.
+"""
 
 import pickle
 import zipfile
@@ -30,8 +33,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         if "Weights only load failed" in str(error) and zipfile.is_zipfile(path):
             raise UserError(
-                f"checkpoint {path}: holds Python objects besides tensors and plain containers, and loading them could run any code; "
-                "save a state_dict (or plain hyperparameters) instead"
+                f"checkpoint {path}: holds Python objects besides tensors and plain containers, "
+                "and loading them could run any code; save a state_dict (or plain hyperparameters) instead"
             ) from None
         raise UserError(f"checkpoint {path}: is damaged or no checkpoint") from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
@@ -57,7 +60,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         )
     if extra := [k for k in state if k not in own]:
         raise UserError(
-            f"checkpoint {path}: has '{extra[0]}', which {type(model).__name__} lacks ({len(extra)} such keys){nearest(extra[0], own)}"
+            f"checkpoint {path}: has '{extra[0]}', which {type(model).__name__} lacks ({len(extra)} such keys)"
+            f"{nearest(extra[0], own)}"
         )
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.shape != own[key].shape:

@@ -1,5 +1,49 @@
-"""Quantizers: one file each, found by name (`QuantSpec.quantizer`)."""
+"""Quantizers: one file each, found by its name (`QuantSpec.quantizer`). A new one is a new file: nothing lists them."""
 
-from qat.quantizers.base import Quantizer, create, find, names
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import torch
+
+from qat.errors import UserError, nearest
+from qat.quantizers.base import Quantizer
+from qat.spec import QuantSpec
+
+
+def names() -> list[str]:
+    """The quantizers that exist: the files of this folder."""
+    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "base")
+
+
+def find(name: str) -> type[Quantizer]:
+    """The quantizer class of the file `qat/quantizers/<name>.py`.
+
+    Raises:
+        UserError: if there is no such file, with the nearest name.
+    """
+    if name not in names():
+        raise UserError(f"quantizer={name}: no such quantizer{nearest(name, names())}")
+    module = importlib.import_module(f"qat.quantizers.{name}")
+    mine = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    (cls,) = (c for c in mine if issubclass(c, Quantizer))
+    return cls
+
+
+def create(spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> Quantizer:
+    """Builds the quantizer that `spec` names, with its options.
+
+    Raises:
+        UserError: for an option that it does not have, or a spec that does not suit it or the shape.
+    """
+    cls = find(spec.quantizer)
+    own = list(inspect.signature(cls.__init__).parameters)[4:]  # behind self, spec, shape and axis
+    for option in spec.options:
+        if option not in own:
+            hint = nearest(option, own) if own else "; it has none"
+            raise UserError(f"options.{option}: quantizer={spec.quantizer} has no such option{hint}")
+    return cls(spec, shape, axis, **spec.options)
+
 
 __all__ = ["Quantizer", "create", "find", "names"]

@@ -1,30 +1,34 @@
 """`Quantizer`: one tensor's grid as a module. It knows no layer, no policy and no Lightning.
 
-A quantizer is in one of three states, kept in buffers (so that checkpoints carry them) and mirrored in one Python attribute (so that a
-forward pass never waits for a device to read them):
+A quantizer is in one of three states, kept in buffers (so that checkpoints carry them) and mirrored in Python attributes (so that a forward pass never
+waits for a device to read them):
 
     observing   collects a sample of what passes and returns it untouched; `calibrate` turns the sample into scale and zero_point
     off         returns its input
-    on          returns `dequantize(quantize(x))`, bit for bit, with a straight-through gradient
+    on          returns `dequantize(quantize(x))`, bit for bit (but for stochastic rounding, which is for training
+                alone), with a straight-through gradient
 
-A new quantizer is one file in this folder that subclasses `Quantizer` and defines `fake_quantize`; `create` finds it by the file's name.
+A new quantizer is one file in this folder that subclasses `Quantizer` and defines `fake_quantize`; `find` knows it by the file's name. Shapes: `x` is any
+tensor; its *grouped* view has one more axis where groups share a scale; grids broadcast against that view.
 """
 
-import importlib
-import pkgutil
-from pathlib import Path
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from qat import ranges
-from qat.errors import UserError, nearest
-from qat.functional import SCALE_FLOOR, Bound, levels, values
+from qat.errors import UserError
+from qat.functional import dither, levels, values
+from qat.scales import SnapSTE, snap
 from qat.spec import QuantSpec
 
 SAMPLES_PER_BATCH = 1 << 17
 """Calibration keeps at most this many values of a batch (and always its extremes)."""
+
+Grid = tuple[Tensor, Tensor, Tensor]
+"""(scale, low, high): scale and the limits in units of it, broadcasting against the grouped view."""
 
 
 class Quantizer(nn.Module):
@@ -33,20 +37,31 @@ class Quantizer(nn.Module):
     Args:
         spec: A resolved spec (`QuantSpec.resolved`): `signed` and `narrow` are settled.
         shape: Shape of the tensor if it is a weight, `None` for an activation (whose batch dimension varies).
-        axis: The output-channel axis of a weight; groups run along the other one of axes 0 and 1.
+        axis: The output-channel axis of a weight; groups run along the other one of axes 0 and 1 (of an activation: along the last).
 
     Attributes:
         scale: `(1,)` per tensor, `(channels,)` per channel, or the weight's shape with the grouped axis divided by `group_size`.
         zero_point: int32 of the same shape; the code of the value zero.
+        quant_min, quant_max: The lowest and highest code.
+        on: Whether `forward` quantizes.
+
+    Class attributes:
+        uniform: Whether codes come from equal steps, as `QuantizeLinear` computes them; otherwise there is no integer file.
+        static: Whether every `x` has the same grid; of one that is measured on each `x`, only `grid(x)` knows the scale.
 
     Raises:
         UserError: if the granularity does not fit the shape.
     """
 
+    uniform: ClassVar[bool] = True
+    static: ClassVar[bool] = True
+
     scale: Tensor
     zero_point: Tensor
     enabled: Tensor
     initialised: Tensor
+    lowest: Tensor
+    highest: Tensor
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
         super().__init__()
@@ -56,9 +71,12 @@ class Quantizer(nn.Module):
         self.is_weight = shape is not None
         scale_shape = self._scale_shape(shape)
         self._make_scale(torch.ones(scale_shape, dtype=torch.float32))
-        self.register_buffer("zero_point", torch.zeros(scale_shape, dtype=torch.int32))
+        self._make_zero_point(torch.zeros(scale_shape, dtype=torch.int32))
         self.register_buffer("enabled", torch.ones(1, dtype=torch.bool))
         self.register_buffer("initialised", torch.zeros(1, dtype=torch.bool))
+        # As tensors, so that compiled kernels are the same for every grid.
+        self.register_buffer("lowest", torch.full((1,), self.quant_min, dtype=torch.float32), persistent=False)
+        self.register_buffer("highest", torch.full((1,), self.quant_max, dtype=torch.float32), persistent=False)
         self.observing = False
         self._sample: list[Tensor] = []
         self._read_flags()
@@ -67,83 +85,128 @@ class Quantizer(nn.Module):
         """Registers `scale`; quantizers that learn it register a parameter instead."""
         self.register_buffer("scale", scale)
 
+    def _make_zero_point(self, zero_point: Tensor) -> None:
+        """Registers `zero_point`; a quantizer that derives it from something else has a property instead."""
+        self.register_buffer("zero_point", zero_point)
+
     def _scale_shape(self, shape: torch.Size | None) -> tuple[int, ...]:
         if self.spec.granularity == "tensor":
             return (1,)
         if shape is None:
-            raise UserError(f"granularity={self.spec.granularity}: an activation has one scale (granularity=tensor)")
+            raise UserError(
+                f"granularity={self.spec.granularity}: quantizer={self.spec.quantizer} keeps one scale for an activation "
+                "(granularity=tensor); quantizer: dynamic measures tokens and groups as they pass"
+            )
         if self.spec.granularity == "channel":
             return (shape[self.axis],)
-        size, group_axis = self.spec.group_size, 1 - self.axis
-        assert size is not None
-        if shape[group_axis] % size:
+        size, group_axis = self.spec.group_size, self._group_axis(len(shape))
+        if size is None or shape[group_axis] % size:
             raise UserError(
-                f"group_size={size} does not divide the {shape[group_axis]} input channels of a weight of shape {tuple(shape)}; "
-                "the last group would be ragged"
+                f"group_size={size} does not divide the {shape[group_axis]} input channels of a weight of shape "
+                f"{tuple(shape)}; the last group would be ragged"
             )
         return (*shape[:group_axis], shape[group_axis] // size, *shape[group_axis + 1 :])
 
-    # -- the grid ----------------------------------------------------------------------------------------------------------
+    # -- the grid ------------------------------------------------------------------------------------------------------
+
+    def _group_axis(self, ndim: int) -> int:
+        return 1 - self.axis if self.is_weight else ndim - 1
 
     def _grouped(self, x: Tensor) -> Tensor:
-        """A view of `x` against which `_spread(scale)` broadcasts."""
         if self.spec.granularity != "group":
             return x
-        return x.unflatten(1 - self.axis, (-1, self.spec.group_size or 1))
+        axis, size = self._group_axis(x.ndim), self.spec.group_size or 1
+        return x.unflatten(axis, (x.shape[axis] // size, size))  # -1 would be ambiguous for an empty tensor
 
     def _spread(self, per_scale: Tensor, ndim: int) -> Tensor:
-        """A view of a tensor shaped like `scale` that broadcasts against `_grouped(x)` for an `x` of `ndim` dimensions."""
+        """A view of a tensor shaped like `scale` that broadcasts against the grouped view of a tensor of `ndim` axes."""
         if self.spec.granularity == "tensor":
             return per_scale
         if self.spec.granularity == "channel":
             return per_scale.view([-1 if d == self.axis else 1 for d in range(ndim)])
-        return per_scale.unsqueeze(2 - self.axis)
+        return per_scale.unsqueeze(self._group_axis(ndim) + 1)
 
-    def _levels_range(self, ndim: int) -> tuple[Bound, Bound]:
+    def _limits(self, ndim: int) -> tuple[Tensor, Tensor]:
         if self.spec.symmetric:
-            return self.quant_min, self.quant_max
+            return self.lowest, self.highest
         zero_point = self._spread(self.zero_point, ndim)
-        return self.quant_min - zero_point, self.quant_max - zero_point
+        return self.lowest - zero_point, self.highest - zero_point
+
+    def _acting(self, scale: Tensor) -> Tensor:
+        """`scale` as it is stored: in its format, with a straight-through gradient."""
+        if not scale.requires_grad:
+            return snap(scale, self.spec)
+        return SnapSTE.apply(scale, self.spec)  # pyright: ignore[reportReturnType]
 
     def step(self) -> Tensor:
-        """The scale that acts, floor applied: float32, detached, of the shape of `scale`."""
-        return self.scale.detach().float().clamp_min(SCALE_FLOOR)
+        """The scale that acts, format and floor applied: float32, detached, of the shape of `scale`."""
+        return self._acting(self.scale.detach().float())
+
+    def grid(self, x: Tensor) -> Grid:
+        """The grid for `x`, with gradients to what is learned."""
+        return self._spread(self._acting(self.scale), x.ndim), *self._limits(x.ndim)
+
+    def transform(self, x: Tensor) -> Tensor:
+        """What is rounded: `x` itself, but for quantizers that reshape their tensor first."""
+        return x
+
+    @torch.no_grad()
+    def levels(self, x: Tensor) -> Tensor:
+        """`x` rounded to the grid, in units of the scale: float32, of the shape of `x`."""
+        return levels(self._grouped(self.transform(x)), *self.grid(x), self.spec.rounding).view(x.shape)
 
     def quantize(self, x: Tensor) -> Tensor:
-        """The integer codes of `x`, `quant_min .. quant_max`.
+        """The codes of `x`.
 
         Returns:
-            int8 or uint8, of the shape of `x`.
+            Of the shape of `x`. Integer formats: `quant_min .. quant_max` as `code_dtype`. Floating-point formats: bit patterns as uint8.
 
         Raises:
             ValueError: if `x` holds NaN, which has no code.
         """
-        with torch.no_grad():
-            level = levels(self._grouped(x), self._spread(self.scale, x.ndim), *self._levels_range(x.ndim))
-            if level.isnan().any():
-                raise ValueError("NaN has no code: the tensor to be quantized holds NaN")
-            codes = level + self._spread(self.zero_point, x.ndim)
-            return codes.to(torch.int8 if self.spec.signed else torch.uint8).view(x.shape)
+        level = self.levels(x)
+        if level.isnan().any():
+            raise ValueError("NaN has no code: the tensor to be quantized holds NaN")
+        if self.spec.float_format is not None:
+            return self.spec.float_format.encode(level)
+        codes = self._grouped(level) + (self.quant_min - self.grid(x)[1]) if not self.spec.symmetric else level
+        return codes.to(self.code_dtype).view(x.shape)
 
-    def dequantize(self, codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The real values of `codes`."""
-        level = self._grouped(codes).float() - self._spread(self.zero_point, codes.ndim)
-        return values(level, self._spread(self.scale, codes.ndim), dtype).view(codes.shape)
+    def dequantize(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
+        """The real values of `codes`, float32.
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
-        """`dequantize(quantize(x))` with this quantizer's gradient; `scale`, `low` and `high` broadcast against `x`."""
+        Args:
+            codes: From `quantize`.
+            grid: From `grid(x)`, for a quantizer that measures each `x`.
+        """
+        scale, low, _ = grid or self.grid(codes)
+        if self.spec.float_format is not None:
+            level = self._grouped(self.spec.float_format.decode(codes))
+        else:
+            level = self._grouped(codes).float() + (low - self.quant_min)
+        return values(level, scale.detach(), torch.float32).view(codes.shape)
+
+    @property
+    def code_dtype(self) -> torch.dtype:
+        """The smallest integer type that holds every code of an integer format."""
+        options = (torch.int8, torch.int16, torch.int32) if self.spec.signed else (torch.uint8, torch.int32)
+        return next(t for t in options if torch.iinfo(t).min <= self.quant_min and self.quant_max <= torch.iinfo(t).max)
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """`dequantize(quantize(x))` with this quantizer's gradient; the grid broadcasts against `x`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.on:
-            return self._pass(x)
-        return self._snap(x)
+        return self._snap(x) if self.on else self._pass(x)
 
     def _snap(self, x: Tensor) -> Tensor:
-        y = self.fake_quantize(self._grouped(x), self._spread(self.scale, x.ndim), *self._levels_range(x.ndim))
-        return y.view(x.shape) if self.spec.granularity == "group" else y
+        inner, grid = self._grouped(self.transform(x)), self.grid(x)
+        if self.training and self.spec.rounding_mode == "stochastic":
+            inner = dither(inner, *grid)
+        y = self.fake_quantize(inner, *grid).to(x.dtype)
+        return y if y.shape == x.shape else y.view(x.shape)  # groups, and a scalar that met a scale of shape (1,)
 
-    # -- states ------------------------------------------------------------------------------------------------------------
+    # -- states --------------------------------------------------------------------------------------------------------
 
     def _pass(self, x: Tensor) -> Tensor:
         if self.observing:
@@ -162,6 +225,25 @@ class Quantizer(nn.Module):
         """Switches between on and off."""
         self.enabled.fill_(enabled)
         self._read_flags()
+
+    @torch.no_grad()
+    def change_bits(self, bits: int) -> None:
+        """Gives the grid another width in place. Its range stays, so the step grows or shrinks; keys and shapes of its state stay, too.
+
+        Raises:
+            UserError: if its format does not have that many bits.
+        """
+        old, new = self.spec, dataclasses.replace(self.spec, bits=bits)
+        if new.symmetric:
+            factor = old.quant_max / new.quant_max
+        else:
+            factor = (old.quant_max - old.quant_min) / (new.quant_max - new.quant_min)
+            zero_point = new.quant_min + (self.zero_point - old.quant_min) / factor
+            self.zero_point.copy_(zero_point.round().clamp(new.quant_min, new.quant_max))
+        self.scale.mul_(factor)
+        self.spec, self.quant_min, self.quant_max = new, new.quant_min, new.quant_max
+        self.lowest.fill_(self.quant_min)
+        self.highest.fill_(self.quant_max)
 
     def versions(self) -> tuple[Any, ...]:
         """Changes whenever the grid or its state does; what a cache of quantized weights is keyed by."""
@@ -191,30 +273,33 @@ class Quantizer(nn.Module):
             UserError: if there is nothing to look at, or it holds NaN or infinity.
         """
         if x is not None:
-            rows = self._rows(x.detach().float())
+            rows = self._rows(self.transform(x.detach().float()))
         elif self._sample:
             rows = torch.cat(self._sample)[None]
         else:
             raise UserError("nothing passed through it during calibration")
         if not rows.isfinite().all():
             raise UserError("holds NaN or infinity, for which there is no range")
-        estimator = getattr(ranges, self.spec.range)
-        low, high = estimator(rows, self.quant_min, self.quant_max, self.spec.symmetric)
-        self._set_range(low, high)
+        if rows.numel():
+            self._fit(rows)
         self.initialised.fill_(True)
         self.observe(False)
+
+    def _fit(self, rows: Tensor) -> None:
+        """Finds the first range from `rows [scales, N]`."""
+        self._set_range(*getattr(ranges, self.spec.range)(rows, self.spec))
 
     def _rows(self, x: Tensor) -> Tensor:
         if self.spec.granularity == "tensor":
             return x.reshape(1, -1)
         if self.spec.granularity == "channel":
             return x.movedim(self.axis, 0).flatten(1)
-        return self._grouped(x).movedim(2 - self.axis, -1).reshape(-1, self.spec.group_size or 1)
+        return self._grouped(x).movedim(self._group_axis(x.ndim) + 1, -1).reshape(-1, self.spec.group_size or 1)
 
     @torch.no_grad()
     def _set_range(self, low: Tensor, high: Tensor) -> None:
-        scale, zero_point = ranges.scale_and_zero_point(low, high, self.quant_min, self.quant_max, self.spec.symmetric)
-        self.scale.copy_(scale.clamp_min(SCALE_FLOOR).view(self.scale.shape))
+        scale, zero_point = ranges.scale_and_zero_point(low, high, self.spec)
+        self.scale.copy_(scale.view(self.scale.shape))
         self.zero_point.copy_(zero_point.view(self.zero_point.shape))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -223,29 +308,3 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec.short}, {self.spec.quantizer}"
-
-
-def names() -> list[str]:
-    """The quantizers that exist: the files of this folder."""
-    return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "base")
-
-
-def find(name: str) -> type[Quantizer]:
-    """The quantizer class of the file `qat/quantizers/<name>.py`.
-
-    Raises:
-        UserError: if there is no such file, with the nearest name.
-    """
-    if name not in names():
-        raise UserError(f"quantizer={name}: no such quantizer{nearest(name, names())}")
-    module = importlib.import_module(f"qat.quantizers.{name}")
-    (cls,) = (
-        c for c in vars(module).values()
-        if isinstance(c, type) and issubclass(c, Quantizer) and c.__module__ == module.__name__
-    )  # fmt: skip
-    return cls
-
-
-def create(spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> Quantizer:
-    """Builds the quantizer that `spec` names."""
-    return find(spec.quantizer)(spec, shape, axis)

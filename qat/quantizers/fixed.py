@@ -1,13 +1,33 @@
-"""A grid that stays where calibration put it; the gradient is the clipped straight-through estimator (Bengio et al., 2013)."""
+"""A grid that stays where calibration put it; the gradient is the clipped straight-through estimator (Bengio et al., arXiv 1308.3432, section 4).
 
+    dL/dx = dL/dy where low <= x / scale <= high, else 0
+"""
+
+import torch
 from torch import Tensor
 
-from qat.functional import Bound, RoundSTE
+from qat.formats import Rounding
+from qat.functional import levels, ratio, values
+from qat.kernels import Grads, gradient
 from qat.quantizers.base import Quantizer
+from qat.spec import QuantSpec
+
+
+def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return values(levels(x, scale, low, high, rounding), scale, x.dtype)
+
+
+def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
+    v = ratio(x, scale)
+    return grad * (v.ge(low) & v.le(high)), None
 
 
 class Fixed(Quantizer):
     """Fixed range; only the weights learn."""
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
-        return RoundSTE.apply(x, scale, low, high)  # pyright: ignore[reportReturnType]
+    def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
+        super().__init__(spec, shape, axis)
+        self.gradient = gradient(forward, backward, spec.rounding)
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return self.gradient(x, scale, low, high)

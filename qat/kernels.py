@@ -1,0 +1,200 @@
+"""Running pure tensor functions at the speed of memory: compiled where it pays, plain torch where it does not.
+
+Fake quantization is a handful of arithmetic operations per element. Run one by one, each reads and writes the whole tensor; fused by torch.compile they read it once and write it
+once. A `Kernel` is such a function with both ways to run it:
+
+    inside somebody's torch.compile   inlined, so that it fuses with their code too
+    small tensors                     plain torch: calling a compiled region costs 25-50 microseconds
+    large tensors                     compiled once for all shapes; where no compiler is found, plain torch, with one warning
+
+Compiling costs seconds, which a run of a minute never earns back, so it starts once `PATIENCE` elements have passed (see `configure`). torch keeps the result on
+disk: the next process loads it.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import cache, partial
+from types import FunctionType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qat.formats import Rounding
+
+SMALL = 1 << 16
+"""Tensors below this many elements run in plain torch."""
+
+Grads = tuple[Tensor | None, ...]
+Mode = Literal["auto", "always", "never"]
+_settings: dict[str, Any] = {"mode": "auto", "patience": 4_000_000_000, "broken": False}
+
+
+def configure(mode: Mode = "auto", patience: int = 4_000_000_000) -> None:
+    """Chooses when kernels are compiled.
+
+    Args:
+        mode: `auto`: after `patience` elements; `always`: from the first large tensor; `never`.
+        patience: Elements that pass through plain torch first (about half a minute of work on two cores).
+    """
+    _settings.update(mode=mode, patience=patience)
+
+
+def _worth(x: Tensor) -> bool:
+    """Whether a kernel should run compiled on `x`; counts down the patience."""
+    if x.numel() < SMALL or _settings["broken"] or _settings["mode"] == "never" or torch.compiler.is_compiling():
+        return False
+    if _settings["mode"] == "auto" and _settings["patience"] > 0:
+        _settings["patience"] -= x.numel()
+        return False
+    return True
+
+
+class Kernel:
+    """A pure function of tensors and its compiled form, made when first asked for.
+
+    Args:
+        function: Positional tensors in, a tensor or a tuple of tensors out; it may work in place on tensors it made itself.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self._compiled: Callable[..., Any] | None = None
+
+    def compiled(self, *args: Tensor) -> Any:
+        """Runs compiled, or where that fails, and from then on, in plain torch."""
+        try:
+            if self._compiled is None:
+                self._compiled = torch.compile(_own_code(self.function), dynamic=True, fullgraph=True)
+            # Part of what torch guards compiled code by: a layer's forward has switched it off already, its backward not.
+            with torch._C.DisableTorchFunction(), torch.no_grad():
+                return self._compiled(*args)
+        except Exception as error:  # a missing compiler surfaces as whatever its build step raises
+            _settings["broken"] = True
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            warnings.warn(f"quantizers run uncompiled, several times slower: torch.compile failed ({reason})", stacklevel=2)
+            return self.function(*args)
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under a code object of its own: torch counts recompilations by code object, and kernels must not use up each other's."""
+
+    def run(*args: Tensor) -> Any:
+        return function(*args)
+
+    return FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+
+
+class Gradient:
+    """A fake quantization and its gradient, as two kernels. Get one from `gradient`, which makes one for all quantizers that share it."""
+
+    def __init__(self, forward: Callable[..., Tensor], backward: Callable[..., Grads], rounding: Rounding) -> None:
+        self.parts = forward, backward, rounding
+        self.forward, self.backward = Kernel(partial(forward, rounding)), Kernel(partial(backward, rounding))
+
+    def __call__(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *extra: Tensor, grad_scale: float = 1.0) -> Tensor:
+        """Fake-quantizes `x`; gradients of `scale` and `extra` are multiplied by `grad_scale`."""
+        return _Apply.apply(self, grad_scale, x, scale, low, high, *extra)  # pyright: ignore[reportReturnType]
+
+    def __reduce__(self) -> Any:
+        return gradient, self.parts
+
+
+@cache
+def gradient(forward: Callable[..., Tensor], backward: Callable[..., Grads], rounding: Rounding) -> Gradient:
+    """The gradient of these two module-level functions.
+
+    Args:
+        forward: `(rounding, x, scale, low, high, *extra) -> y`.
+        backward: `(rounding, grad, x, scale, low, high, *extra) -> (grad_x, grad_scale or None, *grad_extra)`.
+        rounding: How a ratio becomes a level (`QuantSpec.rounding`).
+    """
+    return Gradient(forward, backward, rounding)
+
+
+class _Apply(torch.autograd.Function):
+    """Saves the inputs and nothing else; backward recomputes the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Gradient, grad_scale: float, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.gradient, ctx.grad_scale = gradient, grad_scale
+        if not _worth(tensors[0]):
+            return gradient.forward.function(*tensors)
+        layout = _Layout(tensors[0], tensors[1])
+        return layout.restore(gradient.forward.compiled(layout.rows(tensors[0]), *map(layout.per_row, tensors[1:])))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *parameters = ctx.saved_tensors
+        if not _worth(x):
+            grad_x, *others = ctx.gradient.backward.function(grads[0], x, *parameters)
+        else:
+            layout = _Layout(x, parameters[0])
+            arguments = layout.rows(grads[0]), layout.rows(x), *map(layout.per_row, parameters)
+            grad_x, *others = ctx.gradient.backward.compiled(*arguments)
+            grad_x = layout.restore(grad_x)
+            others = [g if g is None else g.view(p.shape) for g, p in zip(others, (parameters[0], *parameters[3:]), strict=True)]
+        if ctx.grad_scale != 1.0:
+            others = [g if g is None else g * ctx.grad_scale for g in others]
+        return None, None, grad_x, others[0], None, None, *others[1:]
+
+
+class _Layout:
+    """Shows kernels a tensor as `[N]` (one scale) or `[rows, N]` (a scale for each), whatever its shape, in the order it lies in memory.
+
+    So a kernel is compiled once for all shapes, channels_last costs no copy, and per-channel runs like per-tensor. Scales along other axes broadcast as they are.
+    """
+
+    def __init__(self, x: Tensor, scale: Tensor) -> None:
+        self.shape, self.strides = x.shape, _dense_strides(x)
+        count = x.numel()
+        leading = next((d for d in range(scale.ndim, 0, -1) if scale.shape[d - 1] != 1), 0)
+        if leading == 0:
+            self.view = (count,)
+        elif scale.ndim == x.ndim and x.shape[:leading] == scale.shape[:leading] and _outermost(self.shape, self.strides, leading):
+            rows = scale.numel()
+            self.view = (rows, count // rows)
+        else:
+            self.view = None
+
+    def rows(self, x: Tensor) -> Tensor:
+        if self.view is None:
+            return x
+        if x.stride() != self.strides:
+            x = torch.empty_strided(self.shape, self.strides, dtype=x.dtype, device=x.device).copy_(x)
+        return _alias(x, self.view, (self.view[1], 1) if len(self.view) == 2 else (1,))
+
+    def per_row(self, parameter: Tensor) -> Tensor:
+        if self.view is None:
+            return parameter
+        count = parameter.numel()
+        return _alias(parameter.contiguous(), *(((count, 1), (1, 1)) if len(self.view) == 2 and count > 1 else ((count,), (1,))))
+
+    def restore(self, x: Tensor) -> Tensor:
+        return x if self.view is None else _alias(x, self.shape, self.strides)
+
+
+def _alias(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
+    """The memory of `x` as another tensor, which is no view: compiled code is guarded by what a view is of, and in-place operations refuse views made here."""
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, strides)  # pyright: ignore[reportArgumentType]
+
+
+def _dense_strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of `x` if it fills its memory without gaps or overlaps, else contiguous ones."""
+    expected = 1
+    for size, stride in sorted(zip(x.shape, x.stride(), strict=True), key=lambda pair: (pair[1], pair[0])):
+        if size > 1 and stride != expected:
+            return torch.empty(x.shape, device="meta").stride()
+        expected *= size
+    return x.stride()
+
+
+def _outermost(shape: torch.Size, strides: tuple[int, ...], leading: int) -> bool:
+    """Whether the first `leading` axes lie outside all others in memory, in order."""
+    inner = shape[leading:].numel()
+    for size, stride in zip(reversed(shape[:leading]), reversed(strides[:leading]), strict=True):
+        if size > 1 and stride != inner:
+            return False
+        inner *= size
+    return True

@@ -1,0 +1,80 @@
+"""Scales in optimizer groups of their own: no weight decay, and a learning rate relative to that of the weights
+beside them.
+
+LSQ scales the gradient of a step size so that, under SGD, it moves as fast as the weights do. Adaptive optimizers
+divide any such factor out again: under Adam a step size of 0.01 would move by the whole learning rate each step. So
+the factor is 1 for SGD and `ADAPTIVE_FACTOR` for all others.
+
+The split happens while the optimizer is constructed, not afterwards: schedulers copy the groups' learning rates when
+they are made, and so see the final groups. Two of them overwrite those rates (OneCycleLR, CyclicLR); what they are
+told is multiplied by each group's factor, too.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+ADAPTIVE_FACTOR = 0.01
+FACTOR = "scale_lr_factor"
+"""Key under which a group of scales keeps its factor; checkpoints carry it."""
+
+
+def auto_factor(optimizer: torch.optim.Optimizer) -> float:
+    """1 for SGD, `ADAPTIVE_FACTOR` for every other optimizer."""
+    return 1.0 if isinstance(optimizer, torch.optim.SGD) else ADAPTIVE_FACTOR
+
+
+@contextmanager
+def own_groups(scales: list[nn.Parameter], factor: float | None) -> Iterator[None]:
+    """While it lasts, every parameter group given to an optimizer loses its scales to a group behind it.
+
+    Args:
+        scales: The parameters to set apart.
+        factor: Their learning rate relative to their group's; `None` for `auto_factor`.
+    """
+    is_scale = {id(s) for s in scales}
+    add: Callable[..., None] = torch.optim.Optimizer.add_param_group
+    format_param: Callable[..., list[Any]] = lr_scheduler._format_param
+
+    def add_param_group(self: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        split = [m for m in members if id(_tensor(m)) in is_scale]
+        rest = [m for m in members if id(_tensor(m)) not in is_scale]
+        if rest or not split:
+            add(self, {**group, "params": rest})
+        if split:
+            by = auto_factor(self) if factor is None else factor
+            lr = group.get("lr", self.defaults.get("lr"))
+            own = {"params": split, "weight_decay": 0.0, FACTOR: by, **({"lr": lr * by} if lr is not None else {})}
+            add(self, {**group, **own})
+
+    def format_scaled(name: str, optimizer: torch.optim.Optimizer, param: Any) -> list[Any]:
+        factors = [group.get(FACTOR) for group in optimizer.param_groups]
+        if isinstance(param, list | tuple) and len(param) == sum(f is None for f in factors):
+            param = _spread(param, factors)
+        values = format_param(name, optimizer, param)
+        return [v if f is None or "lr" not in name else v * f for v, f in zip(values, factors, strict=True)]
+
+    with (
+        patch.object(torch.optim.Optimizer, "add_param_group", add_param_group),
+        patch.object(lr_scheduler, "_format_param", format_scaled),
+    ):
+        yield
+
+
+def _spread(values: list[Any] | tuple[Any, ...], factors: list[float | None]) -> list[Any]:
+    """One value per group of the user's becomes one per group: scales take that of the group they were split from."""
+    given, spread = iter(values), []
+    for factor in factors:
+        spread.append(next(given) if factor is None else spread[-1])
+    return spread
+
+
+def _tensor(member: Any) -> Any:
+    """`named_parameters()` gives pairs."""
+    return member[1] if isinstance(member, tuple) else member

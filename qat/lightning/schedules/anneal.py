@@ -1,0 +1,142 @@
+"""Lowering bit-widths step by step, so that each width starts from a network that works at the width before.
+
+A width is changed in place. The range stays, so the step is multiplied by quant_max_old / quant_max_new; keys and
+shapes of the state stay as well, and optimizers, averages and checkpoints never notice. The plan that checkpoints carry
+always has the widths of that moment: loading one gives the model that was saved, in the middle of a schedule, too.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import nn
+
+from qat.errors import UserError
+from qat.insert import Plan
+from qat.lightning.schedules.which import quantized_weights, quantizers_of, select
+from qat.quantizers import Quantizer, create
+
+
+class AnnealBits(Callback):
+    """Changes bit-widths at the start of epochs.
+
+    A monitored "best" checkpoint may have the wider grids of the beginning; what training ends with has the policy's.
+
+    Args:
+        schedule: Bits from each epoch on: `{0: 8, 2: 4, 5: 2}`. It begins at epoch 0 and ends at the policy's bits.
+        match: Which quantizers: a glob over their names, `@weight`, `@act`, or a list of these; `None` for all whose
+            bits in the policy are the schedule's last.
+
+    Raises:
+        UserError: if the schedule is not of that form; (when training starts) if it does not end at the bits of the
+            policy, if training ends before it does, or if a quantizer cannot have the bits.
+    """
+
+    def __init__(self, schedule: Mapping[int, int], match: str | Sequence[str] | None = None) -> None:
+        if not schedule or any(isinstance(n, bool) or not isinstance(n, int) for n in (*schedule, *schedule.values())):
+            raise UserError(f"schedule={dict(schedule)}: must map epochs to bits, such as {{0: 8, 2: 4}}")
+        if min(schedule) != 0:
+            raise UserError(f"schedule={dict(schedule)}: must begin at epoch 0")
+        self.schedule, self.match = dict(sorted(schedule.items())), match
+        self._final: dict[str, int] = {}
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(match=self.match)  # weights and activations may have a schedule each
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        last, bits = list(self.schedule.items())[-1]
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= last:
+            raise UserError(
+                f"AnnealBits: schedule={self.schedule}: training ends before, after max_epochs={trainer.max_epochs}"
+            )
+        if not self._final:  # else a checkpoint from the middle of the schedule has brought it
+            self._final = self._chosen(pl_module, bits)
+        for name, policy in self._final.items():
+            if policy != bits:
+                raise UserError(
+                    f"AnnealBits: schedule={self.schedule} ends at {bits} bits, but the policy gives '{name}' "
+                    f"{policy}; end it there, or leave that quantizer out with match"
+                )
+        self._check(pl_module)
+
+    def _chosen(self, pl_module: pl.LightningModule, last: int) -> dict[str, int]:
+        """The policy's bits of every quantizer that the schedule is for."""
+        if self.match is not None:
+            return {name: q.spec.width for name, q in select(pl_module, self.match, "AnnealBits").items()}
+        widths = {name: q.spec.width for name, q in quantizers_of(pl_module, "AnnealBits").items()}
+        if last not in widths.values():
+            own = ", ".join(map(str, sorted(set(widths.values()))))
+            raise UserError(
+                f"AnnealBits: schedule={self.schedule} ends at {last} bits, but the policy's grids have {own}"
+            )
+        return {name: width for name, width in widths.items() if width == last}
+
+    def _check(self, pl_module: pl.LightningModule) -> None:
+        """Tries every width on a new quantizer."""
+        weights = dict(quantized_weights(pl_module).values())
+        for name, quantizer in self._quantizers(pl_module).items():
+            shape = weights[quantizer].shape if quantizer.is_weight else None
+            for epoch, bits in self.schedule.items():
+                where = f"AnnealBits: schedule[{epoch}]={bits} for '{name}'"
+                try:
+                    trial = create(dataclasses.replace(quantizer.spec, bits=bits), shape, quantizer.axis)
+                except UserError as error:
+                    raise UserError(f"{where}: {error}") from None
+                if _shapes(trial) != _shapes(quantizer):
+                    raise UserError(
+                        f"{where}: quantizer={quantizer.spec.quantizer} learns something per level, "
+                        "so its bits cannot change; leave it out with match"
+                    )
+
+    def _quantizers(self, pl_module: pl.LightningModule) -> dict[str, Quantizer]:
+        return {name: q for name, q in quantizers_of(pl_module, "AnnealBits").items() if name in self._final}
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        bits = next(b for epoch, b in reversed(self.schedule.items()) if epoch <= trainer.current_epoch)
+        for quantizer in self._quantizers(pl_module).values():
+            if quantizer.spec.bits != bits:
+                quantizer.change_bits(bits)
+        pl_module.quantization_plan = current_plan(pl_module)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        wide = [name for name, q in self._quantizers(pl_module).items() if q.spec.bits != self._final[name]]
+        if wide:
+            rank_zero_warn(
+                f"AnnealBits: training ended early, with {len(wide)} quantizers ('{wide[0]}', ...) "
+                "at other bits than the policy's"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"final": dict(self._final)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._final = dict(state_dict["final"])
+
+
+def current_plan(module: pl.LightningModule) -> Plan:
+    """The module's plan, with the specs that its quantizers have now."""
+    plan = module.quantization_plan
+    assert isinstance(plan, Plan)
+    specs = {}
+    for name, layer in plan.layers.items():
+        specs |= zip(layer["input"], _chain(module.get_submodule(name).input_quantizer), strict=True)
+    for site, inputs in plan.sites.items():
+        for i, labels in enumerate(inputs):
+            specs |= zip(labels, _chain(getattr(module.get_submodule(site), f"input_quantizer_{i}")), strict=True)
+    weights = {name: module.get_submodule(name).weight_quantizer.spec for name in plan.weights}  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(
+        plan, weights=weights, activations={label: specs[label].spec for label in plan.activations}
+    )
+
+
+def _shapes(quantizer: Quantizer) -> dict[str, Any]:
+    return {key: value.shape for key, value in quantizer.state_dict().items()}
+
+
+def _chain(quantizers: Any) -> list[Quantizer]:
+    """The grids that an input passes in turn."""
+    return [m for m in quantizers.modules() if isinstance(m, Quantizer)] if isinstance(quantizers, nn.Module) else []

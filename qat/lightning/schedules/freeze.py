@@ -1,0 +1,105 @@
+"""Freezing what still moves late in training, so that the weights can settle on grids and statistics that stay.
+
+Ranges that follow the data jitter with every batch, and so do BatchNorm's batch statistics, which evaluation and export
+replace by the running ones. Both are customarily frozen for the last part of training (Krishnamoorthi, arXiv
+1806.08342, section 3.2; Jacob et al., CVPR 2018, section 3).
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from qat.errors import UserError
+from qat.layers import original_class
+from qat.lightning.schedules.when import check_moment, check_reached, reached
+from qat.lightning.schedules.which import quantizers_of
+from qat.quantizers.minmax import MinMax
+
+
+def batch_norms(model: nn.Module, who: str) -> list[_BatchNorm]:
+    """The BatchNorms that keep running statistics.
+
+    Raises:
+        UserError: if there are none, in the name of the callback `who`.
+    """
+    found = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not found:
+        raise UserError(
+            f"{who}: {original_class(model).__name__} has no BatchNorm with running statistics; leave the callback out"
+        )
+    return found
+
+
+class FreezeRanges(Callback):
+    """Stops the ranges that follow the data (`minmax`) and, if asked, the learned scales.
+
+    Args:
+        at: When: a share of training (a float below 1) or a number of epochs (an int).
+        scales: Whether learned scales (and offsets) stop, too: optimizers then skip them, momentum and weight decay
+            included.
+
+    Raises:
+        UserError: (when training starts) if there is nothing to stop, or if training ends before.
+    """
+
+    def __init__(self, at: float = 0.5, scales: bool = False) -> None:
+        check_moment("at", at)
+        self.at, self.scales = at, scales
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_reached(trainer, "FreezeRanges: at", self.at)
+        found = quantizers_of(pl_module, "FreezeRanges").values()
+        if not any(isinstance(q, MinMax) or (self.scales and list(q.parameters())) for q in found):
+            hint = "" if self.scales else "; scales: true stops those that are learned"
+            raise UserError(f"FreezeRanges: no quantizer's range follows the data, so there is nothing to stop{hint}")
+        self._trackers = [q for q in found if isinstance(q, MinMax)]
+        self._learned = [p for q in found for p in q.parameters()] if self.scales else []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._trackers and reached(trainer, self.at):
+            for quantizer in self._trackers:
+                quantizer.tracking.fill_(False)
+            self._trackers = []  # once is enough: it is a buffer
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        if self._learned and reached(trainer, self.at):
+            for parameter in self._learned:
+                parameter.grad = None  # requires_grad=False would let DDP wait for its gradient
+
+
+class FreezeBatchNorm(Callback):
+    """Keeps BatchNorms in evaluation mode: they normalize by their running statistics, which no longer change; gamma
+    and beta still learn.
+
+    Those that fold into the layer before them then also add the rounding error of the folded bias, as they do in
+    evaluation (`qat.layers.accumulator`).
+
+    Args:
+        at: When: a share of training (a float below 1) or a number of epochs (an int).
+
+    Raises:
+        UserError: (when training starts) if there is no BatchNorm, or if training ends before.
+    """
+
+    def __init__(self, at: float = 0.5) -> None:
+        check_moment("at", at)
+        self.at = at
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_reached(trainer, "FreezeBatchNorm: at", self.at)
+        self._norms = batch_norms(pl_module, "FreezeBatchNorm")
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if reached(trainer, self.at):
+            for norm in self._norms:  # at every batch, because anybody may call train() in between
+                norm.eval()

@@ -1,0 +1,50 @@
+"""Re-estimating BatchNorm statistics after training.
+
+Running statistics average over the last steps of training, in which a few oscillating weights change the output of
+their channel from step to step. Averaged anew with the final weights they fit what is evaluated and exported (Nagel et
+al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, section 3.2).
+"""
+
+from itertools import islice
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from qat.errors import UserError
+from qat.lightning.schedules.freeze import batch_norms
+from qat.lightning.steps import _batches, _precision, no_trace, step_of, trainer_source
+
+
+class ReestimateBatchNorm(Callback):
+    """At the end of fit, replaces running statistics by the mean over training batches, all else in evaluation mode.
+
+    Checkpoints written during training keep the statistics they were written with.
+
+    Args:
+        batches: How many training batches (all, if there are fewer).
+
+    Raises:
+        UserError: (when fit starts) if there is no BatchNorm with running statistics.
+    """
+
+    def __init__(self, batches: int = 50) -> None:
+        if batches < 1:
+            raise UserError(f"batches={batches}: must be at least 1")
+        self.batches = batches
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        batch_norms(pl_module, "ReestimateBatchNorm")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        norms = batch_norms(pl_module, "ReestimateBatchNorm")
+        momenta = [norm.momentum for norm in norms]
+        step = step_of(pl_module)
+        with no_trace(pl_module), _precision(pl_module):
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # the plain mean over all batches
+                norm.train()
+            for batch in islice(_batches(trainer_source(trainer), 2**62), self.batches):
+                step(pl_module._apply_batch_transfer_handler(batch, device=pl_module.device))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -1,0 +1,61 @@
+"""Which quantizers a schedule is for."""
+
+import fnmatch
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from qat.errors import UserError, nearest
+from qat.insert import named_quantizers
+from qat.layers import QuantizedLayer, original_class
+from qat.quantizers import Quantizer
+
+
+def quantizers_of(model: nn.Module, who: str) -> dict[str, Quantizer]:
+    """All quantizers by name.
+
+    Raises:
+        UserError: if there are none, in the name of the callback `who`.
+    """
+    found = dict(named_quantizers(model))
+    if not found:
+        raise UserError(
+            f"{who}: {original_class(model).__name__} has no quantizers; "
+            "QATCallback, which inserts them, must be among the callbacks"
+        )
+    return found
+
+
+def select(model: nn.Module, match: str | Sequence[str], who: str) -> dict[str, Quantizer]:
+    """The quantizers that `match` names.
+
+    Args:
+        model: A model with quantizers.
+        match: Globs over their names (`*.conv1.*`), `@weight` for all of weights, `@act` for all of activations.
+        who: The callback that asks, for messages.
+
+    Raises:
+        UserError: if one of the patterns matches nothing, with the nearest name.
+    """
+    found = quantizers_of(model, who)
+    roles = {
+        "@weight": [n for n, q in found.items() if q.is_weight],
+        "@act": [n for n, q in found.items() if not q.is_weight],
+    }
+    chosen: set[str] = set()
+    for pattern in [match] if isinstance(match, str) else match:
+        hits = roles[pattern] if pattern in roles else fnmatch.filter(found, pattern)
+        if not hits:
+            hint = nearest(pattern, roles if pattern.startswith("@") else found)
+            raise UserError(f"{who}: match: no quantizer matches '{pattern}'{hint}")
+        chosen.update(hits)
+    return {name: q for name, q in found.items() if name in chosen}
+
+
+def quantized_weights(model: nn.Module) -> dict[str, tuple[Quantizer, Tensor]]:
+    """Each quantized weight once, with its quantizer, by the first layer that has it."""
+    found: dict[Quantizer, tuple[str, Tensor]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None:
+            found.setdefault(layer.weight_quantizer, (name, layer.weight))
+    return {name: (quantizer, weight) for quantizer, (name, weight) in found.items()}

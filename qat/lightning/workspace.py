@@ -1,0 +1,146 @@
+"""What every stage of a run stands on: the checked config, the data, the module, the trainers, and what earlier
+stages measured.
+
+Everything that can be wrong in a config is looked for before anything is written: each part is built, the policy is
+tried on a copy of the module, and one test batch shows whether the metric exists.
+
+Under DDP every process goes through all stages and measures on a device of its own, so that none waits for another
+outside of `trainer.fit`; only the first one writes and prints.
+"""
+
+import copy
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+
+from qat.audit import audit
+from qat.cli.instantiate import instantiate
+from qat.errors import UserError
+from qat.export.files import atomic
+from qat.export.onnx import OnnxTarget
+from qat.insert import apply_plan, make_plan
+from qat.lightning.callback import QATCallback
+from qat.lightning.evaluate import test_metric
+from qat.lightning.steps import run_steps
+from qat.lightning.weights import load_weights
+from qat.policy import QuantPolicy
+
+CALLBACK_KEYS = ("calibration_samples", "scale_lr")
+
+
+class Workspace:
+    """Builds all parts of a run; writes nothing.
+
+    Args:
+        cfg: The composed and resolved config (see configs/train.yaml).
+        folder: The run's folder.
+
+    Raises:
+        UserError: if a part of the config is wrong, or if there is no run to resume.
+    """
+
+    def __init__(self, cfg: DictConfig, folder: Path) -> None:
+        self.cfg, self.folder = cfg, folder
+        self.main = getattr(rank_zero_only, "rank", 0) == 0
+        self.console = Console(quiet=not self.main)
+        self.resuming = cfg.ckpt == "last"
+        self.progress: dict[str, Any] = {"start": cfg.ckpt, "stages": {}, "seconds": {}}
+        if self.resuming:
+            self._recall()
+        settings = OmegaConf.to_container(cfg.quant, resolve=True)
+        assert isinstance(settings, dict)
+        self.policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in CALLBACK_KEYS})
+        self.target: OnnxTarget | None = instantiate(cfg.export) if cfg.export else None
+        self.callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node]
+        self.loggers: list[Any] = [instantiate(cfg.logger)] if cfg.logger else []
+        self.trainer(logger=False)
+        self.module: pl.LightningModule = instantiate(cfg.model)
+        self.float_module: pl.LightningModule = self._float_module()
+        self.data: pl.LightningDataModule = instantiate(cfg.data)
+        self.data.prepare_data()
+        self.data.setup("fit")
+        if self.progress["start"] and not self.done("float"):
+            load_weights(self.module, self.progress["start"])
+
+    def _float_module(self) -> pl.LightningModule:
+        """The model with the settings of `float_model`, under whose key mistakes are reported."""
+        settings = {**self.cfg.model, **(self.cfg.float_model or {})}
+        return instantiate(OmegaConf.create({"float_model": settings}).float_model)
+
+    def _recall(self) -> None:
+        path = self.folder / "progress.json"
+        if not path.is_file():
+            raise UserError(f"ckpt=last: there is no run to resume in {self.folder}; name its folder with run_dir=...")
+        self.progress = json.loads(path.read_text())
+
+    def check(self) -> None:
+        """Tries policy and metric on copies of the module, for mistakes that would else show after float training."""
+        self.qat_callback()
+        shell = copy.deepcopy(self.module)
+        test_metric(self.measuring(limit_test_batches=1, enable_progress_bar=False), shell, self.data, self.cfg.metric)
+        if not self.policy.is_off:
+            plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
+            apply_plan(shell, plan)
+            self.audit_rows = audit(shell, plan, recording)
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def trainer(self, **settings: Any) -> pl.Trainer:
+        """A trainer as configured, but for `settings`."""
+        return instantiate(self.cfg.trainer, **{"logger": False, "enable_checkpointing": False, **settings})
+
+    def measuring(self, **settings: Any) -> pl.Trainer:
+        """A trainer on one device for this process alone: a distributed sampler would count some samples twice."""
+        if self.cfg.trainer.get("devices") == 1 and self.cfg.trainer.get("num_nodes", 1) == 1:
+            return self.trainer(**settings)
+        environment = LightningEnvironment()
+        device = 1 if self.cfg.trainer.accelerator == "cpu" else [environment.local_rank()]
+        alone = {
+            "devices": device,
+            "num_nodes": 1,
+            "strategy": "auto",
+            "sync_batchnorm": False,
+            "plugins": [environment],
+        }
+        return self.trainer(
+            **{"enable_progress_bar": self.main and self.cfg.trainer.enable_progress_bar, **alone, **settings}
+        )
+
+    def qat_callback(self) -> QATCallback:
+        quant = self.cfg.quant
+        return QATCallback(self.policy, calibration_samples=quant.calibration_samples, scale_lr_factor=quant.scale_lr)
+
+    # -- progress ------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def stage(self, name: str, title: str) -> Iterator[dict[str, Any]]:
+        """Announces and times a stage, and remembers what it measured once it is complete."""
+        self.console.print(title, style="bold")
+        start, values = time.perf_counter(), {}
+        pl.seed_everything(self.cfg.seed, workers=True, verbose=False)
+        yield values
+        if values:
+            self.progress["stages"].setdefault(name, {}).update(values)
+        self.progress["seconds"][name] = round(time.perf_counter() - start, 2)
+        self.remember()
+
+    def remember(self) -> None:
+        """Writes `progress.json`, from which a run resumes."""
+        self.write_json("progress.json", self.progress)
+
+    def done(self, name: str) -> bool:
+        return name in self.progress["stages"]
+
+    def write_json(self, name: str, content: Any) -> None:
+        if self.main:
+            with atomic(self.folder / name) as temporary:
+                temporary.write_text(json.dumps(content, indent=1))

@@ -1,0 +1,221 @@
+"""Planning: a float model and a policy become a `Plan`: which tensor gets which grid.
+
+A plan is plain data: it travels in checkpoints and manifests and rebuilds the same quantizers without the policy, the
+data or a second look at the model. `make_plan` derives it from one recorded forward pass; `qat.insert` carries it out.
+
+A quantizer belongs to a *tensor*. All integer readers of a tensor share one quantizer where their specs agree. Where
+they differ (a residual add at 8 bits beside a convolution at 4), the coarser reader reads what the finest grid left of
+the tensor, as an integer engine does, which stores it once.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from qat.errors import UserError
+from qat.functions import MEAN
+from qat.layers import mixin_for, original_class, sites_changed
+from qat.policy import QuantPolicy, Target
+from qat.probe import Call, Key, Recording, record
+from qat.spec import QuantSpec
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+@dataclass
+class Plan:
+    """Which quantizers a model gets, in plain containers (`to_dict`, `from_dict`).
+
+    Attributes:
+        weights: Spec of each weight's grid, by the layer that owns the quantizer.
+        activations: Spec of each activation's grid, by the first place that reads it (`conv1.input`,
+            `layer1.0.add_0.input_1`).
+        layers: Per layer: `weight`, the owner of its weight's grid (or `None`), and `input`, the activation grids its
+            input passes in turn.
+        sites: Per functional site: for each tensor input, the activation grids it passes in turn.
+        owners: Per module whose forward runs functional sites, how many of each kind.
+        batch_norms: Per layer, the BatchNorm that folds into it.
+        policy: The policy it was made from.
+    """
+
+    weights: dict[str, QuantSpec] = field(default_factory=dict)
+    activations: dict[str, QuantSpec] = field(default_factory=dict)
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    sites: dict[str, list[list[str]]] = field(default_factory=dict)
+    owners: dict[str, dict[str, int]] = field(default_factory=dict)
+    batch_norms: dict[str, str] = field(default_factory=dict)
+    policy: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Plan":
+        plan = cls(**values)
+        plan.weights = {n: QuantSpec.from_dict(s, n) for n, s in values["weights"].items()}
+        plan.activations = {n: QuantSpec.from_dict(s, n) for n, s in values["activations"].items()}
+        return plan
+
+
+def is_leaf(module: nn.Module) -> bool:
+    return mixin_for(module) is not None or isinstance(module, NORMS)
+
+
+def computed(module: nn.Module) -> str | None:
+    """Which of weight and bias is no ordinary parameter, but computed by a parametrization or by pruning; `None` if
+    neither is.
+    """
+    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        return "weight"
+    return "bias" if "bias" not in module._parameters and hasattr(module, "bias") else None
+
+
+def has_weight(module: Any) -> bool:
+    """Whether it is a layer (not a function, a pool or a norm) with a weight that can be quantized."""
+    mixin = mixin_for(module) if isinstance(module, nn.Module) else None
+    return mixin is not None and mixin.channel_axis is not None and computed(module) is None
+
+
+def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
+    """What a policy can address, in execution order: for each layer or site, its calls."""
+    found: dict[str, list[Call]] = {}
+    for call in recording.order:
+        if isinstance(call.what, nn.Module):
+            mixin = mixin_for(call.what)
+            if mixin and (mixin.channel_axis is None or has_weight(call.what)):
+                found.setdefault(call.name, []).append(call)
+        elif call.site and not call.parameter and _is_pooling_or_sum(call):
+            found.setdefault(call.site, []).append(call)
+    return found
+
+
+def _is_pooling_or_sum(call: Call) -> bool:
+    """Leaves out means that are not over the pixels of an image."""
+    pixels = call.input_shape[:2] == call.shape[:2] and call.shape[2:] in ((), (1, 1))
+    return call.what not in MEAN or pixels
+
+
+def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> tuple[Plan, Recording]:
+    """Decides every grid from one pass of `run()` (see `probe.record`); the model is left as it is.
+
+    Raises:
+        UserError: if a rule matches nothing or nothing can be quantized.
+    """
+    recording = record(model, run, is_leaf)
+    _check_names(model, recording)
+    calls = targets(model, recording)
+    if not calls:
+        raise UserError(
+            f"{type(model).__name__} has no layer that can be quantized: "
+            "the probe batch passed no Linear, Conv or Embedding"
+        )
+    decisions = policy.resolve(described(calls))
+    plan = Plan(policy=policy.settings)
+    _plan_weights(plan, calls, decisions)
+    _plan_activations(plan, recording, calls, decisions)
+    _plan_owners(plan, model, recording)
+    plan.batch_norms = {
+        layer: norm for layer, norm in _batch_norm_pairs(recording).items() if plan.layers[layer]["weight"] is not None
+    }
+    if not plan.weights and not plan.activations:
+        raise UserError(
+            "the policy leaves everything float: give quant.weight or quant.act settings, or a rule that does"
+        )
+    return plan, recording
+
+
+def _check_names(model: nn.Module, recording: Recording) -> None:
+    for site in [call.site for call in recording.functions if call.site]:
+        owner, _, leaf = site.rpartition(".")
+        if hasattr(model.get_submodule(owner), leaf):
+            raise UserError(f"'{site}' names a functional site, but the model has an attribute of that name: rename it")
+
+
+def described(calls: dict[str, list[Call]]) -> list[Target]:
+    """The targets as a policy sees them; layers may have become twins since."""
+    return [
+        Target(name, first.kind or original_class(first.what).__name__, has_weight(first.what))
+        for name, (first, *_) in calls.items()
+    ]
+
+
+def _plan_weights(plan: Plan, calls: dict[str, list[Call]], decisions: dict[str, Any]) -> None:
+    owner_of: dict[int, str] = {}
+    for name, (call, *_) in calls.items():
+        if call.site:
+            continue
+        spec = decisions[name]["weight"][0] if has_weight(call.what) else None
+        owner = owner_of.setdefault(id(call.what.weight), name) if spec else None
+        if spec and owner == name:
+            plan.weights[name] = spec.resolved(nonnegative=False, weight=True)
+        elif spec and owner and spec.resolved(nonnegative=False, weight=True) != plan.weights[owner]:
+            raise UserError(
+                f"'{name}' and '{owner}' are one weight, but the policy gives them different grids; "
+                "add a rule that matches both"
+            )
+        plan.layers[name] = {"weight": owner, "input": []}
+
+
+def _plan_activations(
+    plan: Plan, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
+) -> None:
+    edges: list[tuple[str, int, Key, QuantSpec]] = []
+    for name, (first, *more) in calls.items():
+        spec = decisions[name]["act"][0]
+        if spec is None:
+            continue
+        for index, key in enumerate(first.inputs[: 2 if first.kind == "add" else 1]):
+            keys = [key, *(c.inputs[index] for c in more)]
+            nonnegative = all(recording.root(k) in recording.nonnegative for k in keys)
+            edges.append((name, index, recording.root(key), spec.resolved(nonnegative=nonnegative, weight=False)))
+    grids: dict[Key, dict[QuantSpec, str]] = {}
+    for name, index, tensor, spec in edges:
+        label = f"{name}.input_{index}" if name not in plan.layers else f"{name}.input"
+        grids.setdefault(tensor, {}).setdefault(spec, label)
+    for name, index, tensor, spec in edges:
+        finest = max(grids[tensor], key=lambda s: s.width)
+        chain = [spec] if spec.width == finest.width else [finest, spec]
+        plan.activations.update((grids[tensor][s], s) for s in chain)
+        labels = [grids[tensor][s] for s in chain]
+        if name in plan.layers:
+            plan.layers[name]["input"] = labels
+        else:
+            plan.sites.setdefault(name, [[], []] if calls[name][0].kind == "add" else [[]])[index] = labels
+
+
+def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:
+    """Modules that run sites become owners even where theirs stay float, or those around would count them as theirs."""
+    if not plan.sites:
+        return
+    quantized = {site.rpartition(".")[0] for site in plan.sites}
+    for name, (first, *others) in recording.site_counts().items():
+        if others and name in quantized:
+            raise UserError(sites_changed(name, model.get_submodule(name), first, others[0]))
+        plan.owners[name] = first
+
+
+def _batch_norm_pairs(recording: Recording) -> dict[str, str]:
+    """Layers whose output is read by one BatchNorm and nothing else, each called once."""
+    times: dict[str, int] = {}
+    for call in recording.modules:
+        times[call.name] = times.get(call.name, 0) + 1
+    producers = {
+        call.output: call.name
+        for call in recording.modules
+        if has_weight(call.what)
+        and not isinstance(call.what, nn.Embedding)
+        and len(call.shape) == call.what.weight.ndim  # then dimension 1 is the channel for both
+    }
+    return {
+        producers[call.inputs[0]]: call.name
+        for call in recording.modules
+        if isinstance(call.what, NORMS)
+        and call.what.track_running_stats
+        and call.inputs
+        and call.inputs[0] in producers
+        and recording.readers[call.inputs[0]] == 1
+        and times[call.name] == times[producers[call.inputs[0]]] == 1
+    }

@@ -1,0 +1,71 @@
+"""DoReFa-Net: weights squeezed by tanh onto a grid without a zero, activations clipped to 0 .. 1 (Zhou et al., arXiv
+1606.06160).
+
+With t = tanh(w), M = max|t| and Q the rounding of 0 .. 1 to 2^b - 1 steps,
+
+    value = M * (2 Q(t / 2M + 1/2) - 1)
+
+which is the `midrise` grid of scale M / (2^b - 1): its levels are the odd numbers -(2^b - 1) .. 2^b - 1. The gradient
+passes Q untouched and tanh exactly; M is a constant to it. Binary weights are mean|w| * sign(w) instead, with an
+untouched gradient. Activations have the fixed grid 0 .. 1, and no gradient outside it (a signed grid: -1 .. 1).
+
+M follows the weights in every training forward pass and stays as it is in evaluation.
+
+Differs from the paper: it drops the factor M and leaves the size of the weights to BatchNorm; M and mean|w| may be
+those of a channel or a group; exactly between two levels the upper one is taken; gradients are not quantized.
+"""
+
+import torch
+from torch import Tensor
+
+from qat.errors import UserError
+from qat.formats import Rounding
+from qat.kernels import Grads, gradient
+from qat.quantizers import fixed
+from qat.quantizers.base import Quantizer
+from qat.quantizers.fixed import forward
+from qat.spec import QuantSpec
+
+
+def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
+    return grad.clone(), None
+
+
+class DoReFa(Quantizer):
+    """Weights behind a tanh, on a grid that follows them; activations on a fixed one."""
+
+    def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
+        weight = shape is not None
+        if weight and spec.format not in ("midrise", "binary"):
+            raise UserError(
+                f"format={spec.format}: the weights of quantizer=dorefa have no level at zero; "
+                "set format: midrise (1 bit: binary)"
+            )
+        if not weight and (spec.format != "int" or not spec.symmetric):
+            raise UserError(
+                f"format={spec.format}, symmetric={str(spec.symmetric).lower()}: the activations of quantizer=dorefa "
+                "lie on whole steps from 0 to 1; set format: int and symmetric: true"
+            )
+        super().__init__(spec, shape, axis)
+        self.gradient = gradient(forward, backward if weight else fixed.backward, spec.rounding)
+
+    def transform(self, x: Tensor) -> Tensor:
+        return x.to(torch.promote_types(x.dtype, torch.float32)).tanh() if self.is_weight and self.spec.width > 1 else x
+
+    def _fit(self, rows: Tensor) -> None:
+        if not self.is_weight:
+            largest = torch.ones(1, device=rows.device)
+        else:
+            largest = rows.abs().mean(1) if self.spec.width == 1 else rows.abs().amax(1)
+        low = -largest if self.quant_min < 0 else torch.zeros_like(largest)
+        self._set_range(low * (-self.quant_min / self.quant_max), largest)
+
+    def _snap(self, x: Tensor) -> Tensor:
+        if self.training and self.is_weight and x.numel():
+            with torch.no_grad():
+                self._fit(self._rows(self.transform(x.detach().float())))
+        return super()._snap(x)
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        # A copy: the tensor may be read twice before backward, and the second reading moves the scale in place.
+        return self.gradient(x, scale.clone(), low, high)

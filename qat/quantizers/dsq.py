@@ -1,0 +1,84 @@
+"""DSQ: the gradient of a soft staircase that hardens during training (Gong et al., "Differentiable Soft Quantization",
+ICCV 2019).
+
+Between two neighbouring levels the paper's staircase is a tanh; in units of a step, with f in -1/2 .. 1/2 the distance
+from the threshold,
+
+    soft(f) = tanh(k f) / (2 tanh(k / 2))          d soft / d f = k (1 - tanh(k f)^2) / (2 tanh(k / 2))
+
+The slope is 1 on average, below 1 near a level and above it near a threshold; k -> 0 is the plain straight-through
+estimator, large k a hard staircase. The forward pass is the hard one.
+
+Differs from the paper: k, the `sharpness`, is not learned but annealed geometrically over training forward passes, in a
+buffer, so that a resumed run goes on where it was; the step size is learned, with LSQ's gradient, instead of the ends
+of the range.
+"""
+
+import torch
+from torch import Tensor
+
+from qat.errors import UserError
+from qat.formats import Rounding
+from qat.functional import levels, ratio, sum_to, values, wide
+from qat.kernels import Grads, gradient
+from qat.quantizers.lsq import LSQ, elements_per_scale
+from qat.spec import QuantSpec
+
+
+def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, sharpness: Tensor) -> Tensor:
+    return values(levels(x, scale, low, high, rounding), scale, x.dtype)
+
+
+def backward(
+    rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, sharpness: Tensor
+) -> Grads:
+    v = ratio(x, scale)
+    clipped = v.clamp(low, high)
+    grad = wide(grad)
+    grad_inside = grad * (clipped == v)
+    level = rounding(v, low, high)
+    soft = torch.tanh(sharpness * ((clipped - level).abs() - 0.5))
+    slope = sharpness * (1 - soft.square()) / (2 * torch.tanh(sharpness / 2))
+    return (grad_inside * slope).to(x.dtype), sum_to(grad * level - grad_inside * clipped, scale), None
+
+
+class DSQ(LSQ):
+    """Learned step size with a soft staircase's gradient; see the module's docstring.
+
+    Args:
+        spec, shape, axis: See `Quantizer`.
+        start, end: Sharpness before and after annealing, per step of the grid.
+        steps: Training forward passes that annealing takes.
+
+    Attributes:
+        sharpness: Its present value, `(1,)`.
+    """
+
+    sharpness: Tensor
+
+    def __init__(
+        self,
+        spec: QuantSpec,
+        shape: torch.Size | None = None,
+        axis: int = 0,
+        start: float = 1.0,
+        end: float = 6.0,
+        steps: int = 10_000,
+    ) -> None:
+        if spec.format not in ("int", "ternary"):
+            raise UserError(f"format={spec.format}: quantizer=dsq softens steps of one; set format: int or ternary")
+        if not 0 < start <= end:
+            raise UserError(f"options.start={start}, options.end={end}: must be above 0, and end at least start")
+        if steps < 1:
+            raise UserError(f"options.steps={steps}: must be at least 1")
+        super().__init__(spec, shape, axis)
+        self.end, self.growth = float(end), (end / start) ** (1 / steps)
+        self.register_buffer("sharpness", torch.full((1,), float(start)))
+        self.gradient = gradient(forward, backward, spec.rounding)
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        sharpness = self.sharpness.clone()  # a second reading before backward must not change this one's gradient
+        if self.training:
+            self.sharpness.mul_(self.growth).clamp_(max=self.end)
+        grad_scale = (elements_per_scale(self, x) * max(self.quant_max, 1)) ** -0.5
+        return self.gradient(x, scale, low, high, sharpness, grad_scale=grad_scale)

@@ -1,0 +1,115 @@
+"""A grid measured on each tensor as it passes: nothing to calibrate, nothing to learn (LLM.int8(), Dettmers et al.,
+NeurIPS 2022, section 3.1, for vectors; OCP Microscaling v1.0 for groups).
+
+The range estimator (`range: minmax` is what hardware does) looks at the very values it then rounds: at all of an
+activation (`granularity: tensor`), at each vector along its last axis (`token`) or at `group_size` consecutive elements
+along that axis (`group`); at a weight as a whole, by channel or by group. Tensors, and fp8 block scales (`scale: e4m3`,
+whose float32 scale is one per tensor), mix the samples of a batch; tokens and other groups do not.
+
+The gradient is the clipped straight-through estimator; none flows through the scale:
+
+    dL/dx = dL/dy where low - 1/2 <= x / scale <= high + 1/2, else 0
+
+The half step is room for the rounding of the scale: the largest value, which defines it, is not clipped. NaN stays NaN.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from qat import ranges
+from qat.errors import UserError
+from qat.formats import Rounding
+from qat.functional import ratio
+from qat.kernels import Grads, gradient
+from qat.quantizers.base import Grid, Quantizer
+from qat.quantizers.fixed import forward
+from qat.scales import snap
+from qat.spec import QuantSpec
+
+
+def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
+    v = ratio(x, scale)
+    return grad * (v.ge(low - 0.5) & v.le(high + 0.5)), None
+
+
+class Dynamic(Quantizer):
+    """Measured range; see the module's docstring. `scale` and `zero_point` exist for the keys' sake, and say
+    nothing."""
+
+    static: ClassVar[bool] = False
+
+    def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
+        super().__init__(spec, shape, axis)
+        self.gradient = gradient(forward, backward, spec.rounding)
+        self.initialised.fill_(True)
+        self._read_flags()
+
+    def _scale_shape(self, shape: torch.Size | None) -> tuple[int, ...]:
+        granularity = self.spec.granularity
+        if shape is not None and granularity == "token":
+            raise UserError("granularity=token is for activations; the vectors of a weight are granularity: channel")
+        if shape is not None:
+            return super()._scale_shape(shape)
+        if granularity == "channel":
+            raise UserError("granularity=channel: an activation is measured by tensor, token or group")
+        return (1,)
+
+    def _grouped(self, x: Tensor) -> Tensor:
+        size = self.spec.group_size
+        if size is not None and (not x.ndim or x.shape[self._group_axis(x.ndim)] % size):
+            raise UserError(
+                f"group_size={size} does not divide the last axis of an activation of shape {tuple(x.shape)}; "
+                "the last group would be ragged"
+            )
+        return super()._grouped(x)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if self.spec.granularity != "token":
+            return super()._rows(x)
+        return x.flatten(0, -2) if x.ndim > 1 else x.view(1, -1)
+
+    def _per_row(self, row: Tensor, x: Tensor) -> Tensor:
+        """One number per row of `_rows(x)` as what broadcasts against the grouped `x`."""
+        if self.spec.granularity == "token":
+            return row.view(*x.shape[:-1], 1) if x.ndim else row
+        if self.spec.group_size is not None:
+            axis = self._group_axis(x.ndim)
+            row = row.view(*x.shape[:axis], x.shape[axis] // self.spec.group_size, *x.shape[axis + 1 :])
+        return self._spread(row, x.ndim)
+
+    @torch.no_grad()
+    def grid(self, x: Tensor) -> Grid:
+        """The grid that fits `x`, without gradients."""
+        rows = self._rows(self.transform(x.detach()).float())
+        if rows.numel():
+            low, high = getattr(ranges, self.spec.range)(rows, self.spec)
+            scale, zero_point = ranges.scale_and_zero_point(low, high, self.spec)
+            scale = snap(scale, self.spec)
+        else:
+            scale = torch.ones(len(rows), device=x.device)
+            zero_point = torch.zeros_like(scale, dtype=torch.int32)
+        scale, zero_point = self._per_row(scale, x), self._per_row(zero_point, x)
+        if self.spec.symmetric:
+            return scale, self.lowest, self.highest
+        return scale, self.lowest - zero_point, self.highest - zero_point
+
+    def dequantize(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
+        """The real values of `codes` on `grid`, which only the tensor that they came from knows."""
+        if grid is None:
+            raise ValueError("a dynamic grid is not in its codes: dequantize(quantize(x), grid(x))")
+        return super().dequantize(codes, grid)
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        return self.gradient(x, scale, low, high)
+
+    def _observe(self, x: Tensor) -> None:
+        """Nothing to remember."""
+
+    def calibrate(self, x: Tensor | None = None) -> None:
+        """Ends observing; there is nothing to set."""
+        self.observe(False)
+
+    def versions(self) -> tuple[Any, ...]:
+        return (self.on,)

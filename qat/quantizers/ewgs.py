@@ -1,0 +1,65 @@
+"""EWGS: gradients scaled element by element by how far rounding moved the element (Lee, Kim and Ham, "Network
+Quantization with Element-wise Gradient Scaling", CVPR 2021).
+
+    dL/dx = g * (1 + delta * sign(g) * (x_n - x_q))          where low <= x / scale <= high, else 0
+
+with g = dL/dy, and x_n and x_q the value before and after rounding in units of the whole range (so its effect shrinks
+with the number of levels: scale `delta` up with them). An element whose step would carry it over the next threshold
+gets more gradient, one that is already there less.
+
+Differs from the paper: the step size is learned as in LSQ instead of both ends of an interval, its gradient by the
+product rule from the scaled gradient,
+
+    dL/dscale = sum(g * level - dL/dx * x / scale) / sqrt(N * quant_max)
+
+and `delta` is a constant (the paper's for binary networks) rather than estimated from the Hessian's trace, which takes
+a second backward pass.
+"""
+
+import torch
+from torch import Tensor
+
+from qat.errors import UserError
+from qat.formats import Rounding
+from qat.functional import levels, ratio, sum_to, values, wide
+from qat.kernels import Grads, gradient
+from qat.quantizers.lsq import LSQ, elements_per_scale
+from qat.spec import QuantSpec
+
+
+def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, delta: Tensor) -> Tensor:
+    return values(levels(x, scale, low, high, rounding), scale, x.dtype)
+
+
+def backward(
+    rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, delta: Tensor
+) -> Grads:
+    v = ratio(x, scale)
+    clipped = v.clamp(low, high)
+    inside = clipped == v
+    grad = wide(grad)
+    level = rounding(v, low, high)
+    grad_x = (grad + delta * grad.abs() * (clipped - level) / (high - low)) * inside
+    return grad_x.to(x.dtype), sum_to(grad * level - grad_x * clipped, scale), None
+
+
+class EWGS(LSQ):
+    """Learned step size with element-wise scaled gradients; see the module's docstring.
+
+    Args:
+        spec, shape, axis: See `Quantizer`.
+        delta: Strength of the scaling; 0 is LSQ.
+    """
+
+    delta: Tensor
+
+    def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0, delta: float = 1e-3) -> None:
+        if delta < 0:
+            raise UserError(f"options.delta={delta}: must be at least 0")
+        super().__init__(spec, shape, axis)
+        self.register_buffer("delta", torch.full((1,), float(delta)), persistent=False)
+        self.gradient = gradient(forward, backward, spec.rounding)
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        grad_scale = (elements_per_scale(self, x) * max(self.quant_max, 1)) ** -0.5
+        return self.gradient(x, scale, low, high, self.delta, grad_scale=grad_scale)

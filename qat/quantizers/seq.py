@@ -1,0 +1,79 @@
+"""Stretched elastic quantization: learned steps for weights of one, one and a half, and two bits (Liu et al.,
+"ParetoQ: Scaling Laws in Extremely Low-bit LLM Quantization", arXiv 2502.02631).
+
+With s the magnitude that the outermost cell ends at, the levels of ternary weights are -2/3 s, 0, 2/3 s, and those of
+two bits -3/4 s, -1/4 s, 1/4 s, 3/4 s: equal cells that fill -s .. s. So `scale` is 2/3 s for `ternary` and 1/4 s for
+two-bit `midrise`. With v = w / scale,
+
+    d value / d w = 1 where |w| < 0.99 s, else 0 (|v| < 1.485 for ternary, 3.96 for two bits)
+    d value / d scale = level - v there, else level
+
+and s starts at max|w|. Binary weights are scale * sign(w), sign(0) = 1, with d value / d w = 1 where |w| <= scale, d
+value / d scale = sign(w), and scale starting at mean|w|. All starts are those of the paper, whatever `spec.range` says.
+
+Differs from the paper: LSQ's factor 1 / sqrt(N * quant_max) counts the N weights that share a scale, not those of the
+whole matrix.
+"""
+
+import torch
+from torch import Tensor
+
+from qat.errors import UserError
+from qat.formats import Rounding
+from qat.functional import levels, ratio, sum_to, values, wide
+from qat.kernels import Grads, gradient
+from qat.quantizers.lsq import LSQ, elements_per_scale
+from qat.spec import QuantSpec
+
+REACH = {"ternary": 1.485, "midrise": 3.96}
+"""Where the gradient ends, in units of the scale: at 99 hundredths of the outermost cell's end."""
+
+
+def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, reach: Tensor) -> Tensor:
+    return values(levels(x, scale, low, high, rounding), scale, x.dtype)
+
+
+def backward(
+    rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, reach: Tensor
+) -> Grads:
+    v = ratio(x, scale)
+    grad = wide(grad)
+    inside = v.abs() < reach
+    partial = grad * (torch.where(inside, -v, 0) + rounding(v.clone(), low, high))
+    return (grad * inside).to(x.dtype), sum_to(partial, scale), None
+
+
+def backward_binary(
+    rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, reach: Tensor
+) -> Grads:
+    v = ratio(x, scale)
+    grad = wide(grad)
+    return (grad * (v.abs() <= reach)).to(x.dtype), sum_to(grad * rounding(v, low, high), scale), None
+
+
+class SEQ(LSQ):
+    """Learned scale of very few levels; see the module's docstring."""
+
+    reach: Tensor
+
+    def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
+        if spec.format not in ("binary", "ternary", "midrise") or (spec.format == "midrise" and spec.width > 2):
+            raise UserError(
+                f"format={spec.format}, bits={spec.bits}: quantizer=seq has format: binary, ternary, or midrise with "
+                "bits: 2; set quantizer: lsq for more"
+            )
+        super().__init__(spec, shape, axis)
+        self.register_buffer("reach", torch.full((1,), REACH[spec.format] if spec.width > 1 else 1.0), persistent=False)
+        self.gradient = gradient(forward, backward if spec.width > 1 else backward_binary, spec.rounding)
+
+    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        grad_scale = (elements_per_scale(self, x) * self.quant_max) ** -0.5
+        return self.gradient(x, scale, low, high, self.reach, grad_scale=grad_scale)
+
+    def _fit(self, rows: Tensor) -> None:
+        if self.spec.width == 1:
+            highest = rows.abs().mean(1)
+        else:
+            outermost = {"ternary": 2 / 3, "midrise": 3 / 4}[self.spec.format]
+            highest = rows.abs().amax(1) * outermost
+        self._set_range(-highest, highest)

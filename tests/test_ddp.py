@@ -1,0 +1,99 @@
+"""Two processes on one machine (gloo): the same scales in both, and the same as one process finds."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+import sys
+import pytorch_lightning as pl, torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from qat.lightning import QATCallback
+
+class Net(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    def forward(self, x): return self.net(x)
+    def training_step(self, batch, batch_idx): return nn.functional.cross_entropy(self(batch[0]), batch[1])
+    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+def main(folder, devices):
+    torch.set_num_threads(1)
+    pl.seed_everything(0)
+    net = Net()
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    # One global batch: its order does not matter.
+    loader = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=64 // devices)
+    spec = {"bits": 8, "range": "minmax"}
+    trainer = pl.Trainer(
+        callbacks=[QATCallback({"weight": spec, "act": spec}, 64)], max_epochs=2, devices=devices, accelerator="cpu",
+        strategy="ddp" if devices > 1 else "auto", enable_progress_bar=False, enable_checkpointing=False, logger=False,
+        default_root_dir=folder,
+    )
+    before = {}
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, module):
+            before.update({k: v.clone() for k, v in module.state_dict().items()})
+    trainer.callbacks.append(Look())
+    trainer.fit(net, loader)
+    torch.save({"before": before, "after": net.state_dict()}, f"{folder}/{devices}_{trainer.global_rank}.pt")
+
+main(sys.argv[1], int(sys.argv[2]))
+"""
+
+
+def _run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "PL_GLOBAL_SEED")
+    }
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("ddp")
+    (folder / "script.py").write_text(SCRIPT)
+    for devices in ("1", "2"):
+        _run("script.py", str(folder), devices, cwd=folder)
+    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_both_processes_have_identical_weights_and_scales(when, states):
+    first, second = states["2_0"][when], states["2_1"][when]
+    assert first.keys() == second.keys() and any(key.endswith("quantizer.scale") for key in first)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_two_processes_do_what_one_does_with_the_same_global_batch(when, states):
+    one, two = states["1_0"][when], states["2_0"][when]
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+    assert any(not torch.equal(states["1_0"]["before"][key], one[key]) for key in one) == (when == "after")
+
+
+def test_a_distributed_run_from_the_command_line_writes_one_folder_and_prints_once(tmp_path):
+    tiny = """model=mlp model.width=16 data.train_limit=128 data.batch_size=32 float_epochs=1 trainer.max_epochs=1
+        trainer=ddp trainer.accelerator=cpu quant.calibration_samples=64 run_dir=run
+        trainer.enable_progress_bar=false""".split()  # noqa: SIM905 - as one writes it on the command line
+    done = _run(str(ROOT / "train.py"), *tiny, cwd=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert list(report["stages"]) == ["float", "ptq", "qat", "exported"] and report["verify"]["passed"]
+    assert done.stdout.count("Quantization-aware training") == 1 and done.stdout.count("verified:") == 1
+    assert report["verify"]["samples"] == 360, "the whole test set, each sample once"

@@ -1,0 +1,428 @@
+"""The contract of a quantizer, for every file in `qat/quantizers` and every grid that suits it: a new file is tested
+without touching this one.
+"""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+
+from qat import quantizers
+from qat.errors import UserError
+from qat.spec import QuantSpec
+
+SHAPE = torch.Size((4, 8, 8))
+GRIDS = {  # id: (role, axis, spec)
+    "act-u8": ("act", 0, {"bits": 8, "signed": False}),
+    "act-u2": ("act", 0, {"bits": 2, "signed": False}),
+    "act-s4-pow2": ("act", 0, {"bits": 4, "scale": "pow2"}),
+    "act-u4-affine": ("act", 0, {"bits": 4, "symmetric": False}),
+    "act-s8-affine": ("act", 0, {"bits": 8, "signed": True, "symmetric": False}),
+    "act-e4m3": ("act", 0, {"bits": None, "format": "e4m3"}),
+    "act-s8-token": ("act", 0, {"bits": 8, "granularity": "token"}),
+    "act-e2m1-group": ("act", 0, {"bits": None, "format": "e2m1", "granularity": "group", "group_size": 4}),
+    "w8-tensor": ("weight", 0, {"bits": 8}),
+    "w4-channel": ("weight", 0, {"bits": 4, "granularity": "channel"}),
+    "w4-channel-affine": ("weight", 0, {"bits": 4, "granularity": "channel", "symmetric": False}),
+    "w3-axis1-pow2": ("weight", 1, {"bits": 3, "granularity": "channel", "scale": "pow2"}),
+    "w2-group": ("weight", 0, {"bits": 2, "granularity": "group", "group_size": 4}),
+    "binary-channel": ("weight", 0, {"bits": None, "format": "binary", "granularity": "channel"}),
+    "ternary-tensor": ("weight", 0, {"bits": None, "format": "ternary"}),
+    "midrise2-group": ("weight", 1, {"bits": 2, "format": "midrise", "granularity": "group", "group_size": 2}),
+    "midrise3-channel": ("weight", 0, {"bits": 3, "format": "midrise", "granularity": "channel"}),
+    "e2m1-e8m0": (
+        "weight",
+        0,
+        {"bits": None, "format": "e2m1", "granularity": "group", "group_size": 4, "scale": "e8m0"},
+    ),
+}
+
+
+def make(name, grid, **changes):
+    """A quantizer that has not seen anything yet."""
+    role, axis, settings = GRIDS[grid]
+    spec = QuantSpec.from_dict({"range": "lsq", **settings, "quantizer": name, **changes})
+    spec = spec.resolved(nonnegative=False, weight=role == "weight")
+    return quantizers.create(spec, SHAPE if role == "weight" else None, axis)
+
+
+def _suits(name, grid):
+    try:
+        make(name, grid)
+    except UserError:
+        return False
+    return True
+
+
+CASES = [(n, g) for n in quantizers.names() for g in GRIDS if _suits(n, g)]
+ACTS = [case for case in CASES if GRIDS[case[1]][0] == "act"]
+STATIC = [case for case in CASES if quantizers.find(case[0]).static]  # whose range is not that of the input itself
+WEIGHTS = [case for case in CASES if GRIDS[case[1]][0] == "weight"]
+FEW = [cases[i] for n in quantizers.names() for cases in [[c for c in CASES if c[0] == n]] for i in (0, -1)]
+
+
+def each(cases):
+    return pytest.mark.parametrize(("name", "grid"), [pytest.param(*case, id="-".join(case)) for case in cases])
+
+
+def numbers(shape=SHAPE, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ready(name, grid, x=None, **changes):
+    """A calibrated quantizer and what calibrated it."""
+    quantizer, x = make(name, grid, **changes), numbers() if x is None else x
+    quantizer.calibrate(x)
+    return quantizer, x
+
+
+def decoded(quantizer, x):
+    return quantizer.dequantize(quantizer.quantize(x), quantizer.grid(x))
+
+
+def train_a_little(quantizer, x, steps=3):
+    """Takes steps far too large for comfort."""
+    x = x.clone().requires_grad_()
+    optimizer = torch.optim.SGD([x, *quantizer.parameters()], lr=0.05)
+    for seed in range(steps):
+        optimizer.zero_grad()
+        (quantizer(x) * numbers(x.shape, seed)).sum().backward()
+        optimizer.step()
+    return x.detach()
+
+
+def gradients(quantizer, x, weights, run=None):
+    x = x.clone().requires_grad_()
+    y = (quantizer if run is None else run)(x)
+    (y * weights).sum().backward()
+    return y.detach(), x.grad, {n: p.grad for n, p in quantizer.named_parameters()}
+
+
+@pytest.mark.parametrize("name", quantizers.names())
+def test_a_quantizer_suits_two_grids_at_least(name):
+    assert sum(n == name for n, _ in CASES) >= 2
+
+
+@each(CASES)
+def test_keys_and_shapes_are_final_from_the_start(name, grid):
+    quantizer = make(name, grid)
+
+    def tensors():
+        named = (*quantizer.named_parameters(), *quantizer.named_buffers())
+        return {k: (v.shape, v.dtype, v.requires_grad) for k, v in named}, list(quantizer.state_dict())
+
+    before = tensors()
+    quantizer.observe()
+    quantizer(numbers())
+    quantizer.calibrate(numbers())
+    train_a_little(quantizer, numbers())
+    quantizer.eval().quantize(numbers())
+    assert tensors() == before
+    assert all(t.ndim >= 1 for t in (*quantizer.parameters(), *quantizer.buffers()))
+
+
+@pytest.mark.parametrize("steps", [pytest.param(0, id="calibrated"), pytest.param(3, id="trained")])
+@each(CASES)
+def test_forward_is_dequantize_of_quantize_bit_for_bit(name, grid, steps):
+    quantizer, x = ready(name, grid)
+    x = train_a_little(quantizer, x, steps)
+    assert torch.equal(quantizer(x), decoded(quantizer, x))
+    quantizer.eval()
+    assert torch.equal(quantizer(x), decoded(quantizer, x))
+    assert torch.equal(quantizer(2 * x), decoded(quantizer, 2 * x))
+
+
+@each(CASES)
+def test_a_bfloat16_input_gets_the_codes_of_float32(name, grid):
+    quantizer, x = ready(name, grid)
+    x = x.bfloat16()
+    for training in (False, True):
+        quantizer.train(training)
+        twin = copy.deepcopy(quantizer)
+        y = quantizer(x)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, twin(x.float()).bfloat16())
+    y, grad, _ = gradients(quantizer, x, torch.ones(()))
+    assert y.isfinite().all() and grad.dtype == torch.bfloat16
+
+
+@each(CASES)
+def test_float64_agrees_with_float32(name, grid):
+    quantizer, x = ready(name, grid)
+    twin, weights = copy.deepcopy(quantizer), numbers(seed=1)
+    y, grad, learned = gradients(quantizer, x, weights)
+    wide_y, wide_grad, wide_learned = gradients(twin, x.double(), weights.double())
+    assert wide_y.dtype == wide_grad.dtype == torch.float64
+    torch.testing.assert_close(wide_y.float(), y)
+    torch.testing.assert_close(wide_grad.float(), grad)
+    torch.testing.assert_close(wide_learned, learned, rtol=1e-5, atol=1e-5)
+
+
+@each(CASES)
+def test_codes_stay_within_the_grid(name, grid):
+    quantizer, x = ready(name, grid)
+    codes = quantizer.quantize(10 * x)
+    assert codes.shape == x.shape
+    if quantizer.spec.integer:
+        assert codes.dtype == quantizer.code_dtype
+        assert quantizer.quant_min <= codes.min() and codes.max() <= quantizer.quant_max
+    else:
+        assert codes.dtype == torch.uint8 and int(codes.max()) < 2**quantizer.spec.width
+
+
+@each(CASES)
+def test_a_state_dict_carries_everything(name, grid):
+    quantizer, x = ready(name, grid)
+    train_a_little(quantizer, x)
+    file = io.BytesIO()
+    torch.save(quantizer.state_dict(), file)
+    fresh = make(name, grid)
+    fresh.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    assert fresh.on
+    assert torch.equal(fresh.eval()(x), quantizer.eval()(x))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [
+        pytest.param(copy.deepcopy, id="deepcopy"),
+        pytest.param(lambda q: pickle.loads(pickle.dumps(q)), id="pickle"),
+    ],
+)
+@each(CASES)
+def test_a_copy_quantizes_and_learns_alike(name, grid, copied):
+    quantizer, x = ready(name, grid)
+    twin = copied(quantizer)
+    weights = numbers(seed=1)
+    torch.testing.assert_close(gradients(twin, x, weights), gradients(quantizer, x, weights), rtol=0, atol=0)
+
+
+@each(FEW)
+def test_it_compiles_into_one_graph(name, grid):
+    torch._dynamo.reset()
+    quantizer, x = ready(name, grid)
+    twin, weights = copy.deepcopy(quantizer), numbers(seed=1)
+    compiled = torch.compile(twin, fullgraph=True, backend="eager")
+    torch.testing.assert_close(gradients(twin, x, weights, compiled), gradients(quantizer, x, weights), rtol=0, atol=0)
+    assert torch.equal(decoded(twin, x), decoded(quantizer, x))  # what it tracks moved alike
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same_codes_and_gradients():
+    torch._dynamo.reset()
+    quantizer, x = ready("lsq", "w4-channel")
+    twin, weights = copy.deepcopy(quantizer), numbers(seed=1)
+    y, grad, learned = gradients(quantizer, x, weights)
+    fused_y, fused_grad, fused_learned = gradients(twin, x, weights, torch.compile(twin, fullgraph=True))
+    assert torch.equal(fused_y, y) and torch.equal(fused_grad, grad)
+    torch.testing.assert_close(fused_learned, learned, rtol=1e-5, atol=1e-6)
+
+
+@each(CASES)
+def test_off_and_observing_pass_the_input_on(name, grid):
+    quantizer, x = ready(name, grid)
+    quantizer.enable(False)
+    assert quantizer(x) is x and not quantizer.on
+    quantizer.enable()
+    quantizer.observe()
+    assert quantizer(x) is x and not quantizer.on
+    quantizer.observe(False)
+    assert quantizer.on and quantizer(x) is not x
+
+
+@each(CASES)
+def test_evaluation_changes_nothing(name, grid):
+    quantizer, x = ready(name, grid)
+    before = copy.deepcopy(quantizer.state_dict())
+    quantizer.eval()
+    quantizer(5 * x)
+    quantizer.quantize(5 * x)
+    torch.testing.assert_close(quantizer.state_dict(), before, rtol=0, atol=0)
+
+
+@each([case for case in ACTS if dict(make(*case).named_parameters())])
+def test_gradients_do_not_depend_on_how_a_batch_is_split(name, grid):
+    quantizer, x = ready(name, grid)
+    weights = numbers(seed=1)
+    parts = [gradients(copy.deepcopy(quantizer), *halves) for halves in zip(x.split(2), weights.split(2), strict=True)]
+    y, grad, learned = gradients(quantizer, x, weights)
+    assert torch.equal(torch.cat([p[0] for p in parts]), y)
+    assert torch.equal(torch.cat([p[1] for p in parts]), grad)
+    for key, whole in learned.items():
+        torch.testing.assert_close(parts[0][2][key] + parts[1][2][key], whole, rtol=1e-4, atol=1e-5)
+
+
+@each(ACTS)
+@pytest.mark.parametrize("shape", [pytest.param((0, 8), id="empty"), pytest.param((1, 8), id="one-row")])
+def test_an_unusual_batch_passes(name, grid, shape):
+    quantizer, _ = ready(name, grid)
+    y, grad, _ = gradients(quantizer, torch.ones(shape), torch.ones(()))
+    assert y.shape == grad.shape == shape and y.isfinite().all()
+    assert quantizer.quantize(torch.ones(shape)).shape == shape
+
+
+@each([case for case in ACTS if make(*case).spec.granularity == "tensor"])
+def test_a_scalar_is_a_tensor_too(name, grid):
+    quantizer, _ = ready(name, grid)
+    y, grad, _ = gradients(quantizer, torch.tensor(0.5), torch.ones(()))
+    assert y.shape == grad.shape == ()
+    assert torch.equal(y, decoded(quantizer, torch.tensor(0.5)))
+
+
+@each(CASES)
+def test_memory_layout_does_not_matter(name, grid):
+    quantizer, x = ready(name, grid)
+    weights = numbers(seed=1)
+    y, grad, learned = gradients(copy.deepcopy(quantizer), x, weights)
+    strided = x.transpose(0, 2).contiguous().transpose(0, 2)
+    assert not strided.is_contiguous()
+    again_y, again_grad, again_learned = gradients(quantizer, strided, weights)
+    assert torch.equal(again_y, y) and torch.equal(again_grad, grad)
+    torch.testing.assert_close(again_learned, learned, rtol=1e-5, atol=1e-5)
+
+
+@each([case for case in CASES if GRIDS[case[1]][2].get("granularity", "tensor") in ("tensor", "channel")])
+def test_channels_last_stays_channels_last(name, grid):
+    role, axis, _ = GRIDS[grid]
+    x = numbers((4, 8, 3, 5)).contiguous(memory_format=torch.channels_last)
+    spec = make(name, grid).spec
+    quantizer = quantizers.create(spec, x.shape if role == "weight" else None, axis)
+    quantizer.calibrate(x)
+    y, grad, learned = gradients(copy.deepcopy(quantizer), x, numbers(x.shape, 1))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    plain_y, plain_grad, plain_learned = gradients(quantizer, x.contiguous(), numbers(x.shape, 1))
+    assert torch.equal(plain_y, y) and torch.equal(plain_grad, grad)
+    torch.testing.assert_close(plain_learned, learned, rtol=1e-5, atol=1e-5)
+
+
+@each(WEIGHTS)
+def test_an_all_zero_channel_has_a_scale_and_stays_harmless(name, grid):
+    x = numbers()
+    x[1] = 0
+    x[:, 1] = 0
+    quantizer, _ = ready(name, grid, x)
+    y, grad, learned = gradients(quantizer, x, numbers(seed=1))
+    assert (quantizer.step() > 1e-4).all()
+    assert all(t.isfinite().all() for t in (y, grad, *learned.values()))
+    if quantizer.spec.format not in ("binary", "midrise"):
+        assert not y[1].any()
+
+
+@each(CASES)
+def test_nothing_but_zeros_calibrates(name, grid):
+    quantizer, x = ready(name, grid, torch.zeros(SHAPE))
+    assert (quantizer.step() > 0).all() and quantizer(x).isfinite().all()
+
+
+@each([case for case in WEIGHTS if GRIDS[case[1]][2].get("granularity") == "channel"])
+def test_a_channel_of_one_element(name, grid):
+    x = numbers((8, 1) if GRIDS[grid][1] == 0 else (1, 8))
+    quantizer = quantizers.create(make(name, grid).spec, x.shape, GRIDS[grid][1])
+    quantizer.calibrate(x)
+    assert (quantizer.step() > 0).all()
+    y, grad, learned = gradients(quantizer, x, torch.ones(()))
+    assert all(t.isfinite().all() for t in (y, grad, *learned.values()))
+
+
+@each(CASES)
+def test_nan_shows_in_training_and_has_no_code(name, grid):
+    quantizer, x = ready(name, grid)
+    x[0, 0, 0] = torch.nan
+    assert quantizer(x)[0, 0, 0].isnan()
+    with pytest.raises(ValueError, match="NaN"):
+        quantizer.quantize(x)
+
+
+@each(STATIC)
+def test_nan_has_no_range(name, grid):
+    x = numbers()
+    x[0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match="NaN or infinity"):
+        make(name, grid).calibrate(x)
+
+
+@each(STATIC)
+def test_infinity_saturates(name, grid):
+    quantizer, x = ready(name, grid)
+    x[0, 0, :2] = torch.tensor([torch.inf, -torch.inf])
+    y = quantizer.eval()(x)
+    huge = x.nan_to_num(posinf=1e30, neginf=-1e30)
+    assert torch.equal(y, quantizer(huge)) and y.isfinite().all()
+
+
+@each(CASES)
+def test_a_scale_that_is_not_learned_gets_no_gradient(name, grid):
+    quantizer, x = ready(name, grid)
+    quantizer.requires_grad_(False)
+    _, grad, learned = gradients(quantizer, x, numbers(seed=1))
+    assert not quantizer.scale.requires_grad and quantizer.scale.grad is None
+    assert grad is not None and grad.any()
+    assert not any(g is not None for g in learned.values())
+
+
+@each([case for case in CASES if "scale" in dict(make(*case).named_parameters())])
+def test_a_scale_below_zero_still_acts_as_one_above(name, grid):
+    quantizer, x = ready(name, grid)
+    with torch.no_grad():
+        quantizer.scale.fill_(-0.1)
+    assert (quantizer.step() > 0).all()
+    assert quantizer(x).isfinite().all() and torch.equal(quantizer(x), decoded(quantizer, x))
+
+
+def stochastic(x, bits=4):
+    quantizer, _ = ready("lsq", "w8-tensor", x, bits=bits, rounding_mode="stochastic", range="minmax")
+    with torch.no_grad():
+        quantizer.scale.fill_(0.5)
+    return quantizer
+
+
+def test_stochastic_rounding_is_right_on_average():
+    x = torch.tensor([-3.1, -0.05, 0.0, 0.35, 1.0, 3.4]).repeat(4000, 1)
+    y = stochastic(x)(x).detach()
+    assert torch.equal((y / 0.5).round(), y / 0.5) and ((y - x).abs() < 0.5).all()
+    torch.testing.assert_close(y.mean(0), x[0], rtol=0, atol=0.02)  # five standard errors of 0.25 / sqrt(4000)
+
+
+def test_stochastic_rounding_is_for_training_alone():
+    x = numbers()
+    quantizer = stochastic(x)
+    assert not torch.equal(quantizer(x), quantizer(x))
+    nearest = decoded(quantizer, x)
+    assert torch.equal(quantizer.eval()(x), nearest)
+
+
+def test_stochastic_rounding_clips_what_nearest_rounding_clips():
+    x = torch.linspace(-5, 5, 10001)
+    quantizer = stochastic(x, bits=4)
+    y, grad, _ = gradients(quantizer, x, torch.ones(()))
+    assert torch.equal(grad, ((x >= -3.5) & (x <= 3.5)).float())
+    assert (y[x < -3.5] == -3.5).all() and (y[x > 3.5] == 3.5).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "changes", "message"),
+    [
+        pytest.param("lsq_plus", "act-u8", {}, "symmetric: false", id="lsq_plus-symmetric-activation"),
+        pytest.param("lsq_plus", "w4-channel-affine", {}, "symmetric: true", id="lsq_plus-affine-weight"),
+        pytest.param("pact", "w8-tensor", {}, "quantizer: dorefa", id="pact-weight"),
+        pytest.param("pact", "act-u4-affine", {}, "symmetric: true", id="pact-affine"),
+        pytest.param("pact", "act-u8", {"options": {"decay": -1.0}}, "options.decay", id="pact-decay"),
+        pytest.param("dorefa", "w4-channel", {}, "format: midrise", id="dorefa-weight-with-zero"),
+        pytest.param("dorefa", "act-u4-affine", {}, "symmetric: true", id="dorefa-affine"),
+        pytest.param("ewgs", "w8-tensor", {"options": {"delta": -1.0}}, "options.delta", id="ewgs-delta"),
+        pytest.param("ewgs", "w8-tensor", {"options": {"dleta": 1.0}}, "did you mean 'delta'", id="misspelt-option"),
+        pytest.param("dsq", "midrise3-channel", {}, "format: int", id="dsq-midrise"),
+        pytest.param("dsq", "w8-tensor", {"options": {"end": 0.5}}, "options.start=1", id="dsq-softens"),
+        pytest.param("dsq", "w8-tensor", {"options": {"steps": 0}}, "options.steps", id="dsq-steps"),
+        pytest.param("n2uq", "w8-tensor", {}, "quantizer: lsq", id="n2uq-weight"),
+        pytest.param("n2uq", "act-u8", {"bits": 9}, "at most 8 bits", id="n2uq-bits"),
+        pytest.param("n2uq", "act-u8", {"rounding_mode": "stochastic"}, "nearest", id="n2uq-stochastic"),
+        pytest.param("seq", "w4-channel", {}, "quantizer: lsq", id="seq-int"),
+        pytest.param("seq", "midrise3-channel", {}, "bits: 2", id="seq-three-bits"),
+        pytest.param("lsq", "ternary-tensor", {"rounding_mode": "stochastic"}, "format=int", id="stochastic-ternary"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_way_out(name, grid, changes, message):
+    with pytest.raises(UserError, match=message):
+        make(name, grid, **changes)

@@ -1,0 +1,116 @@
+"""A run that was killed goes on to the same numbers, bit for bit."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qat.cli import main
+
+ROOT = Path(__file__).parents[1]
+MODULE = '''
+"""An MLP with dropout that kills its process, as the machine might, at a given step of a given stage."""
+import os, signal
+from torch import nn
+from qat.models import MLP
+
+class Mortal(MLP):
+    def __init__(self, width: int = 16, lr: float = 0.1, weight_decay: float = 1e-4):
+        super().__init__(width=width, lr=lr, weight_decay=weight_decay, optimizer="sgd")
+        self.drop = nn.Dropout(0.2)
+
+    def forward(self, x):
+        return super().forward(self.drop(x))
+
+    def training_step(self, batch, batch_idx):
+        stage = "qat" if getattr(self, "quantization_plan", None) else "float"
+        if os.environ.get("DIE_AT") == f"{stage} {self.global_step}":
+            os.kill(os.getpid(), signal.SIGKILL)
+        loss = super().training_step(batch, batch_idx)
+        self.log("train/step_loss", loss)
+        return loss
+'''
+# 4 steps an epoch; random crops, dropout and shuffling draw random numbers
+OVERRIDES = """model._target_=mortal.Mortal ~model.in_features ~model.num_classes ~model.optimizer ~model.momentum
+    ~model.warmup model=mlp model.width=16 model.lr=0.05 data.train_limit=128 data.batch_size=32 data.val_limit=32 data.test_limit=64
+    data.crop_padding=1 float_epochs=3 trainer.max_epochs=4 trainer.log_every_n_steps=1
+    trainer.enable_progress_bar=false
+    quant.calibration_samples=64 export=none seed=7""".split()  # noqa: SIM905 - as one writes it on the command line
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Where the module is found and trusted, with one thread, so that sums are taken in one order."""
+    folder = tmp_path_factory.mktemp("package")
+    (folder / "mortal.py").write_text(MODULE)
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(str(folder))
+    patch.setenv("QAT_TARGETS", "mortal")
+    patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
+    patch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(environment, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert main(["train", *OVERRIDES, f"run_dir={run_dir}"]) == 0
+    return run_dir
+
+
+def _curve(path: Path) -> list[dict[str, str]]:
+    """The rows of a log without its empty cells, in order of steps."""
+    with path.open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if v} for row in csv.DictReader(file)]
+    return sorted(rows, key=lambda row: (int(row["step"]), sorted(row)))
+
+
+@pytest.mark.parametrize(
+    ("die_at", "logged"),
+    [
+        pytest.param("float 6", "float/metrics.csv", id="in-the-second-float-epoch"),
+        pytest.param("qat 2", "csv/metrics.csv", id="before-the-first-checkpoint-of-qat"),
+        pytest.param("qat 10", "csv/metrics.csv", id="in-the-third-qat-epoch"),
+    ],
+)
+def test_a_killed_run_resumes_to_the_same_curve_and_weights(die_at, logged, uninterrupted, tmp_path, monkeypatch):
+    run_dir = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "train.py"), *OVERRIDES, f"run_dir={run_dir}"]
+    killed = subprocess.run(command, env={**os.environ, "DIE_AT": die_at}, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (run_dir / "quantized.ckpt").exists()
+    if die_at != "qat 2":
+        assert len(_curve(run_dir / logged)) < len(_curve(uninterrupted / logged))
+
+    assert main(["train", "ckpt=last", f"run_dir={run_dir}"]) == 0  # the overrides are those of the run
+    for name in ("float/metrics.csv", "csv/metrics.csv"):
+        assert _curve(run_dir / name) == _curve(uninterrupted / name)
+    whole, resumed = (
+        torch.load(d / "quantized.ckpt", weights_only=True)["state_dict"] for d in (uninterrupted, run_dir)
+    )
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
+    floats = [load_file(d / "float.safetensors") for d in (uninterrupted, run_dir)]
+    assert all(torch.equal(floats[0][k], floats[1][k]) for k in floats[0])
+
+
+def test_a_finished_run_resumes_to_the_same_report_and_trains_no_more(uninterrupted, capfd):
+    before = (uninterrupted / "csv" / "metrics.csv").read_text()
+    assert main(["train", "ckpt=last", f"run_dir={uninterrupted}"]) == 0
+    assert _curve(uninterrupted / "csv" / "metrics.csv") and len(before.splitlines()) == len(
+        (uninterrupted / "csv" / "metrics.csv").read_text().splitlines()
+    )
+
+
+def test_another_seed_gives_another_curve(uninterrupted, tmp_path):
+    assert main(["train", *OVERRIDES, "seed=8", f"run_dir={tmp_path / 'other'}"]) == 0
+    assert _curve(tmp_path / "other" / "csv" / "metrics.csv") != _curve(uninterrupted / "csv" / "metrics.csv")

@@ -1,0 +1,329 @@
+"""`qat train` from end to end: what a run writes, what `qat verify` says of it, and how mistakes end."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+
+from qat.cli import main
+
+TINY = ["model=mlp", "model.width=16", "data.train_limit=192", "data.val_limit=64", "data.test_limit=128"]
+SHORT = [
+    *TINY,
+    "float_epochs=1",
+    "trainer.max_epochs=1",
+    "quant.calibration_samples=64",
+    "trainer.enable_progress_bar=false",
+]
+EVERY_FILE = """float.safetensors float.onnx checkpoints/last.ckpt checkpoints/best.ckpt quantized.ckpt model.onnx
+    model.safetensors manifest.json audit.json report.json report.png progress.json csv/metrics.csv float/metrics.csv
+    train.log .hydra/config.yaml""".split()  # noqa: SIM905 - as one writes it on the command line
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def _train(run_dir: Path, *overrides: str, base=SHORT) -> int:
+    with warnings.catch_warnings():
+        return main(["train", *base, f"run_dir={run_dir}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    assert _train(run_dir, "data.train_limit=null", "float_epochs=3", "trainer.max_epochs=2") == 0
+    return run_dir
+
+
+def _report(run_dir: Path) -> dict:
+    return json.loads((run_dir / "report.json").read_text())
+
+
+# -- what a run writes -----------------------------------------------------------------------------------------------
+
+
+def test_a_run_writes_every_file_and_reports_every_stage(finished):
+    assert [name for name in EVERY_FILE if not (finished / name).is_file()] == []
+    assert not [path for path in finished.rglob(".*") if path.is_file()], "temporary files"
+    report = _report(finished)
+    assert list(report["stages"]) == ["float", "ptq", "qat", "exported"]
+    assert report["stages"]["qat"]["metric"] > 0.5, "it learns"
+    assert report["verify"]["passed"] and report["verify"]["codes_identical"]
+    assert {"name", "weight_bits", "act_bits", "weight_sqnr_db", "macs"} <= set(report["layers"][0])
+    assert report["stages"]["exported"]["bytes"] == (finished / "model.onnx").stat().st_size
+
+
+def test_the_log_holds_the_scale_and_the_sqnr_of_every_layer(finished):
+    header = (finished / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
+    for layer in ("fc1", "fc2", "linear"):
+        assert {f"scale/{layer}.weight_quantizer", f"scale/{layer}.input_quantizer", f"sqnr/{layer}"} <= set(header)
+
+
+def test_a_run_says_little(tmp_path, capfd):
+    assert _train(tmp_path / "run") == 0
+    out, err = capfd.readouterr()
+    for noise in (
+        "GPU available",
+        "deprecated",
+        "Replaced initializer",
+        "Removed",
+        "Tip",
+        "does not have many workers",
+    ):
+        assert noise not in out + err
+    assert err == ""
+    for said in ("Float", "Calibrated (PTQ)", "Quantization-aware training", "Exported", "verified"):
+        assert said in out
+
+
+# -- verification ----------------------------------------------------------------------------------------------------
+
+
+def test_verify_passes_on_a_finished_run(finished, capfd):
+    assert main(["verify", str(finished)]) == 0
+    assert "verified: weight codes identical" in capfd.readouterr().out
+
+
+def test_verify_fails_with_status_1_and_says_why_after_one_weight_code_was_changed(finished, capfd):
+    path = finished / "model.onnx"
+    original = path.read_bytes()
+    model = onnx.load_from_string(original)
+    tensor = next(t for t in model.graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2)
+    codes = onnx.numpy_helper.to_array(tensor).copy()
+    codes.flat[0] = codes.flat[0] + np.int8(1) if codes.flat[0] < 127 else codes.flat[0] - np.int8(1)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(codes, tensor.name))
+    path.write_bytes(model.SerializeToString())
+    try:
+        assert main(["verify", str(finished)]) == 1
+        said = capfd.readouterr().out
+        assert "NOT VERIFIED: weight codes differ" in said and "weight codes: of 1 layers differ, first '" in said
+    finally:
+        path.write_bytes(original)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        pytest.param("report.json", "holds no finished run: there is no report.json", id="unfinished"),
+        pytest.param("model.onnx", "model.onnx: no such file", id="file-gone"),
+    ],
+)
+def test_verify_names_what_is_missing(name, said, finished, capfd):
+    hidden = finished / name
+    hidden.rename(finished / "hidden")
+    try:
+        assert main(["verify", str(finished)]) == 2
+        assert said in capfd.readouterr().err
+    finally:
+        (finished / "hidden").rename(hidden)
+
+
+# -- variants --------------------------------------------------------------------------------------------------------
+
+
+def test_without_quantization_the_run_ends_with_the_float_model(tmp_path, capfd):
+    assert _train(tmp_path / "run", "quant=off") == 0
+    assert list(_report(tmp_path / "run")["stages"]) == ["float"] and (tmp_path / "run" / "float.onnx").is_file()
+    assert not (tmp_path / "run" / "model.onnx").exists() and not (tmp_path / "run" / "checkpoints").exists()
+    assert main(["verify", str(tmp_path / "run")]) == 2
+    assert "was run with quant=off" in capfd.readouterr().err
+
+
+def test_without_a_runtime_file_the_packed_integers_are_written_all_the_same(tmp_path, capfd):
+    assert _train(tmp_path / "run", "export=none") == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file() and not (tmp_path / "run" / "model.onnx").exists()
+    assert list(_report(tmp_path / "run")["stages"]) == ["float", "ptq", "qat"]
+    assert main(["verify", str(tmp_path / "run")]) == 2
+    assert "was run with export=none" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("quant", "bits"),
+    [("w8a8", [8, 8, 8]), ("w4a8", [8, 4, 8]), ("w4a4", [8, 4, 8]), ("w2a4", [8, 2, 8])],
+)
+def test_every_number_format_runs_to_the_end(quant, bits, finished, tmp_path):
+    start = [f"quant={quant}", f"ckpt={finished / 'float.safetensors'}", "trainer.limit_train_batches=1"]
+    assert _train(tmp_path / "run", *start, "export.max_metric_change=0.05", "export.min_agreement=0.9") == 0
+    assert [layer["weight_bits"] for layer in _report(tmp_path / "run")["layers"]] == bits
+
+
+def test_the_mixed_recipe_keeps_the_ends_of_a_cnn_at_8_bits(tmp_path):
+    loose = ["export.max_metric_change=0.1", "export.min_agreement=0.8", "trainer.limit_train_batches=1"]
+    base = [o for o in SHORT if not o.startswith("model")]
+    assert _train(tmp_path / "run", "quant=mixed", *loose, base=base) == 0
+    bits = [layer["weight_bits"] for layer in _report(tmp_path / "run")["layers"] if layer["weight_bits"]]
+    assert bits == [8, 4, 4, 4, 4, 4, 8]
+
+
+@pytest.mark.parametrize("debug", ["fdr", "limit", "overfit", "profiler"])
+def test_every_debug_preset_runs_to_the_end(debug, tmp_path, capfd):
+    loose = ["export.max_metric_change=0.1", "export.min_agreement=0.8"]
+    overrides = [o for o in SHORT if "epochs" not in o] + (
+        ["float_epochs=1", "trainer.max_epochs=2"] if debug == "overfit" else []
+    )
+    assert _train(tmp_path / "run", f"debug={debug}", *loose, base=overrides) == 0
+    assert list(_report(tmp_path / "run")["stages"]) == ["float", "ptq", "qat", "exported"]
+    assert ("run_training_epoch" in capfd.readouterr().out) == (debug == "profiler")
+
+
+def test_tensorboard_logs_below_the_run(tmp_path):
+    pytest.importorskip("tensorboard", reason="needs the extra `tensorboard`")
+    assert _train(tmp_path / "run", "logger=tensorboard", "quant.sites=off") == 0
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
+def test_wandb_offline_holds_layers_results_and_the_exported_files(tmp_path, monkeypatch):
+    import wandb
+
+    logged, artifacts, tables = [], [], []
+    monkeypatch.setattr(
+        wandb.Run,
+        "log",
+        lambda self, data, *a, **k: (
+            logged.append(data) or tables.extend(k for k in data if isinstance(data[k], wandb.Table))
+        ),
+    )
+    monkeypatch.setattr(wandb.Run, "log_artifact", lambda self, artifact: artifacts.append(artifact))
+    assert _train(tmp_path / "run", "logger=wandb", "name=a run") == 0
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*")) and wandb.run is None
+    keys = {key for data in logged for key in data}
+    assert {"scale/fc1.weight_quantizer", "sqnr/fc1", "train/loss", "val/acc"} <= keys and tables == [
+        "results",
+        "layers",
+    ]
+    [artifact] = artifacts
+    names = set(artifact.manifest.entries)
+    assert artifact.name == "a-run-export" and names == {
+        "model.onnx",
+        "model.safetensors",
+        "manifest.json",
+        "report.json",
+        "report.png",
+    }
+
+
+def test_another_module_metric_and_scale_lr_reach_their_place(tmp_path):
+    assert (
+        _train(tmp_path / "run", "metric=test/loss", "mode=min", "quant.scale_lr=0", "export.max_metric_change=0.1")
+        == 0
+    )
+    report = _report(tmp_path / "run")
+    assert report["metric"] == "test/loss" and not report["higher_is_better"]
+    rows = (tmp_path / "run" / "csv" / "metrics.csv").read_text().splitlines()
+    column = rows[0].split(",").index("scale/fc1.input_quantizer")
+    logged = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
+    state = torch.load(tmp_path / "run" / "quantized.ckpt", weights_only=True)["state_dict"]
+    assert logged == [pytest.approx(state["fc1.input_quantizer.scale"].item())]
+
+
+# -- mistakes --------------------------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickled, it leaves a file."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        pytest.param(["quant.rules.stem.match=layr1.*"], "quant.rules.stem", id="pattern-that-matches-nothing"),
+        pytest.param(["quant.weight.bit=4"], "did you mean 'quant.weight.bits'", id="misspelled-key"),
+        pytest.param(
+            ["+quant.rules.stem.weight.bitz=4"], "quant.rules.stem.weight.bitz", id="misspelled-key-in-a-rule"
+        ),
+        pytest.param(["+quant.wieght.bits=4"], "quant.wieght", id="added-key"),
+        pytest.param(["quant.weight.bits=0"], "quant.weight: bits=0: ", id="no-bits"),
+        pytest.param(["quant.weight.bits=33"], "quant.weight: bits=33: ", id="33-bits"),
+        pytest.param(["quant.weight.bits=four"], "quant.weight.bits='four'", id="bits-in-words"),
+        pytest.param(
+            ["quant.calibration_samples=many"], "quant.calibration_samples='many': must be int", id="samples-in-words"
+        ),
+        pytest.param(["quant.calibration_samples=0"], "calibration_samples=0: must be at least 1", id="no-samples"),
+        pytest.param(["quant.scale_lr=-1"], "scale_lr_factor=-1", id="negative-rate"),
+        pytest.param(["seed=one"], "seed='one': must be int", id="seed-in-words"),
+        pytest.param(["seed=-1"], "seed=-1: must be between 0 and", id="negative-seed"),
+        pytest.param(["mode=maxx"], "mode='maxx': must be 'max' or 'min'; did you mean 'max'", id="mode"),
+        pytest.param(["float_epochs=0"], "float_epochs=0: must be at least 1", id="no-float-epochs"),
+        pytest.param(["float_model.lrr=0.1"], "did you mean 'float_model.lr'", id="float-model-key"),
+        pytest.param(
+            ["+float_model.lrr=0.1"], "float_model.lrr: MLP has no parameter 'lrr'", id="float-model-added-key"
+        ),
+        pytest.param(["float_model.lr=fast"], "float_model.lr='fast': MLP wants float", id="float-model-type"),
+        pytest.param(["trainer.max_epochs=three"], "trainer.max_epochs='three'", id="trainer-type"),
+        pytest.param(["callbacks.best.mode=maxx"], "callbacks.best", id="callback-value"),
+        pytest.param(["export.min_agreement=2"], "export: min_agreement=2", id="export-value"),
+        pytest.param(["data=cifar10", "data.root=/nope"], "/nope", id="data-folder"),
+        pytest.param(
+            ["metric=test/accuracy"],
+            "metric=test/accuracy: MLP.test_step logs no such value; did you mean 'test/acc'",
+            id="metric",
+        ),
+        pytest.param(["ckpt=last"], "ckpt=last: there is no run to resume in", id="nothing-to-resume"),
+        pytest.param(["ckpt=nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file", id="no-checkpoint"),
+    ],
+)
+def test_a_mistake_is_one_line_with_status_2_and_nothing_written(overrides, said, in_an_empty_folder, capfd):
+    base = [o for o in TINY if not o.startswith("data.")] if "data=cifar10" in overrides else TINY
+    assert main(["train", *base, "run_dir=run", *overrides]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and said in lines[0], lines
+    assert list(in_an_empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        pytest.param(lambda path: path.write_bytes(b"PK\x03\x04 no zip"), "is damaged or no checkpoint", id="corrupt"),
+        pytest.param(
+            lambda path: torch.save({"state_dict": {}, "trap": Trap()}, path), "could run any code", id="with-code"
+        ),
+        pytest.param(
+            lambda path: torch.save({"other.weight": torch.ones(1)}, path), "lacks 'fc1.weight'", id="another-models"
+        ),
+    ],
+)
+def test_a_bad_checkpoint_is_refused_and_never_executed(make, said, in_an_empty_folder, capfd):
+    make(in_an_empty_folder / "bad.ckpt")
+    assert main(["train", *TINY, "run_dir=run", "ckpt=bad.ckpt"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "checkpoint bad.ckpt" in lines[0] and said in lines[0], lines
+    assert [path.name for path in in_an_empty_folder.iterdir()] == ["bad.ckpt"]
+
+
+def test_a_model_with_nothing_to_quantize_is_refused_before_training(in_an_empty_folder, monkeypatch, capfd):
+    package = in_an_empty_folder / "bare_model.py"
+    package.write_text(
+        "from qat.models.classifier import Classifier\nimport torch\nfrom torch import nn\n"
+        "class Bare(Classifier):\n    def __init__(self):\n        super().__init__(10)\n"
+        "        self.table = nn.Parameter(torch.zeros(64, 10))\n"
+        "    def forward(self, x):\n        return x.flatten(1) @ self.table\n"
+    )
+    monkeypatch.syspath_prepend(str(in_an_empty_folder))
+    monkeypatch.setenv("QAT_TARGETS", "bare_model")
+    config = in_an_empty_folder / "own" / "model"
+    config.mkdir(parents=True)
+    (config / "bare.yaml").write_text(yaml.safe_dump({"_target_": "bare_model.Bare"}))
+    argv = ["train", "--config-dir", "own", "model=bare", "float_model=null", "run_dir=run"]
+    assert main(argv) == 2
+    assert "Bare has no layer that can be quantized" in capfd.readouterr().err
+    assert not Path("run").exists()

@@ -1,0 +1,201 @@
+"""Verification fails when it should, and says what is wrong."""
+
+import copy
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from small_models import POLICY, Drawn, Shape, both, lived
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from qat.errors import UserError
+from qat.export.onnx import OnnxTarget, export_onnx
+from qat.export.runtime import OnnxRunner
+from qat.export.verify import Comparison, Verdict, check_kernels, check_metric
+from qat.lightning.evaluate import verify_onnx
+
+torch.set_num_threads(1)
+
+SHAPE = Shape(bias=True)
+
+
+class Net(pl.LightningModule):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+    def test_step(self, batch: list[Tensor], index: int) -> None:
+        x, y = batch
+        self.log("test/loss", F.cross_entropy(self(x), y))
+
+
+class Data(pl.LightningDataModule):
+    def test_dataloader(self) -> DataLoader:
+        x = Drawn(SHAPE).example(40, seed=1)
+        return DataLoader(TensorDataset(x, torch.arange(40) % 5), 16)
+
+
+class Trained:
+    """A fake-quantized module, its converted form, its file, and a float file of the same architecture."""
+
+    def __init__(self, folder, seed: int) -> None:
+        torch.manual_seed(seed)
+        float_model = lived(Drawn(SHAPE), seed)
+        x = float_model.example(16)
+        export_onnx(Net(copy.deepcopy(float_model)), x, folder / "float.onnx")
+        self.fake, self.converted = both(Net(float_model), x, POLICY)
+        self.path = folder / "model.onnx"
+        export_onnx(self.converted, x, self.path)
+        self.loss = self.test()["test/loss"]
+
+    def test(self) -> dict[str, float]:
+        return self.trainer().test(self.fake, datamodule=Data(), verbose=False)[0]
+
+    def trainer(self) -> pl.Trainer:
+        return pl.Trainer(
+            accelerator="cpu",
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+
+    def verify(self, path, target: OnnxTarget | None = None) -> Verdict:
+        return verify_onnx(
+            path, target or OnnxTarget(), self.converted, self.trainer(), self.fake, Data(), "test/loss", self.loss
+        )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Trained:
+    return Trained(tmp_path_factory.mktemp("trained"), 0)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> Trained:
+    return Trained(tmp_path_factory.mktemp("other"), 7)
+
+
+def failed(verdict: Verdict) -> dict[str, str]:
+    return {check.name: check.detail for check in verdict.checks if not check.passed}
+
+
+def edited(source, target, edit) -> None:
+    model = onnx.load(source)
+    edit({t.name: t for t in model.graph.initializer})
+    onnx.save(model, target)
+
+
+def test_a_faithful_file_passes_every_check(trained) -> None:
+    verdict = trained.verify(trained.path)
+    assert failed(verdict) == {} and len(verdict.checks) == 5
+    assert verdict.facts["samples"] == 40 and verdict.facts["codes_identical"]
+    assert verdict.facts["integer_nodes"] == verdict.facts["expected_integer_nodes"] == 3
+
+
+def test_the_module_is_itself_again_afterwards(trained) -> None:
+    trained.verify(trained.path)
+    assert "forward" not in vars(trained.fake)
+
+
+def test_one_flipped_code_is_found_and_its_layer_named(trained, tmp_path) -> None:
+    def flip(tensors) -> None:
+        raw = bytearray(tensors["model.body.weight"].raw_data)
+        raw[3] ^= 0b1
+        tensors["model.body.weight"].raw_data = bytes(raw)
+
+    edited(trained.path, tmp_path / "x.onnx", flip)
+    assert failed(trained.verify(tmp_path / "x.onnx"))["weight codes"] == (
+        "of 1 of 3 layers not those of the model; first, those of 'model.body' differ"
+    )
+
+
+def test_another_models_file_is_found(trained, other) -> None:
+    assert "of 3 of 3 layers" in failed(trained.verify(other.path))["weight codes"]
+
+
+def test_a_float_file_is_found(trained) -> None:
+    wrong = failed(trained.verify(trained.path.with_name("float.onnx")))
+    assert "'model.stem' are missing" in wrong["weight codes"]
+    assert wrong["integer kernels"].startswith("0 of 3")
+
+
+def scaled(factor: float):
+    def edit(tensors) -> None:
+        array = onnx.numpy_helper.to_array(tensors["model.head.weight_scale"]) * np.float32(factor)
+        tensors["model.head.weight_scale"].raw_data = array.tobytes()
+
+    return edit
+
+
+def test_nan_outputs_are_named(trained, tmp_path) -> None:
+    edited(trained.path, tmp_path / "x.onnx", scaled(float("nan")))
+    assert failed(trained.verify(tmp_path / "x.onnx"))["outputs"] == "hold NaN or infinity"
+
+
+def test_a_wrong_scale_is_found_though_every_prediction_agrees(trained, tmp_path) -> None:
+    edited(trained.path, tmp_path / "x.onnx", scaled(1.2))
+    wrong = failed(trained.verify(tmp_path / "x.onnx", OnnxTarget(min_agreement=0, max_metric_change=9)))
+    assert list(wrong) == ["outputs"] and "steps of the 8-bit output grid on the average" in wrong["outputs"]
+
+
+def test_a_missing_file_is_named(trained, tmp_path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.onnx: no such file"):
+        trained.verify(tmp_path / "nowhere.onnx")
+
+
+def test_a_truncated_file_is_named(trained, tmp_path) -> None:
+    (tmp_path / "x.onnx").write_bytes(trained.path.read_bytes()[:-99])
+    with pytest.raises(UserError, match=r"x\.onnx: onnxruntime refuses it"):
+        trained.verify(tmp_path / "x.onnx")
+
+
+def test_a_file_of_other_inputs_is_named(trained, tmp_path) -> None:
+    export_onnx(nn.Sequential(nn.Flatten(), nn.Linear(75, 5)), torch.randn(2, 3, 5, 5), tmp_path / "x.onnx")
+    with pytest.raises(UserError, match=r"x\.onnx: cannot run on float32 \[16, 3, 8, 8\]"):
+        trained.verify(tmp_path / "x.onnx")
+
+
+def test_a_file_of_other_outputs_is_named(trained, tmp_path) -> None:
+    export_onnx(nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), torch.randn(2, 3, 8, 8), tmp_path / "x.onnx")
+    with pytest.raises(UserError, match=r"outputs have shape \[16, 7\] where the trained model's have \[16, 5\]"):
+        trained.verify(tmp_path / "x.onnx")
+
+
+def test_float_kernels_are_counted_against_the_model(trained) -> None:
+    verdict = Verdict()
+    check_kernels(verdict, trained.converted, OnnxRunner(trained.path, optimize=False))
+    assert not verdict.passed and verdict.checks[0].detail == "0 of 3 convolutions and matrix products"
+
+
+@pytest.mark.parametrize(("change", "passed"), [(0.01, True), (0.02, False), (-0.02, False), (float("nan"), False)])
+def test_the_metric_may_move_by_so_much_and_no_more(change, passed) -> None:
+    verdict = Verdict()
+    check_metric(verdict, "acc", 0.5, 0.5 + change, 0.0101)
+    assert verdict.passed is passed
+
+
+def test_deviations_are_measured_in_steps_of_the_output_grid() -> None:
+    comparison, expected = Comparison(), np.linspace(-1, 1, 30, dtype=np.float32).reshape(10, 3)
+    comparison.update(expected, expected + np.float32(2 / 255))
+    assert comparison.deviation_steps == pytest.approx(1, rel=1e-4) and comparison.mean_steps == pytest.approx(
+        1, rel=1e-4
+    )
+    assert comparison.agreement == 1
+
+
+def test_no_samples_agree_with_nothing() -> None:
+    assert Comparison().agreement == 0
+
+
+def test_the_file_can_be_used_from_anywhere(trained, tmp_path) -> None:
+    shutil.copy(trained.path, tmp_path / "moved.onnx")
+    assert trained.verify(tmp_path / "moved.onnx").passed
