@@ -1,4 +1,6 @@
-"""The four networks that benchmarks train: a GPT, ResNet-20, ResNet-18 and a MobileNetV2, written as plainly as they come."""
+"""The four networks that benchmarks train: a GPT, ResNet-20, ResNet-18 and a MobileNetV2, written as plainly as they
+come.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +28,9 @@ class GPTBlock(nn.Module):
 class GPT(nn.Module):
     """Width 256, 4 layers, 4 heads, 65 characters."""
 
-    def __init__(self, width: int = 256, layers: int = 4, heads: int = 4, vocabulary: int = 65, time: int = 128) -> None:
+    def __init__(
+        self, width: int = 256, layers: int = 4, heads: int = 4, vocabulary: int = 65, time: int = 128
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(time, width)
         self.blocks = nn.Sequential(*(GPTBlock(width, heads) for _ in range(layers)))
@@ -55,7 +59,9 @@ class BasicBlock(nn.Module):
 class ResNet18(nn.Module):
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)
+        )
         widths = (64, 64, 128, 128, 256, 256, 512, 512)
         self.blocks = nn.Sequential(
             *(BasicBlock(widths[max(i - 1, 0)], w, 2 if i in (2, 4, 6) else 1) for i, w in enumerate(widths))
@@ -73,7 +79,11 @@ class InvertedResidual(nn.Module):
         layers: list[nn.Module] = []
         if expand != 1:
             layers += [nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
-        layers += [nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
+        layers += [
+            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.ReLU6(),
+        ]
         layers += [nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
         self.layers = nn.Sequential(*layers)
         self.residual = stride == 1 and inputs == outputs

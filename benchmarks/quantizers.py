@@ -1,4 +1,5 @@
-"""Speed of fake quantization, forward and forward+backward, against a ReLU and a copy of the same tensor and against torch's own operations.
+"""Speed of fake quantization, forward and forward+backward, against a ReLU and a copy of the same tensor and against
+torch's own operations.
 
     python benchmarks/quantizers.py [--sizes 1e5 1e6 1e7] [--threads 1]
 
@@ -34,7 +35,7 @@ def candidates(x: Tensor, grad: Tensor, backward: bool) -> dict[str, object]:
     scales, zeros = torch.full((len(x),), 0.05, requires_grad=True), torch.zeros(len(x), requires_grad=True)
     output = torch.empty_like(x)
 
-    def run(function):  # noqa: ANN001, ANN202
+    def run(function):
         def step() -> None:
             y = function()
             if backward:
@@ -44,7 +45,7 @@ def candidates(x: Tensor, grad: Tensor, backward: bool) -> dict[str, object]:
 
         return step
 
-    def in_mode(mode: str, module: torch.nn.Module):  # noqa: ANN202
+    def in_mode(mode: str, module: torch.nn.Module):
         def call() -> Tensor:
             kernels.configure(mode)
             return module(x)
@@ -61,7 +62,9 @@ def candidates(x: Tensor, grad: Tensor, backward: bool) -> dict[str, object]:
         "LSQ per channel, eager": in_mode("never", channel),
         "torch fake_quantize": lambda: torch.fake_quantize_per_tensor_affine(x, 0.05, 0, -128, 127),
         "torch learnable": lambda: torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, -128, 127, 1.0),
-        "torch learnable per channel": lambda: torch._fake_quantize_learnable_per_channel_affine(x, scales, zeros, 0, -128, 127, 1.0),
+        "torch learnable per channel": lambda: torch._fake_quantize_learnable_per_channel_affine(
+            x, scales, zeros, 0, -128, 127, 1.0
+        ),
     }
     timed = {name: run(function) for name, function in fakes.items()}
     if not backward:
@@ -82,8 +85,12 @@ def main() -> None:
         x = torch.randn(WEIGHT_ROWS, size // WEIGHT_ROWS, requires_grad=True)
         grad = torch.randn_like(x)
         module = quantizer("tensor", x)
-        saved = bytes_saved_for_backward(lambda m=module, x=x: m(x), inputs=(x, *module.parameters(), *module.buffers()))
-        table = Table(title=f"{size:.0e} elements, {args.threads} thread(s); saved for backward beyond the input: {saved} bytes")
+        saved = bytes_saved_for_backward(
+            lambda m=module, x=x: m(x), inputs=(x, *module.parameters(), *module.buffers())
+        )
+        table = Table(
+            title=f"{size:.0e} elements, {args.threads} thread(s); saved for backward beyond the input: {saved} bytes"
+        )
         for column in ("", "forward ns/element", "x relu", "forward+backward ns/element", "x relu"):
             table.add_column(column, justify="right" if column else "left")
         both = [interleave(candidates(x, grad, backward), "relu", args.seconds) for backward in (False, True)]

@@ -1,4 +1,6 @@
-"""Interleaved timing: every candidate runs in turn, so that a machine that slows down slows all of them, and ratios keep their meaning."""
+"""Interleaved timing: every candidate runs in turn, so that a machine that slows down slows all of them, and ratios
+keep their meaning.
+"""
 
 import gc
 import time
@@ -24,7 +26,9 @@ class Timing:
     ratio: float
 
 
-def interleave(candidates: Mapping[str, Callable[[], object]], baseline: str, seconds: float = 3.0, warmup: int = 3) -> dict[str, Timing]:
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], baseline: str, seconds: float = 3.0, warmup: int = 3
+) -> dict[str, Timing]:
     """Runs every candidate in turn for about `seconds` each (at least 5 rounds), the garbage collector off.
 
     Args:
@@ -51,7 +55,9 @@ def interleave(candidates: Mapping[str, Callable[[], object]], baseline: str, se
     finally:
         gc.enable()
     return {
-        name: Timing(float(np.median(cpu[name])), float(np.median(wall[name])), float(np.median(cpu[name] / cpu[baseline])))
+        name: Timing(
+            float(np.median(cpu[name])), float(np.median(wall[name])), float(np.median(cpu[name] / cpu[baseline]))
+        )
         for name in candidates
     }
 

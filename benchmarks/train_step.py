@@ -2,8 +2,9 @@
 
     python benchmarks/train_step.py [gpt resnet20 resnet18 mobilenetv2] [--sites] [--compile]
 
-Per-channel weights and per-tensor activations, both with learned steps. Ratios are medians of interleaved rounds, in processor time.
-`--sites` adds the inputs of residual additions and pooling; `--compile` compares torch.compile(fullgraph=True) of both models.
+Per-channel weights and per-tensor activations, both with learned steps. Ratios are medians of interleaved rounds, in
+processor time. `--sites` adds the inputs of residual additions and pooling; `--compile` compares
+torch.compile(fullgraph=True) of both models.
 """
 
 import argparse
@@ -27,7 +28,12 @@ from qat.policy import QuantPolicy
 
 def quantized(model: nn.Module, x: Tensor, sites: bool) -> nn.Module:
     policy = QuantPolicy.from_dict(
-        {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}, "sites": {} if sites else "off", "rules": {}}
+        {
+            "weight": {"bits": 8, "granularity": "channel"},
+            "act": {"bits": 8},
+            "sites": {} if sites else "off",
+            "rules": {},
+        }
     )
     model = copy.deepcopy(model)
     plan, _ = make_plan(model, policy, lambda: model(x[:2]))
@@ -36,7 +42,7 @@ def quantized(model: nn.Module, x: Tensor, sites: bool) -> nn.Module:
     return model.train()
 
 
-def step(model: nn.Module, x: Tensor, y: Tensor, mode: str = "never"):  # noqa: ANN201
+def step(model: nn.Module, x: Tensor, y: Tensor, mode: str = "never"):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def run() -> None:
@@ -59,21 +65,34 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
     table = Table(title=f"training step, W8A8, {args.threads} thread(s)")
-    for column in ("model", "float ms", "x float: plain torch", "x float: compiled kernels", "both compiled", "saved for backward x float"):
+    for column in (
+        "model",
+        "float ms",
+        "x float: plain torch",
+        "x float: compiled kernels",
+        "both compiled",
+        "saved for backward x float",
+    ):
         table.add_column(column, justify="left" if column == "model" else "right")
     for name in args.workloads:
         model, x, y = workload(name)
         twin = quantized(model, x, args.sites)
         candidates = {"float": step(model, x, y), "eager": step(twin, x, y), "kernels": step(twin, x, y, "always")}
         timings = interleave(candidates, "float", args.seconds)
-        saved = [bytes_saved_for_backward(lambda m=m, x=x, y=y: F.cross_entropy(m(x), y), inputs=(x, *m.parameters())) for m in (model, twin)]
+        saved = [
+            bytes_saved_for_backward(lambda m=m, x=x, y=y: F.cross_entropy(m(x), y), inputs=(x, *m.parameters()))
+            for m in (model, twin)
+        ]
         whole = "-"
         if args.compile:
-            both = {"float": step(torch.compile(model, fullgraph=True), x, y), "qat": step(torch.compile(twin, fullgraph=True), x, y)}
+            both = {
+                "float": step(torch.compile(model, fullgraph=True), x, y),
+                "qat": step(torch.compile(twin, fullgraph=True), x, y),
+            }
             whole = f"{interleave(both, 'float', args.seconds)['qat'].ratio:.2f}"
         table.add_row(
-            name, f"{timings['float'].cpu * 1e3:.0f}", f"{timings['eager'].ratio:.2f}", f"{timings['kernels'].ratio:.2f}", whole,
-            f"{saved[1] / saved[0]:.2f}",
+            name, f"{timings['float'].cpu * 1e3:.0f}", f"{timings['eager'].ratio:.2f}",
+            f"{timings['kernels'].ratio:.2f}", whole, f"{saved[1] / saved[0]:.2f}",
         )  # fmt: skip
     console = Console()
     console.print(table)

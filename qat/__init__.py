@@ -30,8 +30,15 @@ _HOME = {
 }
 
 __all__ = [
-    "QATCallback", "QuantPolicy", "QuantSpec", "Quantizer", "UserError", "__version__", "load_from_checkpoint", "load_weights",
-]  # fmt: skip
+    "QATCallback",
+    "QuantPolicy",
+    "QuantSpec",
+    "Quantizer",
+    "UserError",
+    "__version__",
+    "load_from_checkpoint",
+    "load_weights",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,11 +13,38 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
+from qat.formats import round_midrise
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
 from qat.layers import QuantizedLayer, become_twin
 from qat.layers.accumulator import bias_codes, folded, input_grid
-from qat.quantizers import Quantizer
+from qat.quantizers import Quantizer, find
+from qat.spec import QuantSpec
+
+
+def storage_bits(spec: QuantSpec) -> int:
+    """Bits of the integers that stand for a grid's levels: odd numbers -(2^b - 1) .. 2^b - 1 take one more than b."""
+    return spec.width + (spec.rounding is round_midrise)
+
+
+def inconvertible(plan: Plan) -> str | None:
+    """Why there is no integer form of what the plan makes; `None` if there is one."""
+    named = [(f"weight of '{n}'", s) for n, s in plan.weights.items()]
+    for name, spec in [*named, *((f"'{n}'", s) for n, s in plan.activations.items())]:
+        cls = find(spec.quantizer)
+        if not spec.integer:
+            return f"{name} is {spec.short}: format={spec.format} has no integers"
+        if storage_bits(spec) > 8:
+            return f"{name} is {spec.short}: integer files hold at most 8 bits"
+        if spec.rounding is round_midrise and name.startswith("'"):
+            return f"{name} is {spec.short}: runtimes round activations to whole numbers, and it has odd ones only"
+        if spec.scale in ("e8m0", "e4m3"):
+            return f"{name} is {spec.short}: scale={spec.scale} belongs to block formats, which no integer file has"
+        if not cls.uniform:
+            return f"{name} has quantizer={spec.quantizer}, whose thresholds are no equal steps"
+        if not cls.static:
+            return f"{name} has quantizer={spec.quantizer}, whose scale is measured as it passes and cannot be stored"
+    return None
 
 
 @torch.no_grad()
@@ -35,6 +62,8 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         UserError: if a grid was never calibrated, or a full-range 8-bit weight cannot be mirrored for a negative gamma.
     """
+    if reason := inconvertible(plan):
+        raise UserError(f"there is no integer form of it: {reason}; use export=none")
     for name, module in model.named_modules():
         if isinstance(module, Quantizer) and module.enabled and not module.initialised:
             raise UserError(f"'{name}' was never calibrated, so there is nothing to convert yet")
@@ -62,7 +91,7 @@ def _integer_weight(module: QuantizedLayer, quantizer: Quantizer) -> IntegerTens
         quantizer.quantize(weight),
         quantizer.step(),
         quantizer.zero_point.detach().clone(),
-        spec.width,
+        storage_bits(spec),
         axis,
         spec.group_size,
     )

@@ -1,7 +1,7 @@
 """The one exception for mistakes a user can fix, and the hint that goes with it.
 
-Whoever raises `UserError` says what is wrong, where (config key, module path or file) and the nearest right thing. The command
-line prints the message as it is, without a traceback, and exits with status 2.
+Whoever raises `UserError` says what is wrong, where (config key, module path or file) and the nearest right thing.
+The command line prints the message as it is, without a traceback, and exits with status 2.
 """
 
 import difflib

@@ -1,11 +1,13 @@
 """The one place where a tensor becomes codes.
 
-Notation: `scale` is the unit of a grid and broadcasts against `x`; a *level* is a value in that unit, for integer grids a whole number of steps
+Notation: `scale` is the unit of a grid and broadcasts against `x`; a *level* is a value in that unit, for integer
+    grids a whole number of steps
 from zero, `level = code - zero_point`, between `low = quant_min - zero_point` and `high` alike.
 
     levels(x) = clip(round_half_even(x / scale), low, high)        value = level * scale
 
-A division, and in float32: inference runtimes divide, and a product with the reciprocal, or bfloat16, gives other codes.
+A division, and in float32: inference runtimes divide, and a product with the reciprocal, or bfloat16, gives other
+    codes.
 """
 
 import torch
@@ -14,9 +16,11 @@ from torch import Tensor
 from qat.formats import Rounding, round_int
 
 SCALE_FLOOR = 1e-8
-"""A learned scale acts as at least this (`qat.scales.snap`), so that no optimizer step can make it zero or negative."""
+"""The smallest scale that calibration sets."""
 TINY = 2.0**-126
-"""The smallest normal float32: below it, division is neither exact nor the same everywhere."""
+"""The smallest normal float32. A learned scale acts as at least this, so that no optimizer step can make it zero or
+negative: below it,
+division is neither exact nor the same everywhere."""
 
 
 def wide(x: Tensor) -> Tensor:

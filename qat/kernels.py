@@ -1,14 +1,16 @@
 """Running pure tensor functions at the speed of memory: compiled where it pays, plain torch where it does not.
 
-Fake quantization is a handful of arithmetic operations per element. Run one by one, each reads and writes the whole tensor; fused by torch.compile they read it once and write it
-once. A `Kernel` is such a function with both ways to run it:
+Fake quantization is a handful of arithmetic operations per element. Run one by one, each reads and writes the whole
+tensor; fused by torch.compile they read it once and write it once. A `Kernel` is such a function with both ways to
+run it:
 
     inside somebody's torch.compile   inlined, so that it fuses with their code too
     small tensors                     plain torch: calling a compiled region costs 25-50 microseconds
-    large tensors                     compiled once for all shapes; where no compiler is found, plain torch, with one warning
+    large tensors                     compiled once for all shapes; where no compiler is found, plain torch, with one
+                                      warning
 
-Compiling costs seconds, which a run of a minute never earns back, so it starts once `PATIENCE` elements have passed (see `configure`). torch keeps the result on
-disk: the next process loads it.
+Compiling costs seconds, which a run of a minute never earns back, so it starts once `PATIENCE` elements have passed
+(see `configure`). torch keeps the result on disk: the next process loads it.
 """
 
 import warnings
@@ -54,7 +56,8 @@ class Kernel:
     """A pure function of tensors and its compiled form, made when first asked for.
 
     Args:
-        function: Positional tensors in, a tensor or a tuple of tensors out; it may work in place on tensors it made itself.
+        function: Positional tensors in, a tensor or a tuple of tensors out; it may work in place on tensors it
+            made itself.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -66,18 +69,23 @@ class Kernel:
         try:
             if self._compiled is None:
                 self._compiled = torch.compile(_own_code(self.function), dynamic=True, fullgraph=True)
-            # Part of what torch guards compiled code by: a layer's forward has switched it off already, its backward not.
+            # Part of what torch guards compiled code by: a layer's forward has switched it off already, its backward
+            # not.
             with torch._C.DisableTorchFunction(), torch.no_grad():
                 return self._compiled(*args)
         except Exception as error:  # a missing compiler surfaces as whatever its build step raises
             _settings["broken"] = True
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warnings.warn(f"quantizers run uncompiled, several times slower: torch.compile failed ({reason})", stacklevel=2)
+            warnings.warn(
+                f"quantizers run uncompiled, several times slower: torch.compile failed ({reason})", stacklevel=2
+            )
             return self.function(*args)
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under a code object of its own: torch counts recompilations by code object, and kernels must not use up each other's."""
+    """`function` under a code object of its own: torch counts recompilations by code object, and kernels must not use
+    up each other's.
+    """
 
     def run(*args: Tensor) -> Any:
         return function(*args)
@@ -86,15 +94,21 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Gradient:
-    """A fake quantization and its gradient, as two kernels. Get one from `gradient`, which makes one for all quantizers that share it."""
+    """A fake quantization and its gradient, as two kernels. Get one from `gradient`, which makes one for all quantizers
+    that share it.
+    """
 
     def __init__(self, forward: Callable[..., Tensor], backward: Callable[..., Grads], rounding: Rounding) -> None:
         self.parts = forward, backward, rounding
         self.forward, self.backward = Kernel(partial(forward, rounding)), Kernel(partial(backward, rounding))
 
-    def __call__(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *extra: Tensor, grad_scale: float = 1.0) -> Tensor:
+    def __call__(
+        self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *extra: Tensor, grad_scale: float = 1.0
+    ) -> Tensor:
         """Fake-quantizes `x`; gradients of `scale` and `extra` are multiplied by `grad_scale`."""
-        return _Apply.apply(self, grad_scale, x, scale, low, high, *extra)  # pyright: ignore[reportReturnType]
+        known = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        apply = _Apply.apply if known else _apply
+        return apply(self, grad_scale, x, scale, low, high, *extra)  # pyright: ignore[reportReturnType]
 
     def __reduce__(self) -> Any:
         return gradient, self.parts
@@ -134,16 +148,25 @@ class _Apply(torch.autograd.Function):
             arguments = layout.rows(grads[0]), layout.rows(x), *map(layout.per_row, parameters)
             grad_x, *others = ctx.gradient.backward.compiled(*arguments)
             grad_x = layout.restore(grad_x)
-            others = [g if g is None else g.view(p.shape) for g, p in zip(others, (parameters[0], *parameters[3:]), strict=True)]
+            others = [
+                g if g is None else g.view(p.shape)
+                for g, p in zip(others, (parameters[0], *parameters[3:]), strict=True)
+            ]
         if ctx.grad_scale != 1.0:
             others = [g if g is None else g * ctx.grad_scale for g in others]
         return None, None, grad_x, others[0], None, None, *others[1:]
 
 
-class _Layout:
-    """Shows kernels a tensor as `[N]` (one scale) or `[rows, N]` (a scale for each), whatever its shape, in the order it lies in memory.
+_apply = super(torch.autograd.Function, _Apply).apply  # pyright: ignore[reportAttributeAccessIssue]
+"""`_Apply.apply` without the dozen Python calls that prepare it for functorch and compilers."""
 
-    So a kernel is compiled once for all shapes, channels_last costs no copy, and per-channel runs like per-tensor. Scales along other axes broadcast as they are.
+
+class _Layout:
+    """Shows kernels a tensor as `[N]` (one scale) or `[rows, N]` (a scale for each), whatever its shape, in the order
+    it lies in memory.
+
+    So a kernel is compiled once for all shapes, channels_last costs no copy, and per-channel runs like per-tensor.
+    Scales along other axes broadcast as they are.
     """
 
     def __init__(self, x: Tensor, scale: Tensor) -> None:
@@ -152,7 +175,11 @@ class _Layout:
         leading = next((d for d in range(scale.ndim, 0, -1) if scale.shape[d - 1] != 1), 0)
         if leading == 0:
             self.view = (count,)
-        elif scale.ndim == x.ndim and x.shape[:leading] == scale.shape[:leading] and _outermost(self.shape, self.strides, leading):
+        elif (
+            scale.ndim == x.ndim
+            and x.shape[:leading] == scale.shape[:leading]
+            and _outermost(self.shape, self.strides, leading)
+        ):
             rows = scale.numel()
             self.view = (rows, count // rows)
         else:
@@ -169,15 +196,19 @@ class _Layout:
         if self.view is None:
             return parameter
         count = parameter.numel()
-        return _alias(parameter.contiguous(), *(((count, 1), (1, 1)) if len(self.view) == 2 and count > 1 else ((count,), (1,))))
+        return _alias(
+            parameter.contiguous(), *(((count, 1), (1, 1)) if len(self.view) == 2 and count > 1 else ((count,), (1,)))
+        )
 
     def restore(self, x: Tensor) -> Tensor:
         return x if self.view is None else _alias(x, self.shape, self.strides)
 
 
 def _alias(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """The memory of `x` as another tensor, which is no view: compiled code is guarded by what a view is of, and in-place operations refuse views made here."""
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, strides)  # pyright: ignore[reportArgumentType]
+    """The memory of `x` as another tensor, which is no view: compiled code is guarded by what a view is of, and in-
+    place operations refuse views made here.
+    """
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, strides)  # pyright: ignore
 
 
 def _dense_strides(x: Tensor) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """Scale formats: hardware stores scales in fewer bits than float32, and training has to use the ones it will have.
 
-    float32    at least `SCALE_FLOOR`
+    float32    at least `TINY`
     pow2       2 ** -26 .. 2 ** 127
     e8m0       2 ** -126 .. 2 ** 127. The format has 2 ** -127 too, a subnormal float32 that hardware may flush to zero;
                blocks so small that they would need it use 2 ** -126
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from qat.formats import FLOATS
-from qat.functional import SCALE_FLOOR, TINY
+from qat.functional import TINY
 from qat.spec import QuantSpec
 
 HUGE = 2.0**127
 POW2_FLOOR = 2.0**-26
-"""The smallest power of two above `SCALE_FLOOR`: integer engines multiply two scales and have to hold the product."""
+"""The smallest power-of-two scale: integer engines multiply two scales and have to hold the product."""
 
 
 def binade(x: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def snap(scale: Tensor, spec: QuantSpec) -> Tensor:
             return microscaling(scale)
         case "e4m3":
             return two_level(scale)
-    return scale.clamp_min(SCALE_FLOOR)
+    return scale.clamp_min(TINY)
 
 
 class SnapSTE(torch.autograd.Function):

@@ -79,7 +79,7 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
         pytest.param(["trian"], "unknown command 'trian'; did you mean 'train'?", id="command"),
         pytest.param(["train", "--multrun"], "unknown option '--multrun'; did you mean '--multirun'", id="option"),
         pytest.param(["train", "sed=1"], "unknown config key 'sed'; did you mean 'seed'?", id="key"),
-        pytest.param(["train", "modle=mlp"], "unknown config key 'modle'; did you mean 'model'", id="group"),
+        pytest.param(["train", "modle=mlp"], "unknown config key 'modle'; did you mean 'mode' or 'model'?", id="group"),
         pytest.param(
             ["train", "model=mpl"], "model=mpl: there is no such option; did you mean 'mlp'?", id="group-option"
         ),
@@ -100,7 +100,7 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
             ["train", "name=${nothing}"], "Interpolation key 'nothing' not found", id="interpolation-in-run-dir"
         ),
         pytest.param(["train", "seed=???"], "config key 'seed' needs a value: seed=...", id="missing-value"),
-        pytest.param(["train", "-m", "seed=1,2", "modle=mlp"], "did you mean 'model'", id="key-in-a-sweep"),
+        pytest.param(["train", "-m", "seed=1,2", "modle=mlp"], "did you mean 'mode' or 'model'?", id="key-in-a-sweep"),
         pytest.param(
             ["train", "-m", "model=mlp,mpl"], "model=mpl: there is no such option", id="one-option-of-a-sweep"
         ),

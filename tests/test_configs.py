@@ -1,11 +1,13 @@
-"""No trainer, logger or debug config can rot: each composes, and its target takes what it says."""
+"""No config can rot: each file composes, and its targets take what it says."""
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from qat.cli.configs import configs_dir, finish
-from qat.cli.instantiate import instantiate
+from qat.cli.instantiate import _check, instantiate
 from qat.cli.train import VERSION
+from qat.policy import QuantPolicy
 
 
 def _options(group: str) -> list[str]:
@@ -21,6 +23,18 @@ def config(tmp_path):
         return cfg
 
     return composed
+
+
+EVERY = [f"{p.parent.name}={p.stem}" for p in sorted(configs_dir().glob("*/*.yaml")) if p.parent.name != "hydra"]
+
+
+@pytest.mark.parametrize("choice", EVERY)
+def test_every_config_composes_and_its_targets_take_every_key(choice, config):
+    cfg = config(choice)
+    _check(cfg, "", {})
+    settings = OmegaConf.to_container(cfg.quant)
+    assert isinstance(settings, dict)
+    QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in ("calibration_samples", "scale_lr")})
 
 
 @pytest.mark.parametrize("option", _options("trainer"))

@@ -38,10 +38,9 @@ class Mortal(MLP):
 '''
 # 4 steps an epoch; random crops, dropout and shuffling draw random numbers
 OVERRIDES = """model._target_=mortal.Mortal ~model.in_features ~model.num_classes ~model.optimizer ~model.momentum
-    ~model.warmup model=mlp model.width=16 model.lr=0.05 data.train_limit=128 data.batch_size=32 data.val_limit=32 data.test_limit=64
-    data.crop_padding=1 float_epochs=3 trainer.max_epochs=4 trainer.log_every_n_steps=1
-    trainer.enable_progress_bar=false
-    quant.calibration_samples=64 export=none seed=7""".split()  # noqa: SIM905 - as one writes it on the command line
+    ~model.warmup model=mlp model.width=16 model.lr=0.05 data.train_limit=128 data.batch_size=32 data.val_limit=32
+    data.test_limit=64 data.crop_padding=1 float_epochs=3 trainer.max_epochs=4 trainer.log_every_n_steps=1
+    trainer.enable_progress_bar=false quant.calibration_samples=64 export=none seed=7""".split()  # noqa: SIM905 - as one writes it on the command line
 
 
 @pytest.fixture(scope="module")

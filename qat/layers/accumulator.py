@@ -41,7 +41,7 @@ def grid_versions(layer: Any) -> tuple[Any, ...]:
     """Changes whenever `accumulator_scale(layer)` may."""
     last = layer.input_quantizer
     last = last[-1] if isinstance(last, nn.Sequential) else last
-    return tuple(v for q in (last, layer.weight_quantizer) if q is not None for v in q.versions())
+    return tuple(v for q in (last, layer.weight_quantizer) if isinstance(q, Quantizer) for v in q.versions())
 
 
 def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:

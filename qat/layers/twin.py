@@ -31,7 +31,8 @@ class TwinMixin:
     def once_per_change(self, name: str, stamp: Callable[[], tuple[Any, ...]], compute: Callable[[], Any]) -> Any:
         """What `compute` returns, computed anew only when `stamp` differs from that of the last call.
 
-        For evaluation, where weights and grids stand still: nothing is kept while gradients are on or somebody compiles.
+        For evaluation, where weights and grids stand still: nothing is kept while gradients are on or somebody
+            compiles.
         """
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return compute()
@@ -41,17 +42,20 @@ class TwinMixin:
         return kept[name][1]
 
     def train(self, mode: bool = True) -> Self:
-        # Averaging callbacks swap weights through `.data`, which no version counter sees; they do so after switching modes.
+        # Averaging callbacks swap weights through `.data`, which no version counter sees; they do so after switching
+        # modes.
         self.__dict__.pop("_kept", None)
         return super().train(mode)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __getstate__(self) -> dict[str, Any]:
-        parent: dict[str, Any] = super().__getstate__()  # pyright: ignore[reportAttributeAccessIssue, reportAssignmentType]
+        parent: dict[str, Any] = super().__getstate__()  # pyright: ignore
         return {k: v for k, v in parent.items() if k != "_kept"}
 
 
 def versions(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Changes whenever one of the tensors is written to or replaced (inference tensors, which count no versions, never match)."""
+    """Changes whenever one of the tensors is written to or replaced (inference tensors, which count no versions, never
+    match).
+    """
     return tuple(t if t is None else (object() if t.is_inference() else (t.data_ptr(), t._version)) for t in tensors)
 
 

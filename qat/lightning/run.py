@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 from qat import __version__
 from qat.audit import coverage, to_dict
-from qat.convert import convert
+from qat.convert import convert, inconvertible
 from qat.errors import UserError
 from qat.export.files import atomic
 from qat.export.onnx import OnnxTarget, export_onnx
@@ -115,6 +115,8 @@ class Run(Workspace):
         with self.stage("exported", "Exported") as values:
             plan = self.module.quantization_plan
             assert isinstance(plan, Plan)
+            if self.target is None and inconvertible(plan):
+                return None
             converted = convert(self.module, plan)
             save_packed(converted, plan, self.folder)
             if self.target is None:

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from qat.audit import audit
 from qat.cli.instantiate import instantiate
+from qat.convert import inconvertible
 from qat.errors import UserError
 from qat.export.files import atomic
 from qat.export.onnx import OnnxTarget
@@ -89,6 +90,8 @@ class Workspace:
         test_metric(self.measuring(limit_test_batches=1, enable_progress_bar=False), shell, self.data, self.cfg.metric)
         if not self.policy.is_off:
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
+            if self.target is not None and (reason := inconvertible(plan)):
+                raise UserError(f"export: there is no integer form of this quant: {reason}; use export=none")
             apply_plan(shell, plan)
             self.audit_rows = audit(shell, plan, recording)
 

@@ -1,15 +1,17 @@
 """`Quantizer`: one tensor's grid as a module. It knows no layer, no policy and no Lightning.
 
-A quantizer is in one of three states, kept in buffers (so that checkpoints carry them) and mirrored in Python attributes (so that a forward pass never
-waits for a device to read them):
+A quantizer is in one of three states, kept in buffers (so that checkpoints carry them) and mirrored in Python
+attributes (so that a forward pass never waits for a device to read them):
 
-    observing   collects a sample of what passes and returns it untouched; `calibrate` turns the sample into scale and zero_point
+    observing   collects a sample of what passes and returns it untouched; `calibrate` turns the sample into scale and
+                zero_point
     off         returns its input
     on          returns `dequantize(quantize(x))`, bit for bit (but for stochastic rounding, which is for training
                 alone), with a straight-through gradient
 
-A new quantizer is one file in this folder that subclasses `Quantizer` and defines `fake_quantize`; `find` knows it by the file's name. Shapes: `x` is any
-tensor; its *grouped* view has one more axis where groups share a scale; grids broadcast against that view.
+A new quantizer is one file in this folder that subclasses `Quantizer` and defines `fake_quantize`; `find` knows it by
+the file's name. Shapes: `x` is any tensor; its *grouped* view has one more axis where groups share a scale; grids
+broadcast against that view.
 """
 
 import dataclasses
@@ -37,17 +39,21 @@ class Quantizer(nn.Module):
     Args:
         spec: A resolved spec (`QuantSpec.resolved`): `signed` and `narrow` are settled.
         shape: Shape of the tensor if it is a weight, `None` for an activation (whose batch dimension varies).
-        axis: The output-channel axis of a weight; groups run along the other one of axes 0 and 1 (of an activation: along the last).
+        axis: The output-channel axis of a weight; groups run along the other one of axes 0 and 1 (of an
+            activation: along the last).
 
     Attributes:
-        scale: `(1,)` per tensor, `(channels,)` per channel, or the weight's shape with the grouped axis divided by `group_size`.
+        scale: `(1,)` per tensor, `(channels,)` per channel, or the weight's shape with the grouped axis divided
+            by `group_size`.
         zero_point: int32 of the same shape; the code of the value zero.
         quant_min, quant_max: The lowest and highest code.
         on: Whether `forward` quantizes.
 
     Class attributes:
-        uniform: Whether codes come from equal steps, as `QuantizeLinear` computes them; otherwise there is no integer file.
-        static: Whether every `x` has the same grid; of one that is measured on each `x`, only `grid(x)` knows the scale.
+        uniform: Whether codes come from equal steps, as `QuantizeLinear` computes them; otherwise there is no
+            integer file.
+        static: Whether every `x` has the same grid; of one that is measured on each `x`, only `grid(x)` knows the
+            scale.
 
     Raises:
         UserError: if the granularity does not fit the shape.
@@ -77,6 +83,7 @@ class Quantizer(nn.Module):
         # As tensors, so that compiled kernels are the same for every grid.
         self.register_buffer("lowest", torch.full((1,), self.quant_min, dtype=torch.float32), persistent=False)
         self.register_buffer("highest", torch.full((1,), self.quant_max, dtype=torch.float32), persistent=False)
+        self._moves = spec.granularity == "group" or type(self).transform is not Quantizer.transform
         self.observing = False
         self._sample: list[Tensor] = []
         self._read_flags()
@@ -94,8 +101,8 @@ class Quantizer(nn.Module):
             return (1,)
         if shape is None:
             raise UserError(
-                f"granularity={self.spec.granularity}: quantizer={self.spec.quantizer} keeps one scale for an activation "
-                "(granularity=tensor); quantizer: dynamic measures tokens and groups as they pass"
+                f"granularity={self.spec.granularity}: quantizer={self.spec.quantizer} keeps one scale for an "
+                "activation (granularity=tensor); quantizer: dynamic measures tokens and groups as they pass"
             )
         if self.spec.granularity == "channel":
             return (shape[self.axis],)
@@ -126,25 +133,29 @@ class Quantizer(nn.Module):
             return per_scale.view([-1 if d == self.axis else 1 for d in range(ndim)])
         return per_scale.unsqueeze(self._group_axis(ndim) + 1)
 
-    def _limits(self, ndim: int) -> tuple[Tensor, Tensor]:
-        if self.spec.symmetric:
-            return self.lowest, self.highest
-        zero_point = self._spread(self.zero_point, ndim)
-        return self.lowest - zero_point, self.highest - zero_point
-
     def _acting(self, scale: Tensor) -> Tensor:
-        """`scale` as it is stored: in its format, with a straight-through gradient."""
+        """`scale` as it is stored: in its format, with a straight-through gradient. Kernels keep float32 scales above
+        zero.
+        """
+        if self.spec.scale == "float32":
+            return scale
         if not scale.requires_grad:
             return snap(scale, self.spec)
         return SnapSTE.apply(scale, self.spec)  # pyright: ignore[reportReturnType]
 
     def step(self) -> Tensor:
         """The scale that acts, format and floor applied: float32, detached, of the shape of `scale`."""
-        return self._acting(self.scale.detach().float())
+        return snap(self.scale.detach().float(), self.spec)
 
     def grid(self, x: Tensor) -> Grid:
         """The grid for `x`, with gradients to what is learned."""
-        return self._spread(self._acting(self.scale), x.ndim), *self._limits(x.ndim)
+        scale = self._acting(self.scale)
+        if self.spec.granularity != "tensor":
+            scale = self._spread(scale, x.ndim)
+        if self.spec.symmetric:
+            return scale, self.lowest, self.highest
+        zero_point = self._spread(self.zero_point, x.ndim)
+        return scale, self.lowest - zero_point, self.highest - zero_point
 
     def transform(self, x: Tensor) -> Tensor:
         """What is rounded: `x` itself, but for quantizers that reshape their tensor first."""
@@ -159,7 +170,8 @@ class Quantizer(nn.Module):
         """The codes of `x`.
 
         Returns:
-            Of the shape of `x`. Integer formats: `quant_min .. quant_max` as `code_dtype`. Floating-point formats: bit patterns as uint8.
+            Of the shape of `x`. Integer formats: `quant_min .. quant_max` as `code_dtype`. Floating-point formats:
+            bit patterns as uint8.
 
         Raises:
             ValueError: if `x` holds NaN, which has no code.
@@ -200,7 +212,7 @@ class Quantizer(nn.Module):
         return self._snap(x) if self.on else self._pass(x)
 
     def _snap(self, x: Tensor) -> Tensor:
-        inner, grid = self._grouped(self.transform(x)), self.grid(x)
+        inner, grid = self._grouped(self.transform(x)) if self._moves else x, self.grid(x)
         if self.training and self.spec.rounding_mode == "stochastic":
             inner = dither(inner, *grid)
         y = self.fake_quantize(inner, *grid).to(x.dtype)
@@ -228,7 +240,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def change_bits(self, bits: int) -> None:
-        """Gives the grid another width in place. Its range stays, so the step grows or shrinks; keys and shapes of its state stay, too.
+        """Gives the grid another width in place; its range stays (the step changes), and so do keys and shapes.
 
         Raises:
             UserError: if its format does not have that many bits.

@@ -36,7 +36,7 @@ def staircase(x: Tensor, scale: Tensor, low: Tensor, widths: Tensor) -> Tensor:
     v = ratio(x, scale)
     widths = widths.to(v.dtype).clamp_min(MIN_WIDTH)
     thresholds = low + widths.cumsum(0) - widths / 2
-    return torch.where(v.isnan(), v, low + torch.bucketize(v, thresholds, right=True))
+    return torch.where(v.isnan(), v, low + torch.bucketize(v.contiguous(), thresholds, right=True))
 
 
 def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, widths: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def backward(
     v = ratio(x, scale)
     a = widths.to(v.dtype).clamp_min(MIN_WIDTH)
     ends = low + a.cumsum(0)
-    segment = torch.bucketize(v, ends).clamp_max(len(a) - 1)
+    segment = torch.bucketize(v.contiguous(), ends).clamp_max(len(a) - 1)
     inside = (v >= low) & (v <= ends[-1])
     grad = wide(grad)
     grad_x = torch.where(inside, grad / a[segment], 0)

@@ -82,6 +82,9 @@ class FreezeBatchNorm(Callback):
     Those that fold into the layer before them then also add the rounding error of the folded bias, as they do in
     evaluation (`qat.layers.accumulator`).
 
+    Freeze them when the learning rate is already low: by their running statistics they no longer cancel the size of the
+    weights before them, and a step that was safe until then can make training diverge, in float as well.
+
     Args:
         at: When: a share of training (a float below 1) or a number of epochs (an int).
 
@@ -89,7 +92,7 @@ class FreezeBatchNorm(Callback):
         UserError: (when training starts) if there is no BatchNorm, or if training ends before.
     """
 
-    def __init__(self, at: float = 0.5) -> None:
+    def __init__(self, at: float = 0.8) -> None:
         check_moment("at", at)
         self.at = at
 
