@@ -43,7 +43,7 @@ class QuantSpec:
         range: Name of a function in `qat/ranges.py`: how calibration finds the first scale.
         rounding_mode: `nearest`; or `stochastic`: in training, up or down at random, right on average. Codes are always
             the nearest.
-        options: Settings of that quantizer, by the names of its constructor.
+        options: Settings of that quantizer, by the names of its constructor; `None` for its own defaults.
     """
 
     bits: int | None = 8
@@ -57,7 +57,7 @@ class QuantSpec:
     quantizer: str = "lsq"
     range: str = "mse"
     rounding_mode: Literal["nearest", "stochastic"] = "nearest"
-    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    options: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         self._check_format()

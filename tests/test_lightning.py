@@ -191,7 +191,7 @@ def _split(net: Net, groups) -> tuple[list[dict], list[dict]]:
 @pytest.mark.parametrize(
     ("cls", "factor", "expected"),
     [
-        pytest.param(SGD, None, 1.0, id="sgd-decides"),
+        pytest.param(SGD, None, 0.1, id="sgd-decides"),
         pytest.param(AdamW, None, 0.01, id="adamw-decides"),
         pytest.param(torch.optim.RMSprop, None, 0.01, id="rmsprop-decides"),
         pytest.param(AdamW, 0.5, 0.5, id="given"),

@@ -82,15 +82,17 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Shuffled, augmented batches; the last may be smaller."""
-        return DataLoader(ImageDataset(self.splits["train"]), self.batch_size, shuffle=True, collate_fn=self.augmented)
+        return DataLoader(
+            ImageDataset(self.splits["train"]), batch_size=self.batch_size, shuffle=True, collate_fn=self.augmented
+        )
 
     def val_dataloader(self) -> Loader:
         """Validation batches in a fixed order, not augmented."""
-        return DataLoader(ImageDataset(self.splits["val"]), self.batch_size, collate_fn=self.plain)
+        return DataLoader(ImageDataset(self.splits["val"]), batch_size=self.batch_size, collate_fn=self.plain)
 
     def test_dataloader(self) -> Loader:
         """Test batches in a fixed order, not augmented."""
-        return DataLoader(ImageDataset(self.splits["test"]), self.batch_size, collate_fn=self.plain)
+        return DataLoader(ImageDataset(self.splits["test"]), batch_size=self.batch_size, collate_fn=self.plain)
 
     def predict_dataloader(self) -> Loader:
         """The test batches."""

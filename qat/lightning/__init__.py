@@ -4,6 +4,31 @@ from qat.lightning.callback import QATCallback
 from qat.lightning.logs import LogQuantizers
 from qat.lightning.module import load_from_checkpoint
 from qat.lightning.resume import SeedEpochs
+from qat.lightning.schedules import (
+    AnnealBits,
+    DampenOscillations,
+    FreezeBatchNorm,
+    FreezeOscillations,
+    FreezeRanges,
+    GradualEnable,
+    ReestimateBatchNorm,
+    TrackOscillations,
+)
 from qat.lightning.weights import load_weights, read_checkpoint
 
-__all__ = ["LogQuantizers", "QATCallback", "SeedEpochs", "load_from_checkpoint", "load_weights", "read_checkpoint"]
+__all__ = [
+    "AnnealBits",
+    "DampenOscillations",
+    "FreezeBatchNorm",
+    "FreezeOscillations",
+    "FreezeRanges",
+    "GradualEnable",
+    "LogQuantizers",
+    "QATCallback",
+    "ReestimateBatchNorm",
+    "SeedEpochs",
+    "TrackOscillations",
+    "load_from_checkpoint",
+    "load_weights",
+    "read_checkpoint",
+]

@@ -30,7 +30,7 @@ class QATCallback(Callback):
     Args:
         policy: Which grids go where: a `QuantPolicy`, or its settings as plain containers.
         calibration_samples: How many training samples set the first ranges.
-        scale_lr_factor: Learning rate of the scales relative to that of the weights beside them; `None` for 1 under
+        scale_lr_factor: Learning rate of the scales relative to that of the weights beside them; `None` for 0.1 under
         SGD and 0.01 under other
             optimizers (`qat.lightning.groups` says why). Schedulers that take one function per group (`LambdaLR`)
             need one for the scales, too.
@@ -103,7 +103,8 @@ class QATCallback(Callback):
             ):  # DDP has just copied the first process's flags to the others
                 quantizer.enable(bool(quantizer.enabled))
             if needs_calibration(pl_module):
-                title = "Calibrating" if trainer.global_rank == 0 else None
+                shown = trainer.global_rank == 0 and trainer.progress_bar_callback is not None
+                title = "Calibrating" if shown else None
                 calibrate(pl_module, run_steps(pl_module, trainer_source(trainer), self.calibration_samples, title))
                 if trainer.world_size > 1:
                     _agree(pl_module)

@@ -1,9 +1,10 @@
 """Scales in optimizer groups of their own: no weight decay, and a learning rate relative to that of the weights
 beside them.
 
-LSQ scales the gradient of a step size so that, under SGD, it moves as fast as the weights do. Adaptive optimizers
-divide any such factor out again: under Adam a step size of 0.01 would move by the whole learning rate each step. So
-the factor is 1 for SGD and `ADAPTIVE_FACTOR` for all others.
+LSQ scales the gradient of a step size so that, under SGD, it moves as fast as the weights do; with one step per channel
+that is noisier than with one per tensor, and a tenth is safer (2 bits at a high learning rate can collapse without it).
+Adaptive optimizers divide any such factor out again: under Adam a step size of 0.01 would move by the whole learning
+rate each step. So the factor is `SGD_FACTOR` for SGD and `ADAPTIVE_FACTOR` for all others.
 
 The split happens while the optimizer is constructed, not afterwards: schedulers copy the groups' learning rates when
 they are made, and so see the final groups. Two of them overwrite those rates (OneCycleLR, CyclicLR); what they are
@@ -19,14 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+SGD_FACTOR = 0.1
 ADAPTIVE_FACTOR = 0.01
 FACTOR = "scale_lr_factor"
 """Key under which a group of scales keeps its factor; checkpoints carry it."""
 
 
 def auto_factor(optimizer: torch.optim.Optimizer) -> float:
-    """1 for SGD, `ADAPTIVE_FACTOR` for every other optimizer."""
-    return 1.0 if isinstance(optimizer, torch.optim.SGD) else ADAPTIVE_FACTOR
+    """`SGD_FACTOR` for SGD, `ADAPTIVE_FACTOR` for every other optimizer."""
+    return SGD_FACTOR if isinstance(optimizer, torch.optim.SGD) else ADAPTIVE_FACTOR
 
 
 @contextmanager

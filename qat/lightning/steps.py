@@ -93,7 +93,7 @@ def trainer_source(trainer: pl.Trainer) -> Source:
     return source
 
 
-def _batches(source: Source, samples: int) -> Iterator[Any]:
+def batches(source: Source, samples: int) -> Iterator[Any]:
     """Training batches until `samples` samples have come; the same ones in every process."""
     loader = source()
     if not isinstance(loader, DataLoader):
@@ -118,16 +118,17 @@ def run_steps(module: pl.LightningModule, source: Source, samples: int, title: s
 
     def run() -> None:
         step = step_of(module)
-        with no_trace(module), _precision(module):
+        with no_trace(module), precision(module):
             for batch in track(
-                _batches(source, samples), description=title or "", transient=True, disable=title is None
+                batches(source, samples), description=title or "", transient=True, disable=title is None
             ):
                 step(module._apply_batch_transfer_handler(batch, device=module.device))
 
     return run
 
 
-def _precision(module: pl.LightningModule) -> AbstractContextManager[Any]:
+def precision(module: pl.LightningModule) -> AbstractContextManager[Any]:
+    """The arithmetic that the trainer prescribes (autocast, say)."""
     trainer = module._trainer
     return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
 

@@ -39,11 +39,12 @@ def create(spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> Q
     """
     cls = find(spec.quantizer)
     own = list(inspect.signature(cls.__init__).parameters)[4:]  # behind self, spec, shape and axis
-    for option in spec.options:
+    options = spec.options or {}
+    for option in options:
         if option not in own:
             hint = nearest(option, own) if own else "; it has none"
             raise UserError(f"options.{option}: quantizer={spec.quantizer} has no such option{hint}")
-    return cls(spec, shape, axis, **spec.options)
+    return cls(spec, shape, axis, **options)
 
 
 __all__ = ["Quantizer", "create", "find", "names"]

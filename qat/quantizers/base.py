@@ -126,7 +126,7 @@ class Quantizer(nn.Module):
         return x.unflatten(axis, (x.shape[axis] // size, size))  # -1 would be ambiguous for an empty tensor
 
     def _spread(self, per_scale: Tensor, ndim: int) -> Tensor:
-        """A view of a tensor shaped like `scale` that broadcasts against the grouped view of a tensor of `ndim` axes."""
+        """A view of a tensor shaped like `scale` that broadcasts against the grouped view of one of `ndim` axes."""
         if self.spec.granularity == "tensor":
             return per_scale
         if self.spec.granularity == "channel":

@@ -70,6 +70,10 @@ class SEQ(LSQ):
         grad_scale = (elements_per_scale(self, x) * self.quant_max) ** -0.5
         return self.gradient(x, scale, low, high, self.reach, grad_scale=grad_scale)
 
+    def change_bits(self, bits: int) -> None:
+        """Refused: each width has a gradient of its own."""
+        raise UserError(f"quantizer=seq cannot go from {self.spec.bits} to {bits} bits; anneal with quantizer: lsq")
+
     def _fit(self, rows: Tensor) -> None:
         if self.spec.width == 1:
             highest = rows.abs().mean(1)

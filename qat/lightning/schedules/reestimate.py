@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 
 from qat.errors import UserError
 from qat.lightning.schedules.freeze import batch_norms
-from qat.lightning.steps import _batches, _precision, no_trace, step_of, trainer_source
+from qat.lightning.steps import batches, no_trace, precision, step_of, trainer_source
 
 
 class ReestimateBatchNorm(Callback):
@@ -39,12 +39,12 @@ class ReestimateBatchNorm(Callback):
         norms = batch_norms(pl_module, "ReestimateBatchNorm")
         momenta = [norm.momentum for norm in norms]
         step = step_of(pl_module)
-        with no_trace(pl_module), _precision(pl_module):
+        with no_trace(pl_module), precision(pl_module):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the plain mean over all batches
                 norm.train()
-            for batch in islice(_batches(trainer_source(trainer), 2**62), self.batches):
+            for batch in islice(batches(trainer_source(trainer), 2**62), self.batches):
                 step(pl_module._apply_batch_transfer_handler(batch, device=pl_module.device))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
