@@ -218,7 +218,7 @@ def test_each_of_several_groups_and_optimizers_is_split(tmp_path):
     groups = [g for optimizer in _optimizers(net, configure, tmp_path) for g in optimizer]
     rest, own = _split(net, groups)
     assert [g["lr"] for g in rest] == [0.2, 0.1, 0.1]
-    assert [g["lr"] for g in own] == pytest.approx([0.2, 0.001])
+    assert [g["lr"] for g in own] == pytest.approx([0.02, 0.001])
 
 
 def _warm(optimizer):
