@@ -69,7 +69,7 @@ def verdict(report: Mapping[str, Any]) -> Verdict | None:
     if (same := verify.get("codes_identical")) is not None:
         facts.append("weight codes identical" if same else "weight codes differ")
     if (steps := verify.get("max_deviation_steps")) is not None:
-        facts.append(f"activations within {steps:.3g} step{'' if steps == 1 else 's'}")
+        facts.append(f"outputs within {steps:.3g} step{'' if steps == 1 else 's'}")
     if (nodes := verify.get("integer_nodes")) is not None:
         expected = verify.get("expected_integer_nodes")
         facts.append(f"{nodes}{'' if expected is None else f' of {expected}'} nodes run on integers")
