@@ -80,7 +80,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    console = Console()
+    console = Console(width=120)
     for size in map(int, args.sizes):
         x = torch.randn(WEIGHT_ROWS, size // WEIGHT_ROWS, requires_grad=True)
         grad = torch.randn_like(x)

@@ -94,7 +94,7 @@ def main() -> None:
             name, f"{timings['float'].cpu * 1e3:.0f}", f"{timings['eager'].ratio:.2f}",
             f"{timings['kernels'].ratio:.2f}", whole, f"{saved[1] / saved[0]:.2f}",
         )  # fmt: skip
-    console = Console()
+    console = Console(width=120)
     console.print(table)
     console.print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
