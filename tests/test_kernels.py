@@ -1,0 +1,102 @@
+"""Compiled kernels: compiled once, never instead of a right answer."""
+
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from qat import kernels
+from qat.quantizers import create
+from qat.spec import QuantSpec
+
+
+@pytest.fixture(autouse=True)
+def settings():
+    before = dict(kernels._settings)
+    yield
+    kernels._settings.update(before)
+
+
+def lsq(bits: int = 8, granularity: str = "tensor", shape: torch.Size | None = None):
+    spec = QuantSpec(bits=bits, granularity=granularity, range="minmax")
+    quantizer = create(spec.resolved(nonnegative=False, weight=shape is not None), shape)
+    quantizer.calibrate(
+        torch.linspace(-1, 1, 4096) if shape is None else torch.linspace(-1, 1, shape.numel()).view(shape)
+    )
+    return quantizer
+
+
+def train_on(quantizer, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.linspace(-1.2, 1.2, torch.Size(shape).numel()).view(shape).requires_grad_()
+    quantizer.scale.grad = None
+    y = quantizer(x)
+    y.square().sum().backward()
+    return y.detach(), quantizer.scale.grad.clone()
+
+
+def test_other_sizes_bits_flags_and_epochs_compile_nothing_new():
+    kernels.configure("always")
+    quantizer = lsq()
+    for shape in ((32, 4096), (48, 4099)):
+        train_on(quantizer, *shape)
+    compiled = counters["stats"]["unique_graphs"]
+    for batch in (7, 8, 64):
+        train_on(quantizer, batch, 3, 64, 65)
+    train_on(lsq(bits=4), 16, 5000)
+    quantizer.enable(False)
+    train_on(lsq(bits=2), 17, 5000)
+    quantizer.enable()
+    quantizer.train(False)
+    train_on(quantizer, 19, 5000)
+    assert counters["stats"]["unique_graphs"] == compiled
+
+
+def test_channels_last_and_channels_give_the_same_as_plain_torch(monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    weight = lsq(granularity="channel", shape=torch.Size((8, 4, 3, 3)))
+    x = torch.randn(8, 4, 3, 3)
+    results = {}
+    for mode in ("never", "always"):
+        kernels.configure(mode)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            leaf = x.clone(memory_format=layout).requires_grad_()
+            weight.scale.grad = None
+            y = weight(leaf)
+            y.square().sum().backward()
+            assert y.stride() == leaf.stride()
+            results[mode, layout] = y.detach(), leaf.grad, weight.scale.grad
+    expected = results["never", torch.contiguous_format]
+    for found in results.values():
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-6)
+
+
+def test_without_a_compiler_it_warns_once_and_computes_the_same(monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    kernels.configure("never")
+    expected = train_on(lsq(), 32, 256)
+
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("no C++ compiler was found")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    kernels.gradient.cache_clear()  # kernels that are compiled already would not ask again
+    kernels.configure("always")
+    quantizer = lsq()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = [train_on(quantizer, 32, 256) for _ in range(2)]
+    assert [str(w.message) for w in caught if "uncompiled" in str(w.message)] == [
+        "quantizers run uncompiled, several times slower: torch.compile failed (no C++ compiler was found)"
+    ]
+    for y, grad in found:
+        assert torch.equal(y, expected[0]) and torch.equal(grad, expected[1])
+
+
+def test_short_runs_never_compile(monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("compiled before its patience ran out"))
+    kernels.gradient.cache_clear()
+    kernels.configure("auto", patience=10**9)
+    train_on(lsq(), 32, 256)
