@@ -164,7 +164,9 @@ class QuantSpec:
             return dataclasses.replace(self, signed=True, narrow=True)
         one_bit = self.bits == 1 and not weight
         signed = self.signed if self.signed is not None else self.symmetric and not nonnegative and not one_bit
-        narrow = self.narrow if self.narrow is not None else weight and signed and self.symmetric and self.width >= 4
+        wanted = self.narrow if self.narrow is not None else weight and self.symmetric and self.width >= 4
+        # An unsigned grid has no lowest negative code to drop: `narrow` is for the tensors that turn out signed.
+        narrow = wanted and signed
         return dataclasses.replace(self, signed=signed, narrow=narrow)
 
     @cached_property

@@ -5,7 +5,7 @@ import json
 import pickle
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qat.errors import UserError
@@ -101,6 +101,8 @@ def test_a_spec_survives_json_and_pickle(spec):
     assert again == spec and hash(again) == hash(spec)
 
 
+@example(QuantSpec(bits=1, narrow=True), False, False)
+@example(QuantSpec(bits=4, narrow=True), True, False)
 @given(specs(), st.booleans(), st.booleans())
 def test_resolving_settles_signs_once_and_for_all(spec, nonnegative, weight):
     if (
@@ -117,7 +119,8 @@ def test_resolving_settles_signs_once_and_for_all(spec, nonnegative, weight):
     resolved = spec.resolved(nonnegative=nonnegative, weight=weight)
     assert resolved.signed is not None and resolved.narrow is not None
     assert resolved.resolved(nonnegative=nonnegative, weight=weight) == resolved
-    assert spec.signed in (None, resolved.signed) and spec.narrow in (None, resolved.narrow)
+    assert spec.signed in (None, resolved.signed)
+    assert spec.narrow in (None, resolved.narrow) if resolved.signed else not resolved.narrow
     assert resolved.quant_min <= 0 < resolved.quant_max
     assert resolved.size <= 2**resolved.width
     if resolved.narrow and resolved.signed:
