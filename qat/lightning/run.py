@@ -13,7 +13,6 @@ was killed resumes (`ckpt=last`) where it stopped:
     report.json, report.png            the table at the end
 """
 
-import copy
 import json
 import math
 from pathlib import Path
@@ -147,7 +146,7 @@ class Run(Workspace):
     def _export(self, model: Any, name: str) -> int:
         """Writes a model as ONNX; returns the file's size in bytes."""
         example = example_input(self.module, self.data.train_dataloader)
-        export_onnx(copy.deepcopy(model).cpu(), example, self.folder / name)
+        export_onnx(model, example, self.folder / name)
         return (self.folder / name).stat().st_size
 
     def report(self, verdict: Verdict | None) -> dict[str, Any]:

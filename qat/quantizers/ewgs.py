@@ -21,14 +21,11 @@ from torch import Tensor
 
 from qat.errors import UserError
 from qat.formats import Rounding
-from qat.functional import levels, ratio, sum_to, values, wide
+from qat.functional import ratio, sum_to, wide
 from qat.kernels import Grads, gradient
+from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ, elements_per_scale
 from qat.spec import QuantSpec
-
-
-def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, delta: Tensor) -> Tensor:
-    return values(levels(x, scale, low, high, rounding), scale, x.dtype)
 
 
 def backward(

@@ -14,7 +14,8 @@ from qat.quantizers.base import Quantizer
 from qat.spec import QuantSpec
 
 
-def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *_: Tensor) -> Tensor:
+    """Rounds to the grid; what else a gradient needs (`*_`) changes no value."""
     return values(levels(x, scale, low, high, rounding), scale, x.dtype)
 
 
