@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.formats import round_midrise
+from qat.functions import PROBABILITIES
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
-from qat.layers import QuantizedLayer, become_twin
+from qat.layers import QuantizedLayer, Site, become_twin
 from qat.layers.accumulator import bias_codes, folded, input_grid
+from qat.plan import kind_of
 from qat.quantizers import Quantizer, find
 from qat.spec import QuantSpec
 
@@ -69,6 +71,7 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
             raise UserError(f"'{name}' was never calibrated, so there is nothing to convert yet")
     converted = copy.deepcopy(model).cpu().eval()
     modules = dict(converted.named_modules())
+    parameters = _convert_sites(modules, plan)
     for name in plan.layers:
         module = modules[name]
         assert isinstance(module, QuantizedLayer)
@@ -80,11 +83,49 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
                 bias = _fold(name, weight, bias, modules[plan.batch_norms[name]])
                 _replace(converted, plan.batch_norms[name], nn.Identity())
             _install(module, weight, bias)
+    _give_up_parameters(converted, plan, parameters)
     _freeze_activations(converted)
     return converted
 
 
-def _integer_weight(module: QuantizedLayer, quantizer: Quantizer) -> IntegerTensor:
+def _convert_sites(modules: dict[str, nn.Module], plan: Plan) -> dict[str, nn.Parameter]:
+    """Gives functional sites integer weights, and attention the two products that integer kernels compute.
+
+    Returns:
+        The parameters that became integers, by path.
+    """
+    for name in dict.fromkeys(site.removesuffix(f".{PROBABILITIES}") for site in plan.sites):
+        modules[name].explicit = kind_of(name) == "attention"  # pyright: ignore[reportArgumentType]
+    parameters = {}
+    for name, described in plan.parameters.items():
+        site = modules.get(name)
+        if isinstance(site, Site) and site.weight_quantizer is not None and site.weight_quantizer.enabled:
+            parameters[described["parameter"]] = site.weight
+            integer: Any = site
+            integer.integer_weight, integer.integer_bias = _integer_weight(site, site.weight_quantizer), None
+            del integer.weight_quantizer
+            become_twin(site, IntegerLayer)
+    return parameters
+
+
+def _give_up_parameters(model: nn.Module, plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
+    """Drops the float originals of the integer weights of sites, once tied layers are converted, too.
+
+    The caller of the function still names them, so a tensor without memory stays in their place; they stay themselves
+    where others read them.
+    """
+    float_readers = {d["parameter"] for d in plan.parameters.values() if d["weight"] is None or not d["alone"]}
+    for path, parameter in parameters.items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        module._parameters.pop(name, None)
+        left = (
+            torch.zeros((), dtype=parameter.dtype).expand(parameter.shape) if path not in float_readers else parameter
+        )
+        setattr(module, name, left)
+
+
+def _integer_weight(module: QuantizedLayer | Site, quantizer: Quantizer) -> IntegerTensor:
     weight, spec = module.weight, quantizer.spec
     axis = {"tensor": None, "channel": quantizer.axis, "group": 1 - quantizer.axis}[spec.granularity]
     return IntegerTensor(

@@ -11,6 +11,7 @@ from torch import nn
 
 from qat import quantizers
 from qat.errors import UserError, nearest
+from qat.insert_sites import chain, insert_sites
 from qat.layers import (
     FoldingNorm,
     QuantizedLayer,
@@ -20,7 +21,6 @@ from qat.layers import (
     become_twin,
     drop_mixins,
     mixin_for,
-    owner_mixin,
 )  # fmt: skip
 from qat.plan import Plan, has_weight, make_plan
 from qat.quantizers import Quantizer
@@ -41,31 +41,29 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     _check_fit(model, plan, modules)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     activations = {label: quantizers.create(spec).to(device) for label, spec in plan.activations.items()}
-    weights = {name: _weight_quantizer(name, modules[name], spec) for name, spec in plan.weights.items()}
+    weights = {name: _weight_quantizer(name, model, plan, spec) for name, spec in plan.weights.items()}
     for name, layer in plan.layers.items():
         module = modules[name]
         become_twin(module, _mixin(module))
-        module.register_module("input_quantizer", _chain(layer["input"], activations))
+        module.register_module("input_quantizer", chain(layer["input"], activations))
         module.register_module("weight_quantizer", weights.get(layer["weight"]))
         if name in plan.batch_norms:
             norm = modules[plan.batch_norms[name]]
             become_twin(norm, FoldingNorm)
             norm.host = (module,)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             module.folds = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    for name, counts in plan.owners.items():
-        become_twin(modules[name], owner_mixin(modules[name]))
-        modules[name].site_counts, modules[name].site_owner = dict(counts), name  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    for site, inputs in plan.sites.items():
-        owner, _, leaf = site.rpartition(".")
-        modules[owner].add_module(leaf, Site([_chain(labels, activations) for labels in inputs]))
+    insert_sites(plan, modules, activations, weights)
 
 
 def _check_fit(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> None:
     """Raises before anything is changed."""
     other = "the quantization plan was made for another model"
-    for name in (*plan.layers, *plan.owners, *plan.batch_norms.values()):
-        if name not in modules:
-            raise UserError(f"{other}: there is no module '{name}' in {type(model).__name__}{nearest(name, modules)}")
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    needed = [(name, "module", list(modules)) for name in (*plan.layers, *plan.owners, *plan.batch_norms.values())]
+    needed += [(site["parameter"], "parameter", parameters) for site in plan.parameters.values()]
+    for name, what, known in needed:
+        if name not in known:
+            raise UserError(f"{other}: there is no {what} '{name}' in {type(model).__name__}{nearest(name, known)}")
     for name, layer in plan.layers.items():
         mixin = mixin_for(modules[name])
         if mixin is None or (layer["weight"] is not None and not has_weight(modules[name])):
@@ -78,14 +76,12 @@ def _mixin(module: nn.Module) -> type[QuantizedLayer]:
     return mixin
 
 
-def _chain(labels: list[str], activations: dict[str, Quantizer]) -> nn.Module | None:
-    if not labels:
-        return None
-    return activations[labels[0]] if len(labels) == 1 else nn.Sequential(*(activations[label] for label in labels))
-
-
-def _weight_quantizer(name: str, layer: nn.Module, spec: QuantSpec) -> Quantizer:
-    weight, axis = layer.weight, _mixin(layer).channel_axis
+def _weight_quantizer(name: str, model: nn.Module, plan: Plan, spec: QuantSpec) -> Quantizer:
+    if site := plan.parameters.get(name):
+        weight, axis = model.get_parameter(site["parameter"]), site["axis"]
+    else:
+        layer = model.get_submodule(name)
+        weight, axis = layer.weight, _mixin(layer).channel_axis
     assert isinstance(weight, torch.Tensor) and axis is not None
     try:
         return quantizers.create(spec, weight.shape, axis).to(weight.device)
@@ -100,7 +96,7 @@ def remove(model: nn.Module) -> None:
             for child in [n for n, m in module.named_children() if isinstance(m, Site)]:
                 delattr(module, child)
             if isinstance(module, SiteOwner):
-                del module.site_counts, module.site_owner
+                del module.site_order, module.site_kinds, module.site_weights, module.site_owner
             if isinstance(module, QuantizedLayer):
                 del module.input_quantizer, module.weight_quantizer
                 for name in ("_kept", "folds"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.functional import levels, values
-from qat.layers.twin import TwinMixin
+from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
 
@@ -133,7 +133,9 @@ class IntegerLayer(TwinMixin):
     bias: Tensor | None
 
     def quantized_weight(self) -> Tensor:
-        return self.integer_weight()
+        with ours():
+            return self.integer_weight()
 
     def quantized_bias(self) -> Tensor | None:
-        return self.integer_bias() if self.integer_bias is not None else self.bias
+        with ours():
+            return self.integer_bias() if self.integer_bias is not None else self.bias

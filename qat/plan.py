@@ -15,13 +15,16 @@ from typing import Any
 
 from torch import nn
 
+from qat.edges import activation_grids
 from qat.errors import UserError
-from qat.functions import MEAN
+from qat.functions import FUNCTIONS, MEAN, PROBABILITIES
 from qat.layers import mixin_for, original_class, sites_changed
 from qat.policy import QuantPolicy, Target
-from qat.probe import Call, Key, Recording, record
+from qat.probe import Call, Recording, record
 from qat.spec import QuantSpec
 
+OUTPUTS = {function.kind for function in FUNCTIONS.values() if function.output}
+"""Kinds of sites that quantize what they return."""
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 
 
@@ -35,8 +38,10 @@ class Plan:
             `layer1.0.add_0.input_1`).
         layers: Per layer: `weight`, the owner of its weight's grid (or `None`), and `input`, the activation grids its
             input passes in turn.
-        sites: Per functional site: for each tensor input, the activation grids it passes in turn.
-        owners: Per module whose forward runs functional sites, how many of each kind.
+        sites: Per functional site: for each operand (or for the output), the activation grids it passes in turn.
+        parameters: Per functional site whose second operand is a parameter: `parameter`, its path, `axis`, its output
+            channels, `weight`, the owner of its grid (or `None`), and `alone`, whether only such sites read it.
+        owners: Per module whose forward runs functional sites of quantized kinds: their kinds in order.
         batch_norms: Per layer, the BatchNorm that folds into it.
         policy: The policy it was made from.
     """
@@ -45,7 +50,8 @@ class Plan:
     activations: dict[str, QuantSpec] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     sites: dict[str, list[list[str]]] = field(default_factory=dict)
-    owners: dict[str, dict[str, int]] = field(default_factory=dict)
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    owners: dict[str, list[str]] = field(default_factory=dict)
     batch_norms: dict[str, str] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
 
@@ -87,15 +93,27 @@ def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
             mixin = mixin_for(call.what)
             if mixin and (mixin.channel_axis is None or has_weight(call.what)):
                 found.setdefault(call.name, []).append(call)
-        elif call.site and not call.parameter and _is_pooling_or_sum(call):
+        elif call.site and is_addressable(call):
             found.setdefault(call.site, []).append(call)
+            if call.kind == "attention":
+                found.setdefault(f"{call.site}.{PROBABILITIES}", []).append(_probabilities(call))
     return found
 
 
-def _is_pooling_or_sum(call: Call) -> bool:
-    """Leaves out means that are not over the pixels of an image."""
+def is_addressable(call: Call) -> bool:
+    """Leaves out means that are not over the pixels of an image, and sums and products with a parameter that is no
+    weight.
+    """
     pixels = call.input_shape[:2] == call.shape[:2] and call.shape[2:] in ((), (1, 1))
-    return call.what not in MEAN or pixels
+    if call.what in MEAN and not pixels:
+        return False
+    return call.weight or call.parameter is None or call.kind in ("cat", "attention")
+
+
+def _probabilities(call: Call) -> Call:
+    """The tensor between the two products of an attention, as a target: it is >= 0 and nobody else reads it."""
+    key = (-id(call), 0)  # ids are positive, so it is no tensor's
+    return dataclasses.replace(call, site=f"{call.site}.{PROBABILITIES}", kind=PROBABILITIES, operands=[key])
 
 
 def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> tuple[Plan, Recording]:
@@ -114,8 +132,13 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
         )
     decisions = policy.resolve(described(calls))
     plan = Plan(policy=policy.settings)
-    _plan_weights(plan, calls, decisions)
-    _plan_activations(plan, recording, calls, decisions)
+    _plan_weights(plan, model, recording, calls, decisions)
+    plan.activations, chains = activation_grids(recording, calls, decisions, policy.concat == "shared")
+    for name, operands in chains.items():
+        if name in plan.layers:
+            plan.layers[name]["input"] = operands[0]
+        else:
+            plan.sites[name] = operands
     _plan_owners(plan, model, recording)
     plan.batch_norms = {
         layer: norm for layer, norm in _batch_norm_pairs(recording).items() if plan.layers[layer]["weight"] is not None
@@ -137,18 +160,26 @@ def _check_names(model: nn.Module, recording: Recording) -> None:
 def described(calls: dict[str, list[Call]]) -> list[Target]:
     """The targets as a policy sees them; layers may have become twins since."""
     return [
-        Target(name, first.kind or original_class(first.what).__name__, has_weight(first.what))
+        Target(
+            name,
+            first.kind or original_class(first.what).__name__,
+            first.weight or has_weight(first.what),
+            is_site=first.site is not None,
+        )
         for name, (first, *_) in calls.items()
     ]
 
 
-def _plan_weights(plan: Plan, calls: dict[str, list[Call]], decisions: dict[str, Any]) -> None:
+def _plan_weights(
+    plan: Plan, model: nn.Module, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
+) -> None:
     owner_of: dict[int, str] = {}
     for name, (call, *_) in calls.items():
-        if call.site:
+        if call.site and not call.weight:
             continue
-        spec = decisions[name]["weight"][0] if has_weight(call.what) else None
-        owner = owner_of.setdefault(id(call.what.weight), name) if spec else None
+        weight = model.get_parameter(call.parameter) if call.parameter else getattr(call.what, "weight", None)
+        spec = decisions[name]["weight"][0] if call.weight or has_weight(call.what) else None
+        owner = owner_of.setdefault(id(weight), name) if spec else None
         if spec and owner == name:
             plan.weights[name] = spec.resolved(nonnegative=False, weight=True)
         elif spec and owner and spec.resolved(nonnegative=False, weight=True) != plan.weights[owner]:
@@ -156,45 +187,36 @@ def _plan_weights(plan: Plan, calls: dict[str, list[Call]], decisions: dict[str,
                 f"'{name}' and '{owner}' are one weight, but the policy gives them different grids; "
                 "add a rule that matches both"
             )
-        plan.layers[name] = {"weight": owner, "input": []}
-
-
-def _plan_activations(
-    plan: Plan, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
-) -> None:
-    edges: list[tuple[str, int, Key, QuantSpec]] = []
-    for name, (first, *more) in calls.items():
-        spec = decisions[name]["act"][0]
-        if spec is None:
-            continue
-        for index, key in enumerate(first.inputs[: 2 if first.kind == "add" else 1]):
-            keys = [key, *(c.inputs[index] for c in more)]
-            nonnegative = all(recording.root(k) in recording.nonnegative for k in keys)
-            edges.append((name, index, recording.root(key), spec.resolved(nonnegative=nonnegative, weight=False)))
-    grids: dict[Key, dict[QuantSpec, str]] = {}
-    for name, index, tensor, spec in edges:
-        label = f"{name}.input_{index}" if name not in plan.layers else f"{name}.input"
-        grids.setdefault(tensor, {}).setdefault(spec, label)
-    for name, index, tensor, spec in edges:
-        finest = max(grids[tensor], key=lambda s: s.width)
-        chain = [spec] if spec.width == finest.width else [finest, spec]
-        plan.activations.update((grids[tensor][s], s) for s in chain)
-        labels = [grids[tensor][s] for s in chain]
-        if name in plan.layers:
-            plan.layers[name]["input"] = labels
+        if call.weight:
+            assert weight is not None and call.parameter is not None
+            axis = (FUNCTIONS[call.what].channel_axis or 0) % weight.ndim
+            alone = recording.only_sites_read(call.parameter)
+            plan.parameters[name] = {"parameter": call.parameter, "axis": axis, "weight": owner, "alone": alone}
         else:
-            plan.sites.setdefault(name, [[], []] if calls[name][0].kind == "add" else [[]])[index] = labels
+            plan.layers[name] = {"weight": owner, "input": []}
 
 
 def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:
     """Modules that run sites become owners even where theirs stay float, or those around would count them as theirs."""
-    if not plan.sites:
-        return
-    quantized = {site.rpartition(".")[0] for site in plan.sites}
-    for name, (first, *others) in recording.site_counts().items():
-        if others and name in quantized:
-            raise UserError(sites_changed(name, model.get_submodule(name), first, others[0]))
-        plan.owners[name] = first
+    quantized = {*plan.sites, *(name for name, site in plan.parameters.items() if site["weight"] is not None)}
+    kinds = {kind_of(site) for site in quantized}
+    for name, orders in recording.site_orders().items():
+        first, *others = ([kind for kind in order if kind in kinds] for order in orders)
+        different = next((order for order in others if order != first), None)
+        if different is not None and name in {owner_of(site) for site in quantized}:
+            raise UserError(sites_changed(name, model.get_submodule(name), first, different))
+        if first:
+            plan.owners[name] = first
+
+
+def owner_of(site: str) -> str:
+    """The module whose forward runs a site."""
+    return site.removesuffix(f".{PROBABILITIES}").rpartition(".")[0]
+
+
+def kind_of(site: str) -> str:
+    """`layer1.0.add_0` -> `add`."""
+    return site.removesuffix(f".{PROBABILITIES}").rpartition(".")[2].rpartition("_")[0]
 
 
 def _batch_norm_pairs(recording: Recording) -> dict[str, str]:

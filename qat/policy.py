@@ -7,14 +7,22 @@ winning, like a style sheet:
     weight: {bits: 4, granularity: channel}
     act: {bits: 4}
     sites: {bits: 8}
+    kinds: [add, avg_pool, cat, matmul, einsum, attention]
+    concat: separate
+    require_coverage: 0.99
     rules:
       stem: {match: "@first", weight: {bits: 8}, act: {bits: 8}}
       no_attention: {match: ["h.*.attn.*"], act: off}
 
-`act` is for the inputs of layers with weights; `sites`, on top of it, for the inputs of operations without (residual
-additions, average pooling). `match` is a glob over module paths (`*` crosses dots), or `@first` / `@last`, the first
-and last layer with weights in execution order; `type` narrows it to a class name (`Conv2d`) or a kind of site (`add`).
-`weight: off` / `act: off` leaves that tensor float.
+`act` is for the inputs of layers with weights; `sites`, on top of it, for the operands of functions between them
+(residual additions, matrix products, pooling) whose kind is one of `kinds` (`all` for every kind). Rules reach the
+other kinds only where they name them: by `type: mul`, or by a pattern that ends in such a name (`*.mul_*`).
+`concat: shared` gives all that a concatenation joins one grid. `require_coverage` is the least share of
+multiply-accumulates on integers; less is an error.
+
+`match` is a glob over module paths (`*` crosses dots), or `@first` / `@last`, the first and last layer with weights in
+execution order; `type` narrows it to a class name (`Conv2d`) or a kind of site (`add`). `weight: off` / `act: off`
+leaves that tensor float.
 """
 
 import fnmatch
@@ -25,9 +33,15 @@ from typing import Any
 
 from qat import quantizers, ranges
 from qat.errors import UserError, nearest
+from qat.functions import KINDS, PROBABILITIES, WEIGHTED
 from qat.spec import QuantSpec
 
 ROLES = ("weight", "act")
+DEFAULT_KINDS = ("add", "avg_pool", "cat", "matmul", "einsum", "attention")
+"""What an engine adds, joins, pools and multiplies as integers between layers."""
+ALL_KINDS = (*(kind for kind in KINDS if kind not in WEIGHTED), PROBABILITIES)
+CONCAT = ("separate", "shared")
+KEYS = (*ROLES, "sites", "kinds", "concat", "require_coverage", "rules")
 RULE_KEYS = ("match", "type", *ROLES)
 RANGES = tuple(
     name
@@ -47,11 +61,13 @@ class Target:
         name: Module path, or owner, kind and order of a site: `layer1.0.add_0`.
         type: Class name of the layer, or kind of the site.
         has_weight: Whether it owns a weight (so `@first` and `@last` count it).
+        is_site: Whether it is a call of a function.
     """
 
     name: str
     type: str
     has_weight: bool
+    is_site: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,15 +120,25 @@ class QuantPolicy:
     """Defaults plus named rules; build it with `from_dict`.
 
     Attributes:
+        kinds: The kinds of functional sites without weights that are quantized by default.
+        concat: Whether what a concatenation joins shares a grid (`shared`) or not (`separate`).
+        require_coverage: Least share of multiply-accumulates on integers, 0 to 1.
         settings: The policy as plain containers, as given (what checkpoints and manifests store).
     """
 
     def __init__(
-        self, defaults: Mapping[str, Mapping[str, Any] | bool], rules: Sequence[Rule], settings: dict[str, Any]
+        self,
+        defaults: Mapping[str, Mapping[str, Any] | bool],
+        rules: Sequence[Rule],
+        settings: dict[str, Any],
+        kinds: Sequence[str] = DEFAULT_KINDS,
     ) -> None:
         self.defaults = defaults
         self.rules = tuple(rules)
         self.settings = settings
+        self.kinds = tuple(kinds)
+        self.concat: str = settings.get("concat") or CONCAT[0]
+        self.require_coverage: float = settings.get("require_coverage") or 0.0
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], where: str = "quant") -> "QuantPolicy":
@@ -121,10 +147,9 @@ class QuantPolicy:
         Raises:
             UserError: naming the key under `where`, the value, and the nearest valid one.
         """
-        allowed = (*ROLES, "sites", "rules")
         for key in settings:
-            if key not in allowed:
-                raise UserError(f"{where}.{key}: no such setting{nearest(str(key), allowed)}")
+            if key not in KEYS:
+                raise UserError(f"{where}.{key}: no such setting{nearest(str(key), KEYS)}")
         defaults = {r: _role(settings[r], f"{where}.{r}") if settings.get(r) is not None else False for r in ROLES}
         own = _role(settings["sites"], f"{where}.sites") if settings.get("sites") is not None else {}
         defaults["sites"] = defaults["act"] if own == {} else _merge(defaults["act"], own)
@@ -132,7 +157,13 @@ class QuantPolicy:
         if not isinstance(rules, Mapping):
             raise UserError(f"{where}.rules={rules!r}: must map a name to each rule")
         parsed = [Rule.from_dict(str(n), r, f"{where}.rules.{n}") for n, r in rules.items() if r is not None]
-        policy = cls(defaults, parsed, _plain(settings))
+        policy = cls(defaults, parsed, _plain(settings), _kinds(settings.get("kinds"), f"{where}.kinds"))
+        if policy.concat not in CONCAT:
+            hint = nearest(str(policy.concat), CONCAT)
+            raise UserError(f"{where}.concat={policy.concat!r}: must be one of {', '.join(CONCAT)}{hint}")
+        share = policy.require_coverage
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise UserError(f"{where}.require_coverage={share!r}: must be a share between 0 and 1, such as 0.99")
         policy._check_specs(where)
         return policy
 
@@ -168,20 +199,26 @@ class QuantPolicy:
         for target in targets:
             result[target.name] = {}
             for role in ROLES:
-                current = self.defaults["sites" if role == "act" and not target.has_weight else role]
-                by = "default"
+                base = self.defaults["sites" if role == "act" and not target.has_weight else role]
+                by, current = "default", base if self._is_on(target) else False
                 for rule in self.rules:
                     own = rule.settings.get(role)
                     if own is None or target.name not in matched[rule.name]:
                         continue
-                    by, current = rule.name, _merge(current, own)
+                    by, current = rule.name, _merge(base if by == "default" else current, own)
                 result[target.name][role] = _spec(current, f"quant.{role} for {target.name}", role), by
         return result
+
+    def _is_on(self, target: Target) -> bool:
+        return not target.is_site or target.has_weight or target.type in self.kinds
 
     def _matches(self, rule: Rule, targets: Sequence[Target]) -> set[str]:
         weighted = [t.name for t in targets if t.has_weight]
         special = {"@first": weighted[:1], "@last": weighted[-1:]}
-        pool = [t.name for t in targets if rule.type in (None, t.type)]
+        typed = [t for t in targets if rule.type in (None, t.type)]
+        pool = [t.name for t in typed]
+        # A rule for `layer1.*` is about layers, not about every function that happens to be called there.
+        silent = {t.name: t.type for t in typed if rule.type is None and not self._is_on(t)}
         if not pool:
             hint = nearest(str(rule.type), sorted({t.type for t in targets}))
             raise UserError(f"quant.rules.{rule.name}.type: nothing is a '{rule.type}'{hint}")
@@ -190,7 +227,10 @@ class QuantPolicy:
             if pattern.startswith("@") and pattern not in special:
                 raise UserError(f"quant.rules.{rule.name}.match: no selector '{pattern}'{nearest(pattern, special)}")
             hits = [
-                n for n in pool if (n in special[pattern] if pattern in special else fnmatch.fnmatchcase(n, pattern))
+                n
+                for n in pool
+                if (n in special[pattern] if pattern in special else fnmatch.fnmatchcase(n, pattern))
+                and (n not in silent or _last(pattern).startswith(silent[n]))
             ]
             if not hits:
                 raise UserError(
@@ -202,6 +242,23 @@ class QuantPolicy:
                 f"quant.rules.{rule.name}.weight: nothing that it matches has a weight: {', '.join(sorted(found))}"
             )
         return found
+
+
+def _kinds(value: Any, where: str) -> tuple[str, ...]:
+    if value is None:
+        return DEFAULT_KINDS
+    if value == "all":
+        return ALL_KINDS
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"{where}={value!r}: must be all or a list such as [add, avg_pool, matmul]")
+    for kind in value:
+        if kind not in ALL_KINDS:
+            raise UserError(f"{where}: no kind of function is called {kind!r}{nearest(str(kind), ALL_KINDS)}")
+    return tuple(value)
+
+
+def _last(pattern: str) -> str:
+    return pattern.rpartition(".")[2]
 
 
 def _spec(values: Mapping[str, Any] | bool, where: str, role: str) -> QuantSpec | None:

@@ -11,7 +11,6 @@ insertion has:
     does
 """
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,9 +20,27 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from qat.functions import COMPUTES, first_tensor, flat, is_nonnegative, keeps_values, positional, site_kind
+from qat.functions import (
+    FUNCTIONS,
+    JOINS,
+    OTHERS_THAT_COMPUTE,
+    PRODUCTS,
+    WEIGHTED,
+    first_tensor,
+    flat,
+    is_nonnegative,
+    keeps_values,
+    positional,
+    site_function,
+)  # fmt: skip
+from qat.macs import function_macs, layer_macs
 from qat.modes import evaluating
 
+FUNCTIONS_THAT_COMPUTE = {
+    **{f: known.kind for f, known in FUNCTIONS.items() if known.kind in PRODUCTS},
+    **OTHERS_THAT_COMPUTE,
+}
+"""Their kinds: what an audit lists even where it is no site."""
 Key = tuple[int, int]
 """A tensor at a moment: (id, version)."""
 
@@ -39,8 +56,12 @@ class Call:
         output: The first float tensor that came out.
         shape: Shape of that output.
         input_shape: Shape of the first operand (functions only).
+        operands: What a quantizer may be put on: the first input of a layer, the operands of a site (or its output).
+        macs: Multiply-accumulates of each product in it, over the whole batch.
         site: `owner.kind_index` if this is a functional site.
-        parameter: Whether an operand is a parameter.
+        kind: Of a functional site, or of a function that computes.
+        parameter: Path of the parameter among the operands.
+        weight: Whether that is the second operand of a product, with an axis of output channels.
         inside: Whether it happened inside the root's own forward.
     """
 
@@ -50,9 +71,12 @@ class Call:
     output: Key | None
     shape: tuple[int, ...] = ()
     input_shape: tuple[int, ...] = ()
+    operands: list[Key] = field(default_factory=list)
+    macs: list[int] = field(default_factory=list)
     site: str | None = None
     kind: str | None = None
-    parameter: bool = False
+    parameter: str | None = None
+    weight: bool = False
     inside: bool = False
 
 
@@ -65,8 +89,10 @@ class Recording:
         source: For a tensor that only rearranges another's values, that other.
         nonnegative: Tensors known to be >= 0.
         readers: How often each tensor was read.
-        passes: For each forward that ended: the module, how many sites of each kind it ran, and whether it was inside
-            the root's.
+        joins: For each concatenation, its output and what it joins.
+        passes: For each forward that ended: the module, the kinds of the sites it ran in their order, and whether it
+            was inside the root's.
+        samples: Size of the batch: the first axis of the first tensor that the root (or else a layer) was given.
     """
 
     modules: list[Call] = field(default_factory=list)
@@ -75,7 +101,9 @@ class Recording:
     nonnegative: set[Key] = field(default_factory=set)
     readers: dict[Key, int] = field(default_factory=dict)
     order: list[Call] = field(default_factory=list)
-    passes: list[tuple[str, dict[str, int], bool]] = field(default_factory=list)
+    joins: list[tuple[Key, list[Key]]] = field(default_factory=list)
+    passes: list[tuple[str, list[str], bool]] = field(default_factory=list)
+    samples: int = 1
 
     def restrict_to_forward(self) -> None:
         """Forgets what ran outside the root's forward (losses, metrics), if the root was called at all."""
@@ -95,25 +123,28 @@ class Recording:
         for key in keys:
             self.readers[key] = self.readers.get(key, 0) + 1
 
-    def site_counts(self) -> dict[str, list[dict[str, int]]]:
-        """The numbers of sites of each kind that forwards of a module ran: one entry, or several if its forwards
-        differ.
-        """
-        counts: dict[str, list[dict[str, int]]] = {}
+    def only_sites_read(self, parameter: str) -> bool:
+        """Whether every function that took a parameter took it as the weight of a site."""
+        calls = [c for c in self.functions if c.weight and c.parameter == parameter]
+        return self.readers.get(calls[0].operands[1], 0) == len(calls)
+
+    def site_orders(self) -> dict[str, list[list[str]]]:
+        """The kinds of the sites that forwards of a module ran: one list, or several if its forwards differ."""
+        orders: dict[str, list[list[str]]] = {}
         for owner, seen, _ in self.passes:
-            found = counts.setdefault(owner, [])
+            found = orders.setdefault(owner, [])
             if seen not in found:
                 found.append(seen)
-        return {owner: found for owner, found in counts.items() if any(found)}
+        return {owner: found for owner, found in orders.items() if any(found)}
 
 
 @dataclass
 class _Frame:
-    """One running forward of a module, and how many sites of each kind it has come to."""
+    """One running forward of a module, and the kinds of the sites that it has come to."""
 
     module: nn.Module
     is_leaf: bool
-    seen: dict[str, int] = field(default_factory=dict)
+    seen: list[str] = field(default_factory=list)
 
 
 class _Recorder(TorchFunctionMode):
@@ -123,6 +154,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         # By id: metrics hash by their state, which changes.
         self.names = {id(module): name for name, module in root.named_modules() if not _is_metric(module)}
+        self.parameters = {id(parameter): name for name, parameter in root.named_parameters()}
         self.root = root
         self.is_leaf = is_leaf
         self.recording = Recording()
@@ -145,11 +177,16 @@ class _Recorder(TorchFunctionMode):
     def keys(self, values: Any) -> list[Key]:
         return [self.key(v) for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.stack.append(_Frame(module, self.is_leaf(module)))
+        if module is self.root or (not self.inside and self.recording.samples == 1):
+            sizes = (len(v) for v in flat((*args, *kwargs.values())) if isinstance(v, Tensor) and v.ndim)
+            self.recording.samples = max(1, next(sizes, 1))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        recording, inside, frame = self.recording, self.inside, self.stack.pop()
+        recording, inside = self.recording, self.inside
+        count = [layer_macs(module, tuple(y.shape)) if (y := first_tensor(output)) is not None else 0]
+        frame = self.stack.pop()  # not before: a weight that is computed is computed inside the layer
         if module is self.root:  # who called it reads what it returns
             recording.read(self.keys(flat((output,))))
         if not frame.is_leaf:
@@ -159,6 +196,7 @@ class _Recorder(TorchFunctionMode):
             call = Call(self.names[id(module)], module, self.keys((*args, *kwargs.values())), None, inside=inside)
             if tensor is not None:
                 call.output, call.shape = self.key(tensor), tuple(tensor.shape)
+            call.operands, call.macs = call.inputs[:1], count
             recording.modules.append(call)
             recording.order.append(call)
             recording.read(call.inputs)
@@ -170,35 +208,48 @@ class _Recorder(TorchFunctionMode):
         operands = [a for a in flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
         inputs = self.keys(operands)
         nonnegative = is_nonnegative(func, args, kwargs, self._is_known_nonnegative)  # before it may run in place
+        site = site_function(func, args, kwargs)
+        through = self.keys((site and site.operands(args, kwargs)) or ())
         output = func(*args, **kwargs)
         outputs = self.keys(flat((output,)))
+        if self.in_leaf and site is not None:
+            self.stack[-1].seen.append(site.kind)  # so that parts of a layer without a twin answer for themselves
         if inputs and outputs:
             if keeps_values(func, args, kwargs):
                 self.recording.source.update((o, inputs[0]) for o in outputs if o != inputs[0])
             elif nonnegative:
                 self.recording.nonnegative.update(outputs)
+            if func in JOINS:
+                self.recording.joins.append((outputs[0], inputs))
             if self.stack and not self.in_leaf:
                 self.recording.read(dict.fromkeys(inputs))
-                self._note_call(func, args, operands, inputs, outputs[0], first_tensor(output))
+                if site is not None or func in FUNCTIONS_THAT_COMPUTE:
+                    self._note_call(func, args, kwargs, Call(self._here, func, inputs, None, operands=through), output)
         return output
 
     def _is_known_nonnegative(self, value: Tensor) -> bool:
         return value.is_floating_point() and self.recording.root(self.key(value)) in self.recording.nonnegative
 
-    def _note_call(
-        self, func: Any, args: Any, operands: list[Tensor], inputs: list[Key], output: Key, tensor: Tensor | None
-    ) -> None:
-        frame, kind = self.stack[-1], site_kind(func, args)
-        if kind is None and func not in COMPUTES:
-            return
-        name = self.names[id(frame.module)]
-        call = Call(name, func, inputs, output, kind=kind, inside=self.inside)
-        call.parameter = any(isinstance(a, nn.Parameter) for a in operands)
-        call.shape, call.input_shape = tuple(tensor.shape) if tensor is not None else (), tuple(operands[0].shape)
-        if kind is not None:
-            index = frame.seen.get(kind, 0)
-            frame.seen[kind] = index + 1
-            call.site = f"{name}.{kind}_{index}".removeprefix(".")
+    @property
+    def _here(self) -> str:
+        return self.names[id(self.stack[-1].module)]
+
+    def _note_call(self, func: Any, args: Any, kwargs: Any, call: Call, output: Any) -> None:
+        frame, site, result = self.stack[-1], site_function(func, args, kwargs), first_tensor(output)
+        call.inside, call.macs = self.inside, function_macs(func, args, kwargs, output)
+        if result is not None:
+            call.output, call.shape = self.key(result), tuple(result.shape)
+        call.kind = site.kind if site else FUNCTIONS_THAT_COMPUTE[func]
+        operands = [a for a in flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
+        operands = (site and site.operands(args, kwargs)) or operands
+        call.input_shape = tuple(operands[0].shape)
+        held = [self.parameters.get(id(a)) for a in operands]
+        call.parameter = next((p for p in held if p is not None), None)
+        if site is not None and (site.kind not in WEIGHTED or held[1] is not None):
+            call.weight = site.channel_axis is not None and held[0] is None and held[1] is not None
+            call.operands = [call.output] if site.output and call.output else call.operands
+            call.site = f"{call.name}.{site.kind}_{frame.seen.count(site.kind)}".removeprefix(".")
+            frame.seen.append(site.kind)
         self.recording.functions.append(call)
         self.recording.order.append(call)
 
@@ -213,7 +264,7 @@ def _hooks(recorder: _Recorder, model: nn.Module) -> Iterator[None]:
     handles = []
     for module in model.modules():
         if id(module) in recorder.names:
-            handles.append(module.register_forward_pre_hook(recorder.before))
+            handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
             handles.append(module.register_forward_hook(recorder.after, prepend=True, with_kwargs=True))
     try:
         yield
@@ -236,11 +287,3 @@ def record(model: nn.Module, run: Callable[[], Any], is_leaf: Callable[[nn.Modul
         run()
     recorder.recording.restrict_to_forward()
     return recorder.recording
-
-
-def macs(call: Call) -> int:
-    """Multiply-accumulates of one call of a layer: elements of the output times the fan-in of each."""
-    weight = getattr(call.what, "weight", None)
-    if not isinstance(weight, Tensor) or isinstance(call.what, nn.Embedding) or weight.ndim < 2:
-        return 0
-    return math.prod(call.shape[1:]) * math.prod(weight.shape[1:])

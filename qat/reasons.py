@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from qat.functions import COMPUTES
 from qat.layers import MIXINS, Site, mixin_for, original_class
 from qat.plan import NORMS, Plan, computed, described, has_weight, targets
 from qat.policy import QuantPolicy
@@ -14,7 +13,8 @@ from qat.quantizers import Quantizer
 FOLDS = "folds into "
 NOT_REACHED = "not reached by the probe batch"
 NORMALISES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-NOT_IN_F = ("matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "attention")
+NAMES = {"add": "sum", "sub": "difference"}
+NOT_IN_F = ("matmul", "einsum", "attention")
 
 
 class Reasons:
@@ -53,8 +53,8 @@ class Reasons:
     def of_target(self, name: str) -> str | None:
         """What the policy leaves float of a layer or site that it could quantize."""
         call = self.calls[name][0]
-        weighted = has_weight(call.what)
-        parts = (["weight"] if weighted else []) + (["act"] if call.inputs else [])
+        weighted = call.weight or has_weight(call.what)
+        parts = (["weight"] if weighted else []) + (["act"] if call.operands else [])
         left = [p for p in parts if self.decisions[name][p][0] is None]
         if not left:
             return None
@@ -66,10 +66,12 @@ class Reasons:
     def of_site(self, call: Call) -> str | None:
         if call.site in self.calls:
             return self.of_target(call.site)
-        return "one side of the sum is a parameter" if call.parameter else "mean over other axes than an image's"
+        if call.parameter is None:
+            return "mean over other axes than an image's"
+        return f"one side of the {NAMES.get(call.kind or '', 'product')} is a parameter"
 
     def of_function(self, call: Call) -> str:
-        kind = COMPUTES[call.what]
+        kind = call.kind or ""
         if call.parameter:
             return f"functional use of a weight ({_spelled(kind)})"
         return f"{kind} in the forward of {self._owner(call.name)}"
@@ -90,7 +92,7 @@ class Reasons:
         if name in self.modules:
             return f"{computed(module)} is computed (parametrization or pruning)"
         user = self._user(module)
-        return f"functional use of its weight ({_spelled(COMPUTES[user.what])})" if user else NOT_REACHED
+        return f"functional use of its weight ({_spelled(user.kind)})" if user else NOT_REACHED
 
     def _no_twin(self, module: nn.Module) -> str:
         cls, user = original_class(module), self._user(module)
@@ -98,7 +100,7 @@ class Reasons:
         if base is not None:
             return f"subclass of {base} with a forward of its own"
         if user is not None and not _is_torchs(cls):
-            return f"functional use of a weight ({_spelled(COMPUTES[user.what])})"
+            return f"functional use of a weight ({_spelled(user.kind)})"
         return f"no quantized version of {cls.__name__}"
 
     def _user(self, module: nn.Module) -> Call | None:
@@ -135,5 +137,5 @@ def _is_torchs(cls: type) -> bool:
     return cls.__module__.startswith("torch.nn.")
 
 
-def _spelled(kind: str) -> str:
-    return kind if kind in NOT_IN_F else f"F.{kind}"
+def _spelled(kind: str | None) -> str:
+    return f"{kind}" if kind in NOT_IN_F else f"F.{kind}"

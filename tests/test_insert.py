@@ -273,7 +273,7 @@ def test_nested_owners_count_their_own_sites_only():
             return self.pool(self.inner(y) + y)
 
     plan = planned(Outer())
-    assert plan.owners == {"": {"add": 2}, "inner": {"add": 1}}
+    assert plan.owners == {"": ["add", "add"], "inner": ["add"]}
     assert set(plan.sites) == {"add_0", "add_1", "inner.add_0"}
     assert inserted(Outer()).pool.input_quantizer is not None
 
@@ -562,5 +562,5 @@ def test_user_hooks_that_add_are_counted_the_same_when_recording_and_running():
     model.block.register_forward_pre_hook(lambda module, args: (args[0] + args[0],))
     model.block.register_forward_hook(lambda module, args, output: output + args[0])
     x = torch.randn(IMAGE)
-    assert planned(model, x).owners == {"": {"add": 3}, "block": {"add": 1}}
+    assert planned(model, x).owners == {"": ["add"] * 3, "block": ["add"]}
     assert inserted(model, x)(x).isfinite().all()

@@ -14,7 +14,8 @@ from qat.layers.modules import (
     QuantEmbedding,
     QuantLinear,
 )
-from qat.layers.sites import Site, SiteOwner, owner_mixin, sites_changed
+from qat.layers.site import Site
+from qat.layers.sites import SiteOwner, owner_mixin, sites_changed
 from qat.layers.twin import TwinMixin, become_twin, drop_mixins, original_class
 
 MIXINS: tuple[type[QuantizedLayer], ...] = (

@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelPruning, StochasticWeightAveraging, WeightAveraging
 
+from qat.audit import audit, check_coverage
 from qat.calibrate import calibrate, needs_calibration
 from qat.errors import UserError
 from qat.insert import Plan, make_plan, named_quantizers
@@ -36,8 +37,8 @@ class QATCallback(Callback):
             need one for the scales, too.
 
     Raises:
-        UserError: (while the trainer sets up) if a rule matches nothing, if nothing can be quantized, or if a
-        weight-averaging or pruning callback, which must see
+        UserError: (while the trainer sets up) if a rule matches nothing, if nothing can be quantized, if less
+        than `require_coverage` of the arithmetic would be on integers, or if a weight-averaging or pruning callback, which must see
             the quantized model, comes before this one.
     """
 
@@ -86,7 +87,11 @@ class QATCallback(Callback):
 
     def plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
         """What would be inserted, from one probe batch; the module is left as it is."""
-        return make_plan(pl_module, self.policy, run_steps(pl_module, trainer_source(trainer), samples=1))[0]
+        run = run_steps(pl_module, trainer_source(trainer), samples=1)
+        plan, recording = make_plan(pl_module, self.policy, run)
+        if self.policy.require_coverage:
+            check_coverage(audit(pl_module, plan, recording), self.policy.require_coverage)
+        return plan
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.quantization_plan is None:
