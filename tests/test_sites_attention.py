@@ -19,7 +19,9 @@ CALLS = [
     pytest.param({"is_causal": True}, id="causal"),
     pytest.param({"attn_mask": MASK}, id="mask-with-a-row-of-nothing"),
     pytest.param({"attn_mask": torch.randn(3, 5).double()}, id="float-mask"),
-    pytest.param({"attn_mask": torch.zeros(3, 5).double().masked_fill(~MASK, -math.inf)}, id="float-mask-with-infinity"),
+    pytest.param(
+        {"attn_mask": torch.zeros(3, 5).double().masked_fill(~MASK, -math.inf)}, id="float-mask-with-infinity"
+    ),
     pytest.param({"attn_mask": MASK.view(1, 1, 3, 5).expand(2, 4, 3, 5)}, id="mask-per-head"),
 ]
 
@@ -40,7 +42,9 @@ def test_values_and_gradients_are_those_of_torch(settings, grouped):
     torch.testing.assert_close(actual, expected)
     weight = torch.randn_like(expected)
     for mine, theirs in zip(
-        torch.autograd.grad((actual * weight).sum(), qkv), torch.autograd.grad((expected * weight).sum(), qkv), strict=True
+        torch.autograd.grad((actual * weight).sum(), qkv),
+        torch.autograd.grad((expected * weight).sum(), qkv),
+        strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
 
