@@ -1,9 +1,9 @@
 """Cost of a W8A8 training step against the float step of the same model, in the same memory format.
 
-    python benchmarks/train_step.py [gpt resnet20 resnet18 mobilenetv2] [--sites] [--compile]
+    python benchmarks/train_step.py [gpt resnet20 resnet18 mobilenetv2] [--sites [every]] [--compile]
 
 Per-channel weights and per-tensor activations, both with learned steps. Ratios are medians of interleaved rounds, in
-processor time. `--sites` adds the inputs of residual additions and pooling; `--compile` compares
+processor time. `--sites` adds the operands of functions (of the default kinds, or of every kind); `--compile` compares
 torch.compile(fullgraph=True) of both models.
 """
 
@@ -26,12 +26,13 @@ from qat.insert import apply_plan, make_plan
 from qat.policy import QuantPolicy
 
 
-def quantized(model: nn.Module, x: Tensor, sites: bool) -> nn.Module:
+def quantized(model: nn.Module, x: Tensor, sites: str) -> nn.Module:
     policy = QuantPolicy.from_dict(
         {
             "weight": {"bits": 8, "granularity": "channel"},
             "act": {"bits": 8},
-            "sites": {} if sites else "off",
+            "sites": "off" if sites == "off" else {},
+            "kinds": "all" if sites == "every" else None,
             "rules": {},
         }
     )
@@ -57,7 +58,7 @@ def step(model: nn.Module, x: Tensor, y: Tensor, mode: str = "never"):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS))
-    parser.add_argument("--sites", action="store_true")
+    parser.add_argument("--sites", nargs="?", default="off", const="default", choices=("off", "default", "every"))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0)

@@ -28,21 +28,21 @@ leaves that tensor float.
 import fnmatch
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from qat import quantizers, ranges
 from qat.errors import UserError, nearest
 from qat.functions import KINDS, PROBABILITIES, WEIGHTED
+from qat.rules import ROLES, Rule, Target, merge, read_role
 from qat.spec import QuantSpec
 
-ROLES = ("weight", "act")
+__all__ = ["QuantPolicy", "Rule", "Target"]
+
 DEFAULT_KINDS = ("add", "avg_pool", "cat", "matmul", "einsum", "attention")
 """What an engine adds, joins, pools and multiplies as integers between layers."""
 ALL_KINDS = (*(kind for kind in KINDS if kind not in WEIGHTED), PROBABILITIES)
 CONCAT = ("separate", "shared")
 KEYS = (*ROLES, "sites", "kinds", "concat", "require_coverage", "rules")
-RULE_KEYS = ("match", "type", *ROLES)
 RANGES = tuple(
     name
     for name, f in vars(ranges).items()
@@ -51,69 +51,6 @@ RANGES = tuple(
     and name != "scale_and_zero_point"
     and not name.startswith("_")
 )
-
-
-@dataclass(frozen=True)
-class Target:
-    """Something a rule can match: a layer or a functional site.
-
-    Attributes:
-        name: Module path, or owner, kind and order of a site: `layer1.0.add_0`.
-        type: Class name of the layer, or kind of the site.
-        has_weight: Whether it owns a weight (so `@first` and `@last` count it).
-        is_site: Whether it is a call of a function.
-    """
-
-    name: str
-    type: str
-    has_weight: bool
-    is_site: bool = False
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One named rule; `None` for a role means "as before", `False` means off."""
-
-    name: str
-    match: tuple[str, ...]
-    type: str | None = None
-    settings: Mapping[str, Mapping[str, Any] | bool] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, name: str, values: Any, where: str) -> "Rule":
-        if not isinstance(values, Mapping):
-            raise UserError(
-                f"{where}={values!r}: a rule is a mapping such as {{match: 'layer1.*', weight: {{bits: 8}}}}"
-            )
-        for key in values:
-            if key not in RULE_KEYS:
-                raise UserError(f"{where}.{key}: no such setting{nearest(str(key), RULE_KEYS)}")
-        match = values.get("match")
-        patterns = (match,) if isinstance(match, str) else tuple(match) if isinstance(match, Sequence) else ()
-        if not patterns or not all(isinstance(p, str) for p in patterns):
-            raise UserError(
-                f"{where}.match={match!r}: must be a pattern such as 'layer1.*', '@first' or '@last', or a list of them"
-            )
-        kind = values.get("type")
-        if not isinstance(kind, str | None):
-            raise UserError(f"{where}.type={kind!r}: must be a class name such as Conv2d or a site kind such as add")
-        settings = {role: _role(values[role], f"{where}.{role}") for role in ROLES if values.get(role) is not None}
-        if not settings:
-            raise UserError(f"{where}: it changes nothing; give it weight or act, such as {{act: off}}, or remove it")
-        return cls(name, patterns, kind, settings)
-
-
-def _role(value: Any, where: str) -> Mapping[str, Any] | bool:
-    if value is False or value == "off":
-        return False
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where}={value!r}: must be off or settings such as {{bits: 8}}")
-    return dict(value)
-
-
-def _merge(base: Mapping[str, Any] | bool, own: Mapping[str, Any] | bool) -> Mapping[str, Any] | bool:
-    """`own` on top of `base`; either may be off."""
-    return {**(base if isinstance(base, Mapping) else {}), **own} if isinstance(own, Mapping) else False
 
 
 class QuantPolicy:
@@ -150,9 +87,9 @@ class QuantPolicy:
         for key in settings:
             if key not in KEYS:
                 raise UserError(f"{where}.{key}: no such setting{nearest(str(key), KEYS)}")
-        defaults = {r: _role(settings[r], f"{where}.{r}") if settings.get(r) is not None else False for r in ROLES}
-        own = _role(settings["sites"], f"{where}.sites") if settings.get("sites") is not None else {}
-        defaults["sites"] = defaults["act"] if own == {} else _merge(defaults["act"], own)
+        defaults = {r: read_role(settings[r], f"{where}.{r}") if settings.get(r) is not None else False for r in ROLES}
+        own = read_role(settings["sites"], f"{where}.sites") if settings.get("sites") is not None else {}
+        defaults["sites"] = defaults["act"] if own == {} else merge(defaults["act"], own)
         rules = settings.get("rules") or {}
         if not isinstance(rules, Mapping):
             raise UserError(f"{where}.rules={rules!r}: must map a name to each rule")
@@ -179,7 +116,7 @@ class QuantPolicy:
             role = "act" if key == "sites" else key
             _spec(base, f"{where}.{key}", role)
             for rule in self.rules:
-                _spec(_merge(base, rule.settings.get(role, False)), f"{where}.rules.{rule.name}.{role}", role)
+                _spec(merge(base, rule.settings.get(role, False)), f"{where}.rules.{rule.name}.{role}", role)
 
     def resolve(self, targets: Sequence[Target]) -> dict[str, dict[str, tuple[QuantSpec | None, str]]]:
         """Decides the grid of every target's weight and inputs.
@@ -205,7 +142,7 @@ class QuantPolicy:
                     own = rule.settings.get(role)
                     if own is None or target.name not in matched[rule.name]:
                         continue
-                    by, current = rule.name, _merge(base if by == "default" else current, own)
+                    by, current = rule.name, merge(base if by == "default" else current, own)
                 result[target.name][role] = _spec(current, f"quant.{role} for {target.name}", role), by
         return result
 

@@ -37,9 +37,9 @@ class QATCallback(Callback):
             need one for the scales, too.
 
     Raises:
-        UserError: (while the trainer sets up) if a rule matches nothing, if nothing can be quantized, if less
-        than `require_coverage` of the arithmetic would be on integers, or if a weight-averaging or pruning callback, which must see
-            the quantized model, comes before this one.
+        UserError: (while the trainer sets up) if a rule matches nothing, if nothing can be quantized, if less than
+            `require_coverage` of the arithmetic would be on integers, or if a weight-averaging or pruning callback,
+            which must see the quantized model, comes before this one.
     """
 
     def __init__(
