@@ -89,13 +89,13 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _convert_sites(modules: dict[str, nn.Module], plan: Plan) -> dict[str, nn.Parameter]:
-    """Gives functional sites integer weights, and attention the two products that integer kernels compute.
+    """Gives functional sites integer weights, and fused functions the products that integer kernels compute.
 
     Returns:
         The parameters that became integers, by path.
     """
     for name in dict.fromkeys(site.removesuffix(f".{PROBABILITIES}") for site in plan.sites):
-        modules[name].explicit = kind_of(name) == "attention"  # pyright: ignore[reportArgumentType]
+        modules[name].explicit = kind_of(name) in ("attention", "matmul")  # pyright: ignore[reportArgumentType]
     parameters = {}
     for name, described in plan.parameters.items():
         site = modules.get(name)

@@ -38,6 +38,11 @@ class Function:
     channel_axis: int | None = None
     in_place: bool = False
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether it adds its product to a tensor that comes first: `torch.addmm`."""
+        return self.kind == "matmul" and self.slots[0][0] == 1
+
     def operands(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
         """The operands of a call, or `None` if it is no site: it computes with numbers, integers or masks."""
         found: list[Any] = [args[i] if i < len(args) else kwargs.get(name) for i, name in self.slots]

@@ -68,6 +68,16 @@ MODELS = {
         ), IMAGE,
     ),
 }  # fmt: skip
+
+
+def addmm() -> nn.Module:
+    """What GPT-2 calls Conv1D."""
+    model = Model(lambda m, x: m.head(torch.addmm(m.b, F.relu(m.a(x[:, 0])), m.w)), a=nn.Linear(16, 16))
+    model.head, model.w, model.b = nn.Linear(8, 5), nn.Parameter(torch.randn(16, 8)), nn.Parameter(torch.randn(8))
+    return model
+
+
+MODELS["addmm"] = (addmm, SEQUENCE)
 ALL, SHARED = {"kinds": "all"}, {"kinds": "all", "concat": "shared"}
 EXPORTED = [
     pytest.param("attention", {}, {"QGemm": 3, "MatMulIntegerToFloat": 1, "MatMul": 1}, id="attention"),
@@ -76,6 +86,7 @@ EXPORTED = [
     pytest.param("bias", ALL, {"QGemm": 3, "MatMulIntegerToFloat": 1, "QLinearMatMul": 1}, id="functional-bias"),
     pytest.param("handmade", {}, {"QGemm": 3, "MatMulIntegerToFloat": 2}, id="handmade"),
     pytest.param("handmade", ALL, {"QGemm": 3, "QLinearMatMul": 1, "QLinearMul": 1}, id="handmade-every-edge"),
+    pytest.param("addmm", {}, {"QGemm": 3}, id="product-that-accumulates"),
     pytest.param("inception", {}, {"QLinearConv": 3, "QLinearConcat": 1}, id="concatenation"),
     pytest.param("inception", SHARED, {"QLinearConv": 3, "QLinearConcat": 1}, id="shared-concatenation"),
 ]

@@ -20,7 +20,7 @@ class Site(TwinMixin, nn.Module):
     """A function call whose operands (or output) lie on grids.
 
     Attributes:
-        explicit: Whether an attention is computed in plain operations.
+        explicit: Whether an attention, or a product that adds to a tensor, is computed in plain operations.
 
     Children: `input_quantizer_0` and on, one for each operand (`None`: it stays float), or `output_quantizer`;
     `probability_quantizer` of an attention, which is then computed explicitly; `weight_quantizer`, if the second
@@ -77,8 +77,10 @@ class Site(TwinMixin, nn.Module):
                 operands = [original.clone(), *operands[1:]]
             through = [self._quantized(i, x) for i, x in enumerate(operands)]
         args, kwargs = function.with_operands(args, kwargs, through)
-        if self.explicit:
+        if self.explicit and function.kind == "attention":
             return explicit_attention(*args, **kwargs, probabilities=self._probabilities)
+        if self.explicit and function.accumulates and all(kwargs.get(factor, 1) == 1 for factor in ("alpha", "beta")):
+            return (args[0] if args else kwargs["input"]) + through[0] @ through[1]
         result = func(*args, **kwargs)
         return original.copy_(result) if function.in_place else result
 
