@@ -4,8 +4,8 @@
 
 Calls and modules are those that quantization adds to a Linear, in training mode. Evaluation is that of the model as
 prepared for training, at batch 1, in processor time against float: four Linear(1024, 1024) on one row, where weights
-are all the work, and two networks. Insertion makes a model of `--layers` Linears ready to train, calibration on one batch
-included. Import is what the package adds to torch's own, median of three fresh processes.
+are all the work, and two networks. Insertion makes a model of `--layers` Linears ready to train, calibration on one
+batch included. Import is what the parts used here add to torch's own, median of three fresh processes.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from train_step import quantized
 COLUMNS = (
     "", "Python calls", "modules", "eval x float: 4 Linears", "GPT", "ResNet-20", "insertion s", "import s",
 )  # fmt: skip
-SOURCES = {"qat": "qat", **{name: peer.module for name, peer in PEERS.items()}}
+SOURCES = {"qat": "qat, qat.policy, qat.insert, qat.calibrate", **{name: peer.module for name, peer in PEERS.items()}}
 
 
 def python_calls(model: nn.Module, x: Tensor) -> int:
