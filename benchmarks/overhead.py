@@ -4,8 +4,9 @@
 
 Calls and modules are those that quantization adds to a Linear, in training mode. Evaluation is that of the model as
 prepared for training, at batch 1, in processor time against float: four Linear(1024, 1024) on one row, where weights
-are all the work, and two networks. Insertion makes a model of `--layers` Linears ready to train, calibration on one
-batch included. Import is what the parts used here add to torch's own, median of three fresh processes.
+are all the work, and two networks. Insertion puts quantizers into a model of `--layers` Linears, calibration on one
+batch makes it ready to train; peers do both at once. Import is what the parts used here add to torch's own, median of
+three fresh processes.
 """
 
 import argparse
@@ -25,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 from timing import interleave
 from torch import Tensor, nn
-from train_step import quantized
+from train_step import inserted, quantized
 
 COLUMNS = (
-    "", "Python calls", "modules", "eval x float: 4 Linears", "GPT", "ResNet-20", "insertion s", "import s",
+    "", "Python calls", "modules", "eval x float: 4 Linears", "GPT", "ResNet-20", "insertion s", "+ calibration s",
+    "import s",
 )  # fmt: skip
 SOURCES = {"qat": "qat, qat.policy, qat.insert, qat.calibrate", **{name: peer.module for name, peer in PEERS.items()}}
 
@@ -84,16 +86,19 @@ def evaluation(names: list[str], model: nn.Module, x: Tensor, seconds: float, no
     return cells | {name: f"{t.ratio:.2f}" for name, t in timings.items()}
 
 
-def insertion(name: str, layers: int, notes: list[str]) -> str:
-    """Cell of the processor time from a float model to one that is ready to train."""
+def insertion(name: str, layers: int, notes: list[str]) -> list[str]:
+    """Cells of the processor time to put quantizers into a float model, and to make it ready to train."""
     model, x = nn.Sequential(*(nn.Linear(16, 16) for _ in range(layers))), torch.randn(2, 16)
 
     def timed(prepare: Callable[[nn.Module, Tensor], nn.Module]) -> str:
+        twin = copy.deepcopy(model)
         start = time.process_time()
-        prepare(model, x)
+        prepare(twin, x)
         return f"{time.process_time() - start:.2f}"
 
-    return timed(quantized) if name == "qat" else attempt(name, lambda peer: timed(peer.prepare), notes)
+    if name == "qat":
+        return [timed(inserted), timed(quantized)]
+    return ["-", attempt(name, lambda peer: timed(peer.prepare), notes)]
 
 
 def importing(module: str) -> str:
@@ -123,7 +128,7 @@ def main() -> None:
     for name in names:
         table.add_row(
             name, *added(name, notes), *(cells[name] for cells in evaluations),
-            insertion(name, args.layers, notes), importing(SOURCES[name]),
+            *insertion(name, args.layers, notes), importing(SOURCES[name]),
         )  # fmt: skip
     console = Console(width=120)
     console.print(table)

@@ -8,7 +8,8 @@ calibrated on the batch that is given. What they do differs, and costs according
     PT2E       torchao's `prepare_qat_pt2e` of an exported graph: moving-average ranges, BatchNorm folded in training
     Brevitas   `layerwise_quantize`: activation scales are learned, weight scales follow the weight's maximum
     ModelOpt   `INT8_DEFAULT_CFG`: all ranges frozen at calibration
-    quanto     activation scales frozen at calibration, weight scales from the maximum; no clip mask in its gradient
+    quanto     activation scales frozen at calibration, weight scales from the maximum; no clip mask in its gradient;
+               keeps int8 codes for backward, and a Linear's forward multiplies them as integers
 
 None is needed: one that is absent, or fails, says so in its place in the table. Nothing of a peer is imported before it
 is asked for.
@@ -169,7 +170,7 @@ def attempt(peer: str, make: Callable[[Peer], T], notes: list[str]) -> T | str:
         notes: Receives the message of what failed, on one line.
     """
     if find_spec(PEERS[peer].module.partition(".")[0]) is None:
-        return "not installed"
+        return "absent"
     logging.disable(logging.WARNING)  # they tell of GPU kernels that they did not load, and what they inserted
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):

@@ -4,8 +4,8 @@ torch's own operations.
     python benchmarks/quantizers.py [--sizes 1e5 1e6 1e7] [--threads 1] [--peers]
 
 Ratios are medians of interleaved rounds in one process, in processor time. `--peers` adds the frameworks of peers.py
-that are installed: their own 8-bit fake quantization of a tensor, with a learned scale where they have one (torchao, per
-channel; Brevitas), with a frozen range elsewhere (ModelOpt, quanto) or a moving one (PT2E).
+that are installed: their own 8-bit fake quantization of a tensor, with a learned scale where they have one (torchao,
+per channel; Brevitas), with a frozen range elsewhere (ModelOpt, quanto) or a moving one (PT2E).
 """
 
 import argparse

@@ -34,8 +34,8 @@ COLUMNS = (
 PLAIN, COMPILED = "qat, plain torch", "qat, compiled kernels"
 
 
-def quantized(model: nn.Module, x: Tensor, sites: bool = False) -> nn.Module:
-    """Our W8A8 training model, calibrated on `x`; changes `model` in place."""
+def inserted(model: nn.Module, x: Tensor, sites: bool = False) -> nn.Module:
+    """Our W8A8 model, made in place of `model`, before calibration."""
     policy = QuantPolicy.from_dict(
         {
             "weight": {"bits": 8, "granularity": "channel"},
@@ -46,7 +46,12 @@ def quantized(model: nn.Module, x: Tensor, sites: bool = False) -> nn.Module:
     )
     plan, _ = make_plan(model, policy, lambda: model(x[:2]))
     apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
+    return model
+
+
+def quantized(model: nn.Module, x: Tensor, sites: bool = False) -> nn.Module:
+    """Our W8A8 training model, calibrated on `x`, made in place of `model`."""
+    calibrate(inserted(model, x, sites), lambda: model(x))
     return model.train()
 
 
@@ -63,7 +68,9 @@ def step(model: nn.Module, x: Tensor, y: Tensor, mode: kernels.Mode = "never") -
     return run
 
 
-def both_compiled(models: dict[str, nn.Module], x: Tensor, y: Tensor, seconds: float, notes: list[str]):
+def both_compiled(
+    models: dict[str, nn.Module], x: Tensor, y: Tensor, seconds: float, notes: list[str]
+) -> dict[str, str]:
     """Cells of the ratios of whole-model compiled steps, or why there is none."""
     steps, cells = {}, {}
     for name, model in models.items():
