@@ -94,7 +94,7 @@ def test_probabilities_are_formed_only_where_the_policy_asks(policy, explicit):
         grid = site.probability_quantizer.spec
         assert grid.signed is False
         assert grid.bits == (4 if "rules" in policy else 8)
-        assert 0.9 < float(site.probability_quantizer.scale) * site.probability_quantizer.quant_max < 1.1
+        assert 0.9 < float(site.probability_quantizer.scale.detach()) * site.probability_quantizer.quant_max < 1.1
 
 
 def test_query_key_and_value_of_one_projection_share_its_grid():

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qat.functions import Function
 from qat.layers.explicit_attention import explicit_attention
-from qat.layers.twin import TwinMixin, ours, versions
+from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
 
@@ -97,8 +97,7 @@ class Site(TwinMixin, nn.Module):
             return weight
         if self.training:
             return quantizer(weight)
-        stamp = lambda: (*versions(weight), *quantizer.versions())  # noqa: E731
-        return self.once_per_change("weight", stamp, lambda: quantizer(weight))
+        return self.once_per_change("weight", (weight,), (quantizer,), lambda: quantizer(weight))
 
     def _probabilities(self, x: Tensor) -> Tensor:
         return x if self.probability_quantizer is None else self.probability_quantizer(x)
