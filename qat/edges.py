@@ -99,6 +99,8 @@ def _edges(tensors: _Tensors, name: str, first: Call, more: list[Call], spec: Qu
     for index, key in enumerate(first.operands):
         if index == 1 and first.weight:  # that has a grid of weights
             continue
+        if key in tensors.recording.empty:
+            continue
         label = f"{name}.input" if not first.site else name if first.kind == PROBABILITIES else f"{name}.input_{index}"
         label = f"{name}.output" if _is_output(first) else label
         nonnegative = all(tensors.is_nonnegative(k) for k in (key, *(c.operands[index] for c in more)))

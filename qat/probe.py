@@ -82,7 +82,9 @@ class _Recorder(TorchFunctionMode):
         return id(value), 0 if value.is_inference() else value._version
 
     def keys(self, values: Any) -> list[Key]:
-        return [self.key(v) for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+        found = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+        self.recording.empty.update(self.key(v) for v in found if not v.numel())
+        return [self.key(v) for v in found]
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.stack.append(_Frame(module, self.is_leaf(module)))
@@ -128,6 +130,9 @@ class _Recorder(TorchFunctionMode):
                 self.recording.nonnegative.update(outputs)
             if func in JOINS:
                 self.recording.joins.append((outputs[0], inputs))
+                filled = [key for key in inputs if key not in self.recording.empty]
+                if len(filled) == 1 < len(inputs):
+                    self.recording.source[outputs[0]] = filled[0]
             if self.stack and not self.in_leaf:
                 self.recording.read(dict.fromkeys(inputs))
                 if site is not None or func in FUNCTIONS_THAT_COMPUTE:
