@@ -22,6 +22,7 @@ from qat.layers import (
     drop_mixins,
     mixin_for,
 )  # fmt: skip
+from qat.layers.experts import QuantExperts, rows
 from qat.plan import Plan, has_weight, make_plan
 from qat.quantizers import Quantizer
 from qat.spec import QuantSpec
@@ -79,6 +80,7 @@ def _mixin(module: nn.Module) -> type[QuantizedLayer]:
 def _weight_quantizer(name: str, model: nn.Module, plan: Plan, spec: QuantSpec) -> Quantizer:
     if site := plan.parameters.get(name):
         weight, axis = model.get_parameter(site["parameter"]), site["axis"]
+        weight = rows(weight, site["stacked"]) if "stacked" in site else weight
     else:
         layer = model.get_submodule(name)
         weight, axis = layer.weight, _mixin(layer).channel_axis
@@ -103,7 +105,7 @@ def remove(model: nn.Module) -> None:
                     module.__dict__.pop(name, None)
             if isinstance(module, FoldingNorm):
                 del module.host
-            for mixin in (QuantizedLayer, SiteOwner, FoldingNorm):
+            for mixin in (QuantExperts, QuantizedLayer, SiteOwner, FoldingNorm):
                 drop_mixins(module, mixin)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qat.functions import (
+    EXPERTS,
     FUNCTIONS,
     JOINS,
     OTHERS_THAT_COMPUTE,
@@ -33,6 +34,7 @@ from qat.functions import (
     positional,
     site_function,
 )  # fmt: skip
+from qat.layers.experts import is_experts
 from qat.macs import function_macs, layer_macs
 from qat.modes import evaluating
 from qat.recording import Call, Key, Recording
@@ -156,6 +158,8 @@ class _Recorder(TorchFunctionMode):
         operands = (site and site.operands(args, kwargs)) or operands
         call.input_shape = tuple(operands[0].shape)
         held = [self.parameters.get(id(a)) for a in operands]
+        if call.kind == EXPERTS and site is not None and is_experts(frame.module):
+            held[1] = self.parameters.get(self.recording.root(call.operands[1])[0])
         call.parameter = next((p for p in held if p is not None), None)
         if site is not None and (site.kind not in WEIGHTED or held[1] is not None):
             call.weight = site.channel_axis is not None and held[0] is None and held[1] is not None

@@ -1,0 +1,185 @@
+"""How far insertion reaches in models that nobody wrote for it: docs/coverage.md, one row for each model of `zoo`.
+
+    python benchmarks/coverage.py [NAME ...] [--out docs/coverage.md]
+
+`measure` does it for one model; tests/test_transformers.py asserts on the same numbers.
+"""
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import zoo
+from torch import Tensor, nn
+
+from qat.audit import audit, coverage
+from qat.calibrate import calibrate
+from qat.functions import flat
+from qat.insert import Plan, apply_plan, make_plan, named_quantizers
+from qat.policy import QuantPolicy
+
+POLICY = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}, "kinds": "all"}
+"""Of configs/quant/integer_only.yaml: every layer, and every function between them."""
+FINE = {role: {"bits": 16, "range": "minmax", **POLICY[role]} | {"bits": 16} for role in ("weight", "act")}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured of one model.
+
+    Attributes:
+        macs, params: Shares on integers, of multiply-accumulates and of parameters.
+        gaps: What multiplies and stays float, with the reason.
+        layers, sites: How many are quantized.
+        scales: How many learned scales there are.
+        dead: Those whose gradient is zero or not finite after one training step.
+        error: Largest difference of the outputs with 16-bit grids, relative to the largest output.
+        breaks: Graph breaks of `torch.compile`, of the float and of the quantized model.
+        compiled: Whether the compiled model computes what the eager one does.
+        reloads: Whether a state_dict brings a new model to the same outputs, bit for bit.
+        kept: Share of the float model's state_dict keys that the quantized one has.
+    """
+
+    name: str
+    macs: float
+    params: float
+    gaps: list[str]
+    layers: int
+    sites: int
+    scales: int
+    dead: list[str]
+    error: float
+    breaks: tuple[int, int]
+    compiled: bool
+    reloads: bool
+    kept: float
+
+
+def measure(name: str) -> Row:
+    """Everything of one model; seconds on one core."""
+    model, inputs = zoo.build(name)
+    before, float_breaks = model.state_dict().keys(), traced(model, inputs)[0]
+    plan, rows = quantize(model, inputs, POLICY)
+    macs, params = coverage(rows)
+    kept = len(before & model.state_dict().keys()) / len(before)
+    expected = outputs(model, inputs)
+    breaks, compiled = traced(model, inputs)
+    return Row(
+        name,
+        macs,
+        params,
+        [f"{r.name}: {r.reason}" for r in rows if r.macs > r.integer_macs and not r.folds],
+        len(plan.layers),
+        len(plan.sites),
+        *dead_scales(model, inputs),
+        fine_error(name),
+        (float_breaks, breaks),
+        same(expected, compiled, 1e-4),
+        same(expected, reloaded(name, plan, model, inputs), 0),
+        kept,
+    )
+
+
+def quantize(model: nn.Module, inputs: zoo.Inputs, policy: dict[str, Any]) -> tuple[Plan, list[Any]]:
+    """Inserts and calibrates in place."""
+    plan, recording = make_plan(model, QuantPolicy.from_dict(policy), lambda: model(**inputs))
+    apply_plan(model, plan)
+    calibrate(model, lambda: model(**inputs))
+    return plan, audit(model, plan, recording)
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """The float tensors of a model's output; a cache of keys and values is none of it."""
+    values = output.values() if isinstance(output, dict) else output
+    return (t for t in flat(values) if isinstance(t, Tensor) and t.is_floating_point())
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: zoo.Inputs) -> list[Tensor]:
+    return list(tensors(model.eval()(**inputs)))
+
+
+def traced(model: nn.Module, inputs: zoo.Inputs) -> tuple[int, list[Tensor]]:
+    """Compiles as far as the graph, which is where a model breaks.
+
+    Returns:
+        The number of breaks, and the outputs of the graphs.
+    """
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with torch.no_grad():
+        result = list(tensors(torch.compile(model.eval(), backend=backend)(**inputs)))
+    return len(graphs) - 1, result
+
+
+def dead_scales(model: nn.Module, inputs: zoo.Inputs) -> tuple[int, list[str]]:
+    """One backward pass in training mode: the number of learned scales, and the names of those it gives nothing."""
+    generator = torch.Generator().manual_seed(0)
+    model.train().zero_grad()
+    results = [t for t in tensors(model(**inputs)) if t.requires_grad]
+    sum((t * torch.randn(t.shape, generator=generator)).sum() for t in results).backward()  # pyright: ignore
+    scales = {f"{n}.scale": q.scale for n, q in named_quantizers(model) if isinstance(q.scale, nn.Parameter)}
+    bad = [n for n, s in scales.items() if s.grad is None or not s.grad.isfinite().all() or not s.grad.any()]
+    return len(scales), bad
+
+
+def fine_error(name: str) -> float:
+    model, inputs = zoo.build(name)
+    before = outputs(model, inputs)
+    quantize(model, inputs, {**POLICY, **FINE})
+    after = outputs(model, inputs)
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(before, after, strict=True))
+
+
+def reloaded(name: str, plan: Plan, model: nn.Module, inputs: zoo.Inputs) -> list[Tensor]:
+    """The outputs of a new model, after the state of this one, and the plan as a checkpoint keeps it."""
+    other, _ = zoo.build(name)
+    apply_plan(other, Plan.from_dict(copy.deepcopy(plan.to_dict())))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    other.load_state_dict(model.state_dict())
+    return outputs(other, inputs)
+
+
+def same(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
+    """Whether they differ by no more than a share of the largest value."""
+    pairs = zip(a, b, strict=True)
+    return all(float((x - y).abs().max()) <= tolerance * float(x.abs().max()) for x, y in pairs)
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| model | MACs | parameters | layers + sites | scales (dead) | 16-bit error | graph breaks (float) | reload | keys |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        lines.append(
+            f"| {r.name} | {r.macs:.2%} | {r.params:.1%} | {r.layers} + {r.sites} | {r.scales} ({len(r.dead)}) | "
+            f"{r.error:.1e} | {r.breaks[1]} ({r.breaks[0]}) | {'same' if r.reloads else 'DIFFERENT'} | {r.kept:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", choices=[[], *zoo.MODELS], default=[])
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    found = []
+    for each in given.names or zoo.MODELS:
+        found.append(measure(each))
+        print(table(found[-1:]).splitlines()[-1], found[-1].dead, found[-1].gaps, found[-1].compiled, file=sys.stderr)
+    print(table(found))
