@@ -10,11 +10,11 @@ import copy
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 import zoo
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ class Row:
         gaps: What multiplies and stays float, with the reason.
         layers, sites: How many are quantized.
         scales: How many learned scales there are.
-        dead: Those whose gradient is zero or not finite after one training step.
+        dead, idle: Those that one training step gives no gradient; see `dead_scales`.
         error: Largest difference of the outputs with 16-bit grids, relative to the largest output.
         breaks: Graph breaks of `torch.compile`, of the float and of the quantized model.
         compiled: Whether the compiled model computes what the eager one does.
@@ -54,6 +54,7 @@ class Row:
     sites: int
     scales: int
     dead: list[str]
+    idle: list[str]
     error: float
     breaks: tuple[int, int]
     compiled: bool
@@ -64,7 +65,7 @@ class Row:
 def measure(name: str) -> Row:
     """Everything of one model; seconds on one core."""
     model, inputs = zoo.build(name)
-    before, float_breaks = model.state_dict().keys(), traced(model, inputs)[0]
+    before, float_breaks = model.state_dict().keys(), traced(model, inputs)[0] if compiling else None
     plan, rows = quantize(model, inputs, POLICY)
     macs, params = coverage(rows)
     kept = len(before & model.state_dict().keys()) / len(before)
@@ -81,7 +82,7 @@ def measure(name: str) -> Row:
         fine_error(name),
         (float_breaks, breaks),
         same(expected, compiled, 1e-4),
-        same(expected, reloaded(name, plan, model, inputs), 0),
+        same(outputs(model, inputs), reloaded(name, plan, model, inputs), 0),
         kept,
     )
 
@@ -123,15 +124,33 @@ def traced(model: nn.Module, inputs: zoo.Inputs) -> tuple[int, list[Tensor]]:
     return len(graphs) - 1, result
 
 
-def dead_scales(model: nn.Module, inputs: zoo.Inputs) -> tuple[int, list[str]]:
-    """One backward pass in training mode: the number of learned scales, and the names of those it gives nothing."""
+def dead_scales(model: nn.Module, inputs: zoo.Inputs) -> tuple[int, list[str], list[str]]:
+    """One backward pass in training mode.
+
+    Returns:
+        How many learned scales there are; the names of the *dead*, whose gradient is missing, zero or not finite though
+        their tensor is rounded and has a gradient itself; and of the *idle*, whose tensor lies on its grid as it is (the
+        zeros and ones of a mask), or has no gradient in the float model either.
+    """
+    learned = {n: q for n, q in named_quantizers(model) if isinstance(q.scale, nn.Parameter)}
+    rounded: dict[str, list[tuple[bool, Tensor]]] = {name: [] for name in learned}
+    hooks = [q.register_forward_hook(partial(_note, rounded[name])) for name, q in learned.items()]
     generator = torch.Generator().manual_seed(0)
     model.train().zero_grad()
     results = [t for t in tensors(model(**inputs)) if t.requires_grad]
     sum((t * torch.randn(t.shape, generator=generator)).sum() for t in results).backward()  # pyright: ignore
-    scales = {f"{n}.scale": q.scale for n, q in named_quantizers(model) if isinstance(q.scale, nn.Parameter)}
-    bad = [n for n, s in scales.items() if s.grad is None or not s.grad.isfinite().all() or not s.grad.any()]
-    return len(scales), bad
+    for hook in hooks:
+        hook.remove()
+    grads = {name: q.scale.grad for name, q in learned.items()}
+    still = [name for name, grad in grads.items() if grad is None or not grad.isfinite().all() or not grad.any()]
+    active = {n for n in still if any(r and y.grad is not None and y.grad.any() for r, y in rounded[n])}
+    return len(learned), [n for n in still if n in active], [n for n in still if n not in active]
+
+
+def _note(seen: list[tuple[bool, Tensor]], _: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+    if output.requires_grad:
+        output.retain_grad()
+    seen.append((bool((output != args[0]).any()), output))
 
 
 def fine_error(name: str) -> float:
@@ -161,12 +180,12 @@ def same(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| model | MACs | parameters | layers + sites | scales (dead) | 16-bit error | graph breaks (float) | reload | keys |",
+        "| model | MACs | parameters | layers + sites | scales (idle, dead) | 16-bit error | graph breaks (float) | reload | keys |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         lines.append(
-            f"| {r.name} | {r.macs:.2%} | {r.params:.1%} | {r.layers} + {r.sites} | {r.scales} ({len(r.dead)}) | "
+            f"| {r.name} | {r.macs:.2%} | {r.params:.1%} | {r.layers} + {r.sites} | {r.scales} ({len(r.idle)}, {len(r.dead)}) | "
             f"{r.error:.1e} | {r.breaks[1]} ({r.breaks[0]}) | {'same' if r.reloads else 'DIFFERENT'} | {r.kept:.0%} |"
         )
     return "\n".join(lines)

@@ -103,11 +103,13 @@ def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
 
 
 def is_addressable(call: Call) -> bool:
-    """Leaves out means that are not over the pixels of an image, and sums and products with a parameter that is no
-    weight.
+    """Leaves out means that are not over the pixels of an image, what is computed from no data, and sums and products
+    with a parameter that is no weight.
     """
     pixels = call.input_shape[:2] == call.shape[:2] and call.shape[2:] in ((), (1, 1))
     if call.what in MEAN and not pixels:
+        return False
+    if call.constant and not call.weight:
         return False
     return call.weight or call.parameter is None or call.kind in ("cat", "attention")
 

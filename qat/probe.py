@@ -39,6 +39,8 @@ from qat.macs import function_macs, layer_macs
 from qat.modes import evaluating
 from qat.recording import Call, Key, Recording
 
+DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli}
+"""Random numbers are data, though computed from none."""
 FUNCTIONS_THAT_COMPUTE = {
     **{f: known.kind for f, known in FUNCTIONS.items() if known.kind in PRODUCTS},
     **OTHERS_THAT_COMPUTE,
@@ -61,14 +63,16 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
         super().__init__()
+        self.alive: list[Any] = []  # ids are unique only among living objects
         # By id: metrics hash by their state, which changes.
         self.names = {id(module): name for name, module in root.named_modules() if not _is_metric(module)}
         self.parameters = {id(parameter): name for name, parameter in root.named_parameters()}
+        # What is computed from no data; keys of tensors of any type.
+        self.constants = {self.key(t) for t in (*root.parameters(), *root.buffers())}
         self.root = root
         self.is_leaf = is_leaf
         self.recording = Recording()
         self.stack: list[_Frame] = []
-        self.alive: list[Any] = []  # ids are unique only among living objects
 
     @property
     def in_leaf(self) -> bool:
@@ -121,7 +125,10 @@ class _Recorder(TorchFunctionMode):
         nonnegative = is_nonnegative(func, args, kwargs, self._is_known_nonnegative)  # before it may run in place
         site = site_function(func, args, kwargs)
         through = self.keys((site and site.operands(args, kwargs)) or ())
+        constant = func not in DRAWS and all(self.key(operand) in self.constants for operand in operands)
         output = func(*args, **kwargs)
+        if constant:
+            self.constants.update(self.key(o) for o in flat((output,)) if isinstance(o, Tensor))
         outputs = self.keys(flat((output,)))
         if self.in_leaf and site is not None:
             self.stack[-1].seen.append(site.kind)  # so that parts of a layer without a twin answer for themselves
@@ -138,7 +145,8 @@ class _Recorder(TorchFunctionMode):
             if self.stack and not self.in_leaf:
                 self.recording.read(dict.fromkeys(inputs))
                 if site is not None or func in FUNCTIONS_THAT_COMPUTE:
-                    self._note_call(func, args, kwargs, Call(self._here, func, inputs, None, operands=through), output)
+                    call = Call(self._here, func, inputs, None, operands=through, constant=constant)
+                    self._note_call(func, args, kwargs, call, output)
         return output
 
     def _is_known_nonnegative(self, value: Tensor) -> bool:

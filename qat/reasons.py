@@ -66,6 +66,8 @@ class Reasons:
     def of_site(self, call: Call) -> str | None:
         if call.site in self.calls:
             return self.of_target(call.site)
+        if call.constant:
+            return "computed from no data: the same for every input"
         if call.parameter is None:
             return "mean over other axes than an image's"
         return f"one side of the {NAMES.get(call.kind or '', 'product')} is a parameter"

@@ -26,6 +26,8 @@ class Call:
         parameter: Path of the parameter among the operands.
         weight: Whether that is the second operand of a product, with an axis of output channels.
         inside: Whether it happened inside the root's own forward.
+        constant: Whether all its operands are computed from parameters, buffers and numbers alone (the angles of a
+            rotary embedding, a mask): the same for all data, so an engine computes it ahead, in float.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Call:
     parameter: str | None = None
     weight: bool = False
     inside: bool = False
+    constant: bool = False
 
 
 @dataclass

@@ -17,6 +17,9 @@ from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
 INT32_MAX = 2**31 - 1
+INT32_WIDTH = 8
+"""Widest operands of kernels that accumulate in int32: one product of 16-bit codes fills it, and a bias would not
+fit."""
 
 
 def input_grid(input_quantizer: nn.Module | None) -> Quantizer | None:
@@ -32,7 +35,7 @@ def accumulator_scale(layer: Any) -> Tensor | None:
     grid, weight = input_grid(layer.input_quantizer), layer.weight_quantizer
     if grid is None or weight is None or not weight.on or weight.spec.granularity == "group":
         return None
-    if not all(q.static and q.spec.integer for q in (grid, weight)):
+    if not all(q.static and q.spec.integer and q.spec.width <= INT32_WIDTH for q in (grid, weight)):
         return None
     return grid.step().double() * weight.step().double()
 
