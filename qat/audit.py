@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat.functions import COMPUTES
+from qat.layers import Part
+from qat.layers.parts import part_parameters
 from qat.plan import Plan
 from qat.probe import Call, Recording, macs
 from qat.reasons import FOLDS, Reasons, layers, type_name
@@ -44,6 +46,11 @@ class AuditRow:
     reason: str | None = None
 
     @property
+    def is_site(self) -> bool:
+        """Whether it multiplies no weight, but activations."""
+        return self.type in ("matmul",)
+
+    @property
     def folds(self) -> bool:
         """Whether it vanishes into its neighbour, which leaves nothing to quantize."""
         return self.reason is not None and self.reason.startswith(FOLDS)
@@ -66,7 +73,7 @@ def coverage(rows: Sequence[AuditRow]) -> tuple[float, float]:
     Biases count with their layer, in whose accumulator they are integers too. What folds is in neither share.
     """
     counted = [r for r in rows if not r.folds]
-    integer = sum(r.macs for r in counted if r.weight and r.act)
+    integer = sum(r.macs for r in counted if r.act and (r.weight or r.is_site))
     stored = sum(r.params for r in counted if r.weight)
     total, params = sum(r.macs for r in counted), sum(r.params for r in counted)
     return (integer / total if total else 1.0), (stored / params if params else 1.0)
@@ -85,7 +92,7 @@ class _Auditor:
         self.model, self.plan = model, plan
         self.reasons = Reasons(model, plan, recording)
         self.position = {id(call): i for i, call in enumerate(recording.order)}
-        self.counted: set[int] = set()
+        self.counted: set[Any] = set()
 
     def rows(self) -> list[AuditRow]:
         """In execution order; what did not run follows what is registered before it."""
@@ -117,7 +124,8 @@ class _Auditor:
 
     def _site(self, call: Call) -> AuditRow:
         assert call.site and call.kind
-        return AuditRow(call.site, call.kind, **self._labels(call.site), reason=self.reasons.of_site(call))
+        count = self._function_macs(call) if call.what in COMPUTES else 0
+        return AuditRow(call.site, call.kind, **self._labels(call.site), macs=count, reason=self.reasons.of_site(call))
 
     def _functions(self, calls: list[Call]) -> Iterator[tuple[Call, AuditRow]]:
         """The calls that one owner's forward makes, numbered by kind."""
@@ -140,6 +148,7 @@ class _Auditor:
         layer = self.plan.layers.get(name, {"weight": None, "input": []})
         weight = None if layer["weight"] is None else self.plan.weights[layer["weight"]]
         chains = self.plan.sites.get(name, [layer["input"]])
+        chains = [*chains, *([layer["input_1"]] if "input_1" in layer else [])]
         specs = [[self.plan.activations[label] for label in chain] for chain in chains if chain]
         labels = dict.fromkeys(" > ".join(s.short for s in chain) for chain in specs)
         return {
@@ -153,11 +162,14 @@ class _Auditor:
         """Own parameters, with those that a parametrization keeps in a child."""
         computed = module._modules.get("parametrizations")
         own = [*module._parameters.values(), *(computed.parameters() if computed is not None else ())]
+        if isinstance(module, Part):
+            return sum(self._once(tensor, key) for key, tensor in part_parameters(module))
         return sum(self._once(p) for p in own if p is not None)
 
-    def _once(self, parameter: nn.Parameter) -> int:
-        new = id(parameter) not in self.counted
-        self.counted.add(id(parameter))
+    def _once(self, parameter: Tensor, key: Any = None) -> int:
+        """Its size the first time; `key` tells rows of a parameter apart."""
+        new = (key or id(parameter)) not in self.counted
+        self.counted.update({id(parameter)} if key is None else {key, key[0]})
         return parameter.numel() if new else 0
 
     def _function_macs(self, call: Call) -> int:

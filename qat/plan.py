@@ -17,12 +17,12 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.functions import MEAN
-from qat.layers import mixin_for, original_class, sites_changed
+from qat.layers import BoundPart, Composite, is_computed, mixin_for, original_class, sites_changed
 from qat.policy import QuantPolicy, Target
 from qat.probe import Call, Key, Recording, record
 from qat.spec import QuantSpec
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Plan:
         activations: Spec of each activation's grid, by the first place that reads it (`conv1.input`,
             `layer1.0.add_0.input_1`).
         layers: Per layer: `weight`, the owner of its weight's grid (or `None`), and `input`, the activation grids its
-            input passes in turn.
+            input passes in turn (`input_1`: its second input; `Bilinear` has one).
         sites: Per functional site: for each tensor input, the activation grids it passes in turn.
         owners: Per module whose forward runs functional sites, how many of each kind.
         batch_norms: Per layer, the BatchNorm that folds into it.
@@ -64,11 +64,19 @@ def is_leaf(module: nn.Module) -> bool:
     return mixin_for(module) is not None or isinstance(module, NORMS)
 
 
+def inside_of(module: nn.Module, *call: Any) -> list[Call] | None:
+    """The calls of parts that the call of a layer with several weights stands for (see `probe.record`)."""
+    mixin = mixin_for(module)
+    return mixin.calls(module, *call) if mixin is not None and issubclass(mixin, Composite) else None
+
+
 def computed(module: nn.Module) -> str | None:
-    """Which of weight and bias is no ordinary parameter, but computed by a parametrization or by pruning; `None` if
-    neither is.
+    """Which of weight and bias is neither an ordinary parameter nor a weight that a parametrization makes, but computed
+    by pruning and the like; `None` if neither is.
     """
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+    if isinstance(module, BoundPart):
+        return None
+    if not is_computed(module) and not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "weight"
     return "bias" if "bias" not in module._parameters and hasattr(module, "bias") else None
 
@@ -104,13 +112,14 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
     Raises:
         UserError: if a rule matches nothing or nothing can be quantized.
     """
-    recording = record(model, run, is_leaf)
+    recording = record(model, run, is_leaf, inside_of)
+    check_shapes_known(model)
     _check_names(model, recording)
     calls = targets(model, recording)
     if not calls:
         raise UserError(
             f"{type(model).__name__} has no layer that can be quantized: "
-            "the probe batch passed no Linear, Conv or Embedding"
+            "the probe batch passed no Linear, Conv, Embedding, LSTM or the like"
         )
     decisions = policy.resolve(described(calls))
     plan = Plan(policy=policy.settings)
@@ -127,6 +136,31 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
     return plan, recording
 
 
+def check_shapes_known(model: nn.Module) -> None:
+    """Raises if a lazy layer has not seen a batch yet."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
+            raise UserError(
+                f"'{name}' ({type(module).__name__}) does not know its shape yet, because no batch has reached it: "
+                "run the model once on a batch first, or give it the number of its input features"
+            )
+
+
+def operands(call: Call) -> int:
+    """How many of a call's inputs are read through grids."""
+    if not isinstance(call.what, nn.Module):
+        return 2 if call.kind in ("add", "matmul") else 1
+    mixin = mixin_for(call.what)
+    return min(mixin.inputs, len(call.inputs)) if mixin is not None and not issubclass(mixin, Composite) else 0
+
+
+def weight_identity(layer: Any) -> Any:
+    """Equal for layers that share their weight, of which there may be another tensor each time one asks."""
+    if isinstance(layer, BoundPart):
+        return layer.identity()
+    return id(layer) if is_computed(layer) else id(layer.weight)
+
+
 def _check_names(model: nn.Module, recording: Recording) -> None:
     for site in [call.site for call in recording.functions if call.site]:
         owner, _, leaf = site.rpartition(".")
@@ -137,18 +171,22 @@ def _check_names(model: nn.Module, recording: Recording) -> None:
 def described(calls: dict[str, list[Call]]) -> list[Target]:
     """The targets as a policy sees them; layers may have become twins since."""
     return [
-        Target(name, first.kind or original_class(first.what).__name__, has_weight(first.what))
-        for name, (first, *_) in calls.items()
+        Target(name, first.kind or _type_of(first.what), has_weight(first.what)) for name, (first, *_) in calls.items()
     ]
 
 
+def _type_of(module: nn.Module) -> str:
+    """Class name of a layer; parts go by that of the layer they are in."""
+    return original_class(module.owner[0] if isinstance(module, BoundPart) else module).__name__
+
+
 def _plan_weights(plan: Plan, calls: dict[str, list[Call]], decisions: dict[str, Any]) -> None:
-    owner_of: dict[int, str] = {}
+    owner_of: dict[Any, str] = {}
     for name, (call, *_) in calls.items():
         if call.site:
             continue
         spec = decisions[name]["weight"][0] if has_weight(call.what) else None
-        owner = owner_of.setdefault(id(call.what.weight), name) if spec else None
+        owner = owner_of.setdefault(weight_identity(call.what), name) if spec else None
         if spec and owner == name:
             plan.weights[name] = spec.resolved(nonnegative=False, weight=True)
         elif spec and owner and spec.resolved(nonnegative=False, weight=True) != plan.weights[owner]:
@@ -167,13 +205,13 @@ def _plan_activations(
         spec = decisions[name]["act"][0]
         if spec is None:
             continue
-        for index, key in enumerate(first.inputs[: 2 if first.kind == "add" else 1]):
+        for index, key in enumerate(first.inputs[: operands(first)]):
             keys = [key, *(c.inputs[index] for c in more)]
             nonnegative = all(recording.root(k) in recording.nonnegative for k in keys)
             edges.append((name, index, recording.root(key), spec.resolved(nonnegative=nonnegative, weight=False)))
     grids: dict[Key, dict[QuantSpec, str]] = {}
     for name, index, tensor, spec in edges:
-        label = f"{name}.input_{index}" if name not in plan.layers else f"{name}.input"
+        label = f"{name}.input" if name in plan.layers and index == 0 else f"{name}.input_{index}"
         grids.setdefault(tensor, {}).setdefault(spec, label)
     for name, index, tensor, spec in edges:
         finest = max(grids[tensor], key=lambda s: s.width)
@@ -181,9 +219,9 @@ def _plan_activations(
         plan.activations.update((grids[tensor][s], s) for s in chain)
         labels = [grids[tensor][s] for s in chain]
         if name in plan.layers:
-            plan.layers[name]["input"] = labels
+            plan.layers[name]["input" if index == 0 else f"input_{index}"] = labels
         else:
-            plan.sites.setdefault(name, [[], []] if calls[name][0].kind == "add" else [[]])[index] = labels
+            plan.sites.setdefault(name, [[] for _ in range(operands(calls[name][0]))])[index] = labels
 
 
 def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:
@@ -206,7 +244,8 @@ def _batch_norm_pairs(recording: Recording) -> dict[str, str]:
         call.output: call.name
         for call in recording.modules
         if has_weight(call.what)
-        and not isinstance(call.what, nn.Embedding)
+        and call.output is not None
+        and not isinstance(call.what, nn.Embedding | nn.EmbeddingBag | nn.Bilinear)
         and len(call.shape) == call.what.weight.ndim  # then dimension 1 is the channel for both
     }
     return {

@@ -13,7 +13,7 @@ insertion has:
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qat.functions import COMPUTES, first_tensor, flat, is_nonnegative, keeps_values, positional, site_kind
-from qat.modes import evaluating
+from qat.modes import evaluating, without_fast_path
 
 Key = tuple[int, int]
 """A tensor at a moment: (id, version)."""
@@ -38,7 +38,7 @@ class Call:
         inputs: Float tensors among the arguments, in order (keyword arguments last).
         output: The first float tensor that came out.
         shape: Shape of that output.
-        input_shape: Shape of the first operand (functions only).
+        input_shape: Shape of the first operand.
         site: `owner.kind_index` if this is a functional site.
         parameter: Whether an operand is a parameter.
         inside: Whether it happened inside the root's own forward.
@@ -119,12 +119,13 @@ class _Frame:
 class _Recorder(TorchFunctionMode):
     """Writes a `Recording` of one pass; `leaves` are the modules whose inside is nobody's business."""
 
-    def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool], inside_of: "InsideOf | None") -> None:
         super().__init__()
         # By id: metrics hash by their state, which changes.
         self.names = {id(module): name for name, module in root.named_modules() if not _is_metric(module)}
         self.root = root
         self.is_leaf = is_leaf
+        self.inside_of = inside_of
         self.recording = Recording()
         self.stack: list[_Frame] = []
         self.alive: list[Any] = []  # ids are unique only among living objects
@@ -145,6 +146,13 @@ class _Recorder(TorchFunctionMode):
     def keys(self, values: Any) -> list[Key]:
         return [self.key(v) for v in values if isinstance(v, Tensor) and v.is_floating_point()]
 
+    def fresh(self, nonnegative: bool = False) -> Key:
+        """A name for a tensor inside a leaf."""
+        key = self.key(torch.empty(0))
+        if nonnegative:
+            self.recording.nonnegative.add(key)
+        return key
+
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.stack.append(_Frame(module, self.is_leaf(module)))
 
@@ -155,13 +163,22 @@ class _Recorder(TorchFunctionMode):
         if not frame.is_leaf:
             recording.passes.append((self.names[id(module)], frame.seen, inside))
         elif not self.in_leaf:
-            tensor = first_tensor(output)
-            call = Call(self.names[id(module)], module, self.keys((*args, *kwargs.values())), None, inside=inside)
-            if tensor is not None:
-                call.output, call.shape = self.key(tensor), tuple(tensor.shape)
-            recording.modules.append(call)
-            recording.order.append(call)
-            recording.read(call.inputs)
+            for call in self._calls_of(module, args, kwargs, output):
+                call.inside = inside
+                (recording.modules if isinstance(call.what, nn.Module) else recording.functions).append(call)
+                recording.order.append(call)
+                recording.read(call.inputs)
+
+    def _calls_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> list[Call]:
+        name = self.names[id(module)]
+        if self.inside_of and (calls := self.inside_of(module, name, self, args, kwargs)) is not None:
+            return calls
+        inputs = [a for a in flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
+        call = Call(name, module, self.keys((*args, *kwargs.values())), None)
+        call.input_shape = tuple(inputs[0].shape) if inputs else ()
+        if (tensor := first_tensor(output)) is not None:
+            call.output, call.shape = self.key(tensor), tuple(tensor.shape)
+        return [call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -222,25 +239,41 @@ def _hooks(recorder: _Recorder, model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def record(model: nn.Module, run: Callable[[], Any], is_leaf: Callable[[nn.Module], bool]) -> Recording:
+InsideOf = Callable[[nn.Module, str, _Recorder, tuple[Any, ...], dict[str, Any]], list[Call] | None]
+"""What one call of a leaf (at a path, with arguments) stands for, if it is several."""
+
+
+def record(
+    model: nn.Module,
+    run: Callable[[], Any],
+    is_leaf: Callable[[nn.Module], bool],
+    inside_of: InsideOf | None = None,
+) -> Recording:
     """Runs `run()`, which calls `model` in its own way on one batch, and reports what happened. Nothing is changed.
 
     Args:
         model: The root; module paths are relative to it.
         run: Performs the pass. It runs in evaluation mode without gradients.
         is_leaf: Which modules count as one operation.
+        inside_of: Which of them count as several after all.
     """
-    recorder = _Recorder(model, is_leaf)
+    recorder = _Recorder(model, is_leaf, inside_of)
     # Tensors made in inference mode have no version to tell them apart by.
-    with evaluating(model), torch.inference_mode(False), torch.no_grad(), _hooks(recorder, model), recorder:
+    unobserved = evaluating(model), without_fast_path(), torch.inference_mode(False), torch.no_grad()
+    with ExitStack() as stack:
+        for context in (*unobserved, _hooks(recorder, model), recorder):
+            stack.enter_context(context)
         run()
     recorder.recording.restrict_to_forward()
     return recorder.recording
 
 
 def macs(call: Call) -> int:
-    """Multiply-accumulates of one call of a layer: elements of the output times the fan-in of each."""
+    """Multiply-accumulates of one call of a layer for one sample: elements of the output times the fan-in of each (of
+    a transposed convolution: elements of the input times what each is spread over).
+    """
     weight = getattr(call.what, "weight", None)
-    if not isinstance(weight, Tensor) or isinstance(call.what, nn.Embedding) or weight.ndim < 2:
+    if not isinstance(weight, Tensor) or isinstance(call.what, nn.Embedding | nn.EmbeddingBag) or weight.ndim < 2:
         return 0
-    return math.prod(call.shape[1:]) * math.prod(weight.shape[1:])
+    spreads = isinstance(call.what, nn.modules.conv._ConvTransposeNd)
+    return math.prod((call.input_shape if spreads else call.shape)[1:]) * math.prod(weight.shape[1:])

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from qat.functions import COMPUTES
-from qat.layers import MIXINS, Site, mixin_for, original_class
-from qat.plan import NORMS, Plan, computed, described, has_weight, targets
+from qat.layers import MIXINS, BoundPart, Composite, Site, mixin_for, original_class
+from qat.plan import NORMS, Plan, computed, described, has_weight, operands, targets
 from qat.policy import QuantPolicy
 from qat.probe import Call, Recording
 from qat.quantizers import Quantizer
@@ -28,7 +28,7 @@ class Reasons:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, recording: Recording) -> None:
-        self.model, self.plan = model, plan
+        self.model, self.plan, self.recording = model, plan, recording
         self.calls = targets(model, recording)
         self.decisions = QuantPolicy.from_dict(plan.policy).resolve(described(self.calls))
         self.modules: dict[str, list[Call]] = {}
@@ -54,7 +54,7 @@ class Reasons:
         """What the policy leaves float of a layer or site that it could quantize."""
         call = self.calls[name][0]
         weighted = has_weight(call.what)
-        parts = (["weight"] if weighted else []) + (["act"] if call.inputs else [])
+        parts = (["weight"] if weighted else []) + (["act"] if operands(call) else [])
         left = [p for p in parts if self.decisions[name][p][0] is None]
         if not left:
             return None
@@ -84,11 +84,24 @@ class Reasons:
         into = next((layer for layer, norm in self.plan.batch_norms.items() if norm == name), None)
         if into is not None:
             return f"{FOLDS}{into}"
-        return "kept in float: follows no layer it can fold into" if name in self.modules else NOT_REACHED
+        return f"kept in float: {self._why_kept(name)}" if name in self.modules else NOT_REACHED
+
+    def _why_kept(self, name: str) -> str:
+        call, *more = self.modules[name]
+        before = next((c for c in self.recording.modules if c.output and c.output in call.inputs), None)
+        if before is None or not has_weight(before.what):
+            return "follows no layer it can fold into"
+        if more:
+            return f"it runs {1 + len(more)} times"
+        if (times := len(self.modules[before.name])) > 1:
+            return f"'{before.name}' before it runs {times} times, and one bias cannot hold all that follows"
+        if self.recording.readers[call.inputs[0]] > 1:
+            return f"others read the output of '{before.name}', too"
+        return f"cannot fold into '{before.name}'"
 
     def _unreached(self, name: str, module: nn.Module) -> str:
         if name in self.modules:
-            return f"{computed(module)} is computed (parametrization or pruning)"
+            return f"{computed(module)} is computed by pruning or a hook"
         user = self._user(module)
         return f"functional use of its weight ({_spelled(COMPUTES[user.what])})" if user else NOT_REACHED
 
@@ -111,6 +124,8 @@ def layers(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: set[nn.Module] = set()
     for name, module in root.named_modules():
         closed = isinstance(module, Site | Quantizer) or mixin_for(module) is not None
+        if isinstance(module, Composite):  # its parts are listed instead
+            continue
         if module in inside:
             continue
         if closed:
@@ -128,7 +143,7 @@ def _is_listed(module: nn.Module, is_root: bool) -> bool:
 
 
 def type_name(module: nn.Module) -> str:
-    return original_class(module).__name__
+    return original_class(module.owner[0] if isinstance(module, BoundPart) else module).__name__
 
 
 def _is_torchs(cls: type) -> bool:
