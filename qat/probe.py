@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from qat.functions import COMPUTES, first_tensor, flat, is_nonnegative, keeps_values, positional, site_kind
@@ -144,7 +145,7 @@ class _Recorder(TorchFunctionMode):
         return id(value), 0 if value.is_inference() else value._version
 
     def keys(self, values: Any) -> list[Key]:
-        return [self.key(v) for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+        return [self.key(v) for v in values if isinstance(v, Tensor) and not is_lazy(v) and v.is_floating_point()]
 
     def fresh(self, nonnegative: bool = False) -> Key:
         """A name for a tensor inside a leaf."""

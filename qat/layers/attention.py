@@ -6,7 +6,7 @@ child, which the float layer never calls. Softmax stays float; its probabilities
 grid.
 
 torch's fused kernels for inference take weights straight from `TransformerEncoderLayer` and would skip every quantized
-layer. `SlowPath` turns them off for that module while it runs, and nobody else's.
+layer. `SlowPath` turns them off for that module, and nobody else's.
 
 Shapes: N sequences, L queries, S keys, E features, H heads of D features.
 """
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from qat.layers.parts import BoundPart, Composite, Part, Watch, part_call, site_call
 from qat.layers.sites import Site
 from qat.layers.twin import TwinMixin, ours
-from qat.modes import without_fast_path
 from qat.probe import Call
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -154,11 +153,14 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
 
 
 class SlowPath(TwinMixin):
-    """On top of `TransformerEncoder` and `TransformerEncoderLayer`: runs their layers rather than one fused kernel."""
+    """On top of `TransformerEncoder` and `TransformerEncoderLayer`: runs their layers rather than one fused kernel.
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with without_fast_path():
-            return super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+    Both take that path only if an attribute of theirs says that they may, and read it for nothing else. Properties of
+    the class go before what the instance holds, which is left alone.
+    """
+
+    use_nested_tensor = property(lambda self: False)
+    activation_relu_or_gelu = property(lambda self: 0)
 
 
 FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
