@@ -18,6 +18,7 @@ from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
 from qat.layers import QuantizedLayer, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for
 from qat.layers.accumulator import bias_codes, folded, input_grid, per_output
+from qat.layers.adapted import adapted
 from qat.layers.computed import settle
 from qat.quantizers import Quantizer, find
 from qat.spec import QuantSpec
@@ -61,10 +62,16 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
         grids frozen.
 
     Raises:
-        UserError: if a grid was never calibrated, or a full-range 8-bit weight cannot be mirrored for a negative gamma.
+        UserError: if a grid was never calibrated, adapters are not merged, or a full-range 8-bit weight cannot be
+            mirrored for a negative gamma.
     """
     if reason := inconvertible(plan):
         raise UserError(f"there is no integer form of it: {reason}; use export=none")
+    if name := next(iter(adapted(model)), None):
+        raise UserError(
+            f"'{name}' holds an adapter that trains in float beside its quantized layer: merge first, with "
+            "plan = qat.merge_adapters(model, plan)"
+        )
     for name, module in model.named_modules():
         if isinstance(module, Quantizer) and module.enabled and not module.initialised:
             raise UserError(f"'{name}' was never calibrated, so there is nothing to convert yet")

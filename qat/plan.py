@@ -18,6 +18,7 @@ from torch import nn
 from qat.errors import UserError
 from qat.functions import MEAN
 from qat.layers import BoundPart, Composite, is_computed, mixin_for, original_class, sites_changed
+from qat.layers.adapted import inside_adapters
 from qat.policy import QuantPolicy, Target
 from qat.probe import Call, Key, Recording, record
 from qat.spec import QuantSpec
@@ -90,7 +91,10 @@ def has_weight(module: Any) -> bool:
 def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
     """What a policy can address, in execution order: for each layer or site, its calls."""
     found: dict[str, list[Call]] = {}
+    floating = set(inside_adapters(model))
     for call in recording.order:
+        if call.name in floating:
+            continue
         if isinstance(call.what, nn.Module):
             mixin = mixin_for(call.what)
             if mixin and (mixin.channel_axis is None or has_weight(call.what)):

@@ -6,12 +6,14 @@ from torch import nn
 
 from qat.functions import COMPUTES
 from qat.layers import MIXINS, BoundPart, Composite, Site, mixin_for, original_class
+from qat.layers.adapted import inside_adapters
 from qat.plan import NORMS, Plan, computed, described, has_weight, operands, targets
 from qat.policy import QuantPolicy
 from qat.probe import Call, Recording
 from qat.quantizers import Quantizer
 
 FOLDS = "folds into "
+ADAPTER = "an adapter, which stays float until it is merged (qat.merge_adapters)"
 NOT_REACHED = "not reached by the probe batch"
 NORMALISES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 NOT_IN_F = ("matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "attention")
@@ -30,6 +32,7 @@ class Reasons:
     def __init__(self, model: nn.Module, plan: Plan, recording: Recording) -> None:
         self.model, self.plan, self.recording = model, plan, recording
         self.calls = targets(model, recording)
+        self.adapters = set(inside_adapters(model))
         self.decisions = QuantPolicy.from_dict(plan.policy).resolve(described(self.calls))
         self.modules: dict[str, list[Call]] = {}
         for call in recording.modules:
@@ -44,6 +47,8 @@ class Reasons:
         """`None` if `module`, one of `layers`, is integer throughout."""
         if name in self.calls:
             return self.of_target(name)
+        if name in self.adapters:
+            return ADAPTER
         if isinstance(module, NORMS):
             return self._norm(name)
         if mixin_for(module) is not None:
@@ -66,6 +71,8 @@ class Reasons:
     def of_site(self, call: Call) -> str | None:
         if call.site in self.calls:
             return self.of_target(call.site)
+        if call.name in self.adapters:
+            return ADAPTER
         return "one side of the sum is a parameter" if call.parameter else "mean over other axes than an image's"
 
     def of_function(self, call: Call) -> str:
