@@ -57,6 +57,6 @@ def quantized_weights(model: nn.Module) -> dict[str, tuple[Quantizer, Tensor]]:
     found: dict[Quantizer, tuple[str, Tensor]] = {}
     for name, layer in model.named_modules():
         # One that a parametrization computes is another tensor each time: what is written to it is lost.
-        if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None and not is_computed(layer):
+        if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None and not is_computed(layer):  # pyright: ignore[reportArgumentType]
             found.setdefault(layer.weight_quantizer, (name, layer.weight))
     return {name: (quantizer, weight) for quantizer, (name, weight) in found.items()}
