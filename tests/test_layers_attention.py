@@ -217,24 +217,20 @@ MODELS = [
 ]
 
 
+@pytest.mark.parametrize("act", [False, {"bits": 8}], ids=["weights-only", "weights-and-inputs"])
 @pytest.mark.parametrize("make", MODELS)
-def test_evaluation_without_gradients_runs_the_quantized_layers(make):
+def test_evaluation_without_gradients_runs_the_quantized_layers(make, act):
     torch.manual_seed(0)
     model, x = make().eval(), torch.randn(2, 5, 8)
     expected = model(x)
-    plan = quantized(model, x, {"weight": {"bits": 3}, "act": {"bits": 8}})
-    for _, quantizer in named_quantizers(model):
-        quantizer.register_forward_hook(lambda module, *_: ran.add(module))
-    with_gradients, ran = None, set()
-    model(x)
-    every, ran = ran, set()
+    plan = quantized(model, x, {"weight": {"bits": 3}, "act": act})
     with_gradients = model(x)
-    with torch.no_grad():
-        without = model(x)
-    torch.testing.assert_close(without, with_gradients)
-    assert not torch.allclose(without, expected, atol=1e-3)
-    activations = {q for _, q in named_quantizers(model) if not q.is_weight}
-    assert activations <= every and plan.sites
+    with torch.no_grad():  # no hooks here: they would turn torch's fused path off, too
+        torch.testing.assert_close(model(x), with_gradients)
+    assert not torch.allclose(with_gradients, expected, atol=1e-2)
+    assert {name.rpartition(".")[2] for name in plan.layers} == {
+        "q_proj", "k_proj", "v_proj", "out_proj", "linear1", "linear2"
+    }  # fmt: skip
 
 
 def test_the_fused_path_is_left_on_for_everybody_else():
