@@ -55,7 +55,8 @@ class QuantBilinear(QuantizedLayer):
         x1 = self.quantized_input(input1)
         with ours():
             x2 = input2 if self.input_quantizer_1 is None else self.input_quantizer_1(input2)
-        return F.bilinear(x1, x2, self.quantized_weight(), self.quantized_bias())
+        bias = self.bias if self.training else self.quantized_bias()
+        return F.bilinear(x1, x2, self.quantized_weight(), bias)
 
 
 class QuantEmbedding(QuantizedLayer):

@@ -21,7 +21,7 @@ from qat.layers.twin import TwinMixin
 from qat.probe import Call, Key
 
 
-class Part(QuantizedLayer, nn.Module):
+class Part(QuantizedLayer, nn.Module):  # pyright: ignore[reportIncompatibleVariableOverride]
     """A linear map inside a layer, `x [..., in] -> [..., out]`."""
 
     serves = nn.Linear
@@ -32,7 +32,8 @@ class Part(QuantizedLayer, nn.Module):
 
     def linear(self, x: Tensor) -> Tensor:
         """The map of an `x` that is on its grid already."""
-        return F.linear(x, self.quantized_weight(), self.quantized_bias())
+        bias = self.bias if self.training else self.quantized_bias()
+        return F.linear(x, self.quantized_weight(), bias)
 
 
 Rows = tuple[str, int, int | None]

@@ -25,7 +25,7 @@ class _QuantConvTranspose(QuantizedLayer):
         with ours():
             sizes = this.stride, this.padding, this.kernel_size, len(this.kernel_size), this.dilation
             more = this._output_padding(x, output_size, *sizes)
-            weight, bias = self.quantized_weight(), self.quantized_bias()
+            weight, bias = self.quantized_weight(), self.bias if self.training else self.quantized_bias()
             return type(self).function(x, weight, bias, this.stride, this.padding, more, this.groups, this.dilation)
 
 
