@@ -135,7 +135,7 @@ class _Auditor:
         for calls in sites.values():
             placed += ((self.position[id(calls[0])], row) for row in self._sites(calls))
         latest = -1
-        for name, module in layers(self.model):
+        for name, module in self._layers():
             functions = own.pop(name, [])
             calls = [*self.reasons.modules.get(name, ()), *functions]
             latest = self.position[id(calls[0])] if calls else latest
@@ -144,6 +144,15 @@ class _Auditor:
         placed += ((self.position[id(c)], row) for calls in own.values() for c, row in self._functions(calls))
         placed.sort(key=lambda place: place[0])
         return [*(row for _, row in placed), *self._lone_parameters()]
+
+    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Layers, and the parts that take the place of some once the plan is applied."""
+        parts: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, (call, *_) in self.reasons.calls.items():
+            if isinstance(call.what, BoundPart):
+                parts.setdefault(id(call.what.owner[0]), []).append((name, call.what))
+        for name, module in layers(self.model):
+            yield from parts.get(id(module), [(name, module)])
 
     def _lives_in_sites(self, module: nn.Module) -> bool:
         """Whether the parameters of a module have been counted with the functions that take them."""

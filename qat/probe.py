@@ -172,7 +172,8 @@ class _Recorder(TorchFunctionMode):
         held = [self.parameters.get(id(a)) for a in operands]
         call.parameter = next((p for p in held if p is not None), None)
         if site is not None and (site.kind not in WEIGHTED or held[1] is not None):
-            call.weight = site.channel_axis is not None and held[0] is None and held[1] is not None
+            second = site.channel_axis is not None and held[0] is None and held[1] is not None
+            call.weight = second and operands[1].ndim > 1  # a vector has no output channels
             call.operands = [call.output] if site.output and call.output else call.operands
             call.site = f"{call.name}.{site.kind}_{frame.seen.count(site.kind)}".removeprefix(".")
             frame.seen.append(site.kind)

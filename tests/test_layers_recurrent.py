@@ -265,8 +265,10 @@ def test_the_audit_counts_every_matrix_at_every_step(layer, macs):
     x = torch.randn(4, 5, 6)
     count = sum(p.numel() for p in layer.parameters())
     plan, recording = make_plan(layer, QuantPolicy.from_dict(POLICY), lambda: layer(x))
+    before = audit(layer, plan, recording)
     apply_plan(layer, plan)
     rows = audit(layer, plan, recording)
+    assert rows == before
     assert {r.name: r.macs for r in rows} == macs
     assert sum(r.params for r in rows) == count
     assert {r.type for r in rows} == {"LSTM" if isinstance(layer, nn.LSTM) else "GRU"}

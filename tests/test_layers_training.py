@@ -9,10 +9,7 @@ from torch import Tensor, nn
 
 torch.set_num_threads(1)
 
-FINE = {
-    "weight": {"bits": 16, "granularity": "channel", "quantizer": "minmax"},
-    "act": {"bits": 16, "quantizer": "minmax"},
-}
+FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}
 
 
 class Net(nn.Module):
@@ -52,7 +49,7 @@ def test_the_gradient_of_a_bias_is_that_of_the_float_layer(make, shape):
     model(x).square().sum().backward()
     expected = {name: bias.grad.clone() for name, bias in biases(model).items() if bias.grad is not None}
     model.zero_grad()
-    quantized(model, x, FINE)
+    quantized(model, 3 * x, FINE)  # ranges with room: what is clipped has no gradient
     model.train()
     model(x).square().sum().backward()
     assert expected
