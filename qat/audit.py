@@ -9,10 +9,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.functions import PROBABILITIES
+from qat.layers import BoundPart, Part
+from qat.layers.parts import part_parameters
 from qat.plan import OUTPUTS, Plan
 from qat.probe import Call, Recording
 from qat.reasons import FOLDS, Reasons, layers, type_name
@@ -30,10 +32,10 @@ class AuditRow:
         weight: Label of the weight's grid.
         act: Labels of the input's grids: `uint8 > uint4` one after the other, `int8 + uint8` of two inputs.
         weight_bits, act_bits: Their widths; of several activation grids, the narrowest.
-        macs: Multiply-accumulates for one sample; 0 where the recording can't tell (recurrence). Those of an attention
-            are in two rows: query with key, and below it `.probabilities` with value.
+        macs: Multiply-accumulates for one sample; 0 where the recording can't tell (a layer without a twin). Those of
+            an attention are in two rows: query with key, and below it `.probabilities` with value.
         params: Weights and biases, counted where they appear first.
-        reason: Why it is not integer throughout; `None` if it is.
+        reason: Why it is not integer throughout, or runs on floats even so; `None` if it is integer.
     """
 
     name: str
@@ -53,7 +55,7 @@ class AuditRow:
 
     @property
     def integer_macs(self) -> int:
-        """Those with integers on both sides."""
+        """Those that an exported file does with integers on both sides."""
         return self.macs if self.reason is None else 0
 
 
@@ -114,9 +116,10 @@ class _Auditor:
         self.reasons = Reasons(model, plan, recording)
         self.samples = recording.samples
         self.position = {id(call): i for i, call in enumerate(recording.order)}
-        self.counted: set[int] = set()
-        twins = [model.get_submodule(name) for name in plan.layers]
-        self.of_twins = {id(p) for twin in twins for p in twin._parameters.values()}
+        self.counted: set[Any] = set()
+        twins = [self.reasons.calls[name][0].what for name in plan.layers]
+        holders = [twin.owner[0] if isinstance(twin, BoundPart) else twin for twin in twins]
+        self.of_twins = {id(p) for holder in holders for p in holder._parameters.values()}
         self.at_sites: set[int] = set()
         self.by_path = dict(model.named_parameters(remove_duplicate=False))
 
@@ -133,7 +136,7 @@ class _Auditor:
         for calls in sites.values():
             placed += ((self.position[id(calls[0])], row) for row in self._sites(calls))
         latest = -1
-        for name, module in layers(self.model):
+        for name, module in self._layers():
             functions = own.pop(name, [])
             calls = [*self.reasons.modules.get(name, ()), *functions]
             latest = self.position[id(calls[0])] if calls else latest
@@ -142,6 +145,15 @@ class _Auditor:
         placed += ((self.position[id(c)], row) for calls in own.values() for c, row in self._functions(calls))
         placed.sort(key=lambda place: place[0])
         return [*(row for _, row in placed), *self._lone_parameters()]
+
+    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Layers, and the parts that take the place of some once the plan is applied."""
+        parts: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, (call, *_) in self.reasons.calls.items():
+            if isinstance(call.what, BoundPart):
+                parts.setdefault(id(call.what.owner[0]), []).append((name, call.what))
+        for name, module in layers(self.model):
+            yield from parts.get(id(module), [(name, module)])
 
     def _lives_in_sites(self, module: nn.Module) -> bool:
         """Whether the parameters of a module have been counted with the functions that take them."""
@@ -204,6 +216,7 @@ class _Auditor:
         layer = self.plan.layers.get(name) or {"weight": None, "input": [], **self.plan.parameters.get(name, {})}
         weight = None if layer["weight"] is None else self.plan.weights[layer["weight"]]
         chains = self.plan.sites.get(name, [layer["input"]])
+        chains = [*chains, *([layer["input_1"]] if "input_1" in layer else [])]
         specs = [[self.plan.activations[label] for label in chain] for chain in chains if chain]
         labels = dict.fromkeys(" > ".join(s.short for s in chain) for chain in specs)
         return {
@@ -217,9 +230,12 @@ class _Auditor:
         """Own parameters, with those that a parametrization keeps in a child."""
         computed = module._modules.get("parametrizations")
         own = [*module._parameters.values(), *(computed.parameters() if computed is not None else ())]
+        if isinstance(module, Part):
+            return sum(self._once(tensor, key) for key, tensor in part_parameters(module))
         return sum(self._once(p) for p in own if p is not None)
 
-    def _once(self, parameter: nn.Parameter) -> int:
-        new = id(parameter) not in self.counted
-        self.counted.add(id(parameter))
+    def _once(self, parameter: Tensor, key: Any = None) -> int:
+        """Its size the first time; `key` tells rows of a parameter apart."""
+        new = (key or id(parameter)) not in self.counted
+        self.counted.update({id(parameter)} if key is None else {key, key[0]})
         return parameter.numel() if new else 0

@@ -101,8 +101,8 @@ def _edges(tensors: _Tensors, name: str, first: Call, more: list[Call], spec: Qu
             continue
         if key in tensors.recording.empty:
             continue
-        label = f"{name}.input" if not first.site else name if first.kind == PROBABILITIES else f"{name}.input_{index}"
-        label = f"{name}.output" if _is_output(first) else label
+        label = f"{name}.input" if first.site is None and index == 0 else f"{name}.input_{index}"
+        label = name if first.kind == PROBABILITIES else f"{name}.output" if _is_output(first) else label
         nonnegative = all(tensors.is_nonnegative(k) for k in (key, *(c.operands[index] for c in more)))
         resolved = spec.resolved(nonnegative=nonnegative or first.kind == PROBABILITIES, weight=False)
         edges.append(_Edge(name, index, label, tensors.of(key), resolved))

@@ -7,7 +7,7 @@ trace the model.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,10 @@ class IntegerLayer(TwinMixin):
     integer_weight: IntegerTensor
     integer_bias: IntegerTensor | None
     bias: Tensor | None
+
+    def train(self, mode: bool = True) -> Self:
+        """Codes have no training mode: in it, a layer would look for its float bias."""
+        return super().train(False)
 
     def quantized_weight(self) -> Tensor:
         with ours():

@@ -15,12 +15,15 @@ from qat.functions import EXPERTS, FUNCTIONS, first_tensor
 Shape = tuple[int, ...]
 
 
-def layer_macs(layer: Any, output: Shape) -> int:
-    """Elements of the output times the fan-in of each; 0 for what does not multiply."""
+def layer_macs(layer: Any, output: Shape, input: Shape = ()) -> int:
+    """Elements of the output times the fan-in of each (of a transposed convolution: elements of the input times what
+    each is spread over); 0 for what does not multiply.
+    """
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or isinstance(layer, nn.Embedding) or weight.ndim < 2:
+    if not isinstance(weight, Tensor) or isinstance(layer, nn.Embedding | nn.EmbeddingBag) or weight.ndim < 2:
         return 0
-    return math.prod(output) * math.prod(weight.shape[1:])
+    spreads = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    return math.prod(input if spreads else output) * math.prod(weight.shape[1:])
 
 
 def function_macs(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> list[int]:

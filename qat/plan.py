@@ -18,14 +18,15 @@ from torch import nn
 from qat.edges import activation_grids
 from qat.errors import UserError
 from qat.functions import EXPERTS, FUNCTIONS, MEAN, PROBABILITIES
-from qat.layers import mixin_for, original_class, sites_changed
+from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_for, original_class, sites_changed
+from qat.layers.adapted import inside_adapters
 from qat.policy import QuantPolicy, Target
 from qat.probe import Call, Recording, record
 from qat.spec import QuantSpec
 
 OUTPUTS = {function.kind for function in FUNCTIONS.values() if function.output}
 """Kinds of sites that quantize what they return."""
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Plan:
         activations: Spec of each activation's grid, by the first place that reads it (`conv1.input`,
             `layer1.0.add_0.input_1`).
         layers: Per layer: `weight`, the owner of its weight's grid (or `None`), and `input`, the activation grids its
-            input passes in turn.
+            input passes in turn (`input_1`: its second input; `Bilinear` has one).
         sites: Per functional site: for each operand (or for the output), the activation grids it passes in turn.
         parameters: Per functional site whose second operand is a parameter: `parameter`, its path, `axis`, its output
             channels, `weight`, the owner of its grid (or `None`), and `alone`, whether only such sites read it; of
@@ -72,11 +73,19 @@ def is_leaf(module: nn.Module) -> bool:
     return mixin_for(module) is not None or isinstance(module, NORMS)
 
 
+def inside_of(module: nn.Module, *call: Any) -> list[Call] | None:
+    """The calls of parts that the call of a layer with several weights stands for (see `probe.record`)."""
+    mixin = mixin_for(module)
+    return mixin.calls(module, *call) if mixin is not None and issubclass(mixin, Composite) else None
+
+
 def computed(module: nn.Module) -> str | None:
-    """Which of weight and bias is no ordinary parameter, but computed by a parametrization or by pruning; `None` if
-    neither is.
+    """Which of weight and bias is neither an ordinary parameter nor a weight that a parametrization makes, but computed
+    by pruning and the like; `None` if neither is.
     """
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+    if isinstance(module, BoundPart):
+        return None
+    if not is_computed(module) and not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "weight"
     return "bias" if "bias" not in module._parameters and hasattr(module, "bias") else None
 
@@ -90,11 +99,15 @@ def has_weight(module: Any) -> bool:
 def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
     """What a policy can address, in execution order: for each layer or site, its calls."""
     found: dict[str, list[Call]] = {}
+    floating = set(inside_adapters(model))
     for call in recording.order:
+        if call.name in floating:
+            continue
         if isinstance(call.what, nn.Module):
             mixin = mixin_for(call.what)
             if mixin and (mixin.channel_axis is None or has_weight(call.what)):
-                found.setdefault(call.name, []).append(call)
+                quantizable = call.inputs[: mixin.inputs] if issubclass(mixin, QuantizedLayer) else []
+                found.setdefault(call.name, []).append(dataclasses.replace(call, operands=quantizable))
         elif call.site and is_addressable(call):
             found.setdefault(call.site, []).append(call)
             if call.kind == "attention":
@@ -103,13 +116,13 @@ def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
 
 
 def is_addressable(call: Call) -> bool:
-    """Leaves out means that are not over the pixels of an image, what is computed from no data, and sums and products
-    with a parameter that is no weight.
+    """Leaves out means that are not over the pixels of an image, what is computed from no data (but attentions, as of
+    DETR's learned queries), and sums and products with a parameter that is no weight.
     """
     pixels = call.input_shape[:2] == call.shape[:2] and call.shape[2:] in ((), (1, 1))
     if call.what in MEAN and not pixels:
         return False
-    if call.constant and not call.weight:
+    if call.constant and not call.weight and call.kind != "attention":
         return False
     return call.weight or call.parameter is None or call.kind in ("cat", "attention")
 
@@ -126,13 +139,14 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
     Raises:
         UserError: if a rule matches nothing or nothing can be quantized.
     """
-    recording = record(model, run, is_leaf)
+    recording = record(model, run, is_leaf, inside_of)
+    check_shapes_known(model)
     _check_names(model, recording)
     calls = targets(model, recording)
     if not calls:
         raise UserError(
             f"{type(model).__name__} has no layer that can be quantized: "
-            "the probe batch passed no Linear, Conv or Embedding"
+            "the probe batch passed no Linear, Conv, Embedding, LSTM or the like"
         )
     decisions = policy.resolve(described(calls))
     plan = Plan(policy=policy.settings)
@@ -140,7 +154,7 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
     plan.activations, chains = activation_grids(recording, calls, decisions, policy.concat == "shared")
     for name, operands in chains.items():
         if name in plan.layers:
-            plan.layers[name]["input"] = operands[0]
+            plan.layers[name].update(zip(("input", "input_1"), operands, strict=False))
         else:
             plan.sites[name] = operands
     _plan_owners(plan, model, recording)
@@ -152,6 +166,23 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
             "the policy leaves everything float: give quant.weight or quant.act settings, or a rule that does"
         )
     return plan, recording
+
+
+def check_shapes_known(model: nn.Module) -> None:
+    """Raises if a lazy layer has not seen a batch yet."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
+            raise UserError(
+                f"'{name}' ({type(module).__name__}) does not know its shape yet, because no batch has reached it: "
+                "run the model once on a batch first, or give it the number of its input features"
+            )
+
+
+def weight_identity(layer: Any) -> Any:
+    """Equal for layers that share their weight, of which there may be another tensor each time one asks."""
+    if isinstance(layer, BoundPart):
+        return layer.identity()
+    return id(layer) if is_computed(layer) else id(layer.weight)
 
 
 def _check_names(model: nn.Module, recording: Recording) -> None:
@@ -166,7 +197,7 @@ def described(calls: dict[str, list[Call]]) -> list[Target]:
     return [
         Target(
             name,
-            first.kind or original_class(first.what).__name__,
+            first.kind or type_of(first.what).__name__,
             first.weight or has_weight(first.what),
             is_site=first.site is not None,
         )
@@ -174,16 +205,22 @@ def described(calls: dict[str, list[Call]]) -> list[Target]:
     ]
 
 
+def type_of(module: nn.Module) -> type[nn.Module]:
+    """The float class of a layer; parts go by that of the layer they are in."""
+    return original_class(module.owner[0] if isinstance(module, BoundPart) else module)
+
+
 def _plan_weights(
     plan: Plan, model: nn.Module, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
 ) -> None:
-    owner_of: dict[int, str] = {}
+    owner_of: dict[Any, str] = {}
     for name, (call, *_) in calls.items():
         if call.site and not call.weight:
             continue
-        weight = model.get_parameter(call.parameter) if call.parameter else getattr(call.what, "weight", None)
+        weight = model.get_parameter(call.parameter) if call.weight and call.parameter else None
         spec = decisions[name]["weight"][0] if call.weight or has_weight(call.what) else None
-        owner = owner_of.setdefault(id(weight), name) if spec else None
+        identity = id(weight) if call.weight else weight_identity(call.what) if spec else None
+        owner = owner_of.setdefault(identity, name) if spec else None
         if spec and owner == name:
             plan.weights[name] = spec.resolved(nonnegative=False, weight=True)
         elif spec and owner and spec.resolved(nonnegative=False, weight=True) != plan.weights[owner]:
@@ -194,6 +231,11 @@ def _plan_weights(
         if call.weight:
             assert weight is not None and call.parameter is not None
             axis = (FUNCTIONS[call.what].channel_axis or 0) % weight.ndim
+            if spec and spec.granularity == "group" and axis > 1 and call.kind != EXPERTS:
+                raise UserError(
+                    f"'{name}': granularity=group needs a weight matrix, but '{call.parameter}' is a stack of them "
+                    f"{list(weight.shape)}; use granularity: channel or tensor there"
+                )
             alone = recording.only_sites_read(call.parameter)
             plan.parameters[name] = {"parameter": call.parameter, "axis": axis, "weight": owner, "alone": alone}
             if call.kind == EXPERTS:
@@ -241,7 +283,8 @@ def _batch_norm_pairs(recording: Recording) -> dict[str, str]:
         call.output: call.name
         for call in recording.modules
         if has_weight(call.what)
-        and not isinstance(call.what, nn.Embedding)
+        and call.output is not None
+        and not isinstance(call.what, nn.Embedding | nn.EmbeddingBag | nn.Bilinear)
         and len(call.shape) == call.what.weight.ndim  # then dimension 1 is the channel for both
     }
     return {

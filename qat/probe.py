@@ -12,12 +12,13 @@ insertion has:
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from qat.functions import (
@@ -36,7 +37,7 @@ from qat.functions import (
 )  # fmt: skip
 from qat.layers.experts import is_experts
 from qat.macs import function_macs, layer_macs
-from qat.modes import evaluating
+from qat.modes import evaluating, without_fast_path
 from qat.recording import Call, Key, Recording
 
 DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli}
@@ -61,16 +62,17 @@ class _Frame:
 class _Recorder(TorchFunctionMode):
     """Writes a `Recording` of one pass; `leaves` are the modules whose inside is nobody's business."""
 
-    def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool], inside_of: "InsideOf | None") -> None:
         super().__init__()
         self.alive: list[Any] = []  # ids are unique only among living objects
         # By id: metrics hash by their state, which changes.
         self.names = {id(module): name for name, module in root.named_modules() if not _is_metric(module)}
         self.parameters = {id(parameter): name for name, parameter in root.named_parameters()}
         # What is computed from no data; keys of tensors of any type.
-        self.constants = {self.key(t) for t in (*root.parameters(), *root.buffers())}
+        self.constants = {self.key(t) for t in (*root.parameters(), *root.buffers()) if not is_lazy(t)}
         self.root = root
         self.is_leaf = is_leaf
+        self.inside_of = inside_of
         self.recording = Recording()
         self.stack: list[_Frame] = []
 
@@ -88,9 +90,16 @@ class _Recorder(TorchFunctionMode):
         return id(value), 0 if value.is_inference() else value._version
 
     def keys(self, values: Any) -> list[Key]:
-        found = [v for v in values if isinstance(v, Tensor) and v.is_floating_point()]
+        found = [v for v in values if isinstance(v, Tensor) and not is_lazy(v) and v.is_floating_point()]
         self.recording.empty.update(self.key(v) for v in found if not v.numel())
         return [self.key(v) for v in found]
+
+    def fresh(self, nonnegative: bool = False) -> Key:
+        """A name for a tensor inside a leaf."""
+        key = self.key(torch.empty(0))
+        if nonnegative:
+            self.recording.nonnegative.add(key)
+        return key
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.stack.append(_Frame(module, self.is_leaf(module)))
@@ -99,22 +108,32 @@ class _Recorder(TorchFunctionMode):
             self.recording.samples = max(1, next(sizes, 1))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        recording, inside = self.recording, self.inside
-        count = [layer_macs(module, tuple(y.shape)) if (y := first_tensor(output)) is not None else 0]
-        frame = self.stack.pop()  # not before: a weight that is computed is computed inside the layer
+        recording, inside, frame = self.recording, self.inside, self.stack[-1]
+        nested = any(outer.is_leaf for outer in self.stack[:-1])
+        # The frame is still there: a weight that is computed is computed inside the layer.
+        calls = self._calls_of(module, args, kwargs, output) if frame.is_leaf and not nested else []
+        self.stack.pop()
         if module is self.root:  # who called it reads what it returns
             recording.read(self.keys(flat((output,))))
         if not frame.is_leaf:
             recording.passes.append((self.names[id(module)], frame.seen, inside))
-        elif not self.in_leaf:
-            tensor = first_tensor(output)
-            call = Call(self.names[id(module)], module, self.keys((*args, *kwargs.values())), None, inside=inside)
-            if tensor is not None:
-                call.output, call.shape = self.key(tensor), tuple(tensor.shape)
-            call.operands, call.macs = call.inputs[:1], count
-            recording.modules.append(call)
+        for call in calls:
+            call.inside = inside
+            (recording.modules if isinstance(call.what, nn.Module) else recording.functions).append(call)
             recording.order.append(call)
             recording.read(call.inputs)
+
+    def _calls_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> list[Call]:
+        name = self.names[id(module)]
+        if self.inside_of and (calls := self.inside_of(module, name, self, args, kwargs)) is not None:
+            return calls
+        inputs = [a for a in flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
+        call = Call(name, module, self.keys((*args, *kwargs.values())), None)
+        call.input_shape = tuple(inputs[0].shape) if inputs else ()
+        if (tensor := first_tensor(output)) is not None:
+            call.output, call.shape = self.key(tensor), tuple(tensor.shape)
+            call.macs = [layer_macs(module, call.shape, call.input_shape)]
+        return [call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -170,7 +189,8 @@ class _Recorder(TorchFunctionMode):
             held[1] = self.parameters.get(self.recording.root(call.operands[1])[0])
         call.parameter = next((p for p in held if p is not None), None)
         if site is not None and (site.kind not in WEIGHTED or held[1] is not None):
-            call.weight = site.channel_axis is not None and held[0] is None and held[1] is not None
+            second = site.channel_axis is not None and held[0] is None and held[1] is not None
+            call.weight = second and operands[1].ndim > 1  # a vector has no output channels
             call.operands = [call.output] if site.output and call.output else call.operands
             call.site = f"{call.name}.{site.kind}_{frame.seen.count(site.kind)}".removeprefix(".")
             frame.seen.append(site.kind)
@@ -197,17 +217,30 @@ def _hooks(recorder: _Recorder, model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def record(model: nn.Module, run: Callable[[], Any], is_leaf: Callable[[nn.Module], bool]) -> Recording:
+InsideOf = Callable[[nn.Module, str, _Recorder, tuple[Any, ...], dict[str, Any]], list[Call] | None]
+"""What one call of a leaf (at a path, with arguments) stands for, if it is several."""
+
+
+def record(
+    model: nn.Module,
+    run: Callable[[], Any],
+    is_leaf: Callable[[nn.Module], bool],
+    inside_of: InsideOf | None = None,
+) -> Recording:
     """Runs `run()`, which calls `model` in its own way on one batch, and reports what happened. Nothing is changed.
 
     Args:
         model: The root; module paths are relative to it.
         run: Performs the pass. It runs in evaluation mode without gradients.
         is_leaf: Which modules count as one operation.
+        inside_of: Which of them count as several after all.
     """
-    recorder = _Recorder(model, is_leaf)
+    recorder = _Recorder(model, is_leaf, inside_of)
     # Tensors made in inference mode have no version to tell them apart by.
-    with evaluating(model), torch.inference_mode(False), torch.no_grad(), _hooks(recorder, model), recorder:
+    unobserved = evaluating(model), without_fast_path(), torch.inference_mode(False), torch.no_grad()
+    with ExitStack() as stack:
+        for context in (*unobserved, _hooks(recorder, model), recorder):
+            stack.enter_context(context)
         run()
     recorder.recording.restrict_to_forward()
     return recorder.recording

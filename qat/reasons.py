@@ -4,16 +4,20 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from qat.layers import MIXINS, Site, mixin_for, original_class
-from qat.plan import NORMS, Plan, computed, described, has_weight, targets
+from qat.layers import MIXINS, Composite, Site, mixin_for, original_class
+from qat.layers.adapted import inside_adapters
+from qat.plan import NORMS, Plan, computed, described, has_weight, targets, type_of
 from qat.policy import QuantPolicy
 from qat.probe import Call, Recording
 from qat.quantizers import Quantizer
 
 FOLDS = "folds into "
+ADAPTER = "an adapter, which stays float until it is merged (qat.merge_adapters)"
 NOT_REACHED = "not reached by the probe batch"
 NORMALISES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 NAMES = {"add": "sum", "sub": "difference"}
+NO_KERNEL = ("einsum", "Bilinear", "ConvTranspose", "conv_transpose")
+"""What an exported file computes in float on the values of its codes."""
 NOT_IN_F = ("matmul", "einsum", "attention")
 
 
@@ -28,8 +32,9 @@ class Reasons:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, recording: Recording) -> None:
-        self.model, self.plan = model, plan
+        self.model, self.plan, self.recording = model, plan, recording
         self.calls = targets(model, recording)
+        self.adapters = set(inside_adapters(model))
         self.decisions = QuantPolicy.from_dict(plan.policy).resolve(described(self.calls))
         self.modules: dict[str, list[Call]] = {}
         for call in recording.modules:
@@ -44,6 +49,8 @@ class Reasons:
         """`None` if `module`, one of `layers`, is integer throughout."""
         if name in self.calls:
             return self.of_target(name)
+        if name in self.adapters:
+            return ADAPTER
         if isinstance(module, NORMS):
             return self._norm(name)
         if mixin_for(module) is not None:
@@ -57,7 +64,8 @@ class Reasons:
         parts = (["weight"] if weighted else []) + (["act"] if call.operands else [])
         left = [p for p in parts if self.decisions[name][p][0] is None]
         if not left:
-            return None
+            kind = call.kind or type_name(call.what)
+            return f"ONNX Runtime has no integer kernel for {kind}" if kind.startswith(NO_KERNEL) else None
         what = "it" if left == parts else "its weight" if left == ["weight"] else "its input"
         by = sorted({self.decisions[name][p][1] for p in left})
         who = " and ".join("policy" if b == "default" else f"rule '{b}'" for b in by)
@@ -68,6 +76,8 @@ class Reasons:
             return self.of_target(call.site)
         if call.constant:
             return "computed from no data: the same for every input"
+        if call.name in self.adapters:
+            return ADAPTER
         if call.parameter is None:
             return "mean over other axes than an image's"
         return f"one side of the {NAMES.get(call.kind or '', 'product')} is a parameter"
@@ -88,11 +98,24 @@ class Reasons:
         into = next((layer for layer, norm in self.plan.batch_norms.items() if norm == name), None)
         if into is not None:
             return f"{FOLDS}{into}"
-        return "kept in float: follows no layer it can fold into" if name in self.modules else NOT_REACHED
+        return f"kept in float: {self._why_kept(name)}" if name in self.modules else NOT_REACHED
+
+    def _why_kept(self, name: str) -> str:
+        call, *more = self.modules[name]
+        before = next((c for c in self.recording.modules if c.output and c.output in call.inputs), None)
+        if before is None or not has_weight(before.what):
+            return "follows no layer it can fold into"
+        if more:
+            return f"it runs {1 + len(more)} times"
+        if (times := len(self.modules[before.name])) > 1:
+            return f"'{before.name}' before it runs {times} times, and one bias cannot hold all that follows"
+        if self.recording.readers[call.inputs[0]] > 1:
+            return f"others read the output of '{before.name}', too"
+        return f"cannot fold into '{before.name}'"
 
     def _unreached(self, name: str, module: nn.Module) -> str:
         if name in self.modules:
-            return f"{computed(module)} is computed (parametrization or pruning)"
+            return f"{computed(module)} is computed by pruning or a hook"
         user = self._user(module)
         return f"functional use of its weight ({_spelled(user.kind)})" if user else NOT_REACHED
 
@@ -115,6 +138,8 @@ def layers(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: set[nn.Module] = set()
     for name, module in root.named_modules():
         closed = isinstance(module, Site | Quantizer) or mixin_for(module) is not None
+        if isinstance(module, Composite):  # its parts are listed instead
+            continue
         if module in inside:
             continue
         if closed:
@@ -132,7 +157,7 @@ def _is_listed(module: nn.Module, is_root: bool) -> bool:
 
 
 def type_name(module: nn.Module) -> str:
-    return original_class(module).__name__
+    return type_of(module).__name__
 
 
 def _is_torchs(cls: type) -> bool:

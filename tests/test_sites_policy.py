@@ -178,3 +178,44 @@ def test_the_callback_holds_the_model_to_it(tmp_path):
     ):
         trainer.fit(module, DataLoader(torch.randn(8, 3, 8, 8), 4))
     assert not list(named_quantizers(module))
+
+
+@pytest.mark.parametrize(
+    ("layer", "call", "name", "what"),
+    [
+        pytest.param(None, lambda m, x: torch.einsum("btc,bsc->bts", m.a(x), x), "einsum_0", "einsum", id="einsum"),
+        pytest.param(nn.ConvTranspose1d(6, 6, 3), lambda m, x: m.b(m.a(x)), "b", "ConvTranspose1d", id="transposed"),
+        pytest.param(nn.Bilinear(8, 8, 4), lambda m, x: m.b(m.a(x), x), "b", "Bilinear", id="bilinear"),
+    ],
+)
+def test_what_the_runtime_computes_in_float_is_no_integer_coverage(layer, call, name, what):
+    rows = rows_of(Model(call, a=nn.Linear(8, 8), **({"b": layer} if layer else {})), torch.randn(X))
+    row = next(row for row in rows if row.name == name)
+    assert row.act and row.macs and row.integer_macs == 0
+    assert row.reason == f"ONNX Runtime has no integer kernel for {what}"
+    with pytest.raises(UserError, match=f"'{name}' .* no integer kernel for {what}"):
+        check_coverage(rows, 0.99)
+
+
+class Times(nn.Module):
+    """A product with a parameter, which nothing but its shape tells what it is."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.a, self.table = nn.Linear(8, 8), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x):
+        return self.a(x) @ self.table
+
+
+def test_groups_of_a_stack_of_matrices_are_refused():
+    group = {"bits": 4, "granularity": "group", "group_size": 2}
+    planned(Times(8, 6), torch.randn(X), weight=group)
+    with pytest.raises(UserError, match=r"'matmul_0': granularity=group .* 'table' is a stack of them \[4, 8, 6\]"):
+        planned(Times(4, 8, 6), torch.randn(X), weight=group)
+
+
+def test_a_vector_has_no_output_channels_and_stays_float():
+    rows = rows_of(Times(8), torch.randn(X))
+    row = next(row for row in rows if row.name == "matmul_0")
+    assert (row.weight, row.act, row.reason) == (None, None, "one side of the product is a parameter")

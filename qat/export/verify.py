@@ -17,7 +17,7 @@ from torch import nn
 from qat.errors import UserError
 from qat.export.runtime import OnnxRunner, float_convolutions, weight_codes
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
-from qat.layers import Site, original_class
+from qat.layers import Part, Site, original_class
 from qat.plan import kind_of
 
 MAX_MEAN_STEPS = 1.0
@@ -123,7 +123,7 @@ def expected_integer_nodes(converted: nn.Module) -> int:
 def _is_integer_layer(module: nn.Module) -> bool:
     return (
         isinstance(module, IntegerLayer)
-        and issubclass(original_class(module), nn.Linear | nn.Conv1d | nn.Conv2d)
+        and issubclass(original_class(module), nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Part)
         and module.integer_weight.group_size is None
         and _is_codes(module.input_quantizer)  # pyright: ignore[reportAttributeAccessIssue]
     )
