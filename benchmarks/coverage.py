@@ -72,6 +72,7 @@ def measure(name: str) -> Row:
     plan, rows = quantize(model, inputs, POLICY)
     macs, params = coverage(rows)
     kept = len(before & model.state_dict().keys()) / len(before)
+    expected = outputs(model, inputs)  # before the training step, which moves the statistics of BatchNorms
     breaks, compiled = traced(model, inputs)
     scales, dead, idle = dead_scales(model, inputs)
     return Row(
@@ -86,7 +87,7 @@ def measure(name: str) -> Row:
         idle=idle,
         error=fine_error(name),
         breaks=(float_breaks, breaks),
-        compiled=same(outputs(model, inputs), compiled, 1e-4),
+        compiled=same(expected, compiled, 1e-4),
         reloads=same(outputs(model, inputs), reloaded(name, plan, model, inputs), 0),
         kept=kept,
     )

@@ -173,6 +173,8 @@ PRODUCTS = (*WEIGHTED, "matmul", "einsum", "attention")
 """Kinds that multiply and accumulate."""
 PROBABILITIES = "probabilities"
 """Kind of the second product's left operand in an attention site, a target of its own below it."""
+KV_CACHE = "kv_cache"
+"""Kind of the keys and values of an attention site: a target below it, too, which takes them from the site itself."""
 
 
 def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import nn
 
 from qat.edges import activation_grids
 from qat.errors import UserError
-from qat.functions import EXPERTS, FUNCTIONS, MEAN, PROBABILITIES
+from qat.functions import EXPERTS, FUNCTIONS, KV_CACHE, MEAN, PROBABILITIES
 from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_for, original_class, sites_changed
 from qat.layers.adapted import inside_adapters
 from qat.policy import QuantPolicy, Target
@@ -112,6 +112,8 @@ def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
             found.setdefault(call.site, []).append(call)
             if call.kind == "attention":
                 found.setdefault(f"{call.site}.{PROBABILITIES}", []).append(_probabilities(call))
+                cached = dataclasses.replace(call, kind=KV_CACHE, operands=call.operands[1:])
+                found.setdefault(f"{call.site}.{KV_CACHE}", []).append(cached)
     return found
 
 
