@@ -140,8 +140,8 @@ def dead_scales(model: nn.Module, inputs: zoo.Inputs) -> tuple[int, list[str], l
 
     Returns:
         How many learned scales there are; the names of the *dead*, whose gradient is missing, zero or not finite though
-        their tensor is rounded and has a gradient itself; and of the *idle*, whose tensor lies on its grid as it is (the
-        zeros and ones of a mask), or has no gradient in the float model either.
+        their tensor is rounded and has a gradient itself; and of the *idle*, whose tensor lies on its grid as it is
+        (the zeros and ones of a mask), or has no gradient in the float model either.
     """
     learned = {n: q for n, q in named_quantizers(model) if isinstance(q.scale, nn.Parameter)}
     rounded: dict[str, list[tuple[bool, Tensor]]] = {name: [] for name in learned}
@@ -191,16 +191,19 @@ def same(a: list[Tensor], b: list[Tensor], tolerance: float) -> bool:
 
 HEAD = """# Coverage
 
-Models of `transformers` (VERSION), built from configs with random weights, as `python benchmarks/coverage.py --out docs/coverage.md` finds them under
-`quant=integer_only` (every layer and every function between layers on 8-bit grids). Nothing in them knows of quantization.
-tests/test_transformers.py asserts what the table shows.
+Models of `transformers` (VERSION), built from configs with random weights, as `python benchmarks/coverage.py --out
+docs/coverage.md` finds them under `quant=integer_only`: every layer and every function between layers on 8-bit grids.
+Nothing in them knows of quantization. tests/test_transformers.py asserts what the table shows.
 
-- *MACs*, *parameters*: shares on integers. Float parameters are those of norms, position tables and the like; what multiplies in float is named below.
-- *scales (idle, dead)*: learned scales; *dead* ones get no gradient from a training step though their tensor is rounded and has one, *idle* ones have a tensor that
-  lies on its grid exactly (the scalar `logit_scale`) or that has no gradient in the float model either.
-- *16-bit error*: largest difference of the outputs from the float model's, relative to the largest output, with every grid at 16 bits.
+- *MACs*, *parameters*: shares on integers. Float parameters are those of norms, position tables and the like; what
+  multiplies in float is named below the table.
+- *scales (idle, dead)*: learned scales. *Dead* ones get no gradient from a training step though their tensor is rounded
+  and has one; *idle* ones have a tensor that lies on its grid exactly (the scalar `logit_scale`), or that has no
+  gradient in the float model either.
+- *16-bit error*: largest difference from the float model's outputs, relative to the largest, with 16-bit grids.
 - *graph breaks*: of `torch.compile`, beside the float model's in parentheses; 0 is `fullgraph=True`.
-- *reload*: whether a new model that loads the plan and the state_dict gives the same bits. *keys*: share of the float state_dict's keys that are there.
+- *reload*: whether a new model that loads the plan and the state_dict gives the same bits.
+- *keys*: share of the float state_dict's keys that are still there.
 
 """
 
@@ -208,14 +211,15 @@ tests/test_transformers.py asserts what the table shows.
 def table(rows: list[Row]) -> str:
     """In Markdown."""
     lines = [
-        "| model | MACs | parameters | layers + sites | scales (idle, dead) | 16-bit error | graph breaks | reload | keys |",
+        "| model | MACs | parameters | layers + sites | scales (idle, dead) | 16-bit error | graph breaks | reload | "
+        "keys |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        reload = "same" if r.reloads else "DIFFERENT"
         lines.append(
             f"| {r.name} | {r.macs:.2%} | {r.params:.1%} | {r.layers} + {r.sites} | {r.scales} ({len(r.idle)}, "
-            f"{len(r.dead)}) | {r.error:.1e} | {r.breaks[1]} ({r.breaks[0]}) | {'same' if r.reloads else 'DIFFERENT'} | "
-            f"{r.kept:.0%} |"
+            f"{len(r.dead)}) | {r.error:.1e} | {r.breaks[1]} ({r.breaks[0]}) | {reload} | {r.kept:.0%} |"
         )
     named = [f"- {r.name}: {gap}" for r in rows for gap in r.gaps] or ["None."]
     return "\n".join([*lines, "", "Multiply-accumulates in float:", "", *named]) + "\n"

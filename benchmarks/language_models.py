@@ -2,9 +2,9 @@
 
     python benchmarks/language_models.py TEXT_FILE [--steps 600] [--out docs/language-models.md]
 
-A two-layer Llama of `transformers` learns the bytes of a text; each preset `lm_*` then quantizes a copy of it, calibrated on
-training text and nothing more (PTQ), and again after some steps of training (QAT). The perplexity is per byte, on text that
-was not trained on. `tests/test_language_models.py` uses the same functions.
+A two-layer Llama of `transformers` learns the bytes of a text; each preset `lm_*` then quantizes a copy of it,
+calibrated on training text and nothing more (PTQ), and again after some steps of training (QAT). The perplexity is per
+byte, on text that was not trained on. `tests/test_language_models.py` uses the same functions.
 """
 
 import argparse
@@ -107,15 +107,17 @@ def continued(model: nn.Module, prompt: Tensor, count: int, use_cache: bool) -> 
 
 HEAD = """# Language models
 
-Presets for causal models of `transformers`; `quant=<preset>`, or its settings for `QATCallback`. Matrices of the blocks are quantized, embeddings and the head
-are not, as the literature does. `kv_cache` is a kind of site: the keys and values that attention reads, put on their grid when they are read, so `generate` computes with
-what a quantized cache would hold, whatever cache class it uses. `generate` works as in float, while fake-quantized.
+Presets for causal models of `transformers`: `quant=<preset>` on the command line, or its settings for `QATCallback`.
+Matrices of the blocks are quantized, embeddings and the head are not, as in the literature. `kv_cache` is a kind of
+site: the keys and values that an attention reads, on a grid as they are read, so `generate` computes with what a
+quantized cache would hold, whatever class the cache is of. `generate` works while fake-quantized as it does in float.
 
     qat train quant=lm_w4a8kv4 model=mine data=mine
     qat train quant=lm_kv8 quant.rules.kv_cache.act.bits=4 model=mine data=mine
 
-Perplexity per byte on the last tenth of Tiny Shakespeare, of a Llama with 2 layers and width 128 trained for STEPS steps (`python benchmarks/language_models.py FILE`); QAT is
-after QSTEPS further steps; the float model after the same: FTUNED. A model this small shows that presets work and in which order they cost; it says nothing about large ones.
+Perplexity per byte on the last tenth of Tiny Shakespeare, of a Llama with 2 layers and width 128 trained for STEPS
+steps (`python benchmarks/language_models.py FILE`); QAT is after QSTEPS more steps, and so is the float model in that
+column. A model this small shows that the presets work and what they cost beside each other, nothing about large ones.
 
 | preset | PTQ | QAT |
 |---|---|---|
@@ -146,7 +148,6 @@ def main() -> None:
         rows.append(f"| {name} | {before:.3f} | {perplexity(copied, held):.3f} |")
         print(rows[-1], flush=True)
     head = HEAD.replace("QSTEPS", str(given.qat_steps)).replace("STEPS", str(given.steps))
-    head = head.replace("FTUNED", f"{perplexity(tuned, held):.3f}")
     print("\n".join(rows))
     if given.out:
         with atomic(given.out) as temporary:

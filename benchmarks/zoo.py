@@ -1,7 +1,6 @@
-"""Models of `transformers`, built from configs with random weights: nothing is downloaded. One or two layers, tiny widths.
+"""Models of `transformers`, built from configs with random weights: nothing is downloaded, and all of them are tiny.
 
-Each entry of `MODELS` makes a model and the keyword arguments of one forward, in training form (with labels where the model
-has a loss of its own).
+Each entry of `MODELS` makes a model and the keyword arguments of one forward.
 """
 
 from collections.abc import Callable

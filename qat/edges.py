@@ -107,7 +107,7 @@ def _edges(tensors: _Tensors, name: str, first: Call, more: list[Call], spec: Qu
     for index, key in enumerate(first.operands):
         if index == 1 and first.weight:  # that has a grid of weights
             continue
-        if key in tensors.recording.empty:
+        if first.kind == "cat" and key in tensors.recording.empty:  # it will hold what the others have left
             continue
         label = f"{name}.input" if first.site is None and index == 0 else f"{name}.input_{index}"
         label = name if first.kind == PROBABILITIES else f"{name}.output" if _is_output(first) else label

@@ -57,7 +57,7 @@ class Recording:
         nonnegative: Tensors known to be >= 0.
         readers: How often each tensor was read.
         joins: For each concatenation, its output and what it joins.
-        empty: Tensors without elements, such as a cache of keys before the first token: there is nothing to put on a grid.
+        empty: Tensors without elements, such as a cache of keys before the first token.
         passes: For each forward that ended: the module, the kinds of the sites it ran in their order, and whether it
             was inside the root's.
         samples: Size of the batch: the first axis of the first tensor that the root (or else a layer) was given.

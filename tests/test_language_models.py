@@ -1,4 +1,4 @@
-"""Causal models of `transformers` under the presets for language models: perplexity, `generate`, and what the cache holds."""
+"""Causal models of `transformers` under the presets for language models: perplexity, `generate`, and the cache."""
 
 import copy
 import sys
@@ -76,7 +76,9 @@ def kv(**act):
 @pytest.mark.parametrize(
     "act",
     [
-        pytest.param({"bits": 4, "granularity": "token", "quantizer": "dynamic", "range": "minmax"}, id="token-and-head"),
+        pytest.param(
+            {"bits": 4, "granularity": "token", "quantizer": "dynamic", "range": "minmax"}, id="token-and-head"
+        ),
         pytest.param({"bits": 8}, id="one-scale"),
     ],
 )

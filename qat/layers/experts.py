@@ -1,10 +1,11 @@
 """Experts of a mixture: the modules of `transformers` that keep all experts' weights in two parameters of three axes.
 
-`experts(hidden_states, top_k_index, top_k_weights)` computes `down(gate(up(x)))` for each token and each of its experts, by
-one of several implementations that may change between calls (`grouped_mm` reads a prompt, `batched_mm` decodes on a GPU).
-So the grids are not put on function calls, as those of other functional sites are, but on what every implementation reads:
-the argument, the two parameters (which are properties of the twin) and the result of `_apply_gate`. The recording sees
-`grouped_mm`, hence the sites' names: `mlp.experts.grouped_mm_0` is the first product, `..._1` the second.
+`experts(hidden_states, top_k_index, top_k_weights)` computes `down(gate(up(x)))` for each token and each of its
+experts, by one of several implementations that may change between calls (`grouped_mm` reads a prompt, `batched_mm`
+decodes on a GPU). So the grids are not put on function calls, as those of other functional sites are, but on what every
+implementation reads: the argument, the two parameters (which are properties of the twin) and the result of
+`_apply_gate`. The recording sees `grouped_mm`, hence the sites' names: `mlp.experts.grouped_mm_0` is the first product,
+`..._1` the second.
 
 Weights have a scale for each output of each expert; the input of a product has one grid for all experts, so one that no
 token was sent to needs none of its own.
