@@ -65,7 +65,7 @@ def test_training_lowers_the_perplexity_that_four_bits_cost(trained):
     quantized = copy.deepcopy(model)
     lm.quantize(quantized, lm.policy("lm_w4a8kv4", "quant.weight.bits=2"), learn)
     before = lm.perplexity(quantized, held, 64)
-    lm.train(quantized, learn, 20, 1e-3)
+    lm.train(quantized, learn, 20, 1e-3, seed=1)
     assert lm.perplexity(quantized, held, 64) < 0.9 * before
 
 

@@ -85,6 +85,7 @@ def test_keys_and_values_may_have_fewer_bits_than_the_query():
     plan = planned(Cached(), X, kinds=["attention"], rules={"kv": {**CACHE, "act": {"bits": 4}}})
     grids = [plan.activations[chain[-1]].bits for chain in plan.sites["attention_0"]]
     assert grids == [8, 4, 4]
+    assert all(len(chain) == 1 for chain in plan.sites["attention_0"])  # not 8 bits first
 
 
 def test_the_cache_is_left_to_the_grids_of_attention_unless_a_rule_names_it():

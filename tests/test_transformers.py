@@ -101,6 +101,17 @@ def test_every_implementation_of_the_experts_reads_the_same_grids(implementation
         model.set_experts_implementation("grouped_mm")
 
 
+def test_both_products_of_the_experts_get_inputs_on_a_grid(monkeypatch):
+    model, inputs = zoo.build("Mixtral")
+    coverage.quantize(model, inputs, {"weight": {"bits": 8}, "act": {"bits": 2}})
+    seen, original = [], torch.nn.functional.grouped_mm
+    monkeypatch.setattr(
+        torch.nn.functional, "grouped_mm", lambda x, *args, **kwargs: seen.append(x) or original(x, *args, **kwargs)
+    )
+    coverage.outputs(model, inputs)
+    assert len(seen) == 4 and all(len(x.unique()) <= 4 for x in seen)
+
+
 def test_experts_weights_take_part_in_training_as_quantized():
     model, inputs = zoo.build("Mixtral")
     coverage.quantize(model, inputs, {"weight": {"bits": 2, "granularity": "channel"}, "act": {"bits": 8}})
