@@ -24,6 +24,7 @@ TYPES: dict[str, Any] = {
     "float_model": dict | None,
     "quant.calibration_samples": int,
     "quant.scale_lr": float | None,
+    "quant.module": str | None,
 }
 
 

@@ -42,7 +42,7 @@ class MinMax(Fixed):
         self.register_buffer("tracking", torch.ones(1, dtype=torch.bool))
 
     def _snap(self, x: Tensor) -> Tensor:
-        if self.training and x.numel():
+        if self.training and x.numel() and not _recomputing():
             self._track(x.detach())
         return super()._snap(x)
 
@@ -65,3 +65,8 @@ class MinMax(Fixed):
     def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # A copy: the tensor may be read twice before backward, and the second reading moves the scale in place.
         return super().fake_quantize(x, scale.clone(), low, high)
+
+
+def _recomputing() -> bool:
+    """Whether autograd is at work, and so a forward can only be gradient checkpointing's second one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
