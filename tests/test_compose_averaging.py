@@ -137,11 +137,13 @@ def test_stochastic_weight_averaging_averages_scales_and_keeps_their_share_of_th
             if trainer.current_epoch < 3:  # a fourth is for the statistics of BatchNorm
                 ends.append({n: p.detach().clone() for n, p in pl_module.named_parameters()})
 
-        def on_train_batch_end(self, trainer, pl_module, *args):
-            groups = trainer.optimizers[0].param_groups
-            ratios.update(round(b["lr"] / a["lr"], 6) for a, b in zip(groups, groups[1:], strict=False))
+    class Watched(Tiny):
+        def optimizer_step(self, epoch, batch_idx, optimizer, *args, **kwargs):
+            super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
+            rest, *own = (group["lr"] for group in optimizer.param_groups)
+            ratios.update(round(rate / rest, 6) for rate in own)
 
-    net = Tiny(norm=norm)
+    net = Watched(norm=norm)
     swa = StochasticWeightAveraging(0.02, swa_epoch_start=1, annealing_epochs=1)
     trainer(tmp_path, Look(), swa, policy=policy, max_epochs=3).fit(net, loader(), loader())
     assert len(ends) == 3

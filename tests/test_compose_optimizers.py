@@ -44,7 +44,8 @@ def test_accumulated_and_clipped_gradients_move_scales_as_one_batch_would(clip, 
     nets = [Tiny(norm=False), Tiny(norm=False)]
     start = {name: value.clone() for name, value in nets[0].state_dict().items()}
     nets[1].load_state_dict(start)
-    clipping: dict[str, Any] = {"gradient_clip_val": 0.05, "gradient_clip_algorithm": clip}
+    policy = {role: {"bits": 4, "range": "minmax"} for role in ("weight", "act")}
+    clipping: dict[str, Any] = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": clip, "policy": policy}
     trainer(tmp_path, **clipping).fit(nets[0], loader(8, batch_size=8))
     trainer(tmp_path, accumulate_grad_batches=2, **clipping).fit(nets[1], loader(8, batch_size=4))
     before = quantizer_state(nets[0])
@@ -52,7 +53,7 @@ def test_accumulated_and_clipped_gradients_move_scales_as_one_batch_would(clip, 
         torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-6, msg=name)
     free = Tiny(norm=False)
     free.load_state_dict(start)
-    trainer(tmp_path).fit(free, loader(8, batch_size=8))
+    trainer(tmp_path, policy=policy).fit(free, loader(8, batch_size=8))
     assert not same(quantizer_state(free), before), "the gradients were large enough to be clipped"
 
 
@@ -91,7 +92,7 @@ def _gan_callbacks() -> list[QATCallback]:
     stem = {"rules": {"stem": {"match": "@first", "weight": {"bits": 8}}}}
     return [
         QATCallback(POLICY | stem, 8, module="generator"),
-        QATCallback({"weight": {"bits": 8}}, 8, scale_lr_factor=0.5, module="discriminator"),
+        QATCallback({"weight": {"bits": 8}}, 8, scale_lr_factor=0.02, module="discriminator"),
     ]
 
 
@@ -113,7 +114,7 @@ def test_each_network_of_a_gan_has_its_own_policy_optimizer_and_factor(tmp_path)
         "discriminator.0.weight_quantizer": 8,
         "discriminator.2.weight_quantizer": 8,
     }
-    for optimizer, net, factor in zip(fitted.optimizers, (gan.generator, gan.discriminator), (0.01, 0.5), strict=True):
+    for optimizer, net, factor in zip(fitted.optimizers, (gan.generator, gan.discriminator), (0.01, 0.02), strict=True):
         rest, own = optimizer.param_groups
         assert {id(p) for p in own["params"]} == {id(q.scale) for _, q in named_quantizers(net)}
         assert own["lr"] == pytest.approx(rest["lr"] * factor)
@@ -123,9 +124,8 @@ def test_each_network_of_a_gan_has_its_own_policy_optimizer_and_factor(tmp_path)
     fitted.save_checkpoint(tmp_path / "gan.ckpt")
     assert same(dict(load_from_checkpoint(Gan, tmp_path / "gan.ckpt").state_dict()), dict(gan.state_dict()))
     again = Gan()
-    trainer(tmp_path, *_gan_callbacks(), policy=None, max_epochs=2).fit(
-        again, loader(), ckpt_path=tmp_path / "gan.ckpt"
-    )
+    resumed = trainer(tmp_path, *_gan_callbacks(), policy=None, max_epochs=2)
+    resumed.fit(again, loader(), ckpt_path=tmp_path / "gan.ckpt")
     assert not same(quantizer_state(again), quantizer_state(gan))
 
 
@@ -153,9 +153,7 @@ def test_a_policy_for_one_network_leaves_the_other_float(tmp_path):
 @pytest.mark.parametrize(
     ("modules", "message"),
     [
-        pytest.param(
-            ["generater"], "module=generater: no such submodule in Gan; did you mean 'generator' or", id="typo"
-        ),
+        pytest.param(["generater"], "no such submodule in Gan; did you mean 'generator'", id="typo"),
         pytest.param([None, "generator"], "give each a submodule of its own", id="whole-and-part"),
         pytest.param(["generator", "generator"], "give each a submodule of its own", id="twice"),
         pytest.param(["generator", "generator.0"], "lies within 'generator'", id="nested"),
@@ -209,9 +207,8 @@ def test_a_finder_leaves_ranges_steps_and_groups_as_it_found_them(finder, policy
             assert trainer.global_step == 0 and trainer.current_epoch == 0
             groups = trainer.optimizers[0].param_groups
             assert len(groups) == (2 if policy is POLICY else 1)
-            assert not any(
-                state for state in trainer.optimizers[0].state.values() if state.get("momentum_buffer") is not None
-            )
+            states = trainer.optimizers[0].state.values()
+            assert all(state.get("momentum_buffer") is None for state in states)
 
     class Watched(Sized):
         def optimizer_step(self, epoch, batch_idx, optimizer, *args, **kwargs):
