@@ -20,6 +20,7 @@ from qat.layers.twin import become_twin, original_class
 from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion
 from qat.lightning.compiled import uncompiled
 from qat.lightning.module import QuantizedModule, insert_plan
+from qat.lightning.sharded import average_gradients
 from qat.lightning.steps import run_steps, trainer_source
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
@@ -89,6 +90,8 @@ class QATCallback(Callback):
         if self is _callbacks(trainer)[0]:
             average_floats_alone(trainer)
         self._ready(trainer, pl_module)
+        if self is _callbacks(trainer)[0]:
+            average_gradients(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ready(trainer, pl_module)
