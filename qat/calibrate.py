@@ -51,7 +51,7 @@ def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
 
 def _whole(weight: Tensor) -> Tensor:
     """All of a weight of which this process may hold a shard (FSDP2's DTensor)."""
-    return weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # pyright: ignore[reportCallIssue]
+    return getattr(weight, "full_tensor", lambda: weight)()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""FSDP2 (`ModelParallelStrategy`): the user's `configure_model` shards weights; quantizers come after it and stay whole.
+"""FSDP2 (`ModelParallelStrategy`): the user's `configure_model` shards weights; quantizers come later, whole.
 
 Scales are a few numbers: every process keeps all of them, reads its layers' weights where FSDP has gathered them, and
 so gets the gradient of its own samples alone. Nobody else averages those, so a hook does.
