@@ -15,7 +15,8 @@ class QuantLinear(QuantizedLayer):
     channel_axis = 0
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.quantized_bias())
+        bias = self.bias if self.training else self.quantized_bias()
+        return F.linear(self.quantized_input(input), self.quantized_weight(), bias)
 
 
 class _QuantConv(QuantizedLayer):
@@ -23,7 +24,8 @@ class _QuantConv(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         x = self.quantized_input(input)
-        return self._conv_forward(x, self.quantized_weight(), self.quantized_bias())  # pyright: ignore[reportAttributeAccessIssue]
+        bias = self.bias if self.training else self.quantized_bias()
+        return self._conv_forward(x, self.quantized_weight(), bias)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class QuantConv1d(_QuantConv):
