@@ -15,7 +15,7 @@ What others get silently wrong (design.md):
     a rule that matches nothing             test_policy: a_rule_that_matches_nothing_is_an_error
     layers built in setup, configure_model  test_lightning: layers_are_found_wherever_they_are_built
     a module under two names, in a dict     here
-    the fused path of TransformerEncoder    test_layers_attention: evaluation_without_gradients_runs_the_quantized_layers
+    the fused path of TransformerEncoder    test_layers_attention: evaluation_without_gradients_runs_...
     subclasses losing their parameters      test_twins: subclasses_keep_their_class_and_methods
     hooks, .training, attributes lost       test_twins: hooks_and_attributes_of_the_user_survive; here (.training)
     BatchNorm eps and momentum rewritten    here
