@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 @dataclass(frozen=True)
@@ -63,44 +62,26 @@ def interleave(
     }
 
 
-def bytes_saved_for_backward(forward: Callable[[], torch.Tensor], *, inputs: tuple[torch.Tensor, ...]) -> int:
-    """Bytes that autograd keeps for the backward pass beyond `inputs` themselves.
+def _allocations(function: Callable[[], object]) -> list[int]:
+    """Bytes of each allocation (positive) and release of torch's own allocator while `function` runs, in order.
 
-    What a function keeps as a plain attribute instead of with `save_for_backward` is not seen; `peak_memory` sees it.
+    Exact, the same in every run, and blind to what the process imported and to what malloc keeps back, which is what
+    resident memory mostly shows. What other allocators do (the scratch space of oneDNN and MKL) is not seen.
     """
-    own = {t.untyped_storage().data_ptr() for t in inputs}
-    kept: dict[int, int] = {}
-
-    def pack(t: torch.Tensor) -> torch.Tensor:
-        for part in _plain(t):
-            storage = part.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward()
-    return sum(kept.values())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = function()
+    results = profile.profiler.kineto_results  # the public views attribute allocations to operations and lose order
+    del kept
+    return [size for _, size in sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")]
 
 
-def _plain(t: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors that hold the memory of `t`: its parts, if it is a wrapper of others."""
-    if not is_traceable_wrapper_subclass(t):
-        return [t]
-    names, _ = t.__tensor_flatten__()
-    return [plain for name in names for plain in _plain(getattr(t, name))]
+def bytes_saved_for_backward(forward: Callable[[], torch.Tensor]) -> int:
+    """Bytes that only the graph of a forward pass keeps alive: what backward needs, beyond what was there before."""
+    forward()
+    return sum(_allocations(lambda: forward().grad_fn))
 
 
 def peak_memory(step: Callable[[], object]) -> int:
-    """The most bytes that one call of `step` holds at once beyond what was there before.
-
-    From the profiler's record of every allocation of torch's own allocator: exact, the same in every run, and
-    blind to what the process imported and to what malloc keeps back, which is what resident memory mostly shows. What
-    other allocators do (the scratch space of oneDNN and MKL) is not seen.
-    """
+    """The most bytes that one call of `step` holds at once beyond what was there before."""
     step()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    results = profile.profiler.kineto_results  # the public views attribute allocations to operations and lose order
-    events = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
-    return int(np.cumsum([size for _, size in events]).max(initial=0))
+    return int(np.cumsum(_allocations(step)).max(initial=0))

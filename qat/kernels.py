@@ -45,7 +45,7 @@ def configure(mode: Mode = "auto", patience: int = 4_000_000_000) -> None:
 
 def _worth(x: Tensor) -> bool:
     """Whether a kernel should run compiled on the large tensor `x`; counts down the patience."""
-    if _settings["broken"] or _settings["mode"] == "never":
+    if _settings["broken"] or _settings["mode"] == "never" or torch.compiler.is_compiling():
         return False
     if _settings["mode"] == "auto" and _settings["patience"] > 0:
         _settings["patience"] -= x.numel()
@@ -107,18 +107,21 @@ class Gradient:
         self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *extra: Tensor, grad_scale: float = 1.0
     ) -> Tensor:
         """Fake-quantizes `x`; gradients of `scale` and `extra` are multiplied by `grad_scale`."""
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return _Plain.apply(self, grad_scale, x, scale, low, high, *extra)  # pyright: ignore[reportReturnType]
-        if torch.is_grad_enabled():
-            return _apply(self, grad_scale, x, scale, low, high, *extra)
-        return self.fake_quantize((x, scale, low, high, *extra))
+        tensors = x, scale, low, high, *extra
+        if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+            return _Plain.apply(self, grad_scale, *tensors)  # pyright: ignore[reportReturnType]
+        count = x.numel()
+        if type(count) is not int or count < SMALL:  # symbolic, while somebody exports
+            return _plain(self, grad_scale, *tensors)
+        y = _large(self, grad_scale, *tensors)
+        y.made = Made(self, tensors, x._version)
+        return y
 
     def fake_quantize(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """The forward pass on `x, scale, low, high, *extra`, compiled where it pays."""
-        x, scale, *_ = tensors
-        if x.numel() < SMALL or not _worth(x):
+        """The forward pass on large `x, scale, low, high, *extra`, compiled where it pays."""
+        if not _worth(tensors[0]):
             return self.forward.function(*tensors)
-        layout = _layout(x.shape, x.stride(), scale.shape)
+        layout = _layout(tensors[0].shape, tensors[0].stride(), tensors[1].shape)
         return layout.restore(self.forward.compiled(*layout.all(tensors)))
 
     def __reduce__(self) -> Any:
@@ -152,22 +155,20 @@ class _Plain(torch.autograd.Function):
         return _returned(ctx.grad_scale, grad_x, others)
 
 
-class _Apply(_Plain):
+class _Large(_Plain):
     """The same with compiled kernels where they pay."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Gradient, grad_scale: float, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.gradient, ctx.grad_scale = gradient, grad_scale
-        if tensors[0].numel() < SMALL:  # asked here too: it saves a call
-            return gradient.forward.function(*tensors)
         return gradient.fake_quantize(tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         # With a graph of its own (a second derivative), backward is made of operations that torch can differentiate.
-        if tensors[0].numel() < SMALL or torch.is_grad_enabled() or not _worth(tensors[0]):
+        if torch.is_grad_enabled() or not _worth(tensors[0]):
             grad_x, *others = ctx.gradient.backward.function(grads[0], *tensors)
             return _returned(ctx.grad_scale, grad_x, others)
         layout = _layout(tensors[0].shape, tensors[0].stride(), tensors[1].shape)
@@ -183,8 +184,37 @@ def _returned(grad_scale: float, grad_x: Tensor | None, others: list[Tensor | No
     return None, None, grad_x, others[0], None, None, *others[1:]
 
 
-_apply = super(torch.autograd.Function, _Apply).apply  # pyright: ignore[reportAttributeAccessIssue]
-"""`_Apply.apply` without the dozen Python calls that prepare it for functorch and compilers."""
+_plain = super(torch.autograd.Function, _Plain).apply  # pyright: ignore[reportAttributeAccessIssue]
+_large = super(torch.autograd.Function, _Large).apply  # pyright: ignore[reportAttributeAccessIssue]
+"""Their `apply` without the dozen Python calls that prepare it for functorch and compilers."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a large fake-quantized tensor was made, attached to it as `made`.
+
+    Attributes:
+        gradient: Whose forward pass it was.
+        tensors: `x, scale, low, high, *extra`.
+        version: Of `x` then.
+    """
+
+    gradient: Gradient
+    tensors: tuple[Tensor, ...]
+    version: int
+
+    def again(self) -> Tensor:
+        """The fake-quantized tensor, made anew.
+
+        Raises:
+            RuntimeError: if `x` has been written to since.
+        """
+        if self.tensors[0]._version != self.version:
+            raise RuntimeError(
+                "a tensor that backward needs was modified in place after it had been quantized: "
+                f"{tuple(self.tensors[0].shape)} is at version {self.tensors[0]._version}, expected {self.version}"
+            )
+        return self.gradient.fake_quantize(self.tensors)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def accumulator_scale(layer: Any) -> Tensor | None:
     return grid.step().double() * weight.step().double()
 
 
-def grids(layer: Any) -> tuple[Quantizer | None, ...]:
+def grids(layer: Any) -> tuple[Any, Any]:
     """The grids that `accumulator_scale(layer)` is made of."""
     last = layer._modules["input_quantizer"]
     last = last[-1] if isinstance(last, nn.Sequential) else last

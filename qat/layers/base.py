@@ -5,11 +5,13 @@ A mixin names the layer class it serves (`serves`) and which axis of the weight 
 one more mixin in this folder, listed in `qat/layers/__init__.py`.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from qat.layers.accumulator import accumulator_scale, bias_codes, grids
+from qat.layers.sources import sources
 from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
@@ -35,6 +37,15 @@ class QuantizedLayer(TwinMixin):
     _modules: dict[str, Any]
     _parameters: dict[str, Tensor | None]
     folds: bool = False
+
+    def run(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """`function(input, weight, bias)` of the quantized tensors."""
+        bias = self.bias if self.training else self.quantized_bias()
+        x, weight = self.quantized_input(x), self.quantized_weight()
+        if hasattr(x, "made") or hasattr(weight, "made"):
+            with sources(x, weight):
+                return function(x, weight, bias)
+        return function(x, weight, bias)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         quantizer = self._modules["input_quantizer"]

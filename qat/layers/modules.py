@@ -15,17 +15,14 @@ class QuantLinear(QuantizedLayer):
     channel_axis = 0
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = self.bias if self.training else self.quantized_bias()
-        return F.linear(self.quantized_input(input), self.quantized_weight(), bias)
+        return self.run(F.linear, input)
 
 
 class _QuantConv(QuantizedLayer):
     channel_axis = 0
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.quantized_input(input)
-        bias = self.bias if self.training else self.quantized_bias()
-        return self._conv_forward(x, self.quantized_weight(), bias)  # pyright: ignore[reportAttributeAccessIssue]
+        return self.run(self._conv_forward, input)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class QuantConv1d(_QuantConv):
