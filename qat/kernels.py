@@ -110,9 +110,11 @@ class Gradient:
         tensors = x, scale, low, high, *extra
         if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
             return _Plain.apply(self, grad_scale, *tensors)  # pyright: ignore[reportReturnType]
-        count = x.numel()
+        count, learning = x.numel(), torch.is_grad_enabled()
         if type(count) is not int or count < SMALL:  # symbolic, while somebody exports
-            return _plain(self, grad_scale, *tensors)
+            return _plain(self, grad_scale, *tensors) if learning else self.forward.function(*tensors)
+        if not learning:
+            return self.fake_quantize(tensors)
         y = _large(self, grad_scale, *tensors)
         y.made = Made(self, tensors, x._version)
         return y
