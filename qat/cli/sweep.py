@@ -1,7 +1,7 @@
 """`qat train -m ...` and `qat train sweep=...`: reads what varies off the command line, and runs the sweep.
 
-The command line is read with Hydra's own grammar (`a,b`, `range(2,9)`, `glob(w*)`, `interval(0.01,0.1)`). Every value is
-tried in a composed config before anything runs, so that a mistake in the last point is found before the first.
+The command line is read with Hydra's own grammar (`a,b`, `range(2,9)`, `glob(w*)`, `interval(0.01,0.1)`). Every value
+is tried in a composed config before anything runs, so that a mistake in the last point is found before the first.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from qat.cli.configs import configs_dir, finish
@@ -30,6 +30,8 @@ from qat.sweep.space import Interval, Space, from_yaml
 from qat.sweep.task import Task
 
 GROUP = "sweep"
+HYDRAS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep", "hydra.mode")
+"""Hydra's ways to run a sweep, which know neither resuming nor processes of their own."""
 
 
 def _key(override: str) -> str:
@@ -69,22 +71,28 @@ class _Line:
     """The command line, taken apart: what all points share, what varies, and what is said of the sweep itself."""
 
     def __init__(self, args: argparse.Namespace, version: dict[str, Any]) -> None:
-        self.version, self.config_dir = version, args.config_dir and str(Path(args.config_dir).absolute())
+        self.version = version
+        self.config_dir = str(Path(args.config_dir).absolute()) if args.config_dir else None
         texts = list(args.overrides)
         for text in texts:
             if _key(text) == "run_dir":
                 raise UserError("run_dir is the directory of one run; a sweep has sweep.dir=...")
-            if _key(text).startswith(
-                ("hydra/launcher", "hydra/sweeper", "hydra.sweep", "hydra.launcher", "hydra.mode")
-            ):
+            if _key(text).startswith(HYDRAS):
                 raise UserError(f"{text}: sweeps here are run by sweep=... and sweep/launcher=..., not by Hydra")
         search_path = create_config_search_path(str(configs_dir()))
         if self.config_dir:
             search_path.append("command-line", f"file://{self.config_dir}")
         parsed = OverridesParser.create(ConfigLoaderImpl(search_path)).parse_overrides(texts)
-        self.own = [o.input_line for o in parsed if _key(o.input_line).partition(".")[0].partition("/")[0] == GROUP]
-        self.swept = {o.input_line.partition("=")[0]: o for o in parsed if o.is_sweep_override()}
-        self.fixed = [o.input_line for o in parsed if o.input_line not in self.own and not o.is_sweep_override()]
+        self.own: list[str] = []
+        self.fixed: list[str] = []
+        self.swept: dict[str, Override] = {}
+        for text, override in zip(texts, parsed, strict=True):
+            if _key(text).partition(".")[0].partition("/")[0] == GROUP:
+                self.own.append(text)
+            elif override.is_sweep_override():
+                self.swept[text.partition("=")[0]] = override
+            else:
+                self.fixed.append(text)
         self.logger: dict[str, Any] | None = None
 
     def sweep(self) -> tuple[Any, Task]:
@@ -94,18 +102,22 @@ class _Line:
             self.own.insert(0, f"{GROUP}=grid")
         cfg = self._compose([*self.own, *self._first(space)])
         given = {_key(text) for text in self.fixed}
-        written = from_yaml(cfg.sweep.get("params"))
+        written = from_yaml(OmegaConf.to_container(cfg.sweep).get("params"))  # pyright: ignore
         space = {k: v for k, v in written.items() if _key(k) not in given and k not in space} | space
         if not space:
             raise UserError("nothing varies: give a key several values (quant.weight.bits=2,4,8), or sweep=bits_grid")
         self._try(space)
-        objectives = check(cfg.sweep.objectives, cfg.metric, cfg.mode)
+        objectives = check(cfg.sweep.objectives, cfg.metric, cfg.mode, exports=bool(cfg.export))
         sweep = instantiate(cfg.sweep)
         folder = Path(sweep.dir or self._folder(cfg, space, objectives)).absolute()
         cache = [] if cfg.cache_dir else [f"cache_dir='{folder / 'cache'}'"]
         command = (*self._options(cfg, folder), *self.fixed, *cache, f"~{GROUP}")
         task = Task(command, space, objectives, cfg.metric, cfg.mode, cfg.seed, folder, Console(highlight=False))
         sweep.check(task)
+        logs = "CSVLogger" in str((cfg.get("logger") or {}).get("_target_"))
+        if not logs and (getattr(sweep, "pruner", None) is not None or getattr(sweep, "keep", None) is not None):
+            how = "sweep.keep=null" if hasattr(sweep, "keep") else "sweep.pruner=null"
+            raise UserError(f"logger: ending points early reads their csv log: use logger=csv, or {how}")
         return sweep, task
 
     def _options(self, cfg: DictConfig, folder: Path) -> list[str]:
@@ -126,11 +138,11 @@ class _Line:
         """Composes the config with every value once."""
         first = self._first(space)
         for i, (key, values) in enumerate(space.items()):
-            for value in values[1:] if isinstance(values, list) else [repr(values.high)]:
+            for value in values[1:] if isinstance(values, list) else [values.high]:
                 self._compose([*self.own, *first[:i], f"{key}={value}", *first[i + 1 :]])
 
     def _first(self, space: Space) -> list[str]:
-        return [f"{key}={v[0] if isinstance(v, list) else v.low!r}" for key, v in space.items()]
+        return [f"{key}={v[0] if isinstance(v, list) else v.low}" for key, v in space.items()]
 
     def _compose(self, more: Sequence[str]) -> DictConfig:
         GlobalHydra.instance().clear()

@@ -121,7 +121,7 @@ function difference(p, q) {
   const keys = [...new Set([...Object.keys(p.config), ...Object.keys(q.config)])];
   const rows = keys.filter((k) => p.config[k] !== q.config[k]).map((k) =>
     element("tr", {}, ...[k, p.config[k] ?? "(absent)", q.config[k] ?? "(absent)"].map((t) => element("td", {}, t))));
-  return element("div", { class: "diff" }, element("h2", {}, `What differs: ${rows.length} settings`),
+  return element("div", { class: "diff" }, element("h2", {}, `What differs: ${rows.length === 1 ? "1 setting" : `${rows.length} settings`}`),
     element("table", {}, element("thead", {}, element("tr", {}, ...["", `point ${p.number}`, `point ${q.number}`].map((t) =>
       element("th", {}, t)))), element("tbody", {}, ...rows)));
 }

@@ -42,7 +42,8 @@ def sweep_table(sweep: Sweep) -> Table:
     floats = ", ".join(map(metric, sorted(float_metrics(sweep))))
     table = Table(
         box=box.SIMPLE_HEAD, title=escape(sweep.folder.name), title_justify="left", title_style="bold",
-        caption=f"* on the Pareto front ({over}); float: {floats or NONE}", caption_justify="left", padding=(0, 1, 0, 0),
+        caption=f"* on the Pareto front ({over}); float: {floats or NONE}", caption_justify="left",
+        padding=(0, 1, 0, 0),
     )  # fmt: skip
     for i, header in enumerate(headers):
         table.add_column(escape(header), justify="left" if i == 1 else "right", overflow="fold", no_wrap=i != 1)

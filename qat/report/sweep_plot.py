@@ -14,7 +14,7 @@ from qat.report.format import count, size
 from qat.report.plot import ACT, DPI, INK, LETTER, LINE, MUTED, RULE, WEIGHT, WIDTH
 from qat.sweep.results import Result, Sweep
 
-PANEL, TOP, GAP = 3.4, 0.9, 1.2
+PANEL, TOP, GAP = 3.4, 0.9, 0.5
 """Heights in inches: of a plot, and of the room above and between."""
 AXES = {"packed": "packed weights", "bops": "BOPs", "latency": "CPU p50 (ms)"}
 COLORS = "YlGnBu"
@@ -80,9 +80,8 @@ def float_metrics(sweep: Sweep) -> set[float]:
 
 def layer_names(results: Sequence[Result]) -> list[str]:
     """Names of all layers with a grid, in the order of execution."""
-    return list(dict.fromkeys(
-        layer["name"] for r in results for layer in r.report.get("layers") or () if layer["weight_bits"] or layer["act_bits"]
-    ))  # fmt: skip
+    layers = [layer for r in results for layer in r.report.get("layers") or ()]
+    return list(dict.fromkeys(layer["name"] for layer in layers if layer["weight_bits"] or layer["act_bits"]))
 
 
 def _heat_maps(figure: Figure, done: Sequence[Result]) -> None:

@@ -41,9 +41,8 @@ class Local:
 
     def run(self, points: Iterable[Point], folder: Path) -> Iterator[Ended]:
         threads = None if self.n_jobs == 1 else max(1, (os.cpu_count() or 1) // self.n_jobs)
-        parallel = Parallel(
-            self.n_jobs, prefer="threads", pre_dispatch=self.n_jobs, batch_size=1, return_as="generator_unordered"
-        )
+        settings: Any = {"pre_dispatch": self.n_jobs, "batch_size": 1}  # joblib's annotations know only text
+        parallel = Parallel(self.n_jobs, prefer="threads", return_as="generator_unordered", **settings)
         job = delayed(partial(_run, threads=threads))
         yield from parallel(job(point) for point in points)  # pyright: ignore[reportReturnType]
 
@@ -61,7 +60,7 @@ class Slurm:
     Args:
         n_jobs: Jobs in the queue at a time.
         cluster: `slurm`, or `local` for processes of this machine, to try things out.
-        timeout_min, partition, gpus_per_node, cpus_per_task, mem_gb, nodes, tasks_per_node: What each job asks for.
+        timeout_min, partition, gpus_per_node, cpus_per_task, mem_gb: What each job asks for.
         extra: Any other parameter of submitit's executor: `{slurm_account: mine, slurm_constraint: a100}`.
     """
 
@@ -77,9 +76,8 @@ class Slurm:
         extra: dict[str, Any] | None = None,
     ) -> None:
         self.n_jobs, self.cluster = _at_least_one(n_jobs), cluster
-        asked = {
-            "slurm_partition": partition, "gpus_per_node": gpus_per_node, "cpus_per_task": cpus_per_task, "mem_gb": mem_gb
-        }  # fmt: skip
+        asked = {"slurm_partition": partition, "cpus_per_task": cpus_per_task}
+        asked |= {"gpus_per_node": gpus_per_node, "mem_gb": mem_gb}
         self.parameters = {key: value for key, value in asked.items() if value is not None}
         self.parameters |= {"timeout_min": timeout_min, **(extra or {})}
 

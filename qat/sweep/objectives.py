@@ -18,13 +18,18 @@ OBJECTIVES = {
 }
 
 
-def check(objectives: Mapping[str, Any], metric: str, mode: str) -> dict[str, str]:
+EXPORTED = ("size", "latency")
+"""Objectives that an exported file has."""
+
+
+def check(objectives: Mapping[str, Any], metric: str, mode: str, exports: bool = True) -> dict[str, str]:
     """Checks names and directions.
 
     Args:
         objectives: Name -> `max` or `min`.
         metric: Name of the metric, for messages.
         mode: What the config says of the metric.
+        exports: Whether the points export a file.
 
     Raises:
         UserError: for an unknown objective (with those there are), or a missing or contradictory direction.
@@ -39,6 +44,8 @@ def check(objectives: Mapping[str, Any], metric: str, mode: str) -> dict[str, st
             )
         if direction not in ("max", "min"):
             raise UserError(f"{key}={direction}: needs a direction, max or min")
+        if name in EXPORTED and not exports:
+            raise UserError(f"{key}: with export=none there is no file to measure; packed and bops need none")
         if name == "metric" and direction != mode:
             raise UserError(f"{key}={direction} contradicts mode={mode}, which says what is better for metric={metric}")
     return dict(objectives)

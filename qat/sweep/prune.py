@@ -19,7 +19,7 @@ Judge = Callable[[Point], bool]
 
 
 class Dominated:
-    """Ends a point that another one, with no more bit operations and no more weight bits, beats by `margin` at the same epoch.
+    """Ends a point that another one beats by `margin` at the same epoch, with no more bit operations and weight bits.
 
     Args:
         margin: By how much the monitored value must be better.

@@ -98,7 +98,8 @@ def read_sweep(folder: Path) -> Sweep:
         raise UserError(f"SWEEP_DIR {folder} holds neither a sweep nor a finished run")
     results = [_plain_run(number, run) for number, run in enumerate(runs)]
     better = "max" if results[0].report.get("higher_is_better", True) else "min"
-    return Sweep(folder, {"metric": better, "size": "min"}, results)
+    packed = {"packed": "min"} if any("packed" in result.values for result in results) else {}
+    return Sweep(folder, {"metric": better, **packed}, results)
 
 
 def read_point(folder: Path) -> Result:

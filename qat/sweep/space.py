@@ -45,18 +45,15 @@ def _parse(key: str, value: Any) -> Choices | Interval:
             if name not in fields:
                 raise UserError(f"{key}.{name}: an interval has low, high and log{nearest(str(name), fields)}")
         low, high, log = value.get("low"), value.get("high"), value.get("log", False)
-        if not _number(low) or not _number(high) or low >= high or (log and low <= 0):
+        numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in (low, high))
+        if not numbers or low >= high or (log and low <= 0):  # pyright: ignore
             raise UserError(f"{key}={dict(value)}: an interval needs numbers low < high (above 0 with log)")
-        return Interval(low, high, bool(log))
+        return Interval(low, high, bool(log))  # pyright: ignore
     if not isinstance(value, list) or not value:
         raise UserError(f"{key}={value!r}: must be a list of choices, or an interval like {{low: 0.01, high: 0.1}}")
     if any(isinstance(item, (list, Mapping)) for item in value):
         raise UserError(f"{key}: write nested choices as text, as on the command line: ['{{bits: 4}}', '[1,2]']")
     return list(dict.fromkeys(as_text(item) for item in value))
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def as_text(value: Any) -> str:

@@ -32,8 +32,7 @@ class Task:
         command: Overrides and options that all points share.
         space: What varies.
         objectives: Name -> direction, checked.
-        metric: Name of the metric, for people.
-        monitor: The logged value that pruning looks at, and `mode`, whether more of it is better.
+        metric: Name of the metric, for people; `mode`: whether more (`max`) or less of it is better.
         seed: Of the search.
         folder: The sweep's.
         console: Where progress goes.
@@ -93,11 +92,8 @@ class Task:
     def tell(self, point: Point, outcome: Outcome, left: int) -> None:
         """One line for each point that ended."""
         values = read_point(point.folder).values
-        said = {"done": "", "failed": f"[red]failed: {escape(str(outcome.error))}[/]", "pruned": "[yellow]pruned[/]"}[
-            outcome.state
-        ]
-        if outcome.state == "done":
-            said = "  ".join(f"{name} {values[name]:.4g}" for name in self.objectives if name in values)
-        self.console.print(
-            f"[bold]{point.number}[/]  {escape(point.label)}  {said}  [dim]({left} to go)[/]", soft_wrap=True
-        )
+        said = "  ".join(f"{name} {values[name]:.4g}" for name in self.objectives if name in values)
+        if outcome.state != "done":
+            said = "pruned" if outcome.state == "pruned" else f"[red]failed: {escape(str(outcome.error))}[/]"
+        head = f"[bold]{point.number}[/]  {escape(point.label)}"
+        self.console.print(f"{head}  {said}  [dim]({left} to go)[/]", soft_wrap=True)

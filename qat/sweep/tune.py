@@ -1,5 +1,5 @@
-"""A grid under Ray Tune, which ends points early by ASHA (Li et al., MLSys 2020): at each rung, only the best share of the
-points goes on.
+"""A grid under Ray Tune, which ends points early by ASHA (Li et al., MLSys 2020): at each rung, only the best share of
+the points goes on.
 
 Ray finds the resources; each of its trials runs one point in a process of its own and reports its log, epoch by epoch.
 The sweep's folder must be seen by all nodes.
@@ -80,8 +80,8 @@ class RaySweep:
         """Runs the points; returns what went wrong in Ray itself, by point."""
         tune = ray.tune
         scheduler = None if self.keep is None else tune.schedulers.ASHAScheduler(
-            time_attr="epoch", metric=self.monitor, mode=task.mode, grace_period=self.grace, max_t=self.max_epochs + 1,  # at max_t ASHA ends even the best, before it is exported
-
+            time_attr="epoch", metric=self.monitor, mode=task.mode, grace_period=self.grace,
+            max_t=self.max_epochs + 1,  # at max_t ASHA ends even the best, before it is exported
             reduction_factor=self.keep,
         )  # fmt: skip
         tuner = tune.Tuner(
