@@ -1,19 +1,23 @@
 """Speed of fake quantization, forward and forward+backward, against a ReLU and a copy of the same tensor and against
 torch's own operations.
 
-    python benchmarks/quantizers.py [--sizes 1e5 1e6 1e7] [--threads 1]
+    python benchmarks/quantizers.py [--sizes 1e5 1e6 1e7] [--threads 1] [--peers]
 
-Ratios are medians of interleaved rounds in one process, in processor time.
+Ratios are medians of interleaved rounds in one process, in processor time. `--peers` adds the frameworks of peers.py
+that are installed: their own 8-bit fake quantization of a tensor, with a learned scale where they have one (torchao,
+per channel; Brevitas), with a frozen range elsewhere (ModelOpt, quanto) or a moving one (PT2E).
 """
 
 import argparse
 import warnings
+from collections.abc import Callable
 
 import torch
+from peers import PEERS, Operation, attempt, operation
 from rich.console import Console
 from rich.table import Table
 from timing import bytes_saved_for_backward, interleave
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat import kernels
 from qat.quantizers import create
@@ -22,54 +26,74 @@ from qat.spec import QuantSpec
 WEIGHT_ROWS = 64
 
 
-def quantizer(granularity: str, x: Tensor) -> torch.nn.Module:
+def quantizer(granularity: str, x: Tensor) -> nn.Module:
     spec = QuantSpec(bits=8, granularity=granularity, range="minmax").resolved(nonnegative=False, weight=True)
     module = create(spec, x.shape)
     module.calibrate(x.detach())
     return module
 
 
-def candidates(x: Tensor, grad: Tensor, backward: bool) -> dict[str, object]:
-    """What to time on one tensor."""
+def operations(x: Tensor, peers: bool, missing: dict[str, str]) -> dict[str, Operation]:
+    """What to compare on one tensor, with the parameters that it learns.
+
+    Args:
+        x: The tensor.
+        peers: Whether to add other frameworks.
+        missing: Receives the peers that there are not, and why.
+    """
     scale, zero = torch.full((1,), 0.05, requires_grad=True), torch.zeros(1, requires_grad=True)
     scales, zeros = torch.full((len(x),), 0.05, requires_grad=True), torch.zeros(len(x), requires_grad=True)
-    output = torch.empty_like(x)
 
-    def run(function):
-        def step() -> None:
-            y = function()
-            if backward:
-                y.backward(grad)
-                for leaf in leaves:
-                    leaf.grad = None
-
-        return step
-
-    def in_mode(mode: str, module: torch.nn.Module):
-        def call() -> Tensor:
+    def in_mode(mode: kernels.Mode, module: nn.Module) -> Operation:
+        def call(t: Tensor) -> Tensor:
             kernels.configure(mode)
-            return module(x)
+            return module(t)
 
-        return call
+        return call, list(module.parameters())
 
     tensor, channel = quantizer("tensor", x), quantizer("channel", x)
-    leaves = [x, scale, zero, scales, zeros, tensor.scale, channel.scale]
-    fakes = {
-        "relu": lambda: torch.relu(x),
+    found: dict[str, Operation] = {
+        "relu": (torch.relu, []),
         "LSQ per tensor, compiled": in_mode("always", tensor),
         "LSQ per channel, compiled": in_mode("always", channel),
         "LSQ per tensor, eager": in_mode("never", tensor),
         "LSQ per channel, eager": in_mode("never", channel),
-        "torch fake_quantize": lambda: torch.fake_quantize_per_tensor_affine(x, 0.05, 0, -128, 127),
-        "torch learnable": lambda: torch._fake_quantize_learnable_per_tensor_affine(x, scale, zero, -128, 127, 1.0),
-        "torch learnable per channel": lambda: torch._fake_quantize_learnable_per_channel_affine(
-            x, scales, zeros, 0, -128, 127, 1.0
+        "torch fake_quantize": (lambda t: torch.fake_quantize_per_tensor_affine(t, 0.05, 0, -128, 127), []),
+        "torch learnable": (
+            lambda t: torch._fake_quantize_learnable_per_tensor_affine(t, scale, zero, -128, 127, 1.0),
+            [scale, zero],
+        ),
+        "torch learnable per channel": (
+            lambda t: torch._fake_quantize_learnable_per_channel_affine(t, scales, zeros, 0, -128, 127, 1.0),
+            [scales, zeros],
         ),
     }
-    timed = {name: run(function) for name, function in fakes.items()}
-    if not backward:
-        timed["copy"] = lambda: output.copy_(x.detach())
-    return timed
+    for peer in PEERS if peers else ():
+        made = attempt(peer, lambda p: operation(p, x), notes := [])
+        if isinstance(made, str):
+            missing[peer] = notes[0] if notes else f"{peer}: {made}"
+        else:
+            found[peer] = made
+    return found
+
+
+def timed(x: Tensor, grad: Tensor, op: Operation, backward: bool) -> Callable[[], None]:
+    function, learned = op
+
+    def run() -> None:
+        y = function(x)
+        if backward:
+            y.backward(grad)
+            for leaf in (x, *learned):
+                leaf.grad = None
+
+    return run
+
+
+def saved(x: Tensor, op: Operation) -> str:
+    """Cell of the bytes per element that are kept for backward beyond what is there before."""
+    function, _ = op
+    return f"{bytes_saved_for_backward(lambda: function(x)) / x.numel():.1f}"
 
 
 def main() -> None:
@@ -77,30 +101,33 @@ def main() -> None:
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e4, 1e5, 1e6, 1e7])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--peers", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    console = Console(width=120)
+    console, missing = Console(width=120), {}
     for size in map(int, args.sizes):
         x = torch.randn(WEIGHT_ROWS, size // WEIGHT_ROWS, requires_grad=True)
-        grad = torch.randn_like(x)
-        module = quantizer("tensor", x)
-        saved = bytes_saved_for_backward(
-            lambda m=module, x=x: m(x), inputs=(x, *module.parameters(), *module.buffers())
-        )
-        table = Table(
-            title=f"{size:.0e} elements, {args.threads} thread(s); saved for backward beyond the input: {saved} bytes"
-        )
-        for column in ("", "forward ns/element", "x relu", "forward+backward ns/element", "x relu"):
+        grad, output = torch.randn_like(x), torch.empty_like(x)
+        table = Table(title=f"{size:.0e} elements, {args.threads} thread(s)")
+        for column in ("", "forward ns/element", "x relu", "forward+backward ns/element", "x relu", "saved B/element"):
             table.add_column(column, justify="right" if column else "left")
-        both = [interleave(candidates(x, grad, backward), "relu", args.seconds) for backward in (False, True)]
+        found = operations(x, args.peers, missing)
+        both = []
+        for backward in (False, True):
+            runs = {name: timed(x, grad, op, backward) for name, op in found.items()}
+            if not backward:
+                runs["copy"] = lambda x=x, output=output: output.copy_(x.detach())
+            both.append(interleave(runs, "relu", args.seconds))
         for name in both[0]:
             cells = [name]
             for timings in both:
                 t = timings.get(name)
                 cells += [f"{t.cpu / size * 1e9:.2f}", f"{t.ratio:.2f}"] if t else ["-", "-"]
-            table.add_row(*cells)
+            table.add_row(*cells, saved(x, found[name]) if name in found else "-")
         console.print(table)
+    for note in missing.values():
+        console.print(note, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

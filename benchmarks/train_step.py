@@ -1,23 +1,25 @@
 """Cost of a W8A8 training step against the float step of the same model, in the same memory format.
 
-    python benchmarks/train_step.py [gpt resnet20 resnet18 mobilenetv2] [--sites] [--compile]
+    python benchmarks/train_step.py [gpt resnet20 resnet18 mobilenetv2] [--sites] [--compile] [--peers]
 
 Per-channel weights and per-tensor activations, both with learned steps. Ratios are medians of interleaved rounds, in
 processor time. `--sites` adds the inputs of residual additions and pooling; `--compile` compares
-torch.compile(fullgraph=True) of both models.
+torch.compile(fullgraph=True) of all models; `--peers` adds the frameworks of `peers.py` that are installed. Peak memory
+is that of a whole step, parameters and buffers included.
 """
 
 import argparse
 import copy
-import resource
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from models import WORKLOADS, workload
+from peers import PEERS, attempt, prepared
 from rich.console import Console
 from rich.table import Table
-from timing import bytes_saved_for_backward, interleave
+from timing import bytes_saved_for_backward, interleave, peak_memory
 from torch import Tensor, nn
 
 from qat import kernels
@@ -25,8 +27,15 @@ from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan
 from qat.policy import QuantPolicy
 
+COLUMNS = (
+    "model", "", "CPU ms", "wall ms", "x float", "both compiled x float", "saved for backward x float",
+    "peak memory x float",
+)  # fmt: skip
+PLAIN, COMPILED = "qat, plain torch", "qat, compiled kernels"
 
-def quantized(model: nn.Module, x: Tensor, sites: bool) -> nn.Module:
+
+def inserted(model: nn.Module, x: Tensor, sites: bool = False) -> nn.Module:
+    """Our W8A8 model, made in place of `model`, before calibration."""
     policy = QuantPolicy.from_dict(
         {
             "weight": {"bits": 8, "granularity": "channel"},
@@ -35,23 +44,82 @@ def quantized(model: nn.Module, x: Tensor, sites: bool) -> nn.Module:
             "rules": {},
         }
     )
-    model = copy.deepcopy(model)
     plan, _ = make_plan(model, policy, lambda: model(x[:2]))
     apply_plan(model, plan)
-    calibrate(model, lambda: model(x[:2]))
+    return model
+
+
+def quantized(model: nn.Module, x: Tensor, sites: bool = False) -> nn.Module:
+    """Our W8A8 training model, calibrated on `x`, made in place of `model`."""
+    calibrate(inserted(model, x, sites), lambda: model(x))
     return model.train()
 
 
-def step(model: nn.Module, x: Tensor, y: Tensor, mode: str = "never"):
+def step(model: nn.Module, x: Tensor, y: Tensor, mode: kernels.Mode = "never") -> Callable[[], None]:
+    """One training step, which leaves no gradients behind."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def run() -> None:
         kernels.configure(mode)
-        optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return run
+
+
+def both_compiled(
+    models: dict[str, nn.Module], x: Tensor, y: Tensor, seconds: float, notes: list[str]
+) -> dict[str, str]:
+    """Cells of the ratios of whole-model compiled steps, or why there is none."""
+    steps, cells = {}, {}
+    for name, model in models.items():
+        run = step(torch.compile(model, fullgraph=True), x, y)
+        try:
+            run()
+        except Exception as error:
+            cells[name] = type(error).__name__
+            notes.append(f"{name}, compiled: {' '.join(str(error).split())[:300]}")
+        else:
+            steps[name] = run
+    return cells | {name: f"{t.ratio:.2f}" for name, t in interleave(steps, "float", seconds).items()}
+
+
+def memory(model: nn.Module, x: Tensor, y: Tensor, mode: kernels.Mode) -> tuple[int, int]:
+    """Bytes saved for backward, and bytes at the peak of a step."""
+    run = step(model, x, y, mode)
+    own = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    saved = bytes_saved_for_backward(lambda: F.cross_entropy(model(x), y))
+    return saved, own + peak_memory(run)
+
+
+def measure(name: str, args: argparse.Namespace, table: Table, notes: list[str]) -> None:
+    """Adds one workload to the table."""
+    model, x, y = workload(name)
+    twin = quantized(copy.deepcopy(model), x, args.sites)
+    models: dict[str, nn.Module] = {"float": model, PLAIN: twin, COMPILED: twin}
+    missing: dict[str, str] = {}
+    for peer in PEERS if args.peers else ():
+        made = attempt(peer, lambda p, model=model, x=x: prepared(p, model, x), notes)
+        if isinstance(made, str):
+            missing[peer] = made
+        else:
+            models[peer] = made
+    modes: dict[str, kernels.Mode] = {name: "always" if name == COMPILED else "never" for name in models}
+    timings = interleave({k: step(m, x, y, modes[k]) for k, m in models.items()}, "float", args.seconds)
+    whole = {}
+    sizes = {k: memory(m, x, y, modes[k]) for k, m in models.items()}
+    if args.compile:
+        whole = both_compiled({k: m for k, m in models.items() if k != COMPILED}, x, y, args.seconds, notes)
+    for k, t in timings.items():
+        saved, peak = (a / b for a, b in zip(sizes[k], sizes["float"], strict=True))
+        table.add_row(
+            name, k, f"{t.cpu * 1e3:.0f}", f"{t.wall * 1e3:.0f}", f"{t.ratio:.2f}", whole.get(k, "-"),
+            f"{saved:.2f}", f"{peak:.2f}",
+        )  # fmt: skip
+    for peer, why in missing.items():
+        table.add_row(name, peer, *("-" for _ in range(2)), why, *("-" for _ in range(3)))
+    table.add_section()
 
 
 def main() -> None:
@@ -59,44 +127,21 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS))
     parser.add_argument("--sites", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--peers", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=20.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     warnings.simplefilter("ignore")
-    table = Table(title=f"training step, W8A8, {args.threads} thread(s)")
-    for column in (
-        "model",
-        "float ms",
-        "x float: plain torch",
-        "x float: compiled kernels",
-        "both compiled",
-        "saved for backward x float",
-    ):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table, notes = Table(title=f"training step, W8A8, {args.threads} thread(s)"), []
+    for i, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if i < 2 else "right")
     for name in args.workloads:
-        model, x, y = workload(name)
-        twin = quantized(model, x, args.sites)
-        candidates = {"float": step(model, x, y), "eager": step(twin, x, y), "kernels": step(twin, x, y, "always")}
-        timings = interleave(candidates, "float", args.seconds)
-        saved = [
-            bytes_saved_for_backward(lambda m=m, x=x, y=y: F.cross_entropy(m(x), y), inputs=(x, *m.parameters()))
-            for m in (model, twin)
-        ]
-        whole = "-"
-        if args.compile:
-            both = {
-                "float": step(torch.compile(model, fullgraph=True), x, y),
-                "qat": step(torch.compile(twin, fullgraph=True), x, y),
-            }
-            whole = f"{interleave(both, 'float', args.seconds)['qat'].ratio:.2f}"
-        table.add_row(
-            name, f"{timings['float'].cpu * 1e3:.0f}", f"{timings['eager'].ratio:.2f}",
-            f"{timings['kernels'].ratio:.2f}", whole, f"{saved[1] / saved[0]:.2f}",
-        )  # fmt: skip
+        measure(name, args, table, notes)
     console = Console(width=120)
     console.print(table)
-    console.print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    for note in notes:
+        console.print(note, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

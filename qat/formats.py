@@ -1,7 +1,7 @@
 """Number formats: which values a code can have, in units of the scale, and how a ratio x / scale is rounded to one.
 
-A *level* is a value in units of the scale, so a grid is {level * scale}. Rounding is to nearest, ties to even,
-saturating: what runtimes do. The formats:
+A *level* is a value in units of the scale, so a grid is {level * scale}. A ratio is clipped to the range, then rounded
+to nearest, ties to even: for limits on the grid that is what runtimes do, which round first. The formats:
 
     int        whole numbers low .. high (low = quant_min - zero_point and so on): two's complement or unsigned, of 1 to
                16 bits
@@ -10,7 +10,7 @@ saturating: what runtimes do. The formats:
     e4m3, ...  small floating point, by exponent and mantissa bits (OCP 8-bit floating point v1.0 and Microscaling v1.0;
                e4m3 is the "fn" variant without infinity)
 
-Each rounding is a pure function of tensors, so that compiled kernels can take it in. NaN stays NaN, infinity saturates.
+Each rounding is a pure function of tensors, so that compiled kernels can take it in. NaN stays NaN.
 A code is the level itself for integer formats (what integer runtimes multiply), and the bit pattern for floating point.
 """
 
@@ -22,19 +22,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-Rounding = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(ratio, low, high) -> level; ratio in float32 or float64, whose memory it may reuse."""
+Rounding = Callable[[Tensor], Tensor]
+"""A ratio within the range -> its level; in float32 or float64, in the ratio's own memory if that helps."""
 
 
-def round_int(ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Nearest whole number, ties to even, clipped."""
-    return ratio.round_().clamp_(low, high)
+round_int: Rounding = Tensor.round_
+"""Nearest whole number, ties to even."""
 
 
-def round_midrise(ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Nearest odd number, clipped; even numbers, zero among them, go up."""
+def round_midrise(ratio: Tensor) -> Tensor:
+    """Nearest odd number; even numbers, zero among them, go up."""
     # floor(r / 2), but exact for r so small that half of it would be zero.
-    return ratio.floor_().div_(2).floor_().mul_(2).add_(1).clamp_(low, high)
+    return ratio.floor_().div_(2).floor_().mul_(2).add_(1)
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,16 @@ class Float:
         """Smallest positive value, a subnormal."""
         return 2.0 ** (1 - self.bias - self.mantissa_bits)
 
-    def round(self, ratio: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """Nearest representable value, ties to even mantissa, saturating.
+    def round(self, ratio: Tensor) -> Tensor:
+        """Nearest representable value, ties to even mantissa; `ratio` is at most `largest` in size.
 
         The distance between neighbours is a power of two that the exponent field of the ratio (in float32) gives;
         dividing by it is exact. A float64 ratio that float32 rounds up to a power of two rounds to that power on either
         spacing.
         """
-        clipped = ratio.clamp(low, high)
-        exponent = ((clipped.float().view(torch.int32) >> 23) & 0xFF).clamp_min(128 - self.bias)
+        exponent = ((ratio.float().view(torch.int32) >> 23) & 0xFF).clamp_min(128 - self.bias)
         spacing = ((exponent - self.mantissa_bits) << 23).view(torch.float32)
-        return (clipped / spacing).round() * spacing
+        return (ratio / spacing).round() * spacing
 
     @cached_property
     def magnitudes(self) -> tuple[float, ...]:

@@ -1,13 +1,13 @@
 """The one place where a tensor becomes codes.
 
-Notation: `scale` is the unit of a grid and broadcasts against `x`; a *level* is a value in that unit, for integer
-    grids a whole number of steps
-from zero, `level = code - zero_point`, between `low = quant_min - zero_point` and `high` alike.
+Notation: `scale` is the unit of a grid and broadcasts against `x`; a *level* is a value in that unit, for integer grids
+a whole number of steps from zero, `level = code - zero_point`, between `low = quant_min - zero_point` and `high` alike.
 
-    levels(x) = clip(round_half_even(x / scale), low, high)        value = level * scale
+    levels(x) = round_half_even(clip(x / scale, low, high))        value = level * scale
 
 A division, and in float32: inference runtimes divide, and a product with the reciprocal, or bfloat16, gives other
-    codes.
+codes. They clip after rounding, which is the same for limits on the grid, and costs the gradient a second clip. Scales
+come in float32 or wider and with at least one axis, so the ratio is as wide.
 """
 
 import torch
@@ -19,8 +19,7 @@ SCALE_FLOOR = 1e-8
 """The smallest scale that calibration sets."""
 TINY = 2.0**-126
 """The smallest normal float32. A learned scale acts as at least this, so that no optimizer step can make it zero or
-negative: below it,
-division is neither exact nor the same everywhere."""
+negative: below it, division is neither exact nor the same everywhere."""
 
 
 def wide(x: Tensor) -> Tensor:
@@ -30,7 +29,7 @@ def wide(x: Tensor) -> Tensor:
 
 def ratio(x: Tensor, scale: Tensor) -> Tensor:
     """`x` in units of its scale, in a tensor of its own."""
-    return wide(x) / wide(scale).clamp_min(TINY)
+    return x / scale.clamp_min(TINY)
 
 
 def levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, rounding: Rounding = round_int) -> Tensor:
@@ -39,12 +38,12 @@ def levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, rounding: Roundi
     Returns:
         Levels in float32 (float64 for float64 input), of the shape of `x`. NaN stays NaN.
     """
-    return rounding(ratio(x, scale), low, high)
+    return rounding((x / scale.clamp_min(TINY)).clamp_(low, high))
 
 
 def values(level: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The real values of `level` units of `scale`; the inverse of `levels` on the grid."""
-    return (level * wide(scale).clamp_min(TINY)).to(dtype)
+    return (level * scale.clamp_min(TINY)).to(dtype)
 
 
 def dither(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -60,7 +59,7 @@ def dither(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     v = ratio(x.detach(), scale.detach())
     moved = (v + torch.rand_like(v) - 0.5).clamp(low, high)
     shift = torch.where((v >= low) & (v <= high), moved - v, 0)
-    return wide(x) + shift * wide(scale.detach()).clamp_min(TINY)
+    return wide(x) + shift * scale.detach().clamp_min(TINY)
 
 
 def sum_to(x: Tensor, like: Tensor) -> Tensor:

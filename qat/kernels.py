@@ -15,7 +15,8 @@ Compiling costs seconds, which a run of a minute never earns back, so it starts 
 
 import warnings
 from collections.abc import Callable
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from types import FunctionType
 from typing import Any, Literal
 
@@ -43,8 +44,8 @@ def configure(mode: Mode = "auto", patience: int = 4_000_000_000) -> None:
 
 
 def _worth(x: Tensor) -> bool:
-    """Whether a kernel should run compiled on `x`; counts down the patience."""
-    if x.numel() < SMALL or _settings["broken"] or _settings["mode"] == "never" or torch.compiler.is_compiling():
+    """Whether a kernel should run compiled on the large tensor `x`; counts down the patience."""
+    if _settings["broken"] or _settings["mode"] == "never" or torch.compiler.is_compiling():
         return False
     if _settings["mode"] == "auto" and _settings["patience"] > 0:
         _settings["patience"] -= x.numel()
@@ -71,7 +72,7 @@ class Kernel:
                 self._compiled = torch.compile(_own_code(self.function), dynamic=True, fullgraph=True)
             # Part of what torch guards compiled code by: a layer's forward has switched it off already, its backward
             # not.
-            with torch._C.DisableTorchFunction(), torch.no_grad():
+            with torch._C.DisableTorchFunction():
                 return self._compiled(*args)
         except Exception as error:  # a missing compiler surfaces as whatever its build step raises
             _settings["broken"] = True
@@ -106,9 +107,22 @@ class Gradient:
         self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *extra: Tensor, grad_scale: float = 1.0
     ) -> Tensor:
         """Fake-quantizes `x`; gradients of `scale` and `extra` are multiplied by `grad_scale`."""
-        known = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        apply = _Apply.apply if known else _apply
-        return apply(self, grad_scale, x, scale, low, high, *extra)  # pyright: ignore[reportReturnType]
+        tensors = x, scale, low, high, *extra
+        if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
+            return _Plain.apply(self, grad_scale, *tensors)  # pyright: ignore[reportReturnType]
+        count = x.numel()
+        if type(count) is not int or count < SMALL:  # symbolic, while somebody exports
+            return _plain(self, grad_scale, *tensors)
+        y = _large(self, grad_scale, *tensors)
+        y.made = Made(self, tensors, x._version)
+        return y
+
+    def fake_quantize(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """The forward pass on large `x, scale, low, high, *extra`, compiled where it pays."""
+        if not _worth(tensors[0]):
+            return self.forward.function(*tensors)
+        layout = _layout(tensors[0].shape, tensors[0].stride(), tensors[1].shape)
+        return layout.restore(self.forward.compiled(*layout.all(tensors)))
 
     def __reduce__(self) -> Any:
         return gradient, self.parts
@@ -126,64 +140,99 @@ def gradient(forward: Callable[..., Tensor], backward: Callable[..., Grads], rou
     return Gradient(forward, backward, rounding)
 
 
-class _Apply(torch.autograd.Function):
-    """Saves the inputs and nothing else; backward recomputes the rest."""
+class _Plain(torch.autograd.Function):
+    """Saves the inputs and nothing else; backward recomputes the rest. What compilers and functorch see."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Gradient, grad_scale: float, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.gradient, ctx.grad_scale = gradient, grad_scale
-        if not _worth(tensors[0]):
-            return gradient.forward.function(*tensors)
-        layout = _Layout(tensors[0], tensors[1])
-        return layout.restore(gradient.forward.compiled(layout.rows(tensors[0]), *map(layout.per_row, tensors[1:])))
+        return gradient.forward.function(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        if not _worth(x):
-            grad_x, *others = ctx.gradient.backward.function(grads[0], x, *parameters)
-        else:
-            layout = _Layout(x, parameters[0])
-            arguments = layout.rows(grads[0]), layout.rows(x), *map(layout.per_row, parameters)
-            grad_x, *others = ctx.gradient.backward.compiled(*arguments)
-            grad_x = layout.restore(grad_x)
-            others = [
-                g if g is None else g.view(p.shape)
-                for g, p in zip(others, (parameters[0], *parameters[3:]), strict=True)
-            ]
-        if ctx.grad_scale != 1.0:
-            others = [g if g is None else g * ctx.grad_scale for g in others]
-        return None, None, grad_x, others[0], None, None, *others[1:]
+        grad_x, *others = ctx.gradient.backward.function(grads[0], *ctx.saved_tensors)
+        return _returned(ctx.grad_scale, grad_x, others)
 
 
-_apply = super(torch.autograd.Function, _Apply).apply  # pyright: ignore[reportAttributeAccessIssue]
-"""`_Apply.apply` without the dozen Python calls that prepare it for functorch and compilers."""
+class _Large(_Plain):
+    """The same with compiled kernels where they pay."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Gradient, grad_scale: float, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.gradient, ctx.grad_scale = gradient, grad_scale
+        return gradient.fake_quantize(tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        # With a graph of its own (a second derivative), backward is made of operations that torch can differentiate.
+        if torch.is_grad_enabled() or not _worth(tensors[0]):
+            grad_x, *others = ctx.gradient.backward.function(grads[0], *tensors)
+            return _returned(ctx.grad_scale, grad_x, others)
+        layout = _layout(tensors[0].shape, tensors[0].stride(), tensors[1].shape)
+        grad_x, *others = ctx.gradient.backward.compiled(layout.rows(grads[0]), *layout.all(tensors))
+        parameters = (tensors[1], *tensors[4:])
+        others = [g if g is None else g.view(p.shape) for g, p in zip(others, parameters, strict=True)]
+        return _returned(ctx.grad_scale, layout.restore(grad_x), others)
 
 
+def _returned(grad_scale: float, grad_x: Tensor | None, others: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    if grad_scale != 1.0:
+        others = [g if g is None else g * grad_scale for g in others]
+    return None, None, grad_x, others[0], None, None, *others[1:]
+
+
+_plain = super(torch.autograd.Function, _Plain).apply  # pyright: ignore[reportAttributeAccessIssue]
+_large = super(torch.autograd.Function, _Large).apply  # pyright: ignore[reportAttributeAccessIssue]
+"""Their `apply` without the dozen Python calls that prepare it for functorch and compilers."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a large fake-quantized tensor was made, attached to it as `made`.
+
+    Attributes:
+        gradient: Whose forward pass it was.
+        tensors: `x, scale, low, high, *extra`.
+        version: Of `x` then.
+    """
+
+    gradient: Gradient
+    tensors: tuple[Tensor, ...]
+    version: int
+
+    def again(self) -> Tensor:
+        """The fake-quantized tensor, made anew.
+
+        Raises:
+            RuntimeError: if `x` has been written to since.
+        """
+        if self.tensors[0]._version != self.version:
+            raise RuntimeError(
+                "a tensor that backward needs was modified in place after it had been quantized: "
+                f"{tuple(self.tensors[0].shape)} is at version {self.tensors[0]._version}, expected {self.version}"
+            )
+        return self.gradient.fake_quantize(self.tensors)
+
+
+@dataclass(frozen=True)
 class _Layout:
     """Shows kernels a tensor as `[N]` (one scale) or `[rows, N]` (a scale for each), whatever its shape, in the order
     it lies in memory.
 
     So a kernel is compiled once for all shapes, channels_last costs no copy, and per-channel runs like per-tensor.
     Scales along other axes broadcast as they are.
+
+    Attributes:
+        shape, strides: Of the tensor; the strides are dense.
+        view: The shape that kernels see, `None` for that of the tensor itself.
     """
 
-    def __init__(self, x: Tensor, scale: Tensor) -> None:
-        self.shape, self.strides = x.shape, _dense_strides(x)
-        count = x.numel()
-        leading = next((d for d in range(scale.ndim, 0, -1) if scale.shape[d - 1] != 1), 0)
-        if leading == 0:
-            self.view = (count,)
-        elif (
-            scale.ndim == x.ndim
-            and x.shape[:leading] == scale.shape[:leading]
-            and _outermost(self.shape, self.strides, leading)
-        ):
-            rows = scale.numel()
-            self.view = (rows, count // rows)
-        else:
-            self.view = None
+    shape: torch.Size
+    strides: tuple[int, ...]
+    view: tuple[int, ...] | None
 
     def rows(self, x: Tensor) -> Tensor:
         if self.view is None:
@@ -193,15 +242,33 @@ class _Layout:
         return _alias(x, self.view, (self.view[1], 1) if len(self.view) == 2 else (1,))
 
     def per_row(self, parameter: Tensor) -> Tensor:
-        if self.view is None:
-            return parameter
         count = parameter.numel()
-        return _alias(
-            parameter.contiguous(), *(((count, 1), (1, 1)) if len(self.view) == 2 and count > 1 else ((count,), (1,)))
-        )
+        if self.view is None or (count == 1 and parameter.ndim == 1 and not parameter.requires_grad):
+            return parameter
+        rows = len(self.view) == 2 and count > 1
+        return _alias(parameter.contiguous(), (count, 1) if rows else (count,), (1, 1) if rows else (1,))
+
+    def all(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
+        """`x, scale, low, high, *extra` as kernels see them."""
+        return [self.rows(tensors[0]), *map(self.per_row, tensors[1:])]
 
     def restore(self, x: Tensor) -> Tensor:
         return x if self.view is None else _alias(x, self.shape, self.strides)
+
+
+@lru_cache(4096)
+def _layout(shape: torch.Size, strides: tuple[int, ...], scale: torch.Size) -> _Layout:
+    """The layout of a tensor of this shape whose scale has the shape `scale`."""
+    strides, count = _dense_strides(shape, strides), shape.numel()
+    leading = next((d for d in range(len(scale), 0, -1) if scale[d - 1] != 1), 0)
+    if leading == 0:
+        view = (count,)
+    elif len(scale) == len(shape) and shape[:leading] == scale[:leading] and _outermost(shape, strides, leading):
+        rows = scale.numel()
+        view = (rows, count // rows)
+    else:
+        view = None
+    return _Layout(shape, strides, view)
 
 
 def _alias(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
@@ -211,14 +278,14 @@ def _alias(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tenso
     return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, strides)  # pyright: ignore
 
 
-def _dense_strides(x: Tensor) -> tuple[int, ...]:
-    """The strides of `x` if it fills its memory without gaps or overlaps, else contiguous ones."""
+def _dense_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    """`strides` if they fill memory without gaps or overlaps, else contiguous ones."""
     expected = 1
-    for size, stride in sorted(zip(x.shape, x.stride(), strict=True), key=lambda pair: (pair[1], pair[0])):
+    for size, stride in sorted(zip(shape, strides, strict=True), key=lambda pair: (pair[1], pair[0])):
         if size > 1 and stride != expected:
-            return torch.empty(x.shape, device="meta").stride()
+            return torch.empty(shape, device="meta").stride()
         expected *= size
-    return x.stride()
+    return strides
 
 
 def _outermost(shape: torch.Size, strides: tuple[int, ...], leading: int) -> bool:

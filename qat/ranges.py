@@ -105,7 +105,7 @@ def _divergence(counts: Tensor, centres: Tensor, scale: Tensor, low: Tensor, hig
     v = ratio(centres, scale)
     below, above = v < low - 0.5, v > high + 0.5
     kept = counts * ~(below | above)
-    level = spec.rounding(v, low, high)
+    level = spec.rounding(v.clamp(low, high))
     code = torch.nn.functional.pad((level[:, 1:] != level[:, :-1]).cumsum(1), (1, 0))  # levels ascend along a row
     mass, holders = torch.zeros_like(counts), torch.zeros_like(counts)
     mass.scatter_add_(1, code, kept)

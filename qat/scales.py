@@ -56,7 +56,7 @@ def two_level(scale: Tensor) -> Tensor:
     e4m3 = FLOATS["e4m3"]
     tensor_scale = (scale.float().amax() / e4m3.largest).clamp_min(TINY / e4m3.smallest)
     low, high = (torch.full((1,), v, device=scale.device) for v in (e4m3.smallest, e4m3.largest))
-    return e4m3.round(scale.float() / tensor_scale, low, high) * tensor_scale
+    return e4m3.round((scale.float() / tensor_scale).clamp(low, high)) * tensor_scale
 
 
 def snap(scale: Tensor, spec: QuantSpec) -> Tensor:

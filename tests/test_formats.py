@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from qat.formats import FLOATS, round_int, round_midrise
+from qat.functional import levels
 from qat.quantizers import create
 from qat.spec import QuantSpec
 
@@ -24,8 +25,7 @@ each_format = pytest.mark.parametrize("name", [pytest.param(n, id=n) for n in FL
 
 def rounded(name, x):
     """`x` (float32 or float64, numpy) on the grid of a format."""
-    limit = torch.tensor([FLOATS[name].largest])
-    return FLOATS[name].round(torch.from_numpy(x.copy()), -limit, limit)
+    return rounded_within(FLOATS[name].round, x.copy(), FLOATS[name].largest)
 
 
 def check(name, x):
@@ -107,11 +107,17 @@ def test_largest_and_smallest_are_those_of_ml_dtypes(name):
     assert FLOATS[name].bits == info.bits
 
 
+def rounded_within(rounding, x, limit: float, low: float | None = None) -> torch.Tensor:
+    """Levels at scale 1."""
+    bounds = torch.tensor([-limit if low is None else low]), torch.tensor([limit])
+    return levels(torch.as_tensor(x), torch.ones(1), *bounds, rounding)
+
+
 @pytest.mark.parametrize("name", ["int", "midrise", *FLOATS])
 def test_nan_stays_and_infinity_saturates(name):
     rounding = {"int": round_int, "midrise": round_midrise}.get(name) or FLOATS[name].round
     limit = torch.tensor([FLOATS[name].largest if name in FLOATS else 7.0])
-    got = rounding(torch.tensor([float("nan"), float("inf"), -float("inf")]), -limit, limit)
+    got = rounded_within(rounding, [float("nan"), float("inf"), -float("inf")], limit.item())
     assert got[0].isnan() and torch.equal(got[1:], torch.cat([limit, -limit]))
 
 
@@ -130,14 +136,14 @@ ratios = hnp.arrays(
 @given(x=ratios, bits=st.integers(1, 16), signed=st.booleans())
 def test_int_rounds_half_to_even_and_clips(x, bits, signed):
     low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
-    got = round_int(torch.from_numpy(x.copy()), torch.tensor([float(low)]), torch.tensor([float(high)]))
+    got = rounded_within(round_int, x, float(high), float(low))
     assert np.array_equal(got.numpy(), np.clip(np.rint(x), low, high))
 
 
 @given(x=ratios, bits=st.integers(1, 16))
 def test_midrise_takes_the_nearest_odd_number_and_even_ones_go_up(x, bits):
     high = 2**bits - 1
-    got = round_midrise(torch.from_numpy(x.copy()), torch.tensor([-float(high)]), torch.tensor([float(high)])).numpy()
+    got = rounded_within(round_midrise, x, float(high)).numpy()
     assert (np.abs(got) % 2 == 1).all() and (np.abs(got) <= high).all()
     inside = np.abs(x) < high
     assert (np.abs(got - x)[inside] <= 1).all()
@@ -147,14 +153,14 @@ def test_midrise_takes_the_nearest_odd_number_and_even_ones_go_up(x, bits):
 
 def test_binary_is_the_sign_and_that_of_zero_is_plus_one():
     x = torch.tensor([-5.0, -1e-45, -0.0, 0.0, 1e-45, 5.0])
-    assert round_midrise(x.clone(), torch.tensor([-1.0]), torch.tensor([1.0])).tolist() == [-1, -1, 1, 1, 1, 1]
+    assert rounded_within(round_midrise, x, 1.0).tolist() == [-1, -1, 1, 1, 1, 1]
 
 
 def test_ternary_has_its_thresholds_at_one_half():
     spec = QuantSpec(bits=None, format="ternary")
     assert (spec.quant_min, spec.quant_max) == (-1, 1)
     x = torch.tensor([-9.0, -0.51, -0.5, 0.0, 0.5, 0.51, 9.0])
-    assert spec.rounding(x, torch.tensor([-1.0]), torch.tensor([1.0])).tolist() == [-1, -1, 0, 0, 0, 1, 1]
+    assert rounded_within(spec.rounding, x, 1.0).tolist() == [-1, -1, 0, 0, 0, 1, 1]
 
 
 @pytest.mark.parametrize("format", ["int", "midrise"])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.functional import levels
-from qat.layers.twin import TwinMixin, ours, versions
+from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
 INT32_MAX = 2**31 - 1
@@ -37,11 +37,11 @@ def accumulator_scale(layer: Any) -> Tensor | None:
     return grid.step().double() * weight.step().double()
 
 
-def grid_versions(layer: Any) -> tuple[Any, ...]:
-    """Changes whenever `accumulator_scale(layer)` may."""
-    last = layer.input_quantizer
+def grids(layer: Any) -> tuple[Any, Any]:
+    """The grids that `accumulator_scale(layer)` is made of."""
+    last = layer._modules["input_quantizer"]
     last = last[-1] if isinstance(last, nn.Sequential) else last
-    return tuple(v for q in (last, layer.weight_quantizer) if isinstance(q, Quantizer) for v in q.versions())
+    return last, layer._modules["weight_quantizer"]
 
 
 def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
@@ -83,8 +83,7 @@ class FoldingNorm(TwinMixin):
         with ours():
             layer = self.host[0]
             tensors = self.running_mean, self.running_var, self.weight, self.bias, layer.bias  # pyright: ignore
-            stamp = lambda: (*versions(*tensors), *grid_versions(layer))  # noqa: E731
-            error = self.once_per_change("error", stamp, self._rounding_error)
+            error = self.once_per_change("error", tensors, grids(layer), self._rounding_error)
             return y if error is None else y + error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))
 
     @torch.no_grad()

@@ -5,12 +5,14 @@ A mixin names the layer class it serves (`serves`) and which axis of the weight 
 one more mixin in this folder, listed in `qat/layers/__init__.py`.
 """
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from qat.layers.accumulator import accumulator_scale, bias_codes, grid_versions
-from qat.layers.twin import TwinMixin, ours, versions
+from qat.layers.accumulator import accumulator_scale, bias_codes, grids
+from qat.layers.sources import sources
+from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
 
@@ -32,34 +34,45 @@ class QuantizedLayer(TwinMixin):
     weight: Tensor
     bias: Tensor | None
     training: bool
+    _modules: dict[str, Any]
+    _parameters: dict[str, Tensor | None]
     folds: bool = False
 
+    def run(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
+        """`function(input, weight, bias)` of the quantized tensors."""
+        bias = self.bias if self.training else self.quantized_bias()
+        x, weight = self.quantized_input(x), self.quantized_weight()
+        if hasattr(x, "made") or hasattr(weight, "made"):
+            with sources(x, weight):
+                return function(x, weight, bias)
+        return function(x, weight, bias)
+
     def quantized_input(self, x: Tensor) -> Tensor:
-        if self.input_quantizer is None:
+        quantizer = self._modules["input_quantizer"]
+        if quantizer is None:
             return x
         with ours():
-            return self.input_quantizer(x)
+            return quantizer(x)
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid; outside training it is computed once per change of weight or grid."""
-        quantizer, weight = self.weight_quantizer, self.weight
+        quantizer, weight = self._modules["weight_quantizer"], self._parameters.get("weight")
+        if weight is None:  # computed by a parametrization
+            weight = self.weight
         if quantizer is None:
             return weight
         with ours():
             if self.training:
                 return quantizer(weight)
-            stamp = lambda: (*versions(weight), *quantizer.versions())  # noqa: E731
-            return self.once_per_change("weight", stamp, lambda: quantizer(weight))
+            return self.once_per_change("weight", (weight,), (quantizer,), lambda: quantizer(weight))
 
     def quantized_bias(self) -> Tensor | None:
-        """The bias: float in training, in whole accumulator steps in evaluation (a BatchNorm behind the layer does that
-        for both).
-        """
-        if self.bias is None or self.training or self.folds:
-            return self.bias
+        """The bias in evaluation: in whole accumulator steps (a BatchNorm behind the layer does that for both)."""
+        bias = self.bias
+        if bias is None or self.folds:
+            return bias
         with ours():
-            stamp = lambda: (*versions(self.bias), *grid_versions(self))  # noqa: E731
-            return self.once_per_change("bias", stamp, self._rounded_bias)
+            return self.once_per_change("bias", (bias,), grids(self), self._rounded_bias)
 
     def _rounded_bias(self) -> Tensor | None:
         scale = accumulator_scale(self)

@@ -15,15 +15,14 @@ class QuantLinear(QuantizedLayer):
     channel_axis = 0
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.quantized_bias())
+        return self.run(F.linear, input)
 
 
 class _QuantConv(QuantizedLayer):
     channel_axis = 0
 
     def forward(self, input: Tensor) -> Tensor:
-        x = self.quantized_input(input)
-        return self._conv_forward(x, self.quantized_weight(), self.quantized_bias())  # pyright: ignore[reportAttributeAccessIssue]
+        return self.run(self._conv_forward, input)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class QuantConv1d(_QuantConv):

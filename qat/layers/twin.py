@@ -28,17 +28,26 @@ class TwinMixin:
         _, _, *rest = super().__reduce_ex__(2)
         return _rebuild, (*_unstack(type(self)),), *rest
 
-    def once_per_change(self, name: str, stamp: Callable[[], tuple[Any, ...]], compute: Callable[[], Any]) -> Any:
-        """What `compute` returns, computed anew only when `stamp` differs from that of the last call.
+    def once_per_change(
+        self, name: str, tensors: tuple[Tensor | None, ...], grids: tuple[Any, ...], compute: Callable[[], Any]
+    ) -> Any:
+        """What `compute` returns, computed anew only when a tensor was written to or replaced, or a grid has changed.
 
-        For evaluation, where weights and grids stand still: nothing is kept while gradients are on or somebody
-            compiles.
+        For evaluation, where weights and grids stand still: nothing is kept while gradients are on, somebody compiles,
+        or for inference tensors, which count no versions.
         """
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return compute()
-        kept, now = self.__dict__.setdefault("_kept", {}), stamp()
-        if name not in kept or kept[name][0] != now:
-            kept[name] = now, compute()
+        stamp = []
+        for tensor in tensors:
+            if tensor is not None:
+                stamp += object() if tensor.is_inference() else tensor._version, tensor.data_ptr()
+        for grid in grids:
+            if grid is not None:
+                stamp += grid.versions()
+        kept = self.__dict__.setdefault("_kept", {})
+        if name not in kept or kept[name][0] != stamp:
+            kept[name] = stamp, compute()
         return kept[name][1]
 
     def train(self, mode: bool = True) -> Self:
@@ -50,13 +59,6 @@ class TwinMixin:
     def __getstate__(self) -> dict[str, Any]:
         parent: dict[str, Any] = super().__getstate__()  # pyright: ignore
         return {k: v for k, v in parent.items() if k != "_kept"}
-
-
-def versions(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Changes whenever one of the tensors is written to or replaced (inference tensors, which count no versions, never
-    match).
-    """
-    return tuple(t if t is None else (object() if t.is_inference() else (t.data_ptr(), t._version)) for t in tensors)
 
 
 @cache

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import pkgutil
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if m.name != "base")
 
 
+@cache
 def find(name: str) -> type[Quantizer]:
     """The quantizer class of the file `qat/quantizers/<name>.py`.
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qat import ranges
 from qat.errors import UserError
-from qat.functional import dither, levels, values
+from qat.functional import dither, levels, values, wide
 from qat.scales import SnapSTE, snap
 from qat.spec import QuantSpec
 
@@ -84,6 +84,11 @@ class Quantizer(nn.Module):
         self.register_buffer("lowest", torch.full((1,), self.quant_min, dtype=torch.float32), persistent=False)
         self.register_buffer("highest", torch.full((1,), self.quant_max, dtype=torch.float32), persistent=False)
         self._moves = spec.granularity == "group" or type(self).transform is not Quantizer.transform
+        self._dithers = spec.rounding_mode == "stochastic"
+        self._follows = type(self).follow is not Quantizer.follow
+        self._spread_shape: tuple[int, ...] | None = None
+        if spec.granularity == "channel" and shape is not None:
+            self._spread_shape = tuple(-1 if d == axis else 1 for d in range(len(shape)))
         self.observing = False
         self._sample: list[Tensor] = []
         self._read_flags()
@@ -137,6 +142,7 @@ class Quantizer(nn.Module):
         """`scale` as it is stored: in its format, with a straight-through gradient. Kernels keep float32 scales above
         zero.
         """
+        scale = wide(scale)
         if self.spec.scale == "float32":
             return scale
         if not scale.requires_grad:
@@ -149,13 +155,20 @@ class Quantizer(nn.Module):
 
     def grid(self, x: Tensor) -> Grid:
         """The grid for `x`, with gradients to what is learned."""
-        scale = self._acting(self.scale)
-        if self.spec.granularity != "tensor":
+        # Not `self.scale` and so on: torch looks those up in Python, which shows in the time of small layers.
+        buffers = self._buffers
+        scale, low, high = self._parameters.get("scale", buffers.get("scale")), buffers["lowest"], buffers["highest"]
+        assert scale is not None and low is not None and high is not None
+        if scale.dtype is not torch.float32 or self.spec.scale != "float32":
+            scale = self._acting(scale)
+        if self._spread_shape is not None:
+            scale = scale.view(self._spread_shape)
+        elif self.spec.granularity != "tensor":
             scale = self._spread(scale, x.ndim)
         if self.spec.symmetric:
-            return scale, self.lowest, self.highest
+            return scale, low, high
         zero_point = self._spread(self.zero_point, x.ndim)
-        return scale, self.lowest - zero_point, self.highest - zero_point
+        return scale, low - zero_point, high - zero_point
 
     def transform(self, x: Tensor) -> Tensor:
         """What is rounded: `x` itself, but for quantizers that reshape their tensor first."""
@@ -209,14 +222,18 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._snap(x) if self.on else self._pass(x)
-
-    def _snap(self, x: Tensor) -> Tensor:
+        if not self.on:
+            return self._pass(x)
+        if self._follows and self.training:
+            self.follow(x.detach())
         inner, grid = self._grouped(self.transform(x)) if self._moves else x, self.grid(x)
-        if self.training and self.spec.rounding_mode == "stochastic":
+        if self._dithers and self.training:
             inner = dither(inner, *grid)
         y = self.fake_quantize(inner, *grid).to(x.dtype)
         return y if y.shape == x.shape else y.view(x.shape)  # groups, and a scalar that met a scale of shape (1,)
+
+    def follow(self, x: Tensor) -> None:
+        """Moves the grid after `x` before a training forward pass rounds to it; most grids stay."""
 
     # -- states --------------------------------------------------------------------------------------------------------
 
@@ -259,7 +276,9 @@ class Quantizer(nn.Module):
 
     def versions(self) -> tuple[Any, ...]:
         """Changes whenever the grid or its state does; what a cache of quantized weights is keyed by."""
-        return self.scale._version, self.zero_point._version, self.on, self.scale.data_ptr()
+        scale = self._parameters.get("scale", self._buffers.get("scale"))
+        assert scale is not None
+        return scale._version, scale.data_ptr(), self.on, None if self.spec.symmetric else self.zero_point._version
 
     def observe(self, observing: bool = True) -> None:
         """Starts or ends collecting for `calibrate`."""

@@ -60,11 +60,10 @@ class DoReFa(Quantizer):
         low = -largest if self.quant_min < 0 else torch.zeros_like(largest)
         self._set_range(low * (-self.quant_min / self.quant_max), largest)
 
-    def _snap(self, x: Tensor) -> Tensor:
-        if self.training and self.is_weight and x.numel():
-            with torch.no_grad():
-                self._fit(self._rows(self.transform(x.detach().float())))
-        return super()._snap(x)
+    @torch.no_grad()
+    def follow(self, x: Tensor) -> None:
+        if self.is_weight and x.numel():
+            self._fit(self._rows(self.transform(x.float())))
 
     def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # A copy: the tensor may be read twice before backward, and the second reading moves the scale in place.

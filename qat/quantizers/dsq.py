@@ -22,7 +22,7 @@ from qat.formats import Rounding
 from qat.functional import ratio, sum_to, wide
 from qat.kernels import Grads, gradient
 from qat.quantizers.fixed import forward
-from qat.quantizers.lsq import LSQ, elements_per_scale
+from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
 
 
@@ -33,7 +33,7 @@ def backward(
     clipped = v.clamp(low, high)
     grad = wide(grad)
     grad_inside = grad * (clipped == v)
-    level = rounding(v, low, high)
+    level = rounding(clipped.clone())
     soft = torch.tanh(sharpness * ((clipped - level).abs() - 0.5))
     slope = sharpness * (1 - soft.square()) / (2 * torch.tanh(sharpness / 2))
     return (grad_inside * slope).to(x.dtype), sum_to(grad * level - grad_inside * clipped, scale), None
@@ -51,6 +51,7 @@ class DSQ(LSQ):
         sharpness: Its present value, `(1,)`.
     """
 
+    extra = ("sharpness",)
     sharpness: Tensor
 
     def __init__(
@@ -74,8 +75,7 @@ class DSQ(LSQ):
         self.gradient = gradient(forward, backward, spec.rounding)
 
     def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        sharpness = self.sharpness.clone()  # a second reading before backward must not change this one's gradient
-        if self.training:
-            self.sharpness.mul_(self.growth).clamp_(max=self.end)
-        grad_scale = (elements_per_scale(self, x) * max(self.quant_max, 1)) ** -0.5
-        return self.gradient(x, scale, low, high, sharpness, grad_scale=grad_scale)
+        y = super().fake_quantize(x, scale, low, high)
+        if self.training:  # not in place: this pass's backward has yet to read it
+            self.sharpness = (self.sharpness * self.growth).clamp(max=self.end)
+        return y

@@ -24,7 +24,7 @@ from qat.formats import Rounding
 from qat.functional import ratio, sum_to, wide
 from qat.kernels import Grads, gradient
 from qat.quantizers.fixed import forward
-from qat.quantizers.lsq import LSQ, elements_per_scale
+from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
 
 
@@ -35,7 +35,7 @@ def backward(
     clipped = v.clamp(low, high)
     inside = clipped == v
     grad = wide(grad)
-    level = rounding(v, low, high)
+    level = rounding(clipped.clone())
     grad_x = (grad + delta * grad.abs() * (clipped - level) / (high - low)) * inside
     return grad_x.to(x.dtype), sum_to(grad * level - grad_x * clipped, scale), None
 
@@ -48,6 +48,7 @@ class EWGS(LSQ):
         delta: Strength of the scaling; 0 is LSQ.
     """
 
+    extra = ("delta",)
     delta: Tensor
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0, delta: float = 1e-3) -> None:
@@ -56,7 +57,3 @@ class EWGS(LSQ):
         super().__init__(spec, shape, axis)
         self.register_buffer("delta", torch.full((1,), float(delta)), persistent=False)
         self.gradient = gradient(forward, backward, spec.rounding)
-
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        grad_scale = (elements_per_scale(self, x) * max(self.quant_max, 1)) ** -0.5
-        return self.gradient(x, scale, low, high, self.delta, grad_scale=grad_scale)

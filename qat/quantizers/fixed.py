@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.formats import Rounding
-from qat.functional import levels, ratio, values
+from qat.functional import TINY, levels, ratio
 from qat.kernels import Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.spec import QuantSpec
@@ -16,12 +16,12 @@ from qat.spec import QuantSpec
 
 def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *_: Tensor) -> Tensor:
     """Rounds to the grid; what else a gradient needs (`*_`) changes no value."""
-    return values(levels(x, scale, low, high, rounding), scale, x.dtype)
+    return levels(x, scale, low, high, rounding).mul_(scale.clamp_min(TINY)).to(x.dtype)
 
 
 def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
     v = ratio(x, scale)
-    return grad * (v.ge(low) & v.le(high)), None
+    return torch.where(v.clamp(low, high) == v, grad, 0), None
 
 
 class Fixed(Quantizer):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.formats import Rounding
-from qat.functional import ratio, sum_to, wide
+from qat.functional import ratio, sum_to
 from qat.kernels import Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
@@ -27,32 +27,32 @@ from qat.spec import QuantSpec
 
 def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
     v = ratio(x, scale)
-    clipped = v.clamp(low, high)
-    grad = wide(grad)
-    grad_x = grad * (clipped == v)
-    # <grad, level> - <grad inside, v>: two products and no third mask.
-    partial = (grad_x * clipped).neg_()
-    partial += grad * rounding(v, low, high)
-    return grad_x.to(x.dtype), sum_to(partial, scale)
-
-
-def elements_per_scale(quantizer: Quantizer, x: Tensor) -> int:
-    """N of LSQ's gradient scale: elements of the weight that share a scale, or of one sample of an activation."""
-    if quantizer.is_weight:
-        return max(x.numel() // quantizer.scale.numel(), 1)
-    return max(x.numel() // max(x.shape[0], 1), 1) if x.ndim else 1
+    level = v.clamp(low, high)
+    inside = level == v
+    slope = rounding(level).sub_(torch.where(inside, v, 0))
+    return torch.where(inside, grad, 0).to(x.dtype), sum_to(slope.mul_(grad), scale)
 
 
 class LSQ(Quantizer):
-    """Learned step size; see the module's docstring. `scale` is a parameter."""
+    """Learned step size; see the module's docstring. `scale` is a parameter.
+
+    Attributes:
+        extra: Names of the tensors that a subclass's gradient takes beside the grid; their gradients are scaled alike.
+    """
+
+    extra: tuple[str, ...] = ()
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
         super().__init__(spec, shape, axis)
         self.gradient = gradient(forward, backward, spec.rounding)
+        # N of a weight; an activation's depends on the batch.
+        self._per_scale = None if shape is None else max(shape.numel() // self.scale.numel(), 1)
 
     def _make_scale(self, scale: Tensor) -> None:
         self.scale = nn.Parameter(scale)
 
     def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        grad_scale = (elements_per_scale(self, x) * max(self.quant_max, 1)) ** -0.5
-        return self.gradient(x, scale, low, high, grad_scale=grad_scale)
+        count = self._per_scale or x.numel() // ((x.ndim and x.shape[0]) or 1)
+        grad_scale = (max(count, 1) * max(self.quant_max, 1)) ** -0.5
+        extra = [getattr(self, name) for name in self.extra] if self.extra else ()
+        return self.gradient(x, scale, low, high, *extra, grad_scale=grad_scale)

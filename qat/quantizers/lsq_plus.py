@@ -27,7 +27,7 @@ from qat.formats import Rounding
 from qat.functional import SCALE_FLOOR, ratio, sum_to, wide
 from qat.kernels import Grads, gradient
 from qat.quantizers.fixed import forward
-from qat.quantizers.lsq import LSQ, elements_per_scale
+from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
 
 
@@ -44,7 +44,7 @@ def backward(
     v = ratio(x, scale)
     inside = (v >= low) & (v <= high)
     grad = wide(grad)
-    level = rounding(v.clone(), low, high)
+    level = rounding(v.clamp(low, high))
     partial = grad * (level + torch.where(inside, -v, zero_point))  # outside: the code, n or p
     outside = grad.masked_fill(inside, 0)
     return (grad * inside).to(x.dtype), sum_to(partial, scale), sum_to(outside, offset), None
@@ -65,6 +65,7 @@ class LSQPlus(LSQ):
         super().__init__(spec, shape, axis)
         if not spec.symmetric:
             self.offset = nn.Parameter(torch.zeros_like(self.scale))
+            self.extra = ("offset", "zero_point")
             self.gradient = gradient(forward, backward, spec.rounding)
 
     def _make_zero_point(self, zero_point: Tensor) -> None:
@@ -76,12 +77,6 @@ class LSQPlus(LSQ):
             return torch.zeros_like(self.scale, dtype=torch.int32)
         code = -(self.offset.detach() / self.step()).round()
         return code.clamp(self.quant_min, self.quant_max).to(torch.int32)
-
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        if self.spec.symmetric:
-            return super().fake_quantize(x, scale, low, high)
-        grad_scale = (elements_per_scale(self, x) * self.quant_max) ** -0.5
-        return self.gradient(x, scale, low, high, self.offset, self.zero_point, grad_scale=grad_scale)
 
     def _fit(self, rows: Tensor) -> None:
         if not self.spec.symmetric:

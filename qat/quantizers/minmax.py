@@ -41,13 +41,10 @@ class MinMax(Fixed):
         self.register_buffer("running_high", torch.zeros_like(self.scale))
         self.register_buffer("tracking", torch.ones(1, dtype=torch.bool))
 
-    def _snap(self, x: Tensor) -> Tensor:
-        if self.training and x.numel():
-            self._track(x.detach())
-        return super()._snap(x)
-
     @torch.no_grad()
-    def _track(self, x: Tensor) -> None:
+    def follow(self, x: Tensor) -> None:
+        if not x.numel():
+            return
         low, high = (r.view_as(self.running_low) for r in minmax(self._rows(x.float()), self.spec))
         # A non-finite batch (an exploded step) must not poison the range for ever.
         step = self.tracking * low.isfinite() * high.isfinite() * self.momentum

@@ -23,7 +23,7 @@ from qat.errors import UserError
 from qat.formats import Rounding
 from qat.functional import ratio, sum_to, values, wide
 from qat.kernels import Grads, gradient
-from qat.quantizers.lsq import LSQ, elements_per_scale
+from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
 
 MIN_WIDTH = 1e-2
@@ -66,6 +66,7 @@ class N2UQ(LSQ):
     """Learned thresholds of an activation; see the module's docstring. `widths`, `(2^bits - 1,)`, is a parameter."""
 
     uniform = False
+    extra = ("widths",)
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
         if shape is not None:
@@ -87,7 +88,3 @@ class N2UQ(LSQ):
     def levels(self, x: Tensor) -> Tensor:
         scale, low, _ = self.grid(x)
         return staircase(x, scale, low, self.widths)
-
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        grad_scale = (elements_per_scale(self, x) * max(self.quant_max, 1)) ** -0.5
-        return self.gradient(x, scale, low, high, self.widths, grad_scale=grad_scale)

@@ -23,7 +23,7 @@ from qat.formats import Rounding
 from qat.functional import ratio, sum_to, wide
 from qat.kernels import Grads, gradient
 from qat.quantizers.fixed import forward
-from qat.quantizers.lsq import LSQ, elements_per_scale
+from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
 
 REACH = {"ternary": 1.485, "midrise": 3.96}
@@ -36,7 +36,7 @@ def backward(
     v = ratio(x, scale)
     grad = wide(grad)
     inside = v.abs() < reach
-    partial = grad * (torch.where(inside, -v, 0) + rounding(v.clone(), low, high))
+    partial = grad * (torch.where(inside, -v, 0) + rounding(v.clamp(low, high)))
     return (grad * inside).to(x.dtype), sum_to(partial, scale), None
 
 
@@ -45,12 +45,13 @@ def backward_binary(
 ) -> Grads:
     v = ratio(x, scale)
     grad = wide(grad)
-    return (grad * (v.abs() <= reach)).to(x.dtype), sum_to(grad * rounding(v, low, high), scale), None
+    return (grad * (v.abs() <= reach)).to(x.dtype), sum_to(grad * rounding(v.clamp(low, high)), scale), None
 
 
 class SEQ(LSQ):
     """Learned scale of very few levels; see the module's docstring."""
 
+    extra = ("reach",)
     reach: Tensor
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
@@ -62,10 +63,6 @@ class SEQ(LSQ):
         super().__init__(spec, shape, axis)
         self.register_buffer("reach", torch.full((1,), REACH[spec.format] if spec.width > 1 else 1.0), persistent=False)
         self.gradient = gradient(forward, backward if spec.width > 1 else backward_binary, spec.rounding)
-
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        grad_scale = (elements_per_scale(self, x) * self.quant_max) ** -0.5
-        return self.gradient(x, scale, low, high, self.reach, grad_scale=grad_scale)
 
     def change_bits(self, bits: int) -> None:
         """Refused: each width has a gradient of its own."""

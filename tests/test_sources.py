@@ -1,0 +1,116 @@
+"""A training step keeps no fake-quantized copy: backward makes them again."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from qat import kernels
+from qat.calibrate import calibrate
+from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.policy import QuantPolicy
+
+
+@pytest.fixture(autouse=True)
+def everything_is_large(monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL", 0)
+
+
+def quantized(model: nn.Module, x: torch.Tensor) -> nn.Module:
+    policy = QuantPolicy.from_dict({"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}, "rules": {}})
+    plan, _ = make_plan(model, policy, lambda: model(x))
+    apply_plan(model, plan)
+    calibrate(model, lambda: model(x))
+    return model.train()
+
+
+MODELS = {
+    "linear": (lambda: nn.Linear(6, 5), (4, 6)),
+    "linear of sequences": (lambda: nn.Linear(6, 5), (4, 3, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), (3, 4, 9)),
+    "conv2d, circular": (lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), (3, 2, 6, 6)),
+    "two convs": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3)), (2, 2, 8, 8)),
+}
+each_model = pytest.mark.parametrize(("make", "shape"), [pytest.param(*v, id=k) for k, v in MODELS.items()])
+
+
+def gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    model(leaf).square().sum().backward()
+    assert leaf.grad is not None
+    return [leaf.grad, *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@each_model
+def test_gradients_are_those_of_saved_copies_to_the_bit(make, shape, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    model = quantized(make(), x)
+    found = gradients(model, x)
+    monkeypatch.setattr(kernels, "SMALL", 10**9)
+    for a, b in zip(found, gradients(model, x), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_no_copy_outlives_the_forward_pass():
+    x = torch.randn(8, 16)
+    model = quantized(nn.Linear(16, 16), x)
+    seen = []
+    for _, quantizer in named_quantizers(model):
+        quantizer.register_forward_hook(lambda m, args, y: seen.append(weakref.ref(y.untyped_storage())))
+    loss = model(x).sum()
+    gc.collect()
+    assert len(seen) == 2 and all(storage() is None for storage in seen)
+    loss.backward()
+
+
+def test_second_derivatives_pass_through_what_is_made_again(monkeypatch):
+    x = torch.randn(4, 6, dtype=torch.float32)
+    model = quantized(nn.Linear(6, 5), x)
+    results = []
+    for small in (0, 10**9):
+        monkeypatch.setattr(kernels, "SMALL", small)
+        leaf = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), [leaf, model.weight]))
+    for a, b in zip(*results, strict=True):
+        assert a.abs().sum() > 0
+        assert torch.equal(a, b)
+
+
+def test_an_input_that_is_changed_in_place_before_backward_is_an_error():
+    x = torch.randn(4, 6)
+    model = quantized(nn.Linear(6, 5), x)
+    hidden = x.clone().requires_grad_() * 1
+    y = model(hidden)
+    with torch.no_grad():
+        hidden.mul_(2)
+    with pytest.raises(RuntimeError, match="modified"):
+        y.sum().backward()
+
+
+def test_hooks_that_are_there_already_see_every_saved_tensor():
+    x = torch.randn(8, 16)
+    model = quantized(nn.Linear(16, 16), x)
+    shapes = []
+    with saved_tensors_hooks(lambda t: shapes.append(t.shape) or t, lambda t: t):
+        model(x.clone().requires_grad_())
+    assert torch.Size((8, 16)) in shapes
+
+
+@pytest.mark.parametrize("reentrant", [pytest.param(r, id=f"reentrant={r}") for r in (False, True)])
+def test_checkpointed_layers_have_the_same_gradients(reentrant):
+    x = torch.randn(2, 2, 8, 8)
+    model = quantized(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3)), x)
+    expected = gradients(model, x)
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    checkpoint(model, leaf, use_reentrant=reentrant).square().sum().backward()
+    found = [leaf.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
