@@ -45,7 +45,8 @@ def backward_binary(
 ) -> Grads:
     v = ratio(x, scale)
     grad = wide(grad)
-    return (grad * (v.abs() <= reach)).to(x.dtype), sum_to(grad * rounding(v.clamp_min(low).clamp_max_(high)), scale), None
+    level = rounding(v.clamp_min(low).clamp_max_(high))
+    return (grad * (v.abs() <= reach)).to(x.dtype), sum_to(grad * level, scale), None
 
 
 class SEQ(LSQ):
