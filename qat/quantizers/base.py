@@ -293,6 +293,8 @@ class Quantizer(nn.Module):
         flat = x.detach().float().flatten()
         if not flat.isfinite().all():
             raise UserError("calibration data holds NaN or infinity, for which there is no range")
+        if self.is_weight:  # `calibrate` looks at all of it
+            return
         stride = -(-flat.numel() // SAMPLES_PER_BATCH)
         self._sample.append(torch.cat([flat[::stride], flat.amin()[None], flat.amax()[None]]))
 
