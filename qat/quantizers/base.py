@@ -335,6 +335,17 @@ class Quantizer(nn.Module):
         self.scale.copy_(scale.view(self.scale.shape))
         self.zero_point.copy_(zero_point.view(self.zero_point.shape))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves with the module, but stays in float32 where it goes to half precision: the scale of a grid of 8 bits
+        needs more than bfloat16's.
+        """
+
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(move, recurse)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._read_flags()
