@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.insert import named_quantizers
-from qat.layers import QuantizedLayer
+from qat.layers import QuantizedLayer, Site
 from qat.modes import evaluating
 from qat.quantizers import Quantizer
 
@@ -39,8 +39,8 @@ def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
     try:
         with evaluating(model), _naming(found):
             run()
-        layers = [m for m in model.modules() if isinstance(m, QuantizedLayer) and m.weight_quantizer is not None]
-        weights = {layer.weight_quantizer: _whole(layer.weight) for layer in layers}
+        readers = [m for m in model.modules() if isinstance(m, QuantizedLayer | Site)]
+        weights = {m.weight_quantizer: _whole(m.weight) for m in readers if m.weight_quantizer is not None}
         for name, quantizer in found:
             with _named(name):
                 quantizer.calibrate(weights.get(quantizer))

@@ -6,6 +6,7 @@ and `@first` is the network's first layer. What is in no network stays float.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qat.errors import UserError, nearest
@@ -32,6 +33,10 @@ class NetworkPolicies(QuantPolicy):
                 raise UserError(f"module={path}: lies within '{around[0]}', which has a policy of its own")
         super().__init__({}, (), {KEY: {path: policy.settings for path, policy in networks.items()}})
         self.networks = dict(networks)
+        self.required_coverage = {path: policy.required_coverage[""] for path, policy in networks.items()}
+        if len(ways := {policy.concat for policy in networks.values()}) > 1:
+            raise UserError("concat: the networks of one model share a setting, theirs differ; set the same in each")
+        self.concat = next(iter(ways), self.concat)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], where: str = "quant") -> "NetworkPolicies":
@@ -54,7 +59,7 @@ class NetworkPolicies(QuantPolicy):
                 raise UserError(
                     f"module={path}: the step ran no layer in it that can be quantized{nearest(path, parents)}"
                 )
-            own = policy.resolve([Target(name, t.type, t.has_weight) for name, t in inner.items()])
+            own = policy.resolve([replace(t, name=name) for name, t in inner.items()])
             decided.update((t.name, own[name]) for name, t in inner.items())
         return decided
 

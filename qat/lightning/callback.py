@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BatchSizeFinder, Callback, LearningRateFinder, ModelPruning
 
+from qat.audit import audit, check_coverage
 from qat.calibrate import calibrate, needs_calibration
 from qat.errors import UserError, nearest
 from qat.insert import Plan, make_plan, named_quantizers
@@ -41,9 +42,9 @@ class QATCallback(Callback):
             `QATCallback` is for it. Names in the policy are then relative to that submodule.
 
     Raises:
-        UserError: (while the trainer sets up) if a rule matches nothing, if nothing can be quantized, if two callbacks
-            are for the same layers, or if a weight-averaging or pruning callback, which must see the quantized model,
-            comes before this one.
+        UserError: (while the trainer sets up) if a rule matches nothing, if nothing can be quantized, if less than
+            `require_coverage` of the arithmetic would be on integers, if two callbacks are for the same layers, or if a
+            weight-averaging or pruning callback, which must see the quantized model, comes before this one.
     """
 
     def __init__(
@@ -106,8 +107,11 @@ class QATCallback(Callback):
         """What would be inserted for all `QATCallback`s of the trainer, from one probe batch; the module is left as it
         is.
         """
-        run = run_steps(pl_module, trainer_source(trainer), samples=1)
-        return make_plan(pl_module, _joint_policy(_callbacks(trainer) or [self], pl_module), run)[0]
+        policy = _joint_policy(_callbacks(trainer) or [self], pl_module)
+        plan, recording = make_plan(pl_module, policy, run_steps(pl_module, trainer_source(trainer), samples=1))
+        if any(policy.required_coverage.values()):
+            check_coverage(audit(pl_module, plan, recording), policy.required_coverage)
+        return plan
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.quantization_plan is None:

@@ -22,7 +22,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
-from qat.audit import audit
+from qat.audit import audit, check_coverage
 from qat.cli.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
@@ -97,6 +97,7 @@ class Workspace:
                 raise UserError(f"export: there is no integer form of this quant: {reason}; use export=none")
             apply_plan(shell, plan)
             self.audit_rows = audit(shell, plan, recording)
+            check_coverage(self.audit_rows, self.policy.required_coverage)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
