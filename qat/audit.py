@@ -51,8 +51,10 @@ class AuditRow:
 
     @property
     def bops(self) -> int:
-        """Bit operations for one sample: MACs x weight bits x input bits, where float counts 32."""
-        return self.macs * (self.weight_bits or FLOAT_BITS) * (self.act_bits or FLOAT_BITS)
+        """Bit operations for one sample: MACs x bits of one side x bits of the other, where float counts 32."""
+        # Integer throughout, but without a weight: a product of two activations.
+        other = self.weight_bits or (self.act_bits if self.reason is None else None)
+        return self.macs * (other or FLOAT_BITS) * (self.act_bits or FLOAT_BITS)
 
     @property
     def folds(self) -> bool:

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from test_insert import Model, conv, inserted, planned
 from torch import nn
 
-from qat.audit import audit, check_coverage, coverage
+from qat.audit import audit, bops, check_coverage, coverage
 from qat.cli.configs import configs_dir
 from qat.cli.train import VERSION
 from qat.errors import UserError
@@ -132,6 +132,7 @@ def rows_of(model: nn.Module, x: torch.Tensor, **policy):
 def test_everything_on_integers_is_full_coverage():
     rows = rows_of(mixture(), torch.randn(X))
     assert coverage(rows)[0] == 1
+    assert bops(rows) == sum(row.macs for row in rows) * 8 * 8  # a product of two activations as one with a weight
     check_coverage(rows, {"": 1.0})
 
 

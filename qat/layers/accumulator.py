@@ -49,11 +49,11 @@ def per_output(layer: Any, scale: Tensor) -> Tensor:
     return scale.repeat(layer.groups) if shared else scale
 
 
-def grids(layer: Any) -> tuple[Any, Any]:
-    """The grids that `accumulator_scale(layer)` is made of."""
+def grids(layer: Any) -> tuple[Quantizer, ...]:
+    """The grids that `accumulator_scale(layer)` is made of; a converted layer's are frozen, and none of them."""
     last = layer._modules["input_quantizer"]
     last = last[-1] if isinstance(last, nn.Sequential) else last
-    return last, layer._modules["weight_quantizer"]
+    return tuple(grid for grid in (last, layer._modules["weight_quantizer"]) if isinstance(grid, Quantizer))
 
 
 def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
