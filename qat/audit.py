@@ -5,7 +5,7 @@ other function that computes (`attn.matmul_0`) and each parameter that is in no 
 reshaping and max-pooling are not listed: they have no parameters, and an integer engine runs them on codes as they are.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from qat.plan import OUTPUTS, Plan
 from qat.probe import Call, Recording
 from qat.reasons import FOLDS, Reasons, layers, type_name
 
+FLOAT_BITS = 32
 SHOWN_GAPS = 5
 
 
@@ -47,6 +48,13 @@ class AuditRow:
     macs: int = 0
     params: int = 0
     reason: str | None = None
+
+    @property
+    def bops(self) -> int:
+        """Bit operations for one sample: MACs x bits of one side x bits of the other, where float counts 32."""
+        # Integer throughout, but without a weight: a product of two activations.
+        other = self.weight_bits or (self.act_bits if self.reason is None else None)
+        return self.macs * (other or FLOAT_BITS) * (self.act_bits or FLOAT_BITS)
 
     @property
     def folds(self) -> bool:
@@ -82,12 +90,26 @@ def coverage(rows: Sequence[AuditRow]) -> tuple[float, float]:
     return (integer / total if total else 1.0), (stored / params if params else 1.0)
 
 
-def check_coverage(rows: Sequence[AuditRow], required: float) -> None:
+def bops(rows: Sequence[AuditRow]) -> int:
+    """Bit operations of the whole model for one sample; what folds has none of its own."""
+    return sum(row.bops for row in rows if not row.folds)
+
+
+def check_coverage(rows: Sequence[AuditRow], required: Mapping[str, float]) -> None:
     """Makes too many float multiply-accumulates an error.
 
+    Args:
+        rows: Of the whole model.
+        required: Least share on integers, by the part of the model (its path, `""` for all) that it is asked of.
+
     Raises:
-        UserError: if less than the share `required` is on integers, naming the largest gaps and their reasons.
+        UserError: if a part falls short, naming the largest gaps and their reasons.
     """
+    for part, share in required.items():
+        _check_part([row for row in rows if f"{row.name}.".startswith(f"{part}." if part else "")], share)
+
+
+def _check_part(rows: Sequence[AuditRow], required: float) -> None:
     share, _ = coverage(rows)
     if share >= required:
         return
@@ -105,7 +127,8 @@ def check_coverage(rows: Sequence[AuditRow], required: float) -> None:
 def to_dict(rows: Sequence[AuditRow]) -> dict[str, Any]:
     """Rows and coverage as plain containers, for `audit.json`."""
     share_macs, share_params = coverage(rows)
-    return {"coverage": {"macs": share_macs, "params": share_params}, "rows": [asdict(row) for row in rows]}
+    shares = {"macs": share_macs, "params": share_params}
+    return {"coverage": shares, "bops": bops(rows), "rows": [asdict(row) for row in rows]}
 
 
 class _Auditor:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.insert import named_quantizers
@@ -44,7 +44,7 @@ def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
         with evaluating(model), _naming(found):
             run()
         readers = [m for m in model.modules() if isinstance(m, QuantizedLayer | Site)]
-        weights = {m.weight_quantizer: m.weight for m in readers if m.weight_quantizer is not None}
+        weights = {m.weight_quantizer: _whole(m.weight) for m in readers if m.weight_quantizer is not None}
         unseen = [(n, q) for n, q in found if q.static and q not in weights and not q._sample]
         for name, quantizer in found:
             if (name, quantizer) not in unseen or not (siblings := _siblings(name, quantizer, found, unseen)):
@@ -86,6 +86,11 @@ def _borrow(name: str, quantizer: Quantizer, siblings: list[Named]) -> None:
         f"the range of '{lender}'; more calibration samples would give it one of its own",
         stacklevel=3,
     )
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """All of a weight of which this process may hold a shard (FSDP2's DTensor)."""
+    return getattr(weight, "full_tensor", lambda: weight)()
 
 
 @contextmanager

@@ -28,6 +28,7 @@ leaves that tensor float.
 import fnmatch
 import inspect
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 from qat import quantizers, ranges
@@ -59,7 +60,8 @@ class QuantPolicy:
     Attributes:
         kinds: The kinds of functional sites without weights that are quantized by default.
         concat: Whether what a concatenation joins shares a grid (`shared`) or not (`separate`).
-        require_coverage: Least share of multiply-accumulates on integers, 0 to 1.
+        required_coverage: Least share of multiply-accumulates on integers, 0 to 1, by the part of the model that it is
+            asked of (`""` for all).
         settings: The policy as plain containers, as given (what checkpoints and manifests store).
     """
 
@@ -75,7 +77,7 @@ class QuantPolicy:
         self.settings = settings
         self.kinds = tuple(kinds)
         self.concat: str = settings.get("concat") or CONCAT[0]
-        self.require_coverage: float = settings.get("require_coverage") or 0.0
+        self.required_coverage: dict[str, float] = {"": settings.get("require_coverage") or 0.0}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], where: str = "quant") -> "QuantPolicy":
@@ -84,6 +86,8 @@ class QuantPolicy:
         Raises:
             UserError: naming the key under `where`, the value, and the nearest valid one.
         """
+        if "modules" in settings:  # several networks, a policy for each
+            return import_module("qat.networks").NetworkPolicies.from_dict(settings, where)
         for key in settings:
             if key not in KEYS:
                 raise UserError(f"{where}.{key}: no such setting{nearest(str(key), KEYS)}")
@@ -98,7 +102,7 @@ class QuantPolicy:
         if policy.concat not in CONCAT:
             hint = nearest(str(policy.concat), CONCAT)
             raise UserError(f"{where}.concat={policy.concat!r}: must be one of {', '.join(CONCAT)}{hint}")
-        share = policy.require_coverage
+        share = policy.required_coverage[""]
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise UserError(f"{where}.require_coverage={share!r}: must be a share between 0 and 1, such as 0.99")
         policy._check_specs(where)

@@ -49,11 +49,11 @@ def per_output(layer: Any, scale: Tensor) -> Tensor:
     return scale.repeat(layer.groups) if shared else scale
 
 
-def grids(layer: Any) -> tuple[Any, Any]:
-    """The grids that `accumulator_scale(layer)` is made of."""
+def grids(layer: Any) -> tuple[Quantizer, ...]:
+    """The grids that `accumulator_scale(layer)` is made of; a converted layer's are frozen, and none of them."""
     last = layer._modules["input_quantizer"]
     last = last[-1] if isinstance(last, nn.Sequential) else last
-    return last, layer._modules["weight_quantizer"]
+    return tuple(grid for grid in (last, layer._modules["weight_quantizer"]) if isinstance(grid, Quantizer))
 
 
 def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ class FoldingNorm(TwinMixin):
         with ours():
             layer = self.host[0]
             tensors = self.running_mean, self.running_var, self.weight, self.bias, layer.bias  # pyright: ignore
-            error = self.once_per_change("error", tensors, grids(layer), self._rounding_error)
-            return y if error is None else y + error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))
+            error = self.once_per_change("error", tensors, grids(layer), lambda: self._rounding_error(y))
+            return y if error is None else y + error
 
     @torch.no_grad()
-    def _rounding_error(self) -> Tensor | None:
+    def _rounding_error(self, y: Tensor) -> Tensor | None:
         layer = self.host[0]
         scale = accumulator_scale(layer)
         if scale is None:
@@ -108,4 +108,5 @@ class FoldingNorm(TwinMixin):
         scale = scale * factor.abs()
         # gamma = 0 leaves a constant channel, whose scale conversion keeps as it is.
         scale = torch.where(scale > 0, scale, accumulator_scale(layer))  # pyright: ignore[reportArgumentType, reportCallIssue]
-        return bias_codes(bias, scale) * scale - bias
+        error = bias_codes(bias, scale) * scale - bias
+        return error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))
