@@ -140,8 +140,8 @@ def dead_scales(model: nn.Module, inputs: zoo.Inputs) -> tuple[int, list[str], l
 
     Returns:
         How many learned scales there are; the names of the *dead*, whose gradient is missing, zero or not finite though
-        their tensor is rounded and has a gradient itself, or that did not act at all; and of the *idle*, whose tensor lies on its grid as it is
-        (the zeros and ones of a mask), or has no gradient in the float model either.
+        their tensor is rounded and has a gradient itself, or that did not act at all; and of the *idle*, whose tensor
+        lies on its grid as it is (the zeros and ones of a mask), or has no gradient in the float model either.
     """
     learned = {n: q for n, q in named_quantizers(model) if isinstance(q.scale, nn.Parameter)}
     rounded: dict[str, list[tuple[bool, Tensor]]] = {name: [] for name in learned}
@@ -154,7 +154,9 @@ def dead_scales(model: nn.Module, inputs: zoo.Inputs) -> tuple[int, list[str], l
         hook.remove()
     grads = {name: q.scale.grad for name, q in learned.items()}
     still = [name for name, grad in grads.items() if grad is None or not grad.isfinite().all() or not grad.any()]
-    active = {n for n in still if not rounded[n] or any(r and y.grad is not None and y.grad.any() for r, y in rounded[n])}
+    active = {
+        n for n in still if not rounded[n] or any(r and y.grad is not None and y.grad.any() for r, y in rounded[n])
+    }
     return len(learned), [n for n in still if n in active], [n for n in still if n not in active]
 
 
