@@ -26,7 +26,7 @@ from qat.cli.train import VERSION
 from qat.export.files import atomic
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.lightning.groups import own_groups
-from qat.lightning.workspace import CALLBACK_KEYS
+from qat.lightning.workspace import OTHER_KEYS
 from qat.policy import QuantPolicy
 
 LENGTH, BATCH = 64, 16
@@ -89,7 +89,7 @@ def policy(preset: str, *overrides: str) -> QuantPolicy:
     with initialize_config_dir(str(configs_dir()), **VERSION):
         cfg = compose("train", overrides=[f"quant={preset}", *overrides])
     settings: Any = OmegaConf.to_container(cfg.quant, resolve=True)
-    return QuantPolicy.from_dict({k: v for k, v in settings.items() if k not in CALLBACK_KEYS})
+    return QuantPolicy.from_dict({k: v for k, v in settings.items() if k not in OTHER_KEYS})
 
 
 def quantize(model: nn.Module, how: QuantPolicy, tokens: Tensor, steps: int = 4) -> None:
