@@ -58,8 +58,8 @@ def batches(tokens: Tensor, steps: int, seed: int = 0) -> Iterator[Tensor]:
 
 def train(model: nn.Module, tokens: Tensor, steps: int, lr: float, seed: int = 0) -> None:
     """AdamW on random windows, under one cycle of learning rates for the first training (`seed` 0)."""
-    scales = [q.scale for _, q in named_quantizers(model) if isinstance(q.scale, nn.Parameter)]
-    with own_groups(scales, None):
+    scales = [(q.scale, None) for _, q in named_quantizers(model) if isinstance(q.scale, nn.Parameter)]
+    with own_groups(scales):
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps) if seed == 0 else None
     model.train()
