@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 pytest.importorskip("transformers", reason="needs the extra `transformers`")
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import language_models as lm
 
+import qat
 from qat.errors import UserError
 from qat.insert import make_plan, named_quantizers
 from qat.policy import QuantPolicy
@@ -104,3 +106,27 @@ def test_a_model_whose_attention_is_no_function_has_no_cache_to_quantize():
     tokens = torch.arange(20).view(2, 10)
     with pytest.raises(UserError, match="nothing is a 'kv_cache'"):
         make_plan(model, QuantPolicy.from_dict(kv(bits=8)), lambda: model(input_ids=tokens))
+
+
+class Module(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = lm.small_llama(64, 1)
+
+    def training_step(self, batch, _):
+        return self.model(input_ids=batch, labels=batch).loss  # pyright: ignore
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def test_the_callback_trains_a_causal_model_which_then_generates():
+    data = torch.utils.data.DataLoader(torch.randint(256, (8, 32)), batch_size=4)  # pyright: ignore
+    module = Module()
+    callback = qat.QATCallback(lm.policy("lm_w4a16_g32"))
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = pl.Trainer(max_steps=2, accelerator="cpu", callbacks=[callback], enable_checkpointing=False, **quiet)
+    before = module.model.model.layers[0].mlp.up_proj.weight.clone()  # pyright: ignore
+    trainer.fit(module, data)
+    assert not torch.equal(before, module.model.model.layers[0].mlp.up_proj.weight)  # pyright: ignore
+    assert lm.continued(module.model.eval(), torch.arange(6).view(1, 6), 4, use_cache=True).shape == (1, 4)
