@@ -14,7 +14,8 @@ from qat.errors import UserError, nearest
 
 COMMANDS = {
     "train": "calibrate, train, convert, export and verify: qat train [key=value ...]",
-    "verify": "check the exported files of a finished run again: qat verify RUN_DIR",
+    "export": "write a finished run, or a checkpoint, in another format: qat export RUN_DIR target=NAME",
+    "verify": "check exported files against the trained model: qat verify [FILE] RUN_DIR",
 }
 
 

@@ -18,7 +18,7 @@ from qat.errors import UserError
 from qat.insert import Plan, make_plan, named_quantizers
 from qat.layers.twin import become_twin
 from qat.lightning.module import QuantizedModule, insert_plan
-from qat.lightning.steps import run_steps, trainer_source
+from qat.lightning.steps import described_input, run_steps, trainer_source
 from qat.policy import QuantPolicy
 
 MUST_FOLLOW = (StochasticWeightAveraging, WeightAveraging, ModelPruning)
@@ -90,7 +90,9 @@ class QATCallback(Callback):
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.quantization_plan is None:
-            insert_plan(pl_module, self.plan(trainer, pl_module))
+            with described_input(pl_module) as described:
+                insert_plan(pl_module, self.plan(trainer, pl_module))
+            pl_module.input_described = next(iter(described), None)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
     def _ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrates what needs it. Outside fit quantizers are inserted as late as here: a checkpoint may bring

@@ -1,0 +1,49 @@
+"""Formats that torch itself runs: a module in the place of a runtime."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from qat.errors import UserError
+
+
+class TorchRunner:
+    """A module that was loaded from a file.
+
+    Args:
+        model: The module, in evaluation mode; it takes one tensor and returns one.
+        path: Where it came from.
+    """
+
+    def __init__(self, model: nn.Module, path: Path) -> None:
+        self.model, self.path = model, path
+
+    @torch.no_grad()
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Runs one batch.
+
+        Raises:
+            UserError: if the file does not take such a batch.
+        """
+        try:
+            return self.model(torch.from_numpy(x)).numpy()
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+
+    @torch.no_grad()
+    def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+        handles = [
+            module.register_forward_hook(lambda m, a, out, name=name: found.__setitem__(name, out.numpy()))
+            for name, module in self.model.named_modules()
+            if only in (None, name) and isinstance(getattr(module, "integer_weight", None), nn.Module)
+        ]
+        try:
+            self.model(torch.from_numpy(x))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
