@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "calibrate, train, convert, export and verify: qat train [key=value ...]",
     "export": "write a finished run, or a checkpoint, in another format: qat export RUN_DIR target=NAME",
     "verify": "check exported files against the trained model: qat verify [FILE] RUN_DIR",
+    "bench": "measure exported files against the float one: qat bench FILE...",
 }
 
 

@@ -34,6 +34,7 @@ from qat.export.files import atomic
 from qat.export.onnx_slim import slim
 from qat.export.runtime import OnnxRunner, weight_codes
 from qat.export.target import INPUT, OUTPUT, Target
+from qat.export.torch_runner import OneInput
 from qat.export.verify import check_kernels
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting
@@ -88,17 +89,6 @@ class _FlatLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _OneInput(nn.Module):
-    """Gives every model the same signature (a quantized twin's forward takes `*args`)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.model(input)
-
-
 def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
     """Writes `model`, a converted or a float one, with a dynamic batch dimension, one input and one output.
 
@@ -130,7 +120,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
     with emitting(emitter), _quiet(), _FlatLinear():
         try:
             program = torch.onnx.export(
-                _OneInput(model), (example,), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
+                OneInput(model), (example,), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
                 dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=[INPUT], output_names=[OUTPUT],
             )  # fmt: skip
         except Exception as error:  # whatever stops a tracer, its first line says it best

@@ -11,7 +11,7 @@ import onnx
 import onnxruntime as ort
 
 from qat.errors import UserError
-from qat.export.onnx_layers import expose, shared_weights
+from qat.export.onnx_layers import expose, layer_values, shared_weights
 from qat.export.onnx_passes import PASS_THROUGH, is_weight
 from qat.export.target import INPUT, Runner
 
@@ -74,6 +74,15 @@ class OnnxRunner:
             session = self._session_of(content.SerializeToString(), optimize=self.optimize)
         values = session.run(list(layers.values()), {INPUT: x})
         return {name: np.asarray(value) for name, value in zip(layers, values, strict=True)}
+
+    def float_layers(self) -> list[str]:
+        """The layers that the runtime computes in float: their output exists, and no integer kernel made it."""
+        with tempfile.TemporaryDirectory() as folder:
+            target = str(Path(folder) / "optimized.onnx")
+            self._session_of(str(self.path), optimize=self.optimize, optimized_copy=target)
+            made = {name: node.op_type for node in onnx.load(target).graph.node for name in node.output}
+        layers = layer_values(onnx.load(str(self.path)))
+        return [layer for layer, value in layers.items() if made.get(value, INTEGER_KERNELS[0]) not in INTEGER_KERNELS]
 
     def kernels(self) -> collections.Counter[str]:
         """How many nodes of each kind the runtime executes, after its optimizations."""

@@ -31,6 +31,10 @@ INPUT, OUTPUT = "input", "output"
 class Runner(Protocol):
     """A loaded file."""
 
+    def float_layers(self) -> list[str] | None:
+        """The layers that the runtime computes in float; `None` where it cannot be seen."""
+        ...
+
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Runs one batch."""
         ...

@@ -4,9 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import UserError
+
+
+class OneInput(nn.Module):
+    """Gives every model the same signature (a quantized twin's forward takes `*args`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.model(input)
 
 
 class TorchRunner:
@@ -32,6 +43,10 @@ class TorchRunner:
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+
+    def float_layers(self) -> list[str] | None:
+        """All of them: torch computes in float what the codes stand for."""
+        return [name for name, module in self.model.named_modules() if hasattr(module, "integer_weight")]
 
     @torch.no_grad()
     def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:

@@ -168,7 +168,8 @@ def verify(path: Path, target: Target | None = None, file: Path | None = None) -
 def _show(this: Run, file: Path, verdict: Verdict) -> bool:
     found = outcome({"verify": verdict.to_dict()})
     assert found is not None
-    this.console.print(f"{file}: {found.text}", style="bold green" if found.passed else "bold red", highlight=False)
+    style = "bold green" if found.passed else "bold red"
+    this.console.print(f"{file}: {found.text}", style=style, highlight=False, soft_wrap=True)
     for failure in found.failures:
-        this.console.print(f"  {failure}", style="red", highlight=False, markup=False)
+        this.console.print(f"  {failure}", style="red", highlight=False, markup=False, soft_wrap=True)
     return verdict.passed
