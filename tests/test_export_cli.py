@@ -1,6 +1,7 @@
 """`qat export` and `qat verify FILE RUN_DIR`: any run or checkpoint becomes a file without its data, and is proven."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from qat.cli import main
+from qat.export.bench import Measured, Timing
 from qat.export.manifest import write_manifest
+from qat.report.bench import warnings
 
 TINY = """model=mlp model.width=16 data.train_limit=64 data.val_limit=32 data.test_limit=64 float_epochs=1
     trainer.max_epochs=1 trainer.limit_train_batches=1 trainer.enable_progress_bar=false quant.calibration_samples=64
@@ -133,3 +136,59 @@ def test_a_damaged_file_is_refused_in_one_line(damage, said, run, tmp_path, capf
     assert main(["verify", str(tmp_path / "model.onnx"), str(run)]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0], lines
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "deploy.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize(
+    ("target", "snippet"), list(zip(["onnx", "openvino", "torch", "packed"], SNIPPETS, strict=True))
+)
+def test_the_documented_way_to_load_a_file_works_in_under_15_lines(target, snippet, run, tmp_path, monkeypatch):
+    if target == "openvino":
+        pytest.importorskip("openvino", reason="needs the extra `openvino`")
+    name = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "packed": "model.safetensors"}[target]
+    assert main(["export", str(run), f"target={target}", f"out={tmp_path / name}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, np.ndarray] = {}
+    exec(snippet, names)
+    assert names["logits"].shape[1] == 10 and len(snippet.splitlines()) < 15
+
+
+# -- bench -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_bench_measures_every_file_against_float_in_a_table_and_a_chart(run, tmp_path, capfd):
+    chart = tmp_path / "bench.png"
+    assert main(["bench", str(run / "model.safetensors"), f"out={chart}", "seconds=1", "threads=1", "batch=1,3"]) == 0
+    said = words(capfd)
+    assert "samples/s" in said and "peak memory" in said
+    assert "warning: " in said and "model.safetensors is" in said and "in float: fc1, fc2, linear" in said
+    assert chart.read_bytes().startswith(b"\x89PNG") and chart.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param(["nowhere.onnx"], "nowhere.onnx: no such file", id="no-file"),
+        pytest.param(["{run}/model.onnx", "thread=1"], "no setting 'thread'; did you mean 'threads'?", id="setting"),
+        pytest.param(["{run}/model.onnx", "threads=0"], "threads=0: must be at least 1", id="no-threads"),
+        pytest.param(["{run}/model.onnx", "batch=many"], "batch=many: must be whole numbers", id="words"),
+        pytest.param(["{run}/report.png"], "no target writes such a file", id="no-export"),
+        pytest.param(["{run}/model.onnx", "run=/"], "holds no float.onnx to compare with", id="no-float"),
+    ],
+)
+def test_a_mistake_in_bench_is_one_line_with_status_2(arguments, said, run, capfd):
+    assert main(["bench", *(text.format(run=run) for text in arguments)]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and said in lines[0], lines
+
+
+def test_a_slower_file_is_warned_of_with_its_float_layers_and_a_faster_one_is_not():
+    base = Measured("float", 100, timings=[Timing(1, 1, 1.0, 2.0, 1000), Timing(16, 1, 9.0, 9.0, 1777)])
+    slow = Measured("a.onnx", 50, None, [Timing(1, 1, 0.9, 1, 1111), Timing(16, 1, 18.0, 20, 888)], ["conv1"])
+    fast = Measured("b.onnx", 50, None, [Timing(1, 1, 0.9, 1, 1111), Timing(16, 1, 9.1, 20, 1758)], ["conv1"])
+    assert warnings([base, slow, fast]) == [
+        "warning: a.onnx is 2.00x slower than float (batch 16, 1 thread); in float: conv1"
+    ]

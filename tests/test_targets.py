@@ -28,6 +28,13 @@ SHAPES = [
 ]
 
 
+BLOCKS = {
+    "weight": {"granularity": "group", "group_size": 32, "scale": "float16", "narrow": False},
+    "act": None,
+    "sites": None,
+}
+
+
 def target_of(name: str) -> Target:
     try:
         return build(name, {})
@@ -138,3 +145,61 @@ def test_outputs_of_other_numbers_are_told_apart(tmp_path) -> None:
     case, target = Case(Shape(), W8A8), target_of("packed")
     runner = target.load(case.export(target, tmp_path), case.float_model)
     assert np.array_equal(runner(case.x.numpy()), case.converted(case.x).detach().numpy())
+
+
+class Perceptron(nn.Module):
+    """Layers whose inputs come in blocks of 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(64, 96), nn.LayerNorm(96), nn.Linear(96, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.norm(self.stem(x))))
+
+
+def blocks_case(bits: int, **weight: object) -> tuple[Any, Any, Any, torch.Tensor]:
+    torch.manual_seed(1)
+    model, x = Perceptron(), torch.randn(16, 64)
+    plan = quantized(model, x, BLOCKS | {"weight": BLOCKS["weight"] | {"bits": bits} | weight})
+    return model, convert(model, plan), plan, x
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, "Q8_0"), (4, "Q4_0")])
+@pytest.mark.parametrize("scale", ["float16", "pow2"])
+def test_gguf_blocks_hold_the_trained_codes_and_scales(bits, kind, scale, tmp_path) -> None:
+    target = target_of("gguf")
+    gguf = pytest.importorskip("gguf")
+    model, converted, plan, x = blocks_case(bits, scale=scale)
+    target.export(converted, plan, x[:2], tmp_path / "model.gguf")
+    verdict = Verdict()
+    check_codes(verdict, converted, target.codes(tmp_path / "model.gguf"))
+    assert verdict.passed, verdict.checks
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert tensors["stem.weight"].tensor_type.name == tensors["head.weight"].tensor_type.name == kind
+    values = gguf.dequantize(tensors["stem.weight"].data, tensors["stem.weight"].tensor_type)
+    assert np.array_equal(values, converted.stem.integer_weight().numpy()), "bit for bit, as another package reads it"
+    with torch.no_grad():
+        runner = target.load(tmp_path / "model.gguf", Perceptron())
+        assert np.array_equal(runner(x.numpy()), model(x).numpy())
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        pytest.param({"scale": "float32"}, "has scales of float32, and blocks have float16; train with", id="scale"),
+        pytest.param({"group_size": 16}, "not symmetric blocks of 32; train with", id="group"),
+        pytest.param({"granularity": "channel", "group_size": None}, "not symmetric blocks of 32", id="channel"),
+    ],
+)
+def test_gguf_refuses_another_grid_and_says_what_to_train(weight, said, tmp_path) -> None:
+    target = target_of("gguf")
+    _, converted, plan, x = blocks_case(4, **weight)
+    with pytest.raises(UserError, match=said):
+        target.export(converted, plan, x[:2], tmp_path / "model.gguf")
+
+
+def test_gguf_refuses_quantized_activations(tmp_path) -> None:
+    target, case = target_of("gguf"), Case(Shape(), W8A8)
+    with pytest.raises(UserError, match="holds weights alone"):
+        case.export(target, tmp_path)

@@ -181,7 +181,7 @@ class PackedTarget(Target):
         save_packed(model, plan, path.parent)
 
     def load(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> TorchRunner:
-        return TorchRunner(load_packed(model, path.parent), path)
+        return TorchRunner(load_packed(model, path.parent), path, list(packed_codes(path.parent)))
 
     def codes(self, path: Path) -> dict[str, np.ndarray]:
         return packed_codes(path.parent)

@@ -1,5 +1,6 @@
 """Formats that torch itself runs: a module in the place of a runtime."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +27,11 @@ class TorchRunner:
     Args:
         model: The module, in evaluation mode; it takes one tensor and returns one.
         path: Where it came from.
+        layers: The layers whose weights are quantized.
     """
 
-    def __init__(self, model: nn.Module, path: Path) -> None:
-        self.model, self.path = model, path
+    def __init__(self, model: nn.Module, path: Path, layers: Sequence[str]) -> None:
+        self.model, self.path, self.layers = model, path, layers
 
     @torch.no_grad()
     def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -46,15 +48,19 @@ class TorchRunner:
 
     def float_layers(self) -> list[str] | None:
         """All of them: torch computes in float what the codes stand for."""
-        return [name for name, module in self.model.named_modules() if hasattr(module, "integer_weight")]
+        return list(self.layers)
 
     @torch.no_grad()
     def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
         found: dict[str, np.ndarray] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda module, args, output: found.__setitem__(name, output.numpy())
+
         handles = [
-            module.register_forward_hook(lambda m, a, out, name=name: found.__setitem__(name, out.numpy()))
-            for name, module in self.model.named_modules()
-            if only in (None, name) and isinstance(getattr(module, "integer_weight", None), nn.Module)
+            self.model.get_submodule(name).register_forward_hook(keep(name))
+            for name in self.layers
+            if only in (None, name)
         ]
         try:
             self.model(torch.from_numpy(x))

@@ -41,7 +41,7 @@ class OpenVinoRunner:
     """
 
     def __init__(self, path: Path, *, optimize: bool = True, threads: int = 0) -> None:
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports]
 
         self.path, self.optimize = path, optimize
         self._core = openvino.Core()
@@ -121,10 +121,10 @@ def layer_nodes(model: Any) -> dict[str, Any]:
             owner[name] = inherited[0]
         elif inherited and kind in PRODUCTS:
             found[inherited[0]] = node
-        elif kind == "Add":  # the bias, a branch of constants
+        elif kind in ("Add", "Multiply") and any(map(_is_constant, sources)):  # the bias; a MatMul's factor of one
+            names = [source.get_friendly_name() for source in sources]
             for layer, product in found.items():
-                names = [s.get_friendly_name() for s in sources]
-                if product.get_friendly_name() in names and any(map(_is_constant, sources)):
+                if product.get_friendly_name() in names and (kind == "Add" or product.get_type_name() == "MatMul"):
                     found[layer] = node
     return found
 
@@ -150,7 +150,7 @@ class OpenVinoTarget(Target):
     optimizes = True
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports]
 
         source = folder / "model.onnx"
         export_onnx(model, example, source)
@@ -165,7 +165,7 @@ class OpenVinoTarget(Target):
         return OpenVinoRunner(path, optimize=optimize, threads=threads)
 
     def codes(self, path: Path) -> dict[str, np.ndarray]:
-        import openvino
+        import openvino  # pyright: ignore[reportMissingImports]
 
         model = openvino.Core().read_model(str(path))
         found = {}
