@@ -17,6 +17,8 @@ from qat.plan import Plan
 from qat.probe import Call, Recording, macs
 from qat.reasons import FOLDS, Reasons, layers, type_name
 
+FLOAT_BITS = 32
+
 
 @dataclass(frozen=True)
 class AuditRow:
@@ -42,6 +44,11 @@ class AuditRow:
     macs: int = 0
     params: int = 0
     reason: str | None = None
+
+    @property
+    def bops(self) -> int:
+        """Bit operations for one sample: MACs x weight bits x input bits, where float counts 32."""
+        return self.macs * (self.weight_bits or FLOAT_BITS) * (self.act_bits or FLOAT_BITS)
 
     @property
     def folds(self) -> bool:
@@ -72,10 +79,16 @@ def coverage(rows: Sequence[AuditRow]) -> tuple[float, float]:
     return (integer / total if total else 1.0), (stored / params if params else 1.0)
 
 
+def bops(rows: Sequence[AuditRow]) -> int:
+    """Bit operations of the whole model for one sample; what folds has none of its own."""
+    return sum(row.bops for row in rows if not row.folds)
+
+
 def to_dict(rows: Sequence[AuditRow]) -> dict[str, Any]:
     """Rows and coverage as plain containers, for `audit.json`."""
     share_macs, share_params = coverage(rows)
-    return {"coverage": {"macs": share_macs, "params": share_params}, "rows": [asdict(row) for row in rows]}
+    shares = {"macs": share_macs, "params": share_params}
+    return {"coverage": shares, "bops": bops(rows), "rows": [asdict(row) for row in rows]}
 
 
 class _Auditor:

@@ -21,6 +21,7 @@ import fnmatch
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from qat import quantizers, ranges
@@ -121,6 +122,8 @@ class QuantPolicy:
         Raises:
             UserError: naming the key under `where`, the value, and the nearest valid one.
         """
+        if "modules" in settings:  # several networks, a policy for each
+            return import_module("qat.networks").NetworkPolicies.from_dict(settings, where)
         allowed = (*ROLES, "sites", "rules")
         for key in settings:
             if key not in allowed:

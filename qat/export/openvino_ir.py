@@ -77,11 +77,12 @@ class OpenVinoRunner:
     def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
         model = self._read()
         layers = {name: node for name, node in layer_nodes(model).items() if only in (None, name)}
-        before = len(model.outputs)
         model.add_outputs([node.output(0) for node in layers.values()])
         settings = self._settings if only else self._settings | {"LP_TRANSFORMS_MODE": "NO"}
         values = self._core.compile_model(model, "CPU", settings)({INPUT: x})
-        return {name: np.array(values[before + i]) for i, name in enumerate(layers)}
+        # What was an output before is not added again.
+        shown = [port.get_node().input_value(0).get_node().get_friendly_name() for port in model.outputs]
+        return {name: np.array(values[shown.index(node.get_friendly_name())]) for name, node in layers.items()}
 
     def precisions(self) -> list[tuple[str, str]]:
         """Name and precision (`f32`, `u8`, `i8`) of every convolution and product that is executed."""

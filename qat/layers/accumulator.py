@@ -83,11 +83,11 @@ class FoldingNorm(TwinMixin):
         with ours():
             layer = self.host[0]
             tensors = self.running_mean, self.running_var, self.weight, self.bias, layer.bias  # pyright: ignore
-            error = self.once_per_change("error", tensors, grids(layer), self._rounding_error)
-            return y if error is None else y + error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))
+            error = self.once_per_change("error", tensors, grids(layer), lambda: self._rounding_error(y))
+            return y if error is None else y + error
 
     @torch.no_grad()
-    def _rounding_error(self) -> Tensor | None:
+    def _rounding_error(self, y: Tensor) -> Tensor | None:
         layer = self.host[0]
         scale = accumulator_scale(layer)
         if scale is None:
@@ -96,4 +96,5 @@ class FoldingNorm(TwinMixin):
         scale = scale * factor.abs()
         # gamma = 0 leaves a constant channel, whose scale conversion keeps as it is.
         scale = torch.where(scale > 0, scale, accumulator_scale(layer))  # pyright: ignore[reportArgumentType, reportCallIssue]
-        return bias_codes(bias, scale) * scale - bias
+        error = bias_codes(bias, scale) * scale - bias
+        return error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))

@@ -33,9 +33,11 @@ from qat.lightning.callback import QATCallback
 from qat.lightning.evaluate import test_metric
 from qat.lightning.steps import run_steps
 from qat.lightning.weights import load_weights
+from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
 
-CALLBACK_KEYS = ("calibration_samples", "scale_lr")
+OTHER_KEYS = ("calibration_samples", "scale_lr", "module")
+"""Of `quant`, what is no setting of the policy."""
 
 
 class Workspace:
@@ -59,7 +61,8 @@ class Workspace:
             self._recall()
         settings = OmegaConf.to_container(cfg.quant, resolve=True)
         assert isinstance(settings, dict)
-        self.policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in CALLBACK_KEYS})
+        policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
+        self.policy = NetworkPolicies({cfg.quant.module: policy}) if cfg.quant.module else policy
         self.target: Target | None = instantiate(cfg.export) if cfg.export else None
         self.callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node]
         self.loggers: list[Any] = [instantiate(cfg.logger)] if cfg.logger else []
