@@ -22,7 +22,7 @@ from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calib
 from qat.lightning.compiled import uncompiled
 from qat.lightning.module import QuantizedModule, insert_plan
 from qat.lightning.sharded import average_gradients
-from qat.lightning.steps import run_steps, trainer_source
+from qat.lightning.steps import described_input, run_steps, trainer_source
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
 
@@ -115,8 +115,9 @@ class QATCallback(Callback):
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.quantization_plan is None:
-            with uncompiled(pl_module):
+            with described_input(pl_module) as described, uncompiled(pl_module):
                 insert_plan(pl_module, self.plan(trainer, pl_module))
+            pl_module.input_described = next(iter(described), None)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             follow_insertion(trainer, pl_module)
 
     def _ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

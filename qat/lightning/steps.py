@@ -177,3 +177,19 @@ def example_input(module: pl.LightningModule, source: Source) -> Tensor:
         )
     x = args[0].detach().cpu()
     return x if len(x) > 1 else x.repeat(2, *[1] * (x.ndim - 1))
+
+
+@contextmanager
+def described_input(module: pl.LightningModule) -> Iterator[list[dict[str, Any]]]:
+    """Collects the shape of one sample and the type of every tensor that the module's forward is given meanwhile."""
+    found: list[dict[str, Any]] = []
+
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].ndim:
+            found.append({"shape": list(args[0].shape[1:]), "dtype": str(args[0].dtype).removeprefix("torch.")})
+
+    handle = module.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()

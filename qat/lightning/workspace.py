@@ -27,7 +27,7 @@ from qat.cli.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
 from qat.export.files import atomic
-from qat.export.onnx import OnnxTarget
+from qat.export.target import Target
 from qat.insert import apply_plan, make_plan
 from qat.lightning.callback import QATCallback
 from qat.lightning.evaluate import test_metric
@@ -63,7 +63,7 @@ class Workspace:
         assert isinstance(settings, dict)
         policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
         self.policy = NetworkPolicies({cfg.quant.module: policy}) if cfg.quant.module else policy
-        self.target: OnnxTarget | None = instantiate(cfg.export) if cfg.export else None
+        self.target: Target | None = instantiate(cfg.export) if cfg.export else None
         self.callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node]
         self.loggers: list[Any] = [instantiate(cfg.logger)] if cfg.logger else []
         self.trainer(logger=False)
@@ -95,6 +95,8 @@ class Workspace:
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
             if self.target is not None and (reason := inconvertible(plan)):
                 raise UserError(f"export: there is no integer form of this quant: {reason}; use export=none")
+            if self.target is not None and (reason := self.target.unfit(plan)):
+                raise UserError(f"export: {self.target.file} cannot hold this quant: {reason}")
             apply_plan(shell, plan)
             self.audit_rows = audit(shell, plan, recording)
             check_coverage(self.audit_rows, self.policy.required_coverage)
