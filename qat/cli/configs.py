@@ -18,6 +18,7 @@ TYPES: dict[str, Any] = {
     "name": str,
     "seed": int,
     "ckpt": str | None,
+    "float_ckpt": str | None,
     "metric": str,
     "mode": Literal["max", "min"],
     "float_epochs": int,
