@@ -14,6 +14,7 @@ from qat.errors import UserError, nearest
 
 COMMANDS = {
     "train": "calibrate, train, convert, export and verify: qat train [key=value ...]",
+    "inspect": "how well each quantizer of a checkpoint does, what hurts most first: qat inspect CKPT",
     "verify": "check the exported files of a finished run again: qat verify RUN_DIR",
 }
 

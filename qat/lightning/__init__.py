@@ -2,6 +2,7 @@
 
 from qat.lightning.callback import QATCallback
 from qat.lightning.distill import Distill
+from qat.lightning.health import QuantizerHealth
 from qat.lightning.logs import LogQuantizers
 from qat.lightning.module import load_from_checkpoint
 from qat.lightning.resume import SeedEpochs
@@ -27,6 +28,7 @@ __all__ = [
     "GradualEnable",
     "LogQuantizers",
     "QATCallback",
+    "QuantizerHealth",
     "ReestimateBatchNorm",
     "SeedEpochs",
     "TrackOscillations",
