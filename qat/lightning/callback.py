@@ -6,7 +6,7 @@ must exist before the restore and the optimizers. So `setup` wraps `configure_mo
 the user's own. Ranges are calibrated in `on_fit_start`, on the final device, unless a checkpoint has just brought them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,6 +20,7 @@ from qat.layers.twin import become_twin
 from qat.lightning.module import QuantizedModule, insert_plan
 from qat.lightning.steps import run_steps, trainer_source
 from qat.policy import QuantPolicy
+from qat.starts import Start
 
 MUST_FOLLOW = (StochasticWeightAveraging, WeightAveraging, ModelPruning)
 
@@ -34,6 +35,7 @@ class QATCallback(Callback):
         SGD and 0.01 under other
             optimizers (`qat.lightning.groups` says why). Schedulers that take one function per group (`LambdaLR`)
             need one for the scales, too.
+        starts: What is done to the model right before and after its first calibration (`qat.starts`).
 
     Raises:
         UserError: (while the trainer sets up) if a rule matches nothing, if nothing can be quantized, or if a
@@ -46,6 +48,7 @@ class QATCallback(Callback):
         policy: QuantPolicy | Mapping[str, Any],
         calibration_samples: int = 512,
         scale_lr_factor: float | None = None,
+        starts: Sequence[Start] = (),
     ) -> None:
         if calibration_samples < 1:
             raise UserError(f"calibration_samples={calibration_samples}: must be at least 1")
@@ -56,6 +59,7 @@ class QATCallback(Callback):
         self.policy = policy if isinstance(policy, QuantPolicy) else QuantPolicy.from_dict(policy)
         self.calibration_samples = calibration_samples
         self.scale_lr_factor = scale_lr_factor
+        self.starts = list(starts)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_order(trainer)
@@ -90,6 +94,8 @@ class QATCallback(Callback):
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.quantization_plan is None:
+            for start in self.starts:
+                start.prepare(pl_module, run_steps(pl_module, trainer_source(trainer), samples=1))
             insert_plan(pl_module, self.plan(trainer, pl_module))
 
     def _ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -106,6 +112,9 @@ class QATCallback(Callback):
                 shown = trainer.global_rank == 0 and trainer.progress_bar_callback is not None
                 title = "Calibrating" if shown else None
                 calibrate(pl_module, run_steps(pl_module, trainer_source(trainer), self.calibration_samples, title))
+                for start in self.starts:
+                    run = run_steps(pl_module, trainer_source(trainer), self.calibration_samples)
+                    start.refine(pl_module, run, pl_module.quantization_plan)  # pyright: ignore
                 if trainer.world_size > 1:
                     _agree(pl_module)
 

@@ -130,7 +130,8 @@ class Workspace:
 
     def qat_callback(self) -> QATCallback:
         quant = self.cfg.quant
-        return QATCallback(self.policy, calibration_samples=quant.calibration_samples, scale_lr_factor=quant.scale_lr)
+        starts = [instantiate(node) for node in (self.cfg.get("start") or {}).values() if node]
+        return QATCallback(self.policy, quant.calibration_samples, quant.scale_lr, starts)
 
     # -- progress ------------------------------------------------------------------------------------------------------
 
