@@ -28,6 +28,17 @@ def runs(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def points(monkeypatch):
+    """Replaces the running of a sweep's points by a list of them."""
+    from qat.sweep import GridSweep
+    from qat.sweep.grid import grid_points
+
+    ran = []
+    monkeypatch.setattr(GridSweep, "run", lambda self, task: ran.extend(grid_points(task)))
+    return ran
+
+
 def _replace_run(monkeypatch, run) -> None:
     fake = types.ModuleType("qat.lightning.run")
     fake.run = run  # pyright: ignore
@@ -51,18 +62,21 @@ def test_train_calls_run_with_the_resolved_config_and_hydras_output_directory(ru
     assert "mlp" in cfg.model._target_.lower()
 
 
-def test_runs_and_sweeps_go_below_logs_and_the_name(runs):
+def test_runs_and_sweeps_go_below_logs_and_the_name(runs, points):
     assert main(["train", "name=mine"]) == 0
     assert main(["train", "-m", "name=mine", "seed=1,2"]) == 0
-    (_, single), (_, first), (_, second) = runs
+    [(_, single)] = runs
+    first, second = points
     assert single.parent == Path("logs/mine/runs").absolute()
-    assert (first.name, second.name) == ("0", "1")
-    assert first.parent == second.parent and first.parents[1] == Path("logs/mine/multiruns").absolute()
+    assert (first.folder.name, second.folder.name) == ("0", "1")
+    assert first.folder.parent == second.folder.parent
+    assert first.folder.parents[2] == Path("logs/mine/sweeps").absolute()
 
 
-def test_options_may_stand_among_overrides(runs):
+def test_options_may_stand_among_overrides(points):
     assert main(["train", "seed=1", "-m", "float_epochs=1,2"]) == 0
-    assert [(cfg.seed, cfg.float_epochs) for cfg, _ in runs] == [(1, 1), (1, 2)]
+    assert [point.params for point in points] == [{"float_epochs": "1"}, {"float_epochs": "2"}]
+    assert all("seed=1" in point.command for point in points)
 
 
 def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_ranks(monkeypatch):
@@ -104,7 +118,7 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
         pytest.param(
             ["train", "-m", "model=mlp,mpl"], "model=mpl: there is no such option", id="one-option-of-a-sweep"
         ),
-        pytest.param(["train", "-m", "run_dir=a", "seed=1,2"], "hydra.sweep.dir", id="one-run-dir-for-a-sweep"),
+        pytest.param(["train", "-m", "run_dir=a", "seed=1,2"], "sweep.dir", id="one-run-dir-for-a-sweep"),
         pytest.param(["train", "--cfg", "job", "sed=1"], "did you mean 'seed'?", id="printing-the-config"),
         pytest.param(["train", "--help", "sed=1"], "did you mean 'seed'?", id="help-with-a-wrong-key"),
         pytest.param(["train", "--config-dir", "nowhere"], "nowhere", id="config-dir"),
@@ -132,13 +146,6 @@ def _refuse(cfg, run_dir) -> None:
 def test_a_user_error_in_the_task_is_one_line_and_removes_the_run_directory(monkeypatch, capfd, in_an_empty_folder):
     _replace_run(monkeypatch, _refuse)
     assert _error(capfd, "train", "run_dir=a/b/c") == "quant.rules.stem matches no layer"
-    assert list(in_an_empty_folder.iterdir()) == []
-
-
-def test_a_user_error_in_a_sweep_removes_the_sweep_directory(monkeypatch, capfd, in_an_empty_folder):
-    _replace_run(monkeypatch, _refuse)
-    assert main(["train", "-m", "seed=1,2"]) == 2
-    assert "qat: error: quant.rules.stem matches no layer" in capfd.readouterr().err
     assert list(in_an_empty_folder.iterdir()) == []
 
 
@@ -189,10 +196,20 @@ def test_an_interrupt_is_status_130(interrupt, monkeypatch):
     assert main(["train"]) == 130
 
 
-def test_ddp_under_a_sweep_is_refused_because_each_rank_would_sweep_again(runs, capfd):
-    assert main(["train", "-m", "trainer=ddp", "seed=1,2"]) == 2
-    assert "trainer.strategy=ddp cannot run under -m" in capfd.readouterr().err
-    assert not runs
+def test_a_config_with_a_sweep_is_not_run_as_one_run(tmp_path, capfd):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults:\n  - override /sweep: bits_grid\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    said = _error(capfd, "train", "--config-dir", str(tmp_path), "experiment=mine")
+    assert "add -m to run the sweep" in said and not (tmp_path / "logs").exists()
+
+
+def test_m_runs_the_sweep_that_a_config_has(tmp_path, points):
+    (tmp_path / "experiment").mkdir()
+    text = "# @package _global_\ndefaults:\n  - override /sweep: bits_grid\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(text)
+    assert main(["train", "-m", "--config-dir", str(tmp_path), "experiment=mine"]) == 0
+    assert len(points) == 8 and points[0].command[:2] == ("--config-dir", str(tmp_path))
 
 
 def test_lightnings_advertisements_are_not_printed(monkeypatch, capfd):

@@ -15,6 +15,7 @@ from qat.errors import UserError, nearest
 COMMANDS = {
     "train": "calibrate, train, convert, export and verify: qat train [key=value ...]",
     "inspect": "how well each quantizer of a checkpoint does, what hurts most first: qat inspect CKPT",
+    "report": "show a sweep, or any folder of runs: table, page and picture: qat report SWEEP_DIR",
     "verify": "check the exported files of a finished run again: qat verify RUN_DIR",
 }
 

@@ -19,12 +19,14 @@ TYPES: dict[str, Any] = {
     "seed": int,
     "ckpt": str | None,
     "float_ckpt": str | None,
+    "cache_dir": str | None,
     "metric": str,
     "mode": Literal["max", "min"],
     "float_epochs": int,
     "float_model": dict | None,
     "quant.calibration_samples": int,
     "quant.scale_lr": float | None,
+    "quant.module": str | None,
 }
 
 

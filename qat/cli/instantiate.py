@@ -22,7 +22,7 @@ from qat.cli.typecheck import accepts, hints_of, in_words, literals
 from qat.errors import UserError, nearest
 
 HYDRA_1_4 = tuple(int(part) for part in hydra.__version__.split(".")[:2]) >= (1, 4)
-ROOTS = ("qat", "torch", "torchmetrics", "pytorch_lightning")
+ROOTS = ("qat", "torch", "torchmetrics", "pytorch_lightning", "optuna")
 # Where names of the packages above may really live: Lightning re-exports from these two.
 HOMES = ("lightning_fabric", "lightning_utilities")
 _FULL_KEY = "\nfull_key: "

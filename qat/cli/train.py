@@ -1,6 +1,6 @@
 """`qat train [key=value ...]`: composes the config, and hands it to `qat.lightning.run.run`.
 
-Hydra does what it is good at (composition, sweeps, run directories, `--cfg`, shell completion). Around it: mistakes
+Hydra does what it is good at (composition, run directories, `--cfg`, shell completion). Around it: mistakes
 are one line with the nearest right thing, and leave nothing on the disk. Torch and Lightning are imported by the
 task, after composition succeeded.
 """
@@ -19,7 +19,6 @@ from hydra._internal.utils import (
     get_args_parser,
 )  # the parser of hydra.main, which offers no other way to see its arguments
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qat.cli.configs import configs_dir, finish
@@ -51,15 +50,13 @@ class _Task:
         job = HydraConfig.get()
         run_dir = Path(job.runtime.output_dir)
         try:
-            _prepare(cfg, run_dir, sweeping=job.mode == RunMode.MULTIRUN)
+            _prepare(cfg, run_dir)
             self.started = True
             from qat.lightning.run import run
 
             return run(cfg, run_dir)
         except UserError as error:
             discard(run_dir)
-            if job.mode == RunMode.MULTIRUN:
-                raise
             self.error = error
 
 
@@ -67,13 +64,14 @@ def main(argv: list[str]) -> int:
     """Runs the command; every mistake in `argv` or in the config is a `UserError`, and leaves nothing written."""
     task = _Task(sys.argv)
     args = _parse(argv)
+    if _sweeping(args):
+        from qat.cli.sweep import main as sweep
+
+        return sweep(args, VERSION)
     options = argv.copy()
     for text in args.overrides:
         options.remove(text)
     overrides = _resumed(args.overrides)
-    sweeping = args.multirun or "hydra.mode=MULTIRUN" in overrides
-    if sweeping and any(text.startswith("run_dir=") for text in overrides):
-        raise UserError("run_dir is the directory of one run; with -m write hydra.sweep.dir=...")
     try:
         with _hydra_environment([*options, *overrides]):
             hydra.main(config_path=str(configs_dir()), config_name="train", **VERSION, **TRUST)(task)()
@@ -90,6 +88,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _sweeping(args: argparse.Namespace) -> bool:
+    """Whether the command line asks for a sweep, and not only to be shown something."""
+    shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
+    chosen = any(text.startswith(("sweep=", "sweep/")) for text in args.overrides)
+    return not shows and (args.multirun or chosen or "hydra.mode=MULTIRUN" in args.overrides)
+
+
 def _resumed(overrides: list[str]) -> list[str]:
     """With `ckpt=last run_dir=DIR`, the overrides that DIR was run with, and then those given now."""
     given = {_key(text): text.partition("=")[2] for text in overrides}
@@ -104,17 +109,13 @@ def _key(override: str) -> str:
     return override.lstrip("+~").partition("=")[0]
 
 
-def _prepare(cfg: DictConfig, run_dir: Path, *, sweeping: bool) -> None:
+def _prepare(cfg: DictConfig, run_dir: Path) -> None:
     """Checks what only the whole config shows, and readies the log handlers that Hydra has just made."""
     for handler in logging.getLogger().handlers:
         handler.addFilter(lambda record: not record.getMessage().startswith(SMALL_TALK))
     finish(cfg, run_dir)
-    strategy = str((cfg.get("trainer") or {}).get("strategy", ""))
-    if sweeping and strategy.startswith(("ddp", "fsdp", "deepspeed")) and not strategy.endswith(("_spawn", "_fork")):
-        raise UserError(
-            f"trainer.strategy={strategy} cannot run under -m: each rank would start the whole sweep again; "
-            "run the jobs one by one, or use trainer.strategy=ddp_spawn"
-        )
+    if cfg.get("sweep"):
+        raise UserError("this config has a sweep, and the command is for one run: add -m to run the sweep, or ~sweep")
 
 
 @contextmanager

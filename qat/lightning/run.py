@@ -26,7 +26,7 @@ from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import save_file
 
 from qat import __version__
-from qat.audit import coverage, to_dict
+from qat.audit import bops, coverage, to_dict
 from qat.convert import convert, inconvertible
 from qat.errors import UserError
 from qat.export.files import atomic
@@ -35,6 +35,7 @@ from qat.export.packed import MANIFEST, WEIGHTS, save_packed
 from qat.export.runtime import OnnxRunner, latency_ms
 from qat.export.verify import Verdict
 from qat.insert import Plan
+from qat.lightning.cache import FloatCache
 from qat.lightning.calm import calm
 from qat.lightning.evaluate import test_metric, verify_onnx
 from qat.lightning.logs import finish, log_results
@@ -58,7 +59,12 @@ class Run(Workspace):
         if self.done("float"):
             load_weights(self.module, weights)
             return
-        with self.stage("float", "Float") as values:
+        cache = FloatCache(self.cfg, self.progress["start"], self.main)
+        with self.stage("float", "Float") as values, cache.locked():
+            if (shared := cache.load(self.folder)) is not None:
+                values |= shared
+                load_weights(self.module, cache.weights)
+                return
             if not self.progress["start"]:
                 self._train_float()
             values["metric"] = self.measure()
@@ -66,6 +72,7 @@ class Run(Workspace):
                 values["bytes"] = self._export(self.module, "float.onnx")
                 with atomic(weights) as temporary:
                     save_file({k: v.cpu().contiguous() for k, v in self.module.state_dict().items()}, temporary)
+                cache.save(self.folder, values)
 
     def _train_float(self) -> None:
         checkpoint = ModelCheckpoint(self.folder / "float", filename="last", enable_version_counter=False)
@@ -118,6 +125,7 @@ class Run(Workspace):
                 return None
             converted = convert(self.module, plan)
             save_packed(converted, plan, self.folder)
+            self.progress["packed_bytes"] = (self.folder / WEIGHTS).stat().st_size
             if self.target is None:
                 return None
             values["bytes"] = self._export(converted, self.target.file)
@@ -157,6 +165,7 @@ class Run(Workspace):
         }  # fmt: skip
         if not self.policy.is_off:
             batches = run_steps(self.module, self.data.train_dataloader, STATISTICS_SAMPLES)
+            report["bops"] = bops(self.audit_rows)
             report["layers"] = layer_rows(self.audit_rows, quantizer_stats(self.module, batches))
         if verdict is not None:
             report["verify"] = verdict.to_dict()

@@ -30,6 +30,7 @@ def layer_rows(audit_rows: Iterable[AuditRow], stats: Iterable[QuantizerStats]) 
             "weight_sqnr_db": sqnr.get((row.name, "weight")),
             "act_sqnr_db": sqnr.get((row.name, "act")),
             "macs": row.macs,
+            "bops": row.bops,
             "params": row.params,
         }
         for row in audit_rows

@@ -1,0 +1,18 @@
+"""`qat report SWEEP_DIR`: the points of a sweep, or of any folder of runs, as a table, a page and a picture."""
+
+import argparse
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    """Prints the table and writes report.html and report.png (or report.* beside a run's own) under SWEEP_DIR."""
+    parser = argparse.ArgumentParser(prog="qat report", description=__doc__)
+    parser.add_argument("sweep_dir", metavar="SWEEP_DIR", type=Path, help="a directory that `qat train -m` wrote")
+    folder: Path = parser.parse_args(argv).sweep_dir.absolute()
+    from rich.console import Console
+
+    from qat.report.sweep import write_report
+    from qat.sweep.results import read_sweep
+
+    write_report(read_sweep(folder), Console(highlight=False))
+    return 0

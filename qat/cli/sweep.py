@@ -1,0 +1,162 @@
+"""`qat train -m ...` and `qat train sweep=...`: reads what varies off the command line, and runs the sweep.
+
+The command line is read with Hydra's own grammar (`a,b`, `range(2,9)`, `glob(w*)`, `interval(0.01,0.1)`). Every value
+is tried in a composed config before anything runs, so that a mistake in the last point is found before the first.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from qat.cli.configs import configs_dir, finish
+from qat.cli.explain import COMPOSITION_ERRORS, explain
+from qat.cli.instantiate import instantiate
+from qat.errors import UserError
+from qat.sweep.objectives import check
+from qat.sweep.results import read_sweep
+from qat.sweep.space import Interval, Space, from_yaml
+from qat.sweep.task import Task
+
+GROUP = "sweep"
+HYDRAS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep", "hydra.mode")
+"""Hydra's ways to run a sweep, which know neither resuming nor processes of their own."""
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def main(args: argparse.Namespace, version: dict[str, Any]) -> int:
+    """Runs a sweep to its end; status 1 if a point failed or did not verify.
+
+    Args:
+        args: The parsed command line.
+        version: The `version_base` argument that this Hydra wants.
+    """
+    try:
+        line = _Line(args, version)
+        sweep, task = line.sweep()
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, args.overrides, args.config_dir, version) from error
+    with task.claimed(sweep.kind):
+        sweep.run(task)
+    from qat.report.sweep import write_report  # imports matplotlib
+
+    swept = read_sweep(task.folder)
+    write_report(swept, task.console)
+    if line.logger is not None:
+        from qat.report.sweep import log_sweep
+
+        log_sweep(swept, line.logger)
+    bad = [r for r in swept.results if r.state == "failed" or r.verified is False]
+    for result in bad:
+        said = result.error or "the exported file falls short of the trained model"
+        task.console.print(f"[red]point {result.number}: {said}[/] ({result.folder})", highlight=False, soft_wrap=True)
+    return 1 if bad else 0
+
+
+class _Line:
+    """The command line, taken apart: what all points share, what varies, and what is said of the sweep itself."""
+
+    def __init__(self, args: argparse.Namespace, version: dict[str, Any]) -> None:
+        self.version = version
+        self.config_dir = str(Path(args.config_dir).absolute()) if args.config_dir else None
+        texts = list(args.overrides)
+        for text in texts:
+            if _key(text) == "run_dir":
+                raise UserError("run_dir is the directory of one run; a sweep has sweep.dir=...")
+            if _key(text).startswith(HYDRAS):
+                raise UserError(f"{text}: sweeps here are run by sweep=... and sweep/launcher=..., not by Hydra")
+        search_path = create_config_search_path(str(configs_dir()))
+        if self.config_dir:
+            search_path.append("command-line", f"file://{self.config_dir}")
+        parsed = OverridesParser.create(ConfigLoaderImpl(search_path)).parse_overrides(texts)
+        self.own: list[str] = []
+        self.fixed: list[str] = []
+        self.swept: dict[str, Override] = {}
+        for text, override in zip(texts, parsed, strict=True):
+            if _key(text).partition(".")[0].partition("/")[0] == GROUP:
+                self.own.append(text)
+            elif override.is_sweep_override():
+                self.swept[text.partition("=")[0]] = override
+            else:
+                self.fixed.append(text)
+        self.logger: dict[str, Any] | None = None
+
+    def sweep(self) -> tuple[Any, Task]:
+        """The sweep and its task, everything checked."""
+        space: Space = {key: _values(override) for key, override in self.swept.items()}
+        if not any(_key(text) == GROUP for text in self.own) and not self._compose(self._first(space)).get(GROUP):
+            self.own.insert(0, f"{GROUP}=grid")
+        cfg = self._compose([*self.own, *self._first(space)])
+        given = {_key(text) for text in self.fixed}
+        written = from_yaml(OmegaConf.to_container(cfg.sweep).get("params"))  # pyright: ignore
+        space = {k: v for k, v in written.items() if _key(k) not in given and k not in space} | space
+        if not space:
+            raise UserError("nothing varies: give a key several values (quant.weight.bits=2,4,8), or sweep=bits_grid")
+        self._try(space)
+        objectives = check(cfg.sweep.objectives, cfg.metric, cfg.mode, exports=bool(cfg.export))
+        sweep = instantiate(cfg.sweep)
+        folder = Path(sweep.dir or self._folder(cfg, space, objectives)).absolute()
+        cache = [] if cfg.cache_dir else [f"cache_dir='{folder / 'cache'}'"]
+        command = (*self._options(cfg, folder), *self.fixed, *cache, f"~{GROUP}")
+        task = Task(command, space, objectives, cfg.metric, cfg.mode, cfg.seed, folder, Console(highlight=False))
+        sweep.check(task)
+        logs = "CSVLogger" in str((cfg.get("logger") or {}).get("_target_"))
+        if not logs and (getattr(sweep, "pruner", None) is not None or getattr(sweep, "keep", None) is not None):
+            how = "sweep.keep=null" if hasattr(sweep, "keep") else "sweep.pruner=null"
+            raise UserError(f"logger: ending points early reads their csv log: use logger=csv, or {how}")
+        return sweep, task
+
+    def _options(self, cfg: DictConfig, folder: Path) -> list[str]:
+        """What every point is told besides its overrides."""
+        options = ["--config-dir", self.config_dir] if self.config_dir else []
+        if "WandbLogger" in str((cfg.get("logger") or {}).get("_target_")):
+            self.logger = {"project": cfg.logger.project, "offline": cfg.logger.offline, "group": folder.name}
+            options.append(f"logger.group={folder.name}")
+        return options
+
+    def _folder(self, cfg: DictConfig, space: Space, objectives: dict[str, str]) -> str:
+        """The same for the same command."""
+        content = json.dumps([self.fixed, {k: str(v) for k, v in space.items()}, objectives, cfg.sweep._target_])
+        choice = next((text.partition("=")[2] for text in self.own if _key(text) == GROUP), GROUP)
+        return f"logs/{cfg.name}/sweeps/{choice}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
+
+    def _try(self, space: Space) -> None:
+        """Composes the config with every value once."""
+        first = self._first(space)
+        for i, (key, values) in enumerate(space.items()):
+            for value in values[1:] if isinstance(values, list) else [values.high]:
+                self._compose([*self.own, *first[:i], f"{key}={value}", *first[i + 1 :]])
+
+    def _first(self, space: Space) -> list[str]:
+        return [f"{key}={v[0] if isinstance(v, list) else v.low}" for key, v in space.items()]
+
+    def _compose(self, more: Sequence[str]) -> DictConfig:
+        GlobalHydra.instance().clear()
+        search = [f"hydra.searchpath=[file://{self.config_dir}]"] if self.config_dir else []
+        with initialize_config_dir(str(configs_dir()), **self.version):
+            cfg = compose("train", overrides=[*self.fixed, *more, *search])
+        finish(cfg, Path("point"))
+        return cfg
+
+
+def _values(override: Override) -> list[str] | Interval:
+    """What a swept override offers, as Hydra understands it."""
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        assert value.start is not None and value.end is not None
+        return Interval(value.start, value.end, "log" in value.tags)
+    return list(dict.fromkeys(override.sweep_string_iterator()))

@@ -1,0 +1,103 @@
+"""Float models that several runs share, under names made of what determines them.
+
+Training in float is the same for all runs that differ only in how they quantize. The
+name of an entry is a hash of the config parts that it follows from, so a run finds what another has made of the same
+parts, and nothing else. An entry appears complete or not at all; while one run makes it, others that want it wait.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from omegaconf import DictConfig, OmegaConf
+
+from qat import __version__
+from qat.export.files import atomic, sha256
+
+FILES = ("float.safetensors", "float.onnx", "float/metrics.csv")
+VALUES = "values.json"
+# Settings of the trainer that float training does not depend on.
+INDIFFERENT = (
+    "max_epochs", "default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler",
+)  # fmt: skip
+
+
+def float_key(cfg: DictConfig) -> str:
+    """A hash of everything that the float model follows from: model, data, training, seed, checkpoint, versions."""
+    parts = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(parts, dict)
+    start = parts["ckpt"] if parts["ckpt"] != "last" else None
+    relevant = {
+        "model": {**parts["model"], **(parts["float_model"] or {})} if start is None else parts["model"],
+        "data": parts["data"],
+        "trainer": {k: v for k, v in parts["trainer"].items() if k not in INDIFFERENT},
+        "epochs": parts["float_epochs"] if start is None else None,
+        "ckpt": sha256(start) if start is not None else None,
+        **{key: parts[key] for key in ("seed", "metric")},
+        "versions": [__version__, torch.__version__],
+    }
+    return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class FloatCache:
+    """The float model of a config in a folder that runs share; without a folder, nothing is shared.
+
+    Args:
+        cfg: The composed and resolved config.
+        start: The checkpoint that the run started from, if any (`cfg.ckpt` of a resumed run says `last`).
+        main: Whether this process is the one that writes. The others of a distributed run train along with it, so they
+            neither wait for it nor write.
+    """
+
+    def __init__(self, cfg: DictConfig, start: str | None, main: bool) -> None:
+        self.folder: Path | None = None
+        if cfg.cache_dir is not None:
+            key = float_key(OmegaConf.merge(cfg, {"ckpt": start}))  # pyright: ignore[reportArgumentType]
+            self.folder = Path(cfg.cache_dir) / key
+        self.main = main
+
+    @property
+    def weights(self) -> Path:
+        """The file of the float weights."""
+        assert self.folder is not None
+        return self.folder / FILES[0]
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process at a time makes the entry."""
+        if self.folder is None or not self.main:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock"):
+            yield
+
+    def load(self, run_folder: Path) -> dict[str, Any] | None:
+        """Copies the entry into a run; returns what was measured of it, `None` if there is none."""
+        if self.folder is None or not (self.folder / VALUES).is_file():
+            return None
+        if self.main:
+            for name in FILES:
+                _copy(self.folder / name, run_folder / name)
+        return json.loads((self.folder / VALUES).read_text())
+
+    def save(self, run_folder: Path, values: dict[str, Any]) -> None:
+        """Makes the entry from a run; what was measured is written last, and makes it one."""
+        if self.folder is None or not self.main:
+            return
+        for name in FILES:
+            _copy(run_folder / name, self.folder / name)
+        with atomic(self.folder / VALUES) as temporary:
+            temporary.write_text(json.dumps(values))
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_file():
+        with atomic(target) as temporary:
+            shutil.copyfile(source, temporary)

@@ -1,0 +1,84 @@
+"""The page of a sweep: one HTML file that needs no network and no server.
+
+The data is embedded as JSON, the code (`page.js`) and style (`page.css`) beside it; plots are SVG, drawn by the page.
+"""
+
+import html
+import json
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from qat.export.files import atomic
+from qat.sweep.objectives import OBJECTIVES
+from qat.sweep.results import Result, Sweep, curves
+
+LAYER = ("name", "type", "weight_bits", "act_bits", "weight_sqnr_db", "act_sqnr_db", "macs", "params")
+UNTOLD = ("run_dir", "cache_dir", "sweep", "ckpt")
+"""Parts of a config that say where a point ran, not what it is."""
+
+
+def save_page(sweep: Sweep, path: Path) -> None:
+    """Writes the page; it appears complete or not at all."""
+    parts = {name: files("qat.report").joinpath(name).read_text() for name in ("page.html", "page.css", "page.js")}
+    # "</" would end the script element, wherever it stands.
+    data = json.dumps(page_data(sweep, path.parent), allow_nan=False).replace("</", "<\\/")
+    page = parts["page.html"].replace("{{title}}", html.escape(sweep.folder.name))
+    page = page.replace("{{style}}", parts["page.css"]).replace("{{code}}", parts["page.js"])
+    with atomic(path) as temporary:
+        temporary.write_text(page.replace("{{data}}", data))
+
+
+def page_data(sweep: Sweep, beside: Path) -> dict[str, Any]:
+    """All that the page shows, as plain containers; links to runs are relative to the folder `beside`."""
+    first = next((r.report for r in sweep.results if r.report), {})
+    return {
+        "name": sweep.folder.name,
+        "metric": first.get("metric", "metric"),
+        "objectives": sweep.objectives,
+        "meanings": OBJECTIVES,
+        "front": [result.number for result in sweep.front()],
+        "points": [_point(result, beside) for result in sweep.results],
+    }
+
+
+def _point(result: Result, beside: Path) -> dict[str, Any]:
+    stages = result.report.get("stages") or {}
+    layers = [{key: layer.get(key) for key in LAYER} for layer in result.report.get("layers") or ()]
+    return {
+        "number": result.number,
+        "params": result.params,
+        "state": result.state or "unfinished",
+        "error": result.error,
+        "verified": result.verified,
+        "values": result.values,
+        "float": (stages.get("float") or {}).get("metric"),
+        "ptq": (stages.get("ptq") or {}).get("metric"),
+        "layers": layers,
+        "curves": curves(result.folder),
+        "config": config_of(result.folder),
+        "folder": Path(os.path.relpath(result.folder, beside)).as_posix(),
+    }
+
+
+def config_of(folder: Path) -> dict[str, str]:
+    """A run's config, flat: dotted key -> value as text, without what depends on where it ran."""
+    path = folder / ".hydra" / "config.yaml"
+    if not path.is_file():
+        return {}
+    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    assert isinstance(config, dict)
+    return dict(_flat({key: value for key, value in config.items() if key not in UNTOLD}, ""))
+
+
+def _flat(tree: dict[Any, Any], prefix: str) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            pairs += _flat(value, f"{prefix}{key}.")
+        else:
+            pairs.append((f"{prefix}{key}", json.dumps(value)))
+    return pairs

@@ -1,0 +1,104 @@
+"""What a sweep comes to: a table in the terminal, a page (`report.html`), a picture (`report.png`), and W&B's copy."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qat.report.format import NONE, count, metric, size
+from qat.report.page import save_page
+from qat.report.sweep_plot import float_metrics, save_sweep_plot
+from qat.sweep.results import Result, Sweep
+
+PAGE, PICTURE = "report.html", "report.png"
+COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "size": ("file", size),
+    "packed": ("packed", size),
+    "bops": ("BOPs", lambda value: count(round(value))),
+    "latency": ("CPU p50", lambda value: f"{value:.3g} ms"),
+    "avg_bits": ("bits", lambda value: f"{value:.2f}"),
+}
+"""How the table heads and shows each cost."""
+
+
+def write_report(sweep: Sweep, console: Console) -> None:
+    """Prints the table, and writes page and picture into the sweep's folder (beside the report of a single run)."""
+    console.print(sweep_table(sweep))
+    name = "sweep" if (sweep.folder / "report.json").is_file() else "report"
+    page, picture = sweep.folder / f"{name}.html", sweep.folder / f"{name}.png"
+    save_page(sweep, page)
+    save_sweep_plot(sweep, picture)
+    console.print(f"{page}\n{picture}", highlight=False, soft_wrap=True)
+
+
+def sweep_table(sweep: Sweep) -> Table:
+    """A row for each point, the best metric first; `*` marks the front over all objectives."""
+    headers, rows = sweep_rows(sweep)
+    over = ", ".join(f"{name} {direction}" for name, direction in sweep.objectives.items())
+    floats = ", ".join(map(metric, sorted(float_metrics(sweep))))
+    table = Table(
+        box=box.SIMPLE_HEAD, title=escape(sweep.folder.name), title_justify="left", title_style="bold",
+        caption=f"* on the Pareto front ({over}); float: {floats or NONE}", caption_justify="left",
+        padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    for i, header in enumerate(headers):
+        table.add_column(escape(header), justify="left" if i == 1 else "right", overflow="fold", no_wrap=i != 1)
+    for result, row in zip(_ordered(sweep), rows, strict=True):
+        style = "bold" if row[0].startswith("*") else "dim" if result.state != "done" else None
+        table.add_row(*map(escape, row), style=style)
+    return table
+
+
+def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells of the table as plain text; the costs are those that are objectives, and the usual ones."""
+    name = next((r.report["metric"] for r in sweep.results if "metric" in r.report), "metric")
+    costs = [cost for cost in COSTS if cost != "size" or cost in sweep.objectives]
+    front = {result.number for result in sweep.front()}
+    rows = []
+    for result in _ordered(sweep):
+        label = " ".join(f"{key.removeprefix('quant.')}={value}" for key, value in result.params.items())
+        ptq = metric(((result.report.get("stages") or {}).get("ptq") or {}).get("metric"))
+        score = metric(result.values.get("metric")) if result.state == "done" else result.state or "unfinished"
+        score += " NOT VERIFIED" if result.verified is False else ""
+        values = result.values if result.state == "done" else {}
+        cells = [COSTS[cost][1](values[cost]) if cost in values else NONE for cost in costs]
+        rows.append([f"{'*' if result.number in front else ''}{result.number}", label, ptq, score, *cells])
+    return ["", "parameters", "PTQ", str(name), *(COSTS[cost][0] for cost in costs)], rows
+
+
+def _ordered(sweep: Sweep) -> Sequence[Result]:
+    sign = -1 if sweep.objectives.get("metric", "max") == "max" else 1
+    return sorted(sweep.results, key=lambda r: (r.state != "done", sign * r.values.get("metric", 0.0), r.number))
+
+
+def log_sweep(sweep: Sweep, where: dict[str, Any]) -> None:
+    """Puts table, picture and page into a W&B run of their own, in the group of the sweep's runs.
+
+    Args:
+        sweep: The sweep.
+        where: `project`, `group`, and whether `offline`.
+    """
+    import wandb
+
+    run = wandb.init(
+        project=where["project"], group=where["group"], job_type="sweep", name=where["group"], dir=str(sweep.folder),
+        mode="offline" if where["offline"] else "online",
+    )  # fmt: skip
+    try:
+        names = list(dict.fromkeys(name for r in sweep.done for name in r.values))
+        table = wandb.Table(columns=["point", "parameters", *names])
+        for r in sweep.done:
+            table.add_data(r.number, " ".join(f"{k}={v}" for k, v in r.params.items()), *map(r.values.get, names))
+        cost = next((name for name in sweep.objectives if name != "metric"), "size")
+        run.log({
+            "points": table,
+            "pareto": wandb.plot.scatter(table, cost, "metric", title=f"metric against {cost}"),
+            "picture": wandb.Image(str(Path(sweep.folder) / PICTURE)),
+            "page": wandb.Html((sweep.folder / PAGE).read_text()),
+        })  # fmt: skip
+    finally:
+        run.finish()

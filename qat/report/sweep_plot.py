@@ -1,0 +1,109 @@
+"""A sweep in one picture: the metric against each cost with the Pareto front, and below it the bits of every layer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from qat.export.files import atomic
+from qat.report.format import count, size
+from qat.report.plot import ACT, DPI, INK, LETTER, LINE, MUTED, RULE, WEIGHT, WIDTH
+from qat.sweep.results import Result, Sweep
+
+PANEL, TOP, GAP = 3.4, 0.9, 0.5
+"""Heights in inches: of a plot, and of the room above and between."""
+AXES = {"packed": "packed weights", "bops": "BOPs", "latency": "CPU p50 (ms)"}
+COLORS = "YlGnBu"
+
+
+def save_sweep_plot(sweep: Sweep, path: Path) -> None:
+    """Draws a sweep as a PNG; it appears complete or not at all."""
+    done = sorted((r for r in sweep.done if r.report.get("layers")), key=lambda r: -r.values.get("packed", 0))
+    body = GAP + LINE * len(done) + 1.0 if done else 0.0
+    figure = Figure(figsize=(WIDTH, TOP + PANEL + 0.6 + body), dpi=DPI, facecolor="white")
+    height = figure.get_figheight()
+    figure.text(0.03, 1 - 0.3 / height, sweep.folder.name, fontsize=14, fontweight="bold", color=INK, parse_math=False)
+    for i, cost in enumerate(AXES):
+        place = (0.07 + i * 0.32, 1 - (TOP + PANEL) / height, 0.26, PANEL / height)
+        _scatter(figure.add_axes(place), sweep, cost, first=i == 0)
+    if done:
+        _heat_maps(figure, done)
+    with atomic(path) as temporary:
+        FigureCanvasAgg(figure).print_figure(temporary, format="png")
+
+
+def _scatter(axes: Axes, sweep: Sweep, cost: str, first: bool) -> None:
+    """Points, their front over these two objectives, the same points before training (PTQ), and the float metric."""
+    shown = [r for r in sweep.done if cost in r.values and "metric" in r.values]
+    better = sweep.objectives.get("metric", "max")
+    for result in shown:
+        ptq = ((result.report.get("stages") or {}).get("ptq") or {}).get("metric")
+        if ptq is not None:
+            x, y = result.values[cost], result.values["metric"]
+            axes.plot([x, x], [ptq, y], color=RULE, linewidth=1, zorder=1)
+            axes.scatter([x], [ptq], 14, facecolors="white", edgecolors=MUTED, linewidths=0.9, zorder=2)
+    axes.scatter([r.values[cost] for r in shown], [r.values["metric"] for r in shown], 26, color=WEIGHT, zorder=3)
+    front = sorted((r.values[cost], r.values["metric"]) for r in sweep.front({"metric": better, cost: "min"}))
+    axes.step([x for x, _ in front], [y for _, y in front], where="post", color=ACT, linewidth=1.6, zorder=2)
+    for value in sorted(float_metrics(sweep)):
+        axes.axhline(value, color=MUTED, linestyle="--", linewidth=1)
+    name = next((r.report["metric"] for r in sweep.results if "metric" in r.report), "metric")
+    axes.set_title(f"{name} against {AXES[cost]}", loc="left", fontsize=9.5, fontweight="bold", color=INK)
+    text = {"packed": lambda x, _: size(x), "bops": lambda x, _: count(round(x))}.get(cost)
+    if text:
+        axes.xaxis.set_major_formatter(FuncFormatter(text))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=INK, labelsize=8)
+    axes.spines[:].set_visible(False)
+    if first:
+        handles = [
+            axes.plot([], [], style, color=color, markerfacecolor=face, markersize=5, label=label)[0]
+            for style, color, face, label in (
+                ("o", WEIGHT, WEIGHT, "exported"), ("o", MUTED, "white", "PTQ"), ("-", ACT, ACT, "front"),
+                ("--", MUTED, MUTED, "float"),
+            )
+        ]  # fmt: skip
+        axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.08), ncols=4, frameon=False, fontsize=8)
+
+
+def float_metrics(sweep: Sweep) -> set[float]:
+    """The metrics of the float models that the points started from."""
+    stages = [(r.report.get("stages") or {}).get("float") or {} for r in sweep.results]
+    return {stage["metric"] for stage in stages if "metric" in stage}
+
+
+def layer_names(results: Sequence[Result]) -> list[str]:
+    """Names of all layers with a grid, in the order of execution."""
+    layers = [layer for r in results for layer in r.report.get("layers") or ()]
+    return list(dict.fromkeys(layer["name"] for layer in layers if layer["weight_bits"] or layer["act_bits"]))
+
+
+def _heat_maps(figure: Figure, done: Sequence[Result]) -> None:
+    """Bits of weights and of inputs: a row for each point, the largest first; a column for each layer."""
+    names, height = layer_names(done), figure.get_figheight()
+    labels = [f"{r.number}  " + " ".join(r.params.values()) for r in done]
+    left = 0.3 + LETTER * min(24, max(map(len, labels)))
+    wide = (WIDTH - left - 0.9) / 2
+    tall = LINE * len(done)
+    for i, (key, title) in enumerate((("weight_bits", "bits of weights"), ("act_bits", "bits of inputs"))):
+        place = ((left + i * (wide + 0.4)) / WIDTH, 1.0 / height, wide / WIDTH, tall / height)
+        axes = figure.add_axes(place)
+        rows = [{layer["name"]: layer[key] for layer in r.report["layers"]} for r in done]
+        grid = np.array([[row.get(name) or np.nan for name in names] for row in rows], dtype=float)
+        axes.imshow(grid, cmap=COLORS, vmin=1, vmax=16, aspect="auto", interpolation="nearest")
+        if len(names) <= 30:
+            for y, x in zip(*np.nonzero(~np.isnan(grid)), strict=True):
+                color = INK if grid[y, x] < 9 else "white"
+                axes.text(x, y, f"{grid[y, x]:.0f}", ha="center", va="center", fontsize=7, color=color)
+        axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
+        shown = [name if len(name) < 16 else f"…{name[-14:]}" for name in names]
+        axes.set_xticks(range(len(names)), shown, rotation=60, ha="right", fontsize=6.5, parse_math=False)
+        axes.set_yticks(range(len(done)), [t[:24] for t in labels] if i == 0 else [], fontsize=7.5, parse_math=False)
+        axes.tick_params(length=0, colors=INK)
+        axes.spines[:].set_visible(False)

@@ -1,0 +1,151 @@
+"""What the points of a sweep left, read from their folders: finished runs tell all in `report.json`."""
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qat.errors import UserError
+from qat.sweep.objectives import front
+from qat.sweep.point import RECORD
+
+DEFINITION, POINTS = "sweep.json", "points"
+QUANTIZERS = ("scale/", "sqnr/")
+"""Columns of a log that say how quantizers do; all others are learning curves."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """A point and what came of it.
+
+    Attributes:
+        number, params, state, error: As in its `point.json`; of a run outside a sweep the overrides are the params.
+        folder: Its run folder.
+        report: Its `report.json`; empty if it did not get there.
+    """
+
+    number: int
+    params: dict[str, str]
+    state: str | None
+    error: str | None
+    folder: Path
+    report: dict[str, Any]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Every objective that the run measured."""
+        stages = self.report.get("stages") or {}
+        exported = stages.get("exported") or {}
+        metrics = [stage["metric"] for stage in stages.values() if "metric" in stage]
+        layers = [layer for layer in self.report.get("layers") or () if layer.get("weight_bits") and layer["params"]]
+        weights = sum(layer["params"] for layer in layers)
+        found = {
+            "metric": metrics[-1] if metrics else None,
+            "size": exported.get("bytes"),
+            "packed": self.report.get("packed_bytes"),
+            "bops": self.report.get("bops"),
+            "latency": exported.get("latency_ms"),
+            "avg_bits": sum(layer["params"] * layer["weight_bits"] for layer in layers) / weights if weights else None,
+        }
+        return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+
+    @property
+    def verified(self) -> bool | None:
+        """Whether the exported file held what training promised; `None` if nothing was exported."""
+        verify = self.report.get("verify")
+        return None if verify is None else bool(verify["passed"])
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A finished or unfinished sweep, or any folder of runs."""
+
+    folder: Path
+    objectives: dict[str, str]
+    results: list[Result]
+
+    @property
+    def done(self) -> list[Result]:
+        """The points that have every objective."""
+        return [r for r in self.results if r.state == "done" and set(self.objectives) <= set(r.values)]
+
+    def front(self, objectives: dict[str, str] | None = None) -> list[Result]:
+        """The points that no other beats, over all objectives or those given."""
+        chosen = objectives or self.objectives
+        done = [r for r in self.done if set(chosen) <= set(r.values)]
+        values = [[r.values[name] for name in chosen] for r in done]
+        return [done[i] for i in front(values, list(chosen.values()))]
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """Reads a sweep's folder, or any folder with finished runs below it.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    if not folder.is_dir():
+        raise UserError(f"SWEEP_DIR {folder} is not a directory")
+    if (folder / DEFINITION).is_file():
+        definition = json.loads((folder / DEFINITION).read_text())
+        records = (folder / POINTS).glob(f"*/{RECORD}")
+        results = sorted((read_point(path.parent) for path in records), key=lambda r: r.number)
+        return Sweep(folder, definition["objectives"], results)
+    runs = sorted(path.parent for path in folder.rglob("report.json"))
+    if not runs:
+        raise UserError(f"SWEEP_DIR {folder} holds neither a sweep nor a finished run")
+    results = [_plain_run(number, run) for number, run in enumerate(runs)]
+    better = "max" if results[0].report.get("higher_is_better", True) else "min"
+    packed = {"packed": "min"} if any("packed" in result.values for result in results) else {}
+    return Sweep(folder, {"metric": better, **packed}, results)
+
+
+def read_point(folder: Path) -> Result:
+    """Reads one point of a sweep."""
+    record = json.loads((folder / RECORD).read_text())
+    return Result(record["number"], record["params"], record["state"], record["error"], folder, _report(folder))
+
+
+def _plain_run(number: int, folder: Path) -> Result:
+    from omegaconf import OmegaConf
+
+    path = folder / ".hydra" / "overrides.yaml"
+    overrides = [str(text) for text in OmegaConf.load(path)] if path.is_file() else []
+    params = {key: value for key, _, value in (text.partition("=") for text in overrides) if key != "run_dir"}
+    return Result(number, params, "done", None, folder, _report(folder))
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    path = folder / "report.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """Learning curves of a run: name -> (step, value), without what the log says of quantizers."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in _rows(folder / "csv" / "metrics.csv"):
+        for name, text in row.items():
+            if text and name not in ("step", "epoch") and not name.startswith(QUANTIZERS):
+                found.setdefault(name, []).append((int(row["step"]), float(text)))
+    return found
+
+
+def by_epoch(folder: Path, name: str) -> dict[int, float]:
+    """A logged value after each epoch so far: what pruning looks at."""
+    return {
+        int(row["epoch"]): float(row[name])
+        for row in _rows(folder / "csv" / "metrics.csv")
+        if row.get(name) and row.get("epoch")
+    }
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    """The rows of a log, complete ones only: it may be written to at this moment."""
+    if not path.is_file():
+        return
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if None not in row and None not in row.values() and row.get("step"):
+                yield row

@@ -1,0 +1,99 @@
+"""A sweep about to run: what every point has in common, its folder, and the record of what the sweep is.
+
+Run again, the same command finds its folder and goes on. Whether it is the same is decided by what determines the
+points: the common overrides, what varies, and the objectives; not by how many points, where, or how many at a time.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.markup import escape
+
+from qat.errors import UserError
+from qat.export.files import atomic
+from qat.sweep.point import Outcome, Point
+from qat.sweep.results import DEFINITION, POINTS, read_point
+from qat.sweep.space import Interval, Space
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the command line and the config say of a sweep.
+
+    Attributes:
+        command: Overrides and options that all points share.
+        space: What varies.
+        objectives: Name -> direction, checked.
+        metric: Name of the metric, for people; `mode`: whether more (`max`) or less of it is better.
+        seed: Of the search.
+        folder: The sweep's.
+        console: Where progress goes.
+    """
+
+    command: tuple[str, ...]
+    space: Space
+    objectives: dict[str, str]
+    metric: str
+    mode: str
+    seed: int
+    folder: Path
+    console: Console
+
+    def definition(self, kind: str) -> dict[str, Any]:
+        """What the sweep is, as plain containers."""
+        space = {k: vars(v) if isinstance(v, Interval) else v for k, v in self.space.items()}
+        return {
+            "kind": kind, "command": list(self.command), "params": space, "objectives": self.objectives,
+            "metric": self.metric, "seed": self.seed,
+        }  # fmt: skip
+
+    def point(self, number: int, params: dict[str, str]) -> Point:
+        return Point(number, params, self.command, self.folder / POINTS / str(number))
+
+    @contextmanager
+    def claimed(self, kind: str) -> Iterator[None]:
+        """Holds the folder for this sweep.
+
+        Raises:
+            UserError: if another sweep was run there, or this one is running.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{self.folder}: a sweep is running in this folder") from None
+        try:
+            self._check_same(self.definition(kind))
+            yield
+        finally:
+            lock.release()
+
+    def _check_same(self, mine: dict[str, Any]) -> None:
+        path = self.folder / DEFINITION
+        if path.is_file():
+            theirs = json.loads(path.read_text())
+            if changed := [key for key in mine if mine[key] != theirs.get(key)]:
+                raise UserError(
+                    f"{self.folder} holds another sweep ({', '.join(changed)} differ); "
+                    "name a folder of its own with sweep.dir=..., or repeat that sweep's command to resume it"
+                )
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(mine, indent=1))
+
+    def tell(self, point: Point, outcome: Outcome, left: int) -> None:
+        """One line for each point that ended."""
+        values = read_point(point.folder).values
+        said = "  ".join(f"{name} {values[name]:.4g}" for name in self.objectives if name in values)
+        if outcome.state != "done":
+            said = "pruned" if outcome.state == "pruned" else f"[red]failed: {escape(str(outcome.error))}[/]"
+        head = f"[bold]{point.number}[/]  {escape(point.label)}"
+        self.console.print(f"{head}  {said}  [dim]({left} to go)[/]", soft_wrap=True)

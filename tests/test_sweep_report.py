@@ -1,0 +1,144 @@
+"""`qat report`: the table, the picture, and the page in a real browser."""
+
+import json
+import re
+import shutil
+import struct
+
+import pytest
+from sweeps import write_point, write_sweep
+
+from qat.cli import main
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    return write_sweep(tmp_path_factory.mktemp("sweeps") / "bits <grid>")
+
+
+@pytest.fixture(scope="module")
+def page(sweep):
+    assert main(["report", str(sweep)]) == 0
+    return sweep / "report.html"
+
+
+def test_the_table_marks_the_front_and_what_went_wrong(sweep, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["report", str(sweep)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    rows = {cells[0]: cells for line in lines if (cells := line.split()) and re.fullmatch(r"\*?\d", cells[0])}
+    assert list(rows) == ["*2", "*0", "1", "3"], "best metric first, failed last"
+    assert rows["*0"][1:6] == ["weight.bits=2", "0.2000", "0.8000", "300", "B"]
+    assert "NOT VERIFIED" in " ".join(rows["*2"]) and "failed" in rows["3"]
+    assert "metric max, packed min" in "\n".join(lines) and "float: 0.9500" in "\n".join(lines)
+
+
+def test_the_picture_is_a_png_that_grows_with_the_points(sweep, page, tmp_path):
+    head = (sweep / "report.png").read_bytes()[:24]
+    width, height = struct.unpack(">II", head[16:24])
+    assert head.startswith(b"\x89PNG") and width > 1000
+    more = write_sweep(tmp_path / "more")
+    for number in range(4, 12):
+        write_point(more, number, {"seed": str(number)}, metric=0.5)
+    assert main(["report", str(more)]) == 0
+    assert struct.unpack(">II", (more / "report.png").read_bytes()[16:24])[1] > height
+
+
+def test_the_page_stands_alone(page):
+    text = page.read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", text) and "@import" not in text
+    embedded = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.S)
+    assert embedded, "a name with </script> in it does not end the data"
+    points = json.loads(embedded[1])["points"]
+    assert [p["number"] for p in points] == [0, 1, 2, 3] and points[0]["layers"][1]["name"] == "</script>fc2"
+    assert "scale/fc1" not in points[0]["curves"] and points[0]["folder"] == "points/0"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright")
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        pytest.skip("no Chromium on this machine")
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def view(browser, page):
+    """The page, opened from disk without a network; fails on whatever the browser complains of."""
+    said = []
+    context = browser.new_context(offline=True)
+    view = context.new_page()
+    view.on("console", lambda message: said.append(message.text) if message.type in ("error", "warning") else None)
+    view.on("pageerror", lambda error: said.append(str(error)))
+    view.on("requestfailed", lambda request: said.append(request.url))
+    view.goto(page.as_uri())
+    yield view
+    context.close()
+    assert said == []
+
+
+def _plot(view, cost: str, number: int):
+    return view.locator(f"svg[data-cost={cost}] circle.point[data-number='{number}']")
+
+
+def test_the_page_shows_each_plot_with_every_finished_point_and_its_references(view):
+    assert view.locator("#plots figcaption").all_inner_texts() == [
+        "test/acc against packed weights", "test/acc against exported file", "test/acc against BOPs",
+        "test/acc against CPU p50 (ms)",
+    ]  # fmt: skip
+    for cost in ("packed", "bops", "latency"):
+        plot = view.locator(f"svg[data-cost={cost}]")
+        assert plot.locator("circle.point").count() == plot.locator("circle.ptq").count() == 3
+        assert plot.locator("line.float").count() == 1
+    assert view.locator("svg[data-cost=packed] circle.point.front").count() == 2
+    assert "3 of 4 points finished; 2 on the Pareto front" in view.locator("#summary").inner_text()
+
+
+def test_better_is_higher_and_cheaper_is_left(view):
+    at = {
+        n: (float(c.get_attribute("cx")), float(c.get_attribute("cy")))
+        for n in (0, 2)
+        for c in [_plot(view, "packed", n)]
+    }
+    assert at[0][0] < at[2][0] and at[0][1] > at[2][1]
+
+
+def test_a_click_on_a_point_shows_its_config_and_links_to_its_run(view, sweep):
+    _plot(view, "packed", 2).click()
+    card = view.locator(".card")
+    assert "point 2: quant.weight.bits=8" in card.inner_text() and "NOT VERIFIED" in card.inner_text()
+    rows = card.locator(".config tr").all_inner_texts()
+    assert "quant.weight.bits\t8" in rows and not [row for row in rows if row.startswith("run_dir")]
+    link = card.locator("a").get_attribute("href")
+    assert (sweep / link / "report.json").is_file()
+
+
+def test_a_second_click_compares_two_points_and_a_third_takes_back(view):
+    _plot(view, "packed", 0).click()
+    _plot(view, "bops", 2).click()
+    assert view.locator(".diff tbody tr").all_inner_texts() == ["quant.weight.bits\t2\t8"]
+    assert view.locator("path.curve.a").count() == view.locator("path.curve.b").count() == 1
+    _plot(view, "packed", 0).click()
+    assert view.locator(".diff").count() == 0 and view.locator(".card").count() == 1
+
+
+def test_the_heat_map_has_the_bits_of_every_layer(view):
+    weights = view.locator("table.heat").first
+    assert weights.locator("th.layer").all_inner_texts() == ["fc1", "</script>fc2"]
+    assert [row.split("\t")[1:] for row in weights.locator("tbody tr").all_inner_texts()] == [
+        ["2", "2"],
+        ["4", "4"],
+        ["8", "8"],
+    ]
+
+
+def test_curves_are_those_of_the_chosen_log_and_the_table_sorts(view):
+    assert view.locator("#curve option").all_inner_texts() == ["val/acc"]
+    assert view.locator("path.curve").count() == 4, "the failed point's, too"
+    view.locator("#table th", has_text="packed").click()
+    first = view.locator("#table tbody tr").first
+    assert first.locator("td").first.inner_text() == "★ 0"

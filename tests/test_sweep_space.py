@@ -1,0 +1,322 @@
+"""Sweeps without training: what varies, what is optimized, what is refused, and what becomes of points."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+from sweeps import write_point, write_sweep
+
+import qat.sweep.point as points
+from qat.cli import main
+from qat.cli.configs import configs_dir, finish
+from qat.cli.instantiate import instantiate
+from qat.cli.train import VERSION
+from qat.errors import UserError
+from qat.sweep import Dominated, GridSweep, Local, OptunaSweep, Slurm
+from qat.sweep.objectives import check, dominates, front
+from qat.sweep.point import Outcome, Point, finished, record, run_point
+from qat.sweep.results import by_epoch, curves, read_sweep
+from qat.sweep.space import Interval, from_yaml, grid
+from qat.sweep.task import Task
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=200)
+
+
+@pytest.fixture
+def task(tmp_path, console):
+    space = {"seed": ["0", "1"], "quant": ["w4a4", "w8a8"]}
+    return Task(("model=mlp",), space, {"metric": "max"}, "test/acc", "max", 0, tmp_path / "sweep", console)
+
+
+def _refused(capfd, *argv: str) -> str:
+    assert main(["train", *argv]) == 2
+    [line] = capfd.readouterr().err.splitlines()
+    return line.removeprefix("qat: error: ")
+
+
+# -- what varies -----------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_every_combination_with_the_last_key_fastest():
+    space = from_yaml({"a": [1, 2, 2], "b": [True, None, "{bits: 4}"]})
+    assert [tuple(p.values()) for p in grid(space)] == [
+        (a, b) for a in ("1", "2") for b in ("true", "null", "{bits: 4}")
+    ]
+
+
+def test_an_interval_keeps_its_numbers():
+    assert from_yaml({"lr": {"low": 0.01, "high": 1, "log": True}}) == {"lr": Interval(0.01, 1, True)}
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        pytest.param({"a": 3}, "sweep.params.a=3: must be a list of choices", id="no-list"),
+        pytest.param({"a": []}, "must be a list of choices", id="empty"),
+        pytest.param({"a": [{"bits": 4}]}, "write nested choices as text", id="nested"),
+        pytest.param({"a": {"lo": 1, "high": 2}}, "sweep.params.a.lo: .* did you mean 'low'", id="typo"),
+        pytest.param({"a": {"low": 2, "high": 1}}, "needs numbers low < high", id="upside-down"),
+        pytest.param({"a": {"low": 0, "high": 1, "log": True}}, "above 0 with log", id="log-of-zero"),
+    ],
+)
+def test_a_space_that_makes_no_sense_is_refused(params, said):
+    with pytest.raises(UserError, match=said):
+        from_yaml(params)
+
+
+def test_a_grid_has_no_intervals():
+    with pytest.raises(UserError, match=r"lr: a grid needs choices"):
+        list(grid({"lr": Interval(0, 1)}))
+
+
+# -- objectives ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objectives", "said"),
+    [
+        pytest.param({"metrc": "max"}, "did you mean 'metric'.*metric, size, packed, bops, latency", id="unknown"),
+        pytest.param({"size": None}, "sweep.objectives.size=None: needs a direction", id="no-direction"),
+        pytest.param({"metric": "min"}, "contradicts mode=max", id="against-mode"),
+        pytest.param({}, "say what to optimize", id="none"),
+    ],
+)
+def test_objectives_must_exist_and_say_their_direction(objectives, said):
+    with pytest.raises(UserError, match=said):
+        check(objectives, "test/acc", "max")
+
+
+def test_the_front_holds_what_nobody_beats_ties_included():
+    values = [(0.9, 10), (0.9, 10), (0.8, 5), (0.8, 6), (0.95, 20)]
+    assert front(values, ["max", "min"]) == [0, 1, 2, 4]
+    assert dominates((0.9, 5), (0.9, 6), ["max", "min"]) and not dominates((0.9, 5), (0.9, 5), ["max", "min"])
+
+
+# -- mistakes on the command line ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        pytest.param(["-m", "sed=1,2"], "unknown config key 'sed'; did you mean 'seed'?", id="key"),
+        pytest.param(
+            ["-m", "model=mlp,mpl"], "model=mpl: there is no such option; did you mean 'mlp'?", id="last-value"
+        ),
+        pytest.param(["-m", "seed=0"], "nothing varies", id="nothing-varies"),
+        pytest.param(["-m", "seed=0,1", "run_dir=x"], "a sweep has sweep.dir", id="run-dir"),
+        pytest.param(["-m", "seed=0,1", "hydra/launcher=joblib"], "sweep/launcher=", id="hydra-launcher"),
+        pytest.param(
+            ["-m", "seed=0,1", "sweep.objectives.sise=min"],
+            "unknown config key 'sweep.objectives.sise'",
+            id="objective-override",
+        ),
+        pytest.param(["-m", "seed=0,1", "+sweep.objectives.sise=min"], "did you mean 'size'", id="objective"),
+        pytest.param(
+            ["-m", "seed=0,1", "export=none", "+sweep.objectives.size=min"], "no file to measure", id="no-file"
+        ),
+        pytest.param(["sweep=bits_gird"], "did you mean 'bits_grid'", id="sweep"),
+        pytest.param(["-m", "seed=0,1", "sweep.launcher.n_jobs=0"], "n_jobs=0: must be at least 1", id="no-jobs"),
+        pytest.param(["-m", "model.lr=interval(0.1,0.2)"], "a grid needs choices", id="interval"),
+    ],
+)
+def test_a_mistake_is_one_line_and_writes_nothing(argv, said, capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in _refused(capfd, *argv)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", sorted(p.stem for p in (configs_dir() / "sweep").glob("*.yaml")))
+@pytest.mark.parametrize("launcher", sorted(p.stem for p in (configs_dir() / "sweep" / "launcher").glob("*.yaml")))
+def test_every_sweep_is_built_with_every_launcher(option, launcher, tmp_path):
+    chosen = [] if option.startswith("ray") else [f"sweep/launcher={launcher}"]
+    with initialize_config_dir(str(configs_dir()), **VERSION):
+        cfg = compose("train", overrides=[f"sweep={option}", *chosen])
+    finish(cfg, tmp_path)
+    sweep = instantiate(cfg.sweep)
+    assert check(cfg.sweep.objectives, cfg.metric, cfg.mode) == dict(sweep.objectives)
+    if chosen:
+        assert isinstance(sweep.launcher, {"local": Local, "slurm": Slurm}[launcher])
+
+
+def test_the_wandb_sweep_varies_keys_that_exist_and_turns_into_our_command():
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    spec = yaml.safe_load((ROOT / "configs" / "wandb_sweep.yaml").read_text())
+    values = {key: {"value": p.get("values", [p.get("min")])[0]} for key, p in spec["parameters"].items()}
+    args = utils.create_sweep_command_args({"args": values})["args_no_hyphens"]
+    assert args and spec["command"][-1] == "${args_no_hyphens}"
+    fixed = [text for text in spec["command"] if "=" in text]
+    with initialize_config_dir(str(configs_dir()), **VERSION):
+        cfg = compose("train", overrides=[*fixed, *args])
+    assert "WandbLogger" in cfg.logger._target_ and spec["metric"]["goal"] in ("maximize", "minimize")
+
+
+# -- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_sweep_in_the_same_folder_is_refused_and_the_same_one_resumes(task):
+    with task.claimed("grid"):
+        pass
+    with (
+        task.claimed("grid"),
+        pytest.raises(UserError, match="a sweep is running in this folder"),
+        task.claimed("grid"),
+    ):
+        pass
+    other = Task(("model=cnn",), task.space, {"metric": "min"}, "test/acc", "min", 0, task.folder, task.console)
+    with pytest.raises(UserError, match=r"holds another sweep \(command, objectives differ\)"), other.claimed("grid"):
+        pass
+
+
+def test_the_same_command_has_the_same_folder_and_another_has_another(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(GridSweep, "run", lambda self, task: task.console.print(f"at {task.folder}", soft_wrap=True))
+    at = []
+    for argv in (["-m", "seed=0,1"], ["-m", "seed=0,1", "sweep.launcher.n_jobs=2"], ["-m", "seed=0,2"]):
+        assert main(["train", *argv]) == 0
+        at.append(next(line for line in capfd.readouterr().out.splitlines() if line.startswith("at ")))
+    assert at[0] == at[1] != at[2]
+
+
+# -- points ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def program(monkeypatch):
+    """Replaces `qat train` by a shell script, which finds the point's folder as `$1`."""
+
+    def replace(script: str) -> None:
+        monkeypatch.setattr(points, "_command", lambda point: ["sh", "-c", script, "sh", str(point.folder)])
+
+    return replace
+
+
+@pytest.fixture
+def point(tmp_path):
+    return Point(3, {"seed": "1"}, ("model=mlp", "ckpt=a.ckpt"), tmp_path / "point")
+
+
+def test_a_point_is_done_when_it_left_a_report_and_is_not_run_again(point, program):
+    program('echo run >> "$1/runs"; echo "{}" > "$1/report.json"')
+    assert [run_point(point), run_point(point)] == [Outcome("done"), Outcome("done")]
+    assert (point.folder / "runs").read_text() == "run\n" and finished(point.folder)
+
+
+def test_a_failed_point_says_its_last_line_and_is_tried_again(point, program):
+    program('echo run >> "$1/runs"; echo "qat: error: seed=1: no"; exit 2')
+    assert [run_point(point), run_point(point)] == [Outcome("failed", "seed=1: no")] * 2
+    assert (point.folder / "runs").read_text() == "run\n" * 2
+
+
+def test_a_point_is_pruned_when_a_file_says_so(point, program):
+    program('touch "$1/stop"; exec sleep 60')
+    assert run_point(point) == Outcome("pruned") and finished(point.folder)
+
+
+def test_a_half_finished_point_goes_on_from_its_checkpoint_and_a_new_one_starts_where_told(point):
+    point.folder.mkdir()
+    assert "ckpt=a.ckpt" in points._command(point)
+    (point.folder / "progress.json").write_text("{}")
+    command = points._command(point)
+    assert "ckpt=last" in command and "ckpt=a.ckpt" not in command and f"run_dir='{point.folder}'" in command
+
+
+def test_points_that_share_a_machine_share_its_cores(point, program, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    program('echo $OMP_NUM_THREADS > "$1/threads"; echo "{}" > "$1/report.json"')
+    both = [point, Point(4, {}, (), tmp_path / "other")]
+    assert sorted(p.number for p, _ in Local(n_jobs=2).run(both, tmp_path)) == [3, 4]
+    assert (point.folder / "threads").read_text() == "4\n"
+
+
+def test_a_grid_runs_what_is_not_finished(task, program, console):
+    program('echo "{}" > "$1/report.json"')
+    task.point(1, {}).folder.mkdir(parents=True)
+    record(task.point(1, {}), Outcome("done"))
+    GridSweep({}).run(task)
+    said = console.file.getvalue()
+    assert "4 points, 1 of them finished" in said and said.count("to go") == 3
+
+
+# -- pruning and results ---------------------------------------------------------------------------------------------
+
+
+def test_only_a_point_that_costs_no_more_ends_another(tmp_path):
+    bad = write_point(tmp_path, 0, {}, state=None, bits=4, bops=1000, curve=[0.2])
+    cheap = write_point(tmp_path, 1, {}, bits=2, bops=500, curve=[0.4, 0.9], metric=0.9)
+    dear = write_point(tmp_path, 2, {}, bits=8, bops=2000, curve=[0.9], metric=0.9)
+    rule = Dominated(margin=0.1)
+    assert rule.judge(bad, [cheap], "val/acc", "max")
+    assert not rule.judge(bad, [dear], "val/acc", "max")
+    assert not rule.judge(bad, [cheap], "val/acc", "min")
+    assert not Dominated(margin=0.3).judge(bad, [cheap], "val/acc", "max")
+    assert not Dominated(margin=0.1, after_epochs=2).judge(bad, [cheap], "val/acc", "max")
+
+
+BAD = """printf '{"bops": 1000, "rows": [{"params": 100, "weight_bits": 8}]}' > "$1/audit.json"; mkdir "$1/csv"
+printf 'epoch,val/acc,step\\n0,0.2,9\\n' > "$1/csv/metrics.csv"; exec sleep 60"""
+
+
+@pytest.mark.parametrize(
+    ("objectives", "pruner"),
+    [
+        pytest.param({"metric": "max", "packed": "min"}, lambda optuna: Dominated(margin=0.1), id="dominated"),
+        pytest.param({"metric": "max"}, lambda optuna: optuna.pruners.ThresholdPruner(lower=0.5), id="optunas"),
+    ],
+)
+def test_a_search_ends_points_that_its_pruner_gives_up(objectives, pruner, tmp_path, program, console):
+    optuna = pytest.importorskip("optuna", reason="needs the extra `sweep`")
+    write_point(tmp_path, 99, {}, bits=1, bops=100, curve=[0.9], metric=0.9)
+    task = Task((), {"quant.weight.bits": ["8"]}, objectives, "test/acc", "max", 0, tmp_path, console)
+    program(BAD)
+    sweep = OptunaSweep(objectives, n_trials=1, pruner=pruner(optuna))
+    sweep.check(task)
+    sweep.run(task)
+    sweep.run(task)
+    [trial] = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'study.db'}").get_trials()
+    assert trial.state.name == "PRUNED" and "pruned" in console.file.getvalue()
+
+
+def test_optunas_pruners_do_not_rank_several_objectives(task):
+    optuna = pytest.importorskip("optuna", reason="needs the extra `sweep`")
+    several = replace(task, objectives={"metric": "max", "packed": "min"})
+    with pytest.raises(UserError, match="MedianPruner compares one objective, and there are 2"):
+        OptunaSweep({}, pruner=optuna.pruners.MedianPruner()).check(several)
+
+
+def test_a_log_in_the_middle_of_a_line_is_read_up_to_there(tmp_path):
+    folder = write_point(tmp_path, 0, {}, state=None, curve=[0.25, 0.5])
+    path = folder / "csv" / "metrics.csv"
+    path.write_text(path.read_text() + "2,0.7")
+    assert by_epoch(folder, "val/acc") == {0: 0.25, 1: 0.5}
+    assert curves(folder) == {"val/acc": [(9, 0.25), (19, 0.5)]}
+
+
+def test_results_are_read_from_folders(tmp_path):
+    sweep = read_sweep(write_sweep(tmp_path / "s"))
+    assert [r.state for r in sweep.results] == ["done", "done", "done", "failed"]
+    assert [r.number for r in sweep.front()] == [0, 2]
+    assert sweep.results[0].values == {
+        "metric": 0.8, "size": 1000, "packed": 300, "bops": 500, "latency": 0.25, "avg_bits": 2.0
+    }  # fmt: skip
+
+
+def test_a_folder_of_plain_runs_is_a_sweep_of_what_their_command_lines_said(tmp_path):
+    folder = write_point(tmp_path, 0, {}, metric=0.5)
+    (folder / ".hydra" / "overrides.yaml").write_text("- seed=1\n- run_dir=x\n")
+    [result] = read_sweep(tmp_path).results
+    assert result.params == {"seed": "1"} and result.state == "done"
+
+
+def test_a_folder_without_runs_is_refused(tmp_path, capfd):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds neither a sweep nor a finished run" in capfd.readouterr().err
