@@ -333,3 +333,12 @@ def test_a_model_with_nothing_to_quantize_is_refused_before_training(in_an_empty
     assert main(argv) == 2
     assert "Bare has no layer that can be quantized" in capfd.readouterr().err
     assert not Path("run").exists()
+
+
+def test_float_training_can_start_from_float_weights(finished, tmp_path, capfd):
+    weights = f"float_ckpt={finished / 'float.safetensors'}"
+    assert _train(tmp_path / "run", "quant=off", weights, "float_model.lr=1e-9") == 0
+    before, after = (_report(run)["stages"]["float"]["metric"] for run in (finished, tmp_path / "run"))
+    assert after == pytest.approx(before, abs=0.01), "one epoch at no learning rate leaves it as it was"
+    assert _train(tmp_path / "other", weights, f"ckpt={finished / 'float.safetensors'}") == 2
+    assert "leave one out" in capfd.readouterr().err and not (tmp_path / "other").exists()

@@ -108,7 +108,7 @@ def test_sites_run_on_integer_kernels_and_compute_what_training_did(name, policy
         expected = fake(test)
         torch.testing.assert_close(converted(test), expected, atol=1e-5, rtol=1e-5)
     comparison.update(expected.numpy(), runner(test.numpy()))
-    check_codes(verdict, converted, path)
+    check_codes(verdict, converted, weight_codes(path))
     check_kernels(verdict, converted, runner)
     check_outputs(verdict, comparison, 0.95)
     assert verdict.passed, verdict.to_dict()

@@ -17,6 +17,7 @@ COMMANDS = {
     "export": "write a finished run, or a checkpoint, in another format: qat export RUN_DIR target=NAME",
     "verify": "check exported files against the trained model: qat verify [FILE] RUN_DIR",
     "bench": "measure exported files against the float one: qat bench FILE...",
+    "inspect": "how well each quantizer of a checkpoint does, what hurts most first: qat inspect CKPT",
     "report": "show a sweep, or any folder of runs: table, page and picture: qat report SWEEP_DIR",
 }
 

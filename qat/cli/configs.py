@@ -18,6 +18,7 @@ TYPES: dict[str, Any] = {
     "name": str,
     "seed": int,
     "ckpt": str | None,
+    "float_ckpt": str | None,
     "cache_dir": str | None,
     "metric": str,
     "mode": Literal["max", "min"],

@@ -69,6 +69,8 @@ class Workspace:
         self.trainer(logger=False)
         self.module: pl.LightningModule = instantiate(cfg.model)
         self.float_module: pl.LightningModule = self._float_module()
+        if cfg.float_ckpt:
+            self._start_float(cfg.float_ckpt)
         self.data: pl.LightningDataModule = instantiate(cfg.data)
         self.data.prepare_data()
         self.data.setup("fit")
@@ -79,6 +81,14 @@ class Workspace:
         """The model with the settings of `float_model`, under whose key mistakes are reported."""
         settings = {**self.cfg.model, **(self.cfg.float_model or {})}
         return instantiate(OmegaConf.create({"float_model": settings}).float_model)
+
+    def _start_float(self, path: str) -> None:
+        if self.progress["start"]:
+            raise UserError(
+                f"float_ckpt={path}: float training starts from it, but ckpt={self.progress['start']} takes the place "
+                "of float training; leave one out"
+            )
+        load_weights(self.float_module, path)
 
     def _recall(self) -> None:
         path = self.folder / "progress.json"
@@ -126,7 +136,8 @@ class Workspace:
 
     def qat_callback(self) -> QATCallback:
         quant = self.cfg.quant
-        return QATCallback(self.policy, calibration_samples=quant.calibration_samples, scale_lr_factor=quant.scale_lr)
+        starts = [instantiate(node) for node in (self.cfg.get("start") or {}).values() if node]
+        return QATCallback(self.policy, quant.calibration_samples, quant.scale_lr, starts=starts)
 
     # -- progress ------------------------------------------------------------------------------------------------------
 
