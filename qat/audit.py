@@ -12,12 +12,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qat.cost import bit_operations
 from qat.functions import COMPUTES
 from qat.plan import Plan
 from qat.probe import Call, Recording, macs
 from qat.reasons import FOLDS, Reasons, layers, type_name
-
-FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class AuditRow:
         weight_bits, act_bits: Their widths; of several activation grids, the narrowest.
         macs: Multiply-accumulates for one sample; 0 where the recording can't tell (recurrence, attention, einsum).
         params: Weights and biases, counted where they appear first.
+        bytes: What a packed file stores of them (`qat.storage.with_bytes` fills it in).
         reason: Why it is not integer throughout; `None` if it is.
     """
 
@@ -43,12 +43,13 @@ class AuditRow:
     act_bits: int | None = None
     macs: int = 0
     params: int = 0
+    bytes: int = 0
     reason: str | None = None
 
     @property
     def bops(self) -> int:
         """Bit operations for one sample: MACs x weight bits x input bits, where float counts 32."""
-        return self.macs * (self.weight_bits or FLOAT_BITS) * (self.act_bits or FLOAT_BITS)
+        return bit_operations(self.macs, self.weight_bits, self.act_bits)
 
     @property
     def folds(self) -> bool:

@@ -34,6 +34,7 @@ from qat.lightning.evaluate import test_metric
 from qat.lightning.steps import run_steps
 from qat.lightning.weights import load_weights
 from qat.policy import QuantPolicy
+from qat.storage import with_bytes
 
 CALLBACK_KEYS = ("calibration_samples", "scale_lr")
 
@@ -93,7 +94,7 @@ class Workspace:
             if self.target is not None and (reason := inconvertible(plan)):
                 raise UserError(f"export: there is no integer form of this quant: {reason}; use export=none")
             apply_plan(shell, plan)
-            self.audit_rows = audit(shell, plan, recording)
+            self.audit_rows = with_bytes(audit(shell, plan, recording), shell, plan)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qat.cost import average_bits
 from qat.errors import UserError
 from qat.sweep.objectives import front
 from qat.sweep.point import RECORD
@@ -41,14 +42,13 @@ class Result:
         exported = stages.get("exported") or {}
         metrics = [stage["metric"] for stage in stages.values() if "metric" in stage]
         layers = [layer for layer in self.report.get("layers") or () if layer.get("weight_bits") and layer["params"]]
-        weights = sum(layer["params"] for layer in layers)
         found = {
             "metric": metrics[-1] if metrics else None,
             "size": exported.get("bytes"),
             "packed": self.report.get("packed_bytes"),
             "bops": self.report.get("bops"),
             "latency": exported.get("latency_ms"),
-            "avg_bits": sum(layer["params"] * layer["weight_bits"] for layer in layers) / weights if weights else None,
+            "avg_bits": average_bits((layer["params"], layer["weight_bits"]) for layer in layers),
         }
         return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
