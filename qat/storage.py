@@ -34,7 +34,7 @@ def _row_bytes(row: AuditRow, model: nn.Module, plan: Plan) -> int:
     if row.name in plan.layers:
         owner = plan.layers[row.name]["weight"]
         if owner is not None:
-            return layer_bytes(model, plan, row.name, plan.weights[owner]) if row.params else 0
+            return layer_bytes(model, plan, row.name, plan.weights[owner])
         return FLOAT_BYTES * row.params
     module = dict(model.named_modules()).get(row.name)
     kept = () if module is None or not isinstance(module, nn.modules.batchnorm._NormBase) else module.buffers(False)
@@ -42,17 +42,17 @@ def _row_bytes(row: AuditRow, model: nn.Module, plan: Plan) -> int:
 
 
 def layer_bytes(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int:
-    """Packed bytes of the layer `name` of the plan if its weight has the grid `spec`."""
+    """Packed bytes of the layer `name` of the plan if its weight has the grid `spec`; of one that shares its weight with
+    an earlier layer, those of its own bias."""
     layer: Any = model.get_submodule(name)
-    weight, channels = layer.weight, _channels(layer)
-    norm = plan.batch_norms.get(name)
+    channels = _channels(layer)
     if spec.granularity == "group":
-        scales = weight.numel() // (spec.group_size or 1)
+        scales = layer.weight.numel() // (spec.group_size or 1)
     else:
-        scales = channels if spec.granularity == "channel" or norm else 1
-    return code_bytes(weight.numel(), stored_bits(model, plan, name, spec)) + 5 * scales + _bias_bytes(
-        layer, plan, name, channels, scales, spec
-    )  # fmt: skip
+        scales = channels if spec.granularity == "channel" or name in plan.batch_norms else 1
+    codes = code_bytes(layer.weight.numel(), stored_bits(model, plan, name, spec)) + 5 * scales
+    shared = plan.layers[name]["weight"] != name
+    return (0 if shared else codes) + _bias_bytes(layer, plan, name, channels, scales, spec)
 
 
 def stored_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int:

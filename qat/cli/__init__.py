@@ -14,6 +14,8 @@ from qat.errors import UserError, nearest
 
 COMMANDS = {
     "train": "calibrate, train, convert, export and verify: qat train [key=value ...]",
+    "sensitivity": "how much each width of each layer hurts: qat sensitivity [key=value ...]",
+    "search": "bits for every layer within a budget: qat search packed=60kB [key=value ...]",
     "report": "show a sweep, or any folder of runs: table, page and picture: qat report SWEEP_DIR",
     "verify": "check the exported files of a finished run again: qat verify RUN_DIR",
 }

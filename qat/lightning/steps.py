@@ -5,7 +5,7 @@ has to be told to us.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -27,9 +27,12 @@ from qat.modes import evaluating
 CALIBRATION_SEED = 0
 
 
-def step_of(module: pl.LightningModule) -> Callable[[Any], Any]:
-    """The module's own step, as a function of a batch."""
-    for name in ("validation_step", "training_step", "test_step"):
+STEPS = ("validation_step", "training_step", "test_step")
+
+
+def step_of(module: pl.LightningModule, names: Sequence[str] = STEPS) -> Callable[[Any], Any]:
+    """The module's own step, as a function of a batch: the first of `names` that it has."""
+    for name in names:
         if is_overridden(name, module) and (name != "training_step" or module.automatic_optimization):
             method = getattr(module, name)
             positional = [
@@ -101,14 +104,14 @@ def batches(source: Source, samples: int) -> Iterator[Any]:
     seen = 0
     for batch in loader:
         yield batch
-        seen += _batch_size(batch)
+        seen += batch_size(batch)
         if seen >= samples:
             return
 
 
-def _batch_size(batch: Any) -> int:
+def batch_size(batch: Any) -> int:
     try:
-        return extract_batch_size(batch)
+        return extractbatch_size(batch)
     except Exception:  # what counts as a batch is the user's; one batch then counts as one sample
         return 1
 

@@ -36,7 +36,7 @@ from qat.lightning.weights import load_weights
 from qat.policy import QuantPolicy
 from qat.storage import with_bytes
 
-CALLBACK_KEYS = ("calibration_samples", "scale_lr")
+CALLBACK_KEYS = ("calibration_samples", "scale_lr", "predicted")
 
 
 class Workspace:
