@@ -42,8 +42,10 @@ def _row_bytes(row: AuditRow, model: nn.Module, plan: Plan) -> int:
 
 
 def layer_bytes(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int:
-    """Packed bytes of the layer `name` of the plan if its weight has the grid `spec`; of one that shares its weight with
-    an earlier layer, those of its own bias."""
+    """Packed bytes of the layer `name` of the plan if its weight has the grid `spec`.
+
+    Of one that shares its weight with an earlier layer, those of its own bias.
+    """
     layer: Any = model.get_submodule(name)
     channels = _channels(layer)
     if spec.granularity == "group":

@@ -111,7 +111,7 @@ def batches(source: Source, samples: int) -> Iterator[Any]:
 
 def batch_size(batch: Any) -> int:
     try:
-        return extractbatch_size(batch)
+        return extract_batch_size(batch)
     except Exception:  # what counts as a batch is the user's; one batch then counts as one sample
         return 1
 

@@ -39,7 +39,7 @@ def sensitivity_table(space: Space, measured: Measured) -> Table:
         at = [entry["bits"].get(str(bits)) for bits in widths]
         noise = next((a["sqnr_db"] for a in at if a is not None), None)
         trace = f"{entry['trace']:.3g}" if "trace" in entry else NONE
-        increases = (NONE if a is None else f"{a['loss_increase']:.4f}" for a in at)
+        increases = (NONE if a is None else f"{round(a['loss_increase'], 4) + 0.0:.4f}" for a in at)
         table.add_row(escape(tensor), *increases, NONE if noise is None else f"{noise:.1f}", trace)
     return table
 
@@ -52,7 +52,9 @@ def save_sensitivity(space: Space, measured: Measured, path: Path) -> None:
     row = LINE * max(1.0, 0.42 * len(widths))
     height = row * len(layers) + 1.5
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor="white", layout="constrained")
-    figure.suptitle("Loss increase with one grid on (no bar: none)", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    figure.suptitle(
+        "Loss increase with one grid on (no bar: none)", x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK
+    )
     left, right = figure.subplots(1, 2, sharey=True, sharex=True)
     for axes, (title, part, _) in zip((left, right), panels, strict=True):
         for rank, bits in enumerate(widths):

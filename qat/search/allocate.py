@@ -101,7 +101,9 @@ def _infeasible(problem: Problem, budgets: Mapping[str, float]) -> str:
     each = {name: problem.costs[name].total(smallest(problem, name)) for name in budgets}
     for name, least in each.items():
         if least > budgets[name]:
-            return f"{name}={shown(name, budgets[name])} cannot be met: the smallest feasible is {_at_least(name, least)}"
+            return (
+                f"{name}={shown(name, budgets[name])} cannot be met: the smallest feasible is {_at_least(name, least)}"
+            )
     first, *others = budgets
     rest = {name: budgets[name] for name in others}
     choice = _milp(problem, problem.costs[first].table, rest)
@@ -125,7 +127,7 @@ def _milp(problem: Problem, objective: Table, budgets: Mapping[str, float]) -> d
     # The solver stops within 1e-6 of the optimum, in units of the objective.
     goal = goal / (np.abs(goal).max() or 1.0) * 1e4
     equalities, right = _equalities(problem, columns)
-    constraints = [LinearConstraint(equalities, right, right)]
+    constraints = [LinearConstraint(equalities, right, right)  # pyright: ignore[reportArgumentType]]
     for name, limit in budgets.items():
         cost = problem.costs[name]
         row, room = np.array([cost.table[c] for c in columns], dtype=float), limit * cost.scale - cost.fixed

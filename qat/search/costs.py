@@ -106,5 +106,3 @@ def _bops(space: Space) -> Cost:
 def predict(problem: Problem, choice: Mapping[str, Pair]) -> dict[str, float]:
     """Every cost of an allocation."""
     return {name: cost.total(choice) for name, cost in problem.costs.items()}
-
-

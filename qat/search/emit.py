@@ -32,9 +32,13 @@ def outputs(output: str, points: int | None) -> list[Path]:
 
 
 def write(
-    path: Path, policy: QuantPolicy, choice: Mapping[str, Pair], predicted: Mapping[str, float], other: Mapping[str, Any],
+    path: Path,
+    policy: QuantPolicy,
+    choice: Mapping[str, Pair],
+    predicted: Mapping[str, float],
+    other: Mapping[str, Any],
     command: str,
-) -> None:  # fmt: skip
+) -> None:
     """Writes one allocation.
 
     Args:
@@ -45,7 +49,12 @@ def write(
         other: Further keys of the `quant` config that it started from.
         command: What made it, for the comment at the top.
     """
-    content = {**policy.settings, "rules": with_bit_rules(policy, choice), **other, "predicted": {k: _short(v) for k, v in predicted.items()}}
+    content = {
+        **policy.settings,
+        "rules": with_bit_rules(policy, choice),
+        **other,
+        "predicted": {k: _short(v) for k, v in predicted.items()},
+    }
     head = f"# {command}\n# Train it with quant={path.stem}; a rule of your own after these changes a layer.\n"
     with atomic(path) as temporary:
         text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)

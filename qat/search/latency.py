@@ -8,7 +8,7 @@ import json
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +43,8 @@ def layer_latencies(path: Path, layers: Sequence[str], repeats: int) -> tuple[di
     runner = OnnxRunner(path, threads=1)
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        times = _profile(path, runner.blank(), optimized, Path(folder) / "profile", repeats)
-        owners = _owners(optimized, list(times), layers)
+        times, kinds = _profile(path, runner.blank(), optimized, Path(folder) / "profile", repeats)
+        owners = _owners(optimized, list(times), kinds, layers)
     found = defaultdict(float)
     waiting = 0.0
     for node, milliseconds in times.items():
@@ -53,14 +53,18 @@ def layer_latencies(path: Path, layers: Sequence[str], repeats: int) -> tuple[di
             found[owners[node]] += waiting
             waiting = 0.0
     if missing := [name for name in layers if name not in found]:
-        raise UserError(f"latency: the runtime has no kernel of its own for '{missing[0]}', so no time of its own either")
+        raise UserError(
+            f"latency: the runtime has no kernel of its own for '{missing[0]}', so no time of its own either"
+        )
     total = latency_ms({"": runner}, repeats)[""]
     factor = total / sum(times.values())
     return {name: value * factor for name, value in found.items()}, waiting * factor
 
 
-def _profile(path: Path, x: np.ndarray, optimized: Path, prefix: Path, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each node, in the order of execution."""
+def _profile(
+    path: Path, x: np.ndarray, optimized: Path, prefix: Path, repeats: int
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Median milliseconds of each node, in the order of execution, and the kind of each."""
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     options.enable_profiling, options.profile_file_prefix = True, str(prefix)
@@ -69,22 +73,31 @@ def _profile(path: Path, x: np.ndarray, optimized: Path, prefix: Path, repeats: 
     for _ in range(repeats + repeats // 10 + 1):
         session.run(None, {INPUT: x})
     durations: dict[str, list[float]] = defaultdict(list)
+    kinds: dict[str, str] = {}
     for event in json.loads(Path(session.end_profiling()).read_text()):
         if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
-            durations[event["name"].removesuffix(KERNEL)].append(event["dur"] / 1e3)
-    return {node: float(np.median(values[-repeats:])) for node, values in durations.items()}
+            name = event["name"].removesuffix(KERNEL)
+            durations[name].append(event["dur"] / 1e3)
+            kinds[name] = event["args"]["op_name"]
+    return {node: float(np.median(values[-repeats:])) for node, values in durations.items()}, kinds
 
 
-def _owners(optimized: Path, order: Sequence[str], layers: Sequence[str]) -> dict[str, str]:
-    """Node -> its layer: by the weight that it takes, or, where the runtime renamed that, by what is left in order."""
-    nodes = {node.name: node for node in onnx.load(str(optimized)).graph.node}
-    kernels = [name for name in order if name in nodes and nodes[name].op_type in KERNELS]
+def _owners(optimized: Path, order: Sequence[str], kinds: Mapping[str, str], layers: Sequence[str]) -> dict[str, str]:
+    """Node -> its layer: by the constants that it takes, or, where the runtime renamed them, by what is left in order.
+
+    Nodes that the runtime made are nameless in the file, and called after their kind and number in the profile.
+    """
+    kernels = [name for name in order if kinds[name] in KERNELS]
+    written = [node for node in onnx.load(str(optimized)).graph.node if node.op_type in KERNELS]
+    named = {node.name for node in written}
+    nameless = iter([name for name in kernels if name not in named])
     owners: dict[str, str] = {}
-    for name in kernels:
-        matches = (CONSTANT.match(value) for value in nodes[name].input)
+    for node in written:
+        name = node.name or next(nameless, "")
+        matches = (CONSTANT.match(value) for value in node.input)
         layer = next((m[1] for m in matches if m and m[1] in layers), None)
         if layer is not None:
             owners[name] = layer
-    unnamed = [name for name in kernels if name not in owners]
+    unknown = [name for name in kernels if name not in owners]
     left = [layer for layer in layers if layer not in owners.values()]
-    return owners | (dict(zip(unnamed, left, strict=True)) if len(unnamed) == len(left) else {})
+    return owners | (dict(zip(unknown, left, strict=True)) if len(unknown) == len(left) else {})

@@ -137,4 +137,4 @@ def _measure_one(space: Space, model: nn.Module, tensor: str, float_loss: float,
 
 def _last(quantizer: Any) -> Quantizer:
     """The layer's own grid, where its input passes a finer one first."""
-    return quantizer[-1] if isinstance(quantizer, nn.Sequential) else quantizer
+    return quantizer[-1] if isinstance(quantizer, nn.Sequential) else quantizer  # pyright: ignore[reportReturnType]

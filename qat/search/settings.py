@@ -65,7 +65,8 @@ class Search:
         for name in [*(budget or ()), *([front] if front else [])]:
             if name not in BUDGETS:
                 raise UserError(f"'{name}' is no cost{nearest(name, BUDGETS)} (all: {', '.join(BUDGETS)})")
-        self.by, self.samples, self.probes, self.repeats = by, samples, probes, repeats
+        self.by: Literal["loss", "hessian", "sqnr"] = by
+        self.samples, self.probes, self.repeats = samples, probes, repeats
         self.budget = {name: amount(name, value) for name, value in (budget or {}).items() if value is not None}
         self.front, self.points, self.output, self.dir = front, points, output, dir
 
