@@ -1,7 +1,7 @@
 """`qat sensitivity` and `qat search`: from a config to the float model, what is measured of it, and the chosen bits.
 
-The folder keeps the float model (`float.safetensors`, as of a run), `sensitivity.json`, `latency.json` and pictures; the
-same command finds it again and measures only what is missing.
+The folder keeps the float model (`float.safetensors`, as of a run), `sensitivity.json`, `latency.json` and pictures;
+the same command finds it again and measures only what is missing.
 """
 
 import copy

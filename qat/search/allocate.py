@@ -127,7 +127,8 @@ def _milp(problem: Problem, objective: Table, budgets: Mapping[str, float]) -> d
     # The solver stops within 1e-6 of the optimum, in units of the objective.
     goal = goal / (np.abs(goal).max() or 1.0) * 1e4
     equalities, right = _equalities(problem, columns)
-    constraints = [LinearConstraint(equalities, right, right)  # pyright: ignore[reportArgumentType]]
+    sides: Any = right
+    constraints = [LinearConstraint(equalities, sides, sides)]
     for name, limit in budgets.items():
         cost = problem.costs[name]
         row, room = np.array([cost.table[c] for c in columns], dtype=float), limit * cost.scale - cost.fixed
