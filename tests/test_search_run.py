@@ -101,26 +101,28 @@ def test_the_front_is_one_call_and_a_yaml_for_each_point(measured, search, tmp_p
 
 
 def test_latency_is_measured_on_the_runtime_once(measured, search):
-    assert search("latency=1s") == 0
+    pairs = "search.pairs=[[4,8],[8,8]]"
+    assert search("latency=1s", pairs) == 0
     known = json.loads((measured / "latency.json").read_text())
-    assert set(known) == {f"{w}x{a}" for w in (2, 4, 8) for a in (4, 8)}
+    assert set(known) == {"4x8", "8x8"}
     for entry in known.values():
         assert set(entry["layers"]) == {"fc1", "fc2", "linear"} and min(entry["layers"].values()) > 0
     before = (measured / "latency.json").read_bytes()
-    assert search("latency=1s") == 0
+    assert search("latency=1s", pairs) == 0
     assert (measured / "latency.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        pytest.param(["packed=1kB"], "packed=1 kB cannot be met: the smallest feasible is 4", id="infeasible"),
+        pytest.param(["packed=1kB"], "packed=1 kB cannot be met: the smallest feasible is 3", id="infeasible"),
         pytest.param([], "say what bits may cost: qat search packed=60kB", id="no-budget"),
         pytest.param(["packt=1kB"], "'packt' is neither a cost nor a config key; did you mean 'packed'", id="cost"),
         pytest.param(["search.bugdet.packed=1"], "unknown config key 'search.bugdet.packed'", id="key"),
         pytest.param(["packed=lots"], "packed=lots: must be a number", id="limit"),
         pytest.param(["avg_bits=4", "quant=off"], "quant=off leaves everything float", id="off"),
         pytest.param(["avg_bits=4", "search.output=x.yaml"], "must be a .yaml in a folder named quant", id="where"),
+        pytest.param(["avg_bits=4", "quant.weight.bits=3"], "holds what was measured of another model", id="folder"),
         pytest.param(["avg_bits=4", "search.by=los"], "search.by='los'", id="by"),
     ],
 )

@@ -41,19 +41,22 @@ from qat.search.settings import Search
 from qat.search.space import Pair, Space, make_space, with_bits
 
 
-def folder_of(cfg: DictConfig) -> Path:
-    """Where to measure: `search.dir`, or a folder named after everything that sensitivities follow from."""
-    if cfg.search.dir is not None:
-        return Path(cfg.search.dir).absolute()
+def key_of(cfg: DictConfig) -> str:
+    """A hash of everything that sensitivities follow from."""
     parts = [float_key(cfg), OmegaConf.to_container(cfg.quant, resolve=True), cfg.search.samples]
-    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
-    return Path(f"logs/{cfg.name}/search/{key}").absolute()
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def folder_of(cfg: DictConfig) -> Path:
+    """Where to measure: `search.dir`, or a folder named after `key_of(cfg)`."""
+    return Path(cfg.search.dir or f"logs/{cfg.name}/search/{key_of(cfg)}").absolute()
 
 
 class SearchRun(Run):
     """The stages, on top of a run's own float stage."""
 
     def __init__(self, cfg: DictConfig, folder: Path, command: str) -> None:
+        self.measured = Measured(folder / "sensitivity.json", key_of(cfg))
         if (folder / "progress.json").is_file():
             cfg.ckpt = "last"
         super().__init__(cfg, folder)
@@ -72,7 +75,7 @@ class SearchRun(Run):
     def sensitivities(self, space: Space, by_loss: BatchLosses) -> Measured:
         """Measures what is not yet known, and shows it."""
         self.console.print("Sensitivity", style="bold")
-        measured = Measured(self.folder / "sensitivity.json")
+        measured = self.measured
         probes = self.settings.probes
         shown = self.main and bool(self.cfg.trainer.get("enable_progress_bar", True))
         with Progress(console=self.console, transient=True, disable=not shown) as progress:

@@ -18,6 +18,7 @@ class Measured:
 
     Args:
         path: The file; it may not exist yet.
+        key: What the measurements follow from, in short; a file with another one is refused.
 
     Attributes:
         loss: Of the float model.
@@ -25,16 +26,21 @@ class Measured:
             `loss_increase`, `mse` and `sqnr_db` (`None` if nothing was lost).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, key: str = "") -> None:
+        self.path, self.key = path, key
         self.loss: float | None = None
         self.tensors: dict[str, dict[str, Any]] = {}
         if path.is_file():
             try:
                 content = json.loads(path.read_text())
-                self.loss, self.tensors = content["loss"], content["tensors"]
+                self.loss, self.tensors, found = content["loss"], content["tensors"], content["key"]
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}: is damaged; delete it to measure again") from None
+            if found != key:
+                raise UserError(
+                    f"search.dir={path.parent} holds what was measured of another model, data, quant or number of "
+                    "samples; choose another folder, or search.dir=null for one that fits"
+                )
         self._saved = time.monotonic()
 
     def of(self, tensor: str) -> dict[str, Any]:
@@ -49,7 +55,9 @@ class Measured:
         """Writes the file; with `now=False` only if the last time is a while ago."""
         if now or time.monotonic() - self._saved > SAVE_SECONDS:
             with atomic(self.path) as temporary:
-                temporary.write_text(json.dumps({"loss": self.loss, "tensors": self.tensors}, indent=1))
+                temporary.write_text(
+                    json.dumps({"key": self.key, "loss": self.loss, "tensors": self.tensors}, indent=1)
+                )
             self._saved = time.monotonic()
 
     def harm(self, tensor: str, bits: int, by: Measure) -> float:
