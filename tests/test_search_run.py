@@ -120,7 +120,7 @@ def test_latency_is_measured_on_the_runtime_once(measured, search):
         pytest.param(["packt=1kB"], "'packt' is neither a cost nor a config key; did you mean 'packed'", id="cost"),
         pytest.param(["search.bugdet.packed=1"], "unknown config key 'search.bugdet.packed'", id="key"),
         pytest.param(["packed=lots"], "packed=lots: must be a number", id="limit"),
-        pytest.param(["avg_bits=4", "quant=off"], "quant=off leaves everything float", id="off"),
+        pytest.param(["avg_bits=4", "quant=off", "search.dir=nowhere"], "quant=off leaves everything float", id="off"),
         pytest.param(["avg_bits=4", "search.output=x.yaml"], "must be a .yaml in a folder named quant", id="where"),
         pytest.param(["avg_bits=4", "quant.weight.bits=3"], "holds what was measured of another model", id="folder"),
         pytest.param(["avg_bits=4", "search.by=los"], "search.by='los'", id="by"),
