@@ -1,9 +1,9 @@
 """Cost of a W8A8 training step against the float step of the same model, in the same memory format.
 
-    python benchmarks/train_step.py [gpt resnet20 resnet18 mobilenetv2] [--sites] [--compile] [--peers]
+    python benchmarks/train_step.py [gpt resnet20 resnet18 mobilenetv2] [--sites [every]] [--compile] [--peers]
 
 Per-channel weights and per-tensor activations, both with learned steps. Ratios are medians of interleaved rounds, in
-processor time. `--sites` adds the inputs of residual additions and pooling; `--compile` compares
+processor time. `--sites` adds the operands of functions (default kinds, or every); `--compile` compares
 torch.compile(fullgraph=True) of all models; `--peers` adds the frameworks of `peers.py` that are installed. Peak memory
 is that of a whole step, parameters and buffers included.
 """
@@ -34,13 +34,14 @@ COLUMNS = (
 PLAIN, COMPILED = "qat, plain torch", "qat, compiled kernels"
 
 
-def inserted(model: nn.Module, x: Tensor, sites: bool = False) -> nn.Module:
+def inserted(model: nn.Module, x: Tensor, sites: str = "off") -> nn.Module:
     """Our W8A8 model, made in place of `model`, before calibration."""
     policy = QuantPolicy.from_dict(
         {
             "weight": {"bits": 8, "granularity": "channel"},
             "act": {"bits": 8},
-            "sites": {} if sites else "off",
+            "sites": "off" if sites == "off" else {},
+            "kinds": "all" if sites == "every" else None,
             "rules": {},
         }
     )
@@ -49,7 +50,7 @@ def inserted(model: nn.Module, x: Tensor, sites: bool = False) -> nn.Module:
     return model
 
 
-def quantized(model: nn.Module, x: Tensor, sites: bool = False) -> nn.Module:
+def quantized(model: nn.Module, x: Tensor, sites: str = "off") -> nn.Module:
     """Our W8A8 training model, calibrated on `x`, made in place of `model`."""
     calibrate(inserted(model, x, sites), lambda: model(x))
     return model.train()
@@ -125,7 +126,7 @@ def measure(name: str, args: argparse.Namespace, table: Table, notes: list[str])
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS))
-    parser.add_argument("--sites", action="store_true")
+    parser.add_argument("--sites", nargs="?", default="off", const="default", choices=("off", "default", "every"))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--threads", type=int, default=1)

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qat.adapters import merge_adapters
     from qat.errors import UserError
     from qat.lightning.callback import QATCallback
     from qat.lightning.module import load_from_checkpoint
@@ -27,6 +28,7 @@ _HOME = {
     "UserError": "qat.errors",
     "load_from_checkpoint": "qat.lightning.module",
     "load_weights": "qat.lightning.weights",
+    "merge_adapters": "qat.adapters",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "load_from_checkpoint",
     "load_weights",
+    "merge_adapters",
 ]
 
 

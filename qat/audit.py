@@ -5,18 +5,22 @@ other function that computes (`attn.matmul_0`) and each parameter that is in no 
 reshaping and max-pooling are not listed: they have no parameters, and an integer engine runs them on codes as they are.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from qat.cost import bit_operations
-from qat.functions import COMPUTES
-from qat.plan import Plan
-from qat.probe import Call, Recording, macs
+from qat.errors import UserError
+from qat.functions import PROBABILITIES
+from qat.layers import BoundPart, Part
+from qat.layers.parts import part_parameters
+from qat.plan import OUTPUTS, Plan
+from qat.probe import Call, Recording
 from qat.reasons import FOLDS, Reasons, layers, type_name
+
+SHOWN_GAPS = 5
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,11 @@ class AuditRow:
         weight: Label of the weight's grid.
         act: Labels of the input's grids: `uint8 > uint4` one after the other, `int8 + uint8` of two inputs.
         weight_bits, act_bits: Their widths; of several activation grids, the narrowest.
-        macs: Multiply-accumulates for one sample; 0 where the recording can't tell (recurrence, attention, einsum).
+        macs: Multiply-accumulates for one sample; 0 where the recording can't tell (a layer without a twin). Those of
+            an attention are in two rows: query with key, and below it `.probabilities` with value.
         params: Weights and biases, counted where they appear first.
         bytes: What a packed file stores of them (`qat.storage.with_bytes` fills it in).
-        reason: Why it is not integer throughout; `None` if it is.
+        reason: Why it is not integer throughout, or runs on floats even so; `None` if it is integer.
     """
 
     name: str
@@ -56,12 +61,17 @@ class AuditRow:
         """Whether it vanishes into its neighbour, which leaves nothing to quantize."""
         return self.reason is not None and self.reason.startswith(FOLDS)
 
+    @property
+    def integer_macs(self) -> int:
+        """Those that an exported file does with integers on both sides."""
+        return self.macs if self.reason is None else 0
+
 
 def audit(model: nn.Module, plan: Plan, recording: Recording) -> list[AuditRow]:
     """Accounts for every part of `model`.
 
     Args:
-        model: The model after `apply_plan(model, plan)`.
+        model: The model, before or after `apply_plan(model, plan)`.
         plan: What `make_plan` returned.
         recording: What it returned beside.
     """
@@ -74,7 +84,7 @@ def coverage(rows: Sequence[AuditRow]) -> tuple[float, float]:
     Biases count with their layer, in whose accumulator they are integers too. What folds is in neither share.
     """
     counted = [r for r in rows if not r.folds]
-    integer = sum(r.macs for r in counted if r.weight and r.act)
+    integer = sum(r.integer_macs for r in counted)
     stored = sum(r.params for r in counted if r.weight)
     total, params = sum(r.macs for r in counted), sum(r.params for r in counted)
     return (integer / total if total else 1.0), (stored / params if params else 1.0)
@@ -83,6 +93,35 @@ def coverage(rows: Sequence[AuditRow]) -> tuple[float, float]:
 def bops(rows: Sequence[AuditRow]) -> int:
     """Bit operations of the whole model for one sample; what folds has none of its own."""
     return sum(row.bops for row in rows if not row.folds)
+
+
+def check_coverage(rows: Sequence[AuditRow], required: Mapping[str, float]) -> None:
+    """Makes too many float multiply-accumulates an error.
+
+    Args:
+        rows: Of the whole model.
+        required: Least share on integers, by the part of the model (its path, `""` for all) that it is asked of.
+
+    Raises:
+        UserError: if a part falls short, naming the largest gaps and their reasons.
+    """
+    for part, share in required.items():
+        _check_part([row for row in rows if f"{row.name}.".startswith(f"{part}." if part else "")], share)
+
+
+def _check_part(rows: Sequence[AuditRow], required: float) -> None:
+    share, _ = coverage(rows)
+    if share >= required:
+        return
+    total = sum(row.macs for row in rows if not row.folds)
+    gaps = sorted((r for r in rows if r.macs > r.integer_macs), key=lambda r: -r.macs)
+    named = "; ".join(f"'{r.name}' {r.macs / total:.1%} ({r.reason})" for r in gaps[:SHOWN_GAPS])
+    more = f"; and {len(gaps) - SHOWN_GAPS} more" if len(gaps) > SHOWN_GAPS else ""
+    # Rounded down, so that what falls short never looks like enough.
+    raise UserError(
+        f"quant.require_coverage={required}: {int(share * 1e4) / 1e4:.2%} of the multiply-accumulates are on "
+        f"integers; float are {named}{more}"
+    )
 
 
 def to_dict(rows: Sequence[AuditRow]) -> dict[str, Any]:
@@ -98,52 +137,95 @@ class _Auditor:
     def __init__(self, model: nn.Module, plan: Plan, recording: Recording) -> None:
         self.model, self.plan = model, plan
         self.reasons = Reasons(model, plan, recording)
+        self.samples = recording.samples
         self.position = {id(call): i for i, call in enumerate(recording.order)}
-        self.counted: set[int] = set()
+        self.counted: set[Any] = set()
+        twins = [self.reasons.calls[name][0].what for name in plan.layers]
+        holders = [twin.owner[0] if isinstance(twin, BoundPart) else twin for twin in twins]
+        self.of_twins = {id(p) for holder in holders for p in holder._parameters.values()}
+        self.at_sites: set[int] = set()
 
     def rows(self) -> list[AuditRow]:
         """In execution order; what did not run follows what is registered before it."""
-        reasons = self.reasons
         own: dict[str, list[Call]] = {}
-        for call in reasons.functions:
-            if not call.site:
+        sites: dict[str, list[Call]] = {}
+        for call in self.reasons.functions:
+            if call.site is None:
                 own.setdefault(call.name, []).append(call)
+            elif call.kind not in OUTPUTS or call.site in self.plan.sites:
+                sites.setdefault(call.site, []).append(call)  # one whose owner runs twice is one site
         placed: list[tuple[int, AuditRow]] = []
+        for calls in sites.values():
+            placed += ((self.position[id(calls[0])], row) for row in self._sites(calls))
         latest = -1
-        for name, module in layers(self.model):
+        for name, module in self._layers():
             functions = own.pop(name, [])
-            calls = [*reasons.modules.get(name, ()), *functions]
+            calls = [*self.reasons.modules.get(name, ()), *functions]
             latest = self.position[id(calls[0])] if calls else latest
-            placed.append((latest, self._layer(name, module, functions)))
-        placed += ((self.position[id(c)], self._site(c)) for c in reasons.functions if c.site)
+            if calls or not self._lives_in_sites(module):
+                placed.append((latest, self._layer(name, module, functions)))
         placed += ((self.position[id(c)], row) for calls in own.values() for c, row in self._functions(calls))
-        rows: dict[str, AuditRow] = {}
-        for _, row in sorted(placed, key=lambda place: place[0]):
-            rows.setdefault(row.name, row)  # a site whose owner runs twice is one site
-        return [*rows.values(), *self._lone_parameters()]
+        placed.sort(key=lambda place: place[0])
+        return [*(row for _, row in placed), *self._lone_parameters()]
+
+    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Layers, and the parts that take the place of some once the plan is applied."""
+        parts: dict[int, list[tuple[str, nn.Module]]] = {}
+        for name, (call, *_) in self.reasons.calls.items():
+            if isinstance(call.what, BoundPart):
+                parts.setdefault(id(call.what.owner[0]), []).append((name, call.what))
+        for name, module in layers(self.model):
+            yield from parts.get(id(module), [(name, module)])
+
+    def _lives_in_sites(self, module: nn.Module) -> bool:
+        """Whether the parameters of a module have been counted with the functions that take them."""
+        own = {id(p) for p in module._parameters.values() if p is not None}
+        return bool(own) and own <= self.at_sites
 
     def _layer(self, name: str, module: nn.Module, functions: list[Call]) -> AuditRow:
-        count = sum(macs(c) for c in self.reasons.modules.get(name, ()))
-        count += sum(self._function_macs(c) for c in functions)
+        count = self._macs(*self.reasons.modules.get(name, ()), *functions)
         labels = self._labels(name) if name in self.reasons.calls else {}
         reason = self.reasons.of_layer(name, module)
         return AuditRow(name, type_name(module), **labels, macs=count, params=self._count(module), reason=reason)
 
-    def _site(self, call: Call) -> AuditRow:
-        assert call.site and call.kind
-        return AuditRow(call.site, call.kind, **self._labels(call.site), reason=self.reasons.of_site(call))
+    def _sites(self, calls: list[Call]) -> Iterator[AuditRow]:
+        """The rows of one site, all of whose calls these are."""
+        name, kind, reasons = calls[0].site, calls[0].kind, self.reasons
+        assert name and kind
+        taken = {key[0]: self.reasons.parameters.get(key[0]) for call in calls for key in call.inputs if call.weight}
+        params = sum(self._once(p) for p in taken.values() if p is not None and id(p) not in self.of_twins)
+        self.at_sites |= taken.keys()
+        counts = [sum(each) for each in zip(*(c.macs for c in calls), strict=True)]
+        if kind != "attention":
+            yield AuditRow(
+                name, kind, **self._labels(name), macs=self._share(sum(counts)), params=params,
+                reason=reasons.of_site(calls[0]),
+            )  # fmt: skip
+            return
+        below = f"{name}.{PROBABILITIES}"
+        scores, values = self._labels(name), self._labels(below)
+        yield AuditRow(name, kind, **scores, macs=self._share(counts[0]), params=params, reason=reasons.of_target(name))
+        reason = reasons.of_target(below) or reasons.of_target(name)
+        yield AuditRow(below, PROBABILITIES, **values, macs=self._share(counts[1]), reason=reason)
 
     def _functions(self, calls: list[Call]) -> Iterator[tuple[Call, AuditRow]]:
         """The calls that one owner's forward makes, numbered by kind."""
         seen: dict[str, int] = {}
         for call in calls:
-            kind = COMPUTES[call.what]
+            kind = call.kind or ""
             index = seen[kind] = seen.get(kind, -1) + 1
             # Parameters of layers have been counted there; what is left belongs to no layer.
             operands = (self.reasons.parameters.get(key[0]) for key in call.inputs)
             params = sum(self._once(p) for p in operands if p is not None)
-            name, count = f"{call.name}.{kind}_{index}".lstrip("."), self._function_macs(call)
+            name, count = f"{call.name}.{kind}_{index}".lstrip("."), self._macs(call)
             yield call, AuditRow(name, kind, macs=count, params=params, reason=self.reasons.of_function(call))
+
+    def _macs(self, *calls: Call) -> int:
+        return self._share(sum(sum(call.macs) for call in calls))
+
+    def _share(self, count: int) -> int:
+        """Of one sample."""
+        return count // self.samples
 
     def _lone_parameters(self) -> Iterator[AuditRow]:
         for name, parameter in self.model.named_parameters():
@@ -151,9 +233,10 @@ class _Auditor:
                 yield AuditRow(name, "Parameter", params=count, reason=self.reasons.of_parameter(name))
 
     def _labels(self, name: str) -> dict[str, Any]:
-        layer = self.plan.layers.get(name, {"weight": None, "input": []})
+        layer = self.plan.layers.get(name) or {"weight": None, "input": [], **self.plan.parameters.get(name, {})}
         weight = None if layer["weight"] is None else self.plan.weights[layer["weight"]]
         chains = self.plan.sites.get(name, [layer["input"]])
+        chains = [*chains, *([layer["input_1"]] if "input_1" in layer else [])]
         specs = [[self.plan.activations[label] for label in chain] for chain in chains if chain]
         labels = dict.fromkeys(" > ".join(s.short for s in chain) for chain in specs)
         return {
@@ -167,21 +250,12 @@ class _Auditor:
         """Own parameters, with those that a parametrization keeps in a child."""
         computed = module._modules.get("parametrizations")
         own = [*module._parameters.values(), *(computed.parameters() if computed is not None else ())]
+        if isinstance(module, Part):
+            return sum(self._once(tensor, key) for key, tensor in part_parameters(module))
         return sum(self._once(p) for p in own if p is not None)
 
-    def _once(self, parameter: nn.Parameter) -> int:
-        new = id(parameter) not in self.counted
-        self.counted.add(id(parameter))
+    def _once(self, parameter: Tensor, key: Any = None) -> int:
+        """Its size the first time; `key` tells rows of a parameter apart."""
+        new = (key or id(parameter)) not in self.counted
+        self.counted.update({id(parameter)} if key is None else {key, key[0]})
         return parameter.numel() if new else 0
-
-    def _function_macs(self, call: Call) -> int:
-        """MACs of a function for one sample; 0 where the shapes of output and first operand don't tell."""
-        kind = COMPUTES[call.what]
-        if kind in ("linear", "matmul", "bmm", "mm") and call.what is not Tensor.__rmatmul__:
-            return math.prod(call.shape[1:]) * call.input_shape[-1]
-        operands = (self.reasons.parameters.get(key[0]) for key in call.inputs[1:])
-        weight = next((p for p in operands if p is not None and p.ndim > 1), None)
-        if not kind.startswith("conv") or weight is None:
-            return 0
-        positions = call.input_shape if kind.startswith("conv_transpose") else call.shape
-        return math.prod(positions[1:]) * math.prod(weight.shape[1:])

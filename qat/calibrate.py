@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.insert import named_quantizers
-from qat.layers import QuantizedLayer
+from qat.layers import QuantizedLayer, Site
 from qat.modes import evaluating
 from qat.quantizers import Quantizer
 
@@ -39,14 +39,19 @@ def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
     try:
         with evaluating(model), _naming(found):
             run()
-        layers = [m for m in model.modules() if isinstance(m, QuantizedLayer) and m.weight_quantizer is not None]
-        weights = {layer.weight_quantizer: layer.weight for layer in layers}
+        readers = [m for m in model.modules() if isinstance(m, QuantizedLayer | Site)]
+        weights = {m.weight_quantizer: _whole(m.weight) for m in readers if m.weight_quantizer is not None}
         for name, quantizer in found:
             with _named(name):
                 quantizer.calibrate(weights.get(quantizer))
     finally:
         for _, quantizer in found:
             quantizer.observe(False)
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """All of a weight of which this process may hold a shard (FSDP2's DTensor)."""
+    return getattr(weight, "full_tensor", lambda: weight)()
 
 
 @contextmanager

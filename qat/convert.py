@@ -14,10 +14,14 @@ from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.formats import round_midrise
+from qat.functions import PROBABILITIES
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
-from qat.layers import QuantizedLayer, become_twin
-from qat.layers.accumulator import bias_codes, folded, input_grid
+from qat.layers import QuantizedLayer, Site, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for
+from qat.layers.accumulator import bias_codes, folded, input_grid, per_output
+from qat.layers.adapted import adapted
+from qat.layers.computed import settle
+from qat.plan import kind_of
 from qat.quantizers import Quantizer, find
 from qat.spec import QuantSpec
 
@@ -60,31 +64,78 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
         grids frozen.
 
     Raises:
-        UserError: if a grid was never calibrated, or a full-range 8-bit weight cannot be mirrored for a negative gamma.
+        UserError: if a grid was never calibrated, adapters are not merged, or a full-range 8-bit weight cannot be
+            mirrored for a negative gamma.
     """
     if reason := inconvertible(plan):
         raise UserError(f"there is no integer form of it: {reason}; use export=none")
+    if name := next(iter(adapted(model)), None):
+        raise UserError(
+            f"'{name}' holds an adapter that trains in float beside its quantized layer: merge first, with "
+            "plan = qat.merge_adapters(model, plan)"
+        )
     for name, module in model.named_modules():
         if isinstance(module, Quantizer) and module.enabled and not module.initialised:
             raise UserError(f"'{name}' was never calibrated, so there is nothing to convert yet")
     converted = copy.deepcopy(model).cpu().eval()
     modules = dict(converted.named_modules())
+    shared: dict[Any, IntegerTensor] = {}
+    parameters = _convert_sites(modules, plan, shared)
     for name in plan.layers:
         module = modules[name]
         assert isinstance(module, QuantizedLayer)
         quantizer = module.weight_quantizer
         if quantizer is not None and quantizer.enabled:
-            weight = _integer_weight(module, quantizer)
-            bias = module._parameters.get("bias")
-            if name in plan.batch_norms:
-                bias = _fold(name, weight, bias, modules[plan.batch_norms[name]])
-                _replace(converted, plan.batch_norms[name], nn.Identity())
-            _install(module, weight, bias)
+            norm = modules[plan.batch_norms[name]] if name in plan.batch_norms else None
+            tied = quantizer if norm is None and not is_computed(module) else name
+            weight = shared.setdefault(tied, _integer_weight(module, quantizer))
+            _install(name, module, weight, norm)
+    _give_up_parameters(converted, plan, parameters)
     _freeze_activations(converted)
     return converted
 
 
-def _integer_weight(module: QuantizedLayer, quantizer: Quantizer) -> IntegerTensor:
+def _convert_sites(
+    modules: dict[str, nn.Module], plan: Plan, shared: dict[Any, IntegerTensor]
+) -> dict[str, nn.Parameter]:
+    """Gives functional sites integer weights, and fused functions the products that integer kernels compute.
+
+    Returns:
+        The parameters that became integers, by path.
+    """
+    for name in dict.fromkeys(site.removesuffix(f".{PROBABILITIES}") for site in plan.sites):
+        modules[name].explicit = kind_of(name) in ("attention", "matmul")  # pyright: ignore[reportArgumentType]
+    parameters = {}
+    for name, described in plan.parameters.items():
+        site = modules.get(name)
+        if isinstance(site, Site) and site.weight_quantizer is not None and site.weight_quantizer.enabled:
+            parameters[described["parameter"]] = site.weight
+            integer: Any = site
+            codes = _integer_weight(site, site.weight_quantizer)
+            integer.integer_weight, integer.integer_bias = shared.setdefault(site.weight_quantizer, codes), None
+            del integer.weight_quantizer
+            become_twin(site, IntegerLayer)
+    return parameters
+
+
+def _give_up_parameters(model: nn.Module, plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
+    """Drops the float originals of the integer weights of sites, once tied layers are converted, too.
+
+    The caller of the function still names them, so a tensor without memory stays in their place; they stay themselves
+    where others read them.
+    """
+    float_readers = {d["parameter"] for d in plan.parameters.values() if d["weight"] is None or not d["alone"]}
+    for path, parameter in parameters.items():
+        owner, _, name = path.rpartition(".")
+        module = model.get_submodule(owner)
+        module._parameters.pop(name, None)
+        left = (
+            torch.zeros((), dtype=parameter.dtype).expand(parameter.shape) if path not in float_readers else parameter
+        )
+        setattr(module, name, left)
+
+
+def _integer_weight(module: QuantizedLayer | Site, quantizer: Quantizer) -> IntegerTensor:
     weight, spec = module.weight, quantizer.spec
     axis = {"tensor": None, "channel": quantizer.axis, "group": 1 - quantizer.axis}[spec.granularity]
     return IntegerTensor(
@@ -97,56 +148,102 @@ def _integer_weight(module: QuantizedLayer, quantizer: Quantizer) -> IntegerTens
     )
 
 
-def _fold(name: str, weight: IntegerTensor, bias: Tensor | None, norm: nn.Module) -> Tensor:
-    """Multiplies the BatchNorm into the weight's scale in place; returns the bias of both. Float64, rounded once at
-    the end."""
-    factor, both = folded(norm, bias)  # pyright: ignore[reportArgumentType]
-    if weight.group_size is None and weight.axis is None:
-        weight.scale, weight.zero_point, weight.axis = (
-            weight.scale.repeat(len(factor)),
-            weight.zero_point.repeat(len(factor)),
-            0,
+def _install(name: str, module: Any, weight: IntegerTensor, norm: nn.Module | None) -> None:
+    """Puts codes in the place of a layer's weight, and of its bias where its accumulator has one scale."""
+    bias, scale = getattr(module, "bias", None), None
+    if weight.group_size is None and module.inputs == 1:
+        scale = per_output(module, weight.scale).double()
+    if norm is not None:
+        factor, bias = folded(norm, bias)  # pyright: ignore[reportArgumentType]
+        kept = _fold(name, module, weight, factor)
+        scale = None if scale is None else scale * kept
+        _vanish(norm)
+    if is_computed(module):
+        settle(module, mixin_for(module))  # pyright: ignore[reportArgumentType]
+    del module.weight_quantizer
+    module.release()
+    module.integer_weight, module.integer_bias = weight, None
+    module.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+    grid = input_grid(module.input_quantizer)
+    if bias is not None and grid is not None and scale is not None:
+        scale = grid.step().double() * scale
+        codes, axis = bias_codes(bias, scale).to(torch.int32), None if len(scale) == 1 else 0
+        module.integer_bias = IntegerTensor(codes, scale.float(), torch.zeros_like(scale), 32, axis)
+        module.bias = None
+    become_twin(module, IntegerLayer)
+
+
+def _fold(name: str, layer: Any, weight: IntegerTensor, factor: Tensor) -> Tensor:
+    """Multiplies a BatchNorm's `factor` per output channel into the weight's scale in place; returns what the scale was
+    multiplied with.
+    """
+    if weight.group_size is None:
+        _one_scale_per_output(layer, weight)
+    elif layer.channel_axis == 1 and len(weight.scale) % layer.groups:
+        raise UserError(
+            f"'{name}': its {layer.groups} groups of channels do not consist of whole groups of {weight.group_size} "
+            "weights, so the BatchNorm behind it cannot fold; use granularity: channel"
         )
-    mirror, dead = factor < 0, factor == 0
-    if mirror.any():
-        _mirror(name, weight, mirror)
+    if (factor < 0).any():
+        _mirror(name, weight, *(_along_outputs(layer, factor < 0, t) for t in (weight.codes, weight.scale)))
     # A channel with gamma = 0 is constant: its codes are zero, and any positive scale will do.
-    weight.codes[dead] = weight.spread(weight.zero_point).expand_as(weight.codes)[dead]
-    factor = torch.where(dead, 1, factor.abs())
-    weight.scale = (weight.scale.double() * factor.view(-1, *[1] * (weight.scale.ndim - 1))).float()
-    return both
+    dead = _along_outputs(layer, factor == 0, weight.codes)
+    weight.codes = torch.where(dead, weight.spread(weight.zero_point), weight.codes)
+    kept = torch.where(factor == 0, 1, factor.abs())
+    weight.scale = (weight.scale.double() * _along_outputs(layer, kept, weight.scale)).float()
+    return kept
 
 
-def _mirror(name: str, weight: IntegerTensor, channels: Tensor) -> None:
-    """Negates the values of `channels` by their codes."""
+def _one_scale_per_output(layer: Any, weight: IntegerTensor) -> None:
+    """Gives every output channel a scale of its own. In a transposed convolution with groups these are blocks of the
+    weight `[in, out / groups, ...]`: one group's inputs, one column.
+    """
+    outputs = weight.codes.shape[layer.channel_axis]
+    scale, zero = (t.expand(outputs) for t in (weight.scale, weight.zero_point))
+    groups = layer.groups if layer.channel_axis == 1 else 1
+    if groups == 1:
+        weight.scale, weight.zero_point, weight.axis = scale.contiguous(), zero.contiguous(), layer.channel_axis
+        return
+    shape = (groups, *weight.codes.shape[1:])
+    blocks = (t.view(1, -1, *[1] * (len(shape) - 2)).expand(shape).contiguous() for t in (scale, zero))
+    weight.scale, weight.zero_point = blocks
+    weight.axis, weight.group_size = 0, len(weight.codes) // groups
+
+
+def _along_outputs(layer: Any, values: Tensor, like: Tensor) -> Tensor:
+    """One value per output channel, so that it broadcasts against `like`: a weight, or scales of one."""
+    if like.ndim == 1:
+        return values
+    if layer.channel_axis == 0:
+        return values.view(-1, *[1] * (like.ndim - 1))
+    groups = layer.groups
+    return values.view(groups, -1, *[1] * (like.ndim - 2)).repeat_interleave(len(like) // groups, 0)
+
+
+def _mirror(name: str, weight: IntegerTensor, codes: Tensor, scales: Tensor) -> None:
+    """Negates the values of the channels that the masks `codes` and `scales` name, by their codes."""
     if weight.codes.dtype == torch.uint8:
         top = 2**weight.bits - 1
-        weight.codes[channels] = top - weight.codes[channels]
-        weight.zero_point[channels] = top - weight.zero_point[channels]
+        weight.codes = torch.where(codes, top - weight.codes, weight.codes)
+        weight.zero_point = torch.where(scales, top - weight.zero_point, weight.zero_point)
         return
-    codes = weight.codes[channels].to(torch.int16).neg()
-    if codes.max() >= 2 ** (weight.bits - 1):
+    mirrored = torch.where(codes, -weight.codes.to(torch.int16), weight.codes)
+    if mirrored.max() >= 2 ** (weight.bits - 1):
         if weight.bits == 8:
             raise UserError(
                 f"'{name}': code -128 cannot be mirrored for a BatchNorm with a negative gamma; "
                 "train it with narrow: true"
             )
         weight.bits += 1
-    weight.codes[channels] = codes.to(torch.int8)
+    weight.codes = mirrored.to(torch.int8)
 
 
-def _install(module: Any, weight: IntegerTensor, bias: Tensor | None) -> None:
-    del module.weight, module.weight_quantizer
-    module._parameters.pop("bias", None)
-    module.integer_weight, module.integer_bias = weight, None
-    module.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
-    grid = input_grid(module.input_quantizer)
-    if bias is not None and grid is not None and weight.group_size is None:
-        scale = grid.step().double() * weight.scale.double()
-        codes, axis = bias_codes(bias, scale).to(torch.int32), None if weight.axis is None else 0
-        module.integer_bias = IntegerTensor(codes, scale.float(), torch.zeros_like(scale), 32, axis)
-        module.bias = None
-    become_twin(module, IntegerLayer)
+def _vanish(norm: nn.Module) -> None:
+    """Makes a folded BatchNorm an identity where it is, for everybody who holds it under whatever name."""
+    drop_mixins(norm, TwinMixin)
+    for name in [*norm._parameters, *norm._buffers, "host"]:
+        delattr(norm, name)
+    norm.__class__ = nn.Identity
 
 
 def _freeze_activations(model: nn.Module) -> None:
@@ -157,8 +254,3 @@ def _freeze_activations(model: nn.Module) -> None:
                 if quantizer not in frozen:
                     frozen[quantizer] = IntegerActivation(quantizer) if quantizer.enabled else nn.Identity()
                 module._modules[child] = frozen[quantizer]
-
-
-def _replace(root: nn.Module, path: str, module: nn.Module) -> None:
-    owner, _, leaf = path.rpartition(".")
-    root.get_submodule(owner)._modules[leaf] = module

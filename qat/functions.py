@@ -1,55 +1,174 @@
-"""What is known of torch's functions: which are sites, which change no value, which make or keep values non-negative.
+"""What is known of torch's functions: which are sites and where their operands are, which change no value, which make
+or keep values non-negative.
 
-Recording (`qat.probe`) and running (`qat.layers.sites`) ask the same `site_kind` and `positional`, so that both count
-alike.
+Recording (`qat.probe`) and running (`qat.layers.sites`) ask the same `FUNCTIONS`, so that both count alike. Python's
+operators are among them: a mode sees the tensor's method in their place, but `operator.add` itself under a strict
+torch.export.
 """
 
+import operator
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 T = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that is a site where its operands are float tensors.
+
+    Attributes:
+        kind: What policies and names call it: `layer1.0.add_0`.
+        slots: Position and name of each operand among the arguments.
+        sequence: The only slot holds a list of operands (or, of einsum, begins them).
+        output: The site quantizes what the function returns, and no operand.
+        channel_axis: Output-channel axis of the second operand, should it be a parameter; -1 is the last.
+        in_place: It writes to its first operand.
+    """
+
+    kind: str
+    slots: tuple[tuple[int, str], ...]
+    sequence: bool = False
+    output: bool = False
+    channel_axis: int | None = None
+    in_place: bool = False
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether it adds its product to a tensor that comes first: `torch.addmm`."""
+        return self.kind == "matmul" and self.slots[0][0] == 1
+
+    def operands(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor] | None:
+        """The operands of a call, or `None` if it is no site: it computes with numbers, integers or masks."""
+        found: list[Any] = [args[i] if i < len(args) else kwargs.get(name) for i, name in self.slots]
+        if self.sequence:
+            found = list(found[0]) if isinstance(found[0], list | tuple) else list(args[self.slots[0][0] :])
+        return found if found and all(_is_float(value) for value in found) else None
+
+    def with_operands(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[Tensor]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other operands in their places."""
+        if self.sequence:
+            position, name = self.slots[0]
+            if position >= len(args):
+                return args, {**kwargs, name: operands}
+            if isinstance(args[position], list | tuple):
+                return (*args[:position], operands, *args[position + 1 :]), kwargs
+            return (*args[:position], *operands), kwargs
+        changed, named = list(args), dict(kwargs)
+        for (position, name), operand in zip(self.slots, operands, strict=True):
+            if position < len(args):
+                changed[position] = operand
+            else:
+                named[name] = operand
+        return tuple(changed), named
+
+
+_ONE, _TWO = ((0, "input"),), ((0, "input"), (1, "other"))
+_WEIGHTED = ((0, "input"), (1, "weight"))
+
+
+def _table() -> Iterator[tuple[Any, Function]]:
+    binary = {
+        "add": ((torch.add, T.add, T.__add__, T.__radd__, operator.add), (T.add_, T.__iadd__, operator.iadd)),
+        "sub": (
+            (torch.sub, torch.subtract, torch.rsub, T.sub, T.subtract, T.__sub__, T.__rsub__, operator.sub),
+            (T.sub_, T.__isub__, operator.isub),
+        ),
+        "mul": (
+            (torch.mul, torch.multiply, T.mul, T.multiply, T.__mul__, T.__rmul__, operator.mul),
+            (T.mul_, T.__imul__, operator.imul),
+        ),
+    }
+    for kind, (plain, in_place) in binary.items():
+        yield from ((f, Function(kind, _TWO)) for f in plain)
+        yield from ((f, Function(kind, _TWO, in_place=True)) for f in in_place)
+    for f in (torch.matmul, T.matmul, T.__matmul__, operator.matmul):
+        yield f, Function("matmul", _TWO, channel_axis=-1)
+    yield T.__rmatmul__, Function("matmul", _TWO[::-1])
+    for f in (torch.bmm, T.bmm, torch.mm, T.mm):
+        yield f, Function("matmul", ((0, "input"), (1, "mat2")), channel_axis=-1)
+    for f in (torch.addmm, T.addmm):
+        yield f, Function("matmul", ((1, "mat1"), (2, "mat2")), channel_axis=-1)
+    for f in (torch.baddbmm, T.baddbmm):
+        yield f, Function("matmul", ((1, "batch1"), (2, "batch2")), channel_axis=-1)
+    yield torch.einsum, Function("einsum", ((1, "operands"),), sequence=True)
+    yield F.scaled_dot_product_attention, Function("attention", ((0, "query"), (1, "key"), (2, "value")))
+    for f in (torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack):
+        yield f, Function("cat", ((0, "tensors"),), sequence=True)
+    for f in (F.interpolate, F.upsample):
+        yield f, Function("interpolate", _ONE)
+    for f in (*POOL, *MEAN):
+        yield f, Function("avg_pool", _ONE)
+    outputs = {
+        "softmax": (F.softmax, torch.softmax, T.softmax), "gelu": (F.gelu,), "silu": (F.silu,),
+        "layer_norm": (F.layer_norm, torch.layer_norm), "rms_norm": (F.rms_norm,), "group_norm": (F.group_norm,),
+        "sigmoid": (torch.sigmoid, T.sigmoid, F.sigmoid), "tanh": (torch.tanh, T.tanh, F.tanh),
+    }  # fmt: skip
+    for kind, functions in outputs.items():
+        yield from ((f, Function(kind, _ONE, output=True)) for f in functions)
+    yield F.linear, Function("linear", _WEIGHTED, channel_axis=0)
+    convolutions = {
+        "conv1d": (F.conv1d, torch.conv1d), "conv2d": (F.conv2d, torch.conv2d), "conv3d": (F.conv3d, torch.conv3d),
+    }  # fmt: skip
+    for kind, functions in convolutions.items():
+        yield from ((f, Function(kind, _WEIGHTED, channel_axis=0)) for f in functions)
+    for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
+        yield f, Function(f.__name__, _WEIGHTED, channel_axis=1)
+
+
 ADD = {torch.add, T.add, T.add_, T.__add__, T.__radd__, T.__iadd__}
+MULTIPLY = {torch.mul, T.mul, T.mul_, T.__mul__, T.__rmul__, T.__imul__}
 MEAN = {torch.mean, T.mean}
 POOL = {
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
 }  # fmt: skip
+JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack}
 KEEPS_VALUES = {
-    torch.flatten, T.flatten, torch.reshape, T.reshape, T.view, torch.permute, T.permute, torch.transpose, T.transpose,
-    T.contiguous,
-    torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze, torch.unflatten, T.unflatten, T.__getitem__, T.expand,
-    T.clone, torch.clone, T.detach,
-    T.to, T.float, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.chunk, T.chunk, torch.split, T.split,
-    torch.narrow, T.narrow,
+    torch.flatten, T.flatten, torch.ravel, T.ravel, torch.reshape, T.reshape, T.reshape_as, T.view, T.view_as,
+    torch.permute, T.permute, torch.transpose, T.transpose, torch.swapaxes, T.swapaxes, torch.swapdims, T.swapdims,
+    torch.t, T.t, T.mT.__get__, T.T.__get__, T.mH.__get__, T.H.__get__,  # pyright: ignore[reportAttributeAccessIssue]
+    torch.adjoint, T.adjoint, torch.movedim, T.movedim, torch.moveaxis, T.moveaxis,
+    T.contiguous, torch.clone, T.clone, T.detach, T.to, T.type_as, T.float, T.half, T.bfloat16, T.cpu, T.cuda,
+    torch.squeeze, T.squeeze, torch.unsqueeze, T.unsqueeze, torch.unflatten, T.unflatten,
+    T.expand, T.expand_as, torch.broadcast_to, T.broadcast_to, T.repeat, torch.tile, T.tile,
+    torch.repeat_interleave, T.repeat_interleave,
+    T.__getitem__, torch.select, T.select, torch.narrow, T.narrow, torch.chunk, T.chunk, torch.split, T.split,
+    torch.split_with_sizes, T.split_with_sizes, torch.tensor_split, T.tensor_split, torch.unbind, T.unbind, T.unfold,
+    torch.index_select, T.index_select, torch.gather, T.gather, torch.take_along_dim, T.take_along_dim,
+    torch.roll, T.roll, torch.flip, T.flip, torch.rot90, T.rot90,
+    torch.tril, T.tril, torch.triu, T.triu, F.unfold,
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d,
     F.max_pool1d, F.max_pool2d, F.max_pool3d, torch.max_pool1d, torch.max_pool2d, torch.max_pool3d,
-    F.adaptive_max_pool1d, F.adaptive_max_pool2d,
-    F.adaptive_max_pool3d, torch.swapaxes, T.swapaxes, T.mT.__get__, T.T.__get__,  # pyright: ignore[reportAttributeAccessIssue]
-    torch.movedim, T.movedim,
-    torch.unbind, T.unbind, torch.roll, T.roll,
-    torch.flip, T.flip, T.repeat, F.pixel_shuffle, F.pixel_unshuffle,
+    F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
+    F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle,
 }  # fmt: skip
+FILLS = {torch.masked_fill, T.masked_fill}
 MAKES_NONNEGATIVE = {
     F.relu, F.relu_, torch.relu, torch.relu_, T.relu, T.relu_, F.relu6, torch.sigmoid, T.sigmoid, F.sigmoid, F.softmax,
     torch.softmax, T.softmax,
     F.hardsigmoid, torch.exp, T.exp, torch.abs, T.abs, torch.square, T.square, F.softplus,
 }  # fmt: skip
 CLAMPS = {torch.clamp, T.clamp, T.clamp_, torch.clip, T.clip, torch.clamp_min, T.clamp_min, T.clamp_min_, F.hardtanh}
-MULTIPLY = {torch.mul, T.mul, T.mul_, T.__mul__, T.__rmul__, T.__imul__}
-JOINS = {torch.cat, torch.concat, torch.stack}
-COMPUTES = {
-    F.linear: "linear", F.conv1d: "conv1d", F.conv2d: "conv2d", F.conv3d: "conv3d", torch.conv1d: "conv1d",
-    torch.conv2d: "conv2d",
-    F.conv_transpose1d: "conv_transpose1d", F.conv_transpose2d: "conv_transpose2d",
-    F.conv_transpose3d: "conv_transpose3d",
-    torch.matmul: "matmul", T.matmul: "matmul", T.__matmul__: "matmul", T.__rmatmul__: "matmul", torch.bmm: "bmm",
-    T.bmm: "bmm", torch.mm: "mm", T.mm: "mm",
-    torch.addmm: "addmm", torch.baddbmm: "baddbmm", torch.einsum: "einsum", F.embedding: "embedding",
-    F.bilinear: "bilinear",
-    F.scaled_dot_product_attention: "attention", F.multi_head_attention_forward: "attention",
+OTHERS_THAT_COMPUTE = {
+    F.embedding: "embedding", F.bilinear: "bilinear", F.multi_head_attention_forward: "attention",
 }  # fmt: skip
+"""Functions with arithmetic or weights that are no sites."""
+
+FUNCTIONS: dict[Any, Function] = dict(_table())
+KINDS = tuple(dict.fromkeys(f.kind for f in FUNCTIONS.values()))
+WEIGHTED = tuple(kind for kind in KINDS if kind.startswith(("linear", "conv")))
+"""Kinds that are layers without a module: sites only with a parameter as weight."""
+PRODUCTS = (*WEIGHTED, "matmul", "einsum", "attention")
+"""Kinds that multiply and accumulate."""
+PROBABILITIES = "probabilities"
+"""Kind of the second product's left operand in an attention site, a target of its own below it."""
 
 
 def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -60,22 +179,21 @@ def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
     return args, kwargs
 
 
-def site_kind(function: Any, args: tuple[Any, ...]) -> str | None:
-    """The kind of functional site that a call is: `add` of two float tensors, `avg_pool` of one; `None` if it is no
-    site.
+def site_function(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Function | None:
+    """The entry of a call that is a functional site.
 
     A mean of four dimensions counts as pooling of an image `[N, C, H, W]`; whether it is over H and W is not asked
-    here.
+    here. A linear layer or a convolution counts if its weight is a parameter, as it is.
 
     Args:
         function: As a `TorchFunctionMode` sees it.
-        args: From `positional`.
+        args, kwargs: Of the call.
     """
-    if function in ADD and len(args) >= 2 and all(_is_float(a) for a in args[:2]):
-        return "add"
-    if args and _is_float(args[0]) and (function in POOL or (function in MEAN and args[0].ndim == 4)):
-        return "avg_pool"
-    return None
+    known = FUNCTIONS.get(function)
+    operands = None if known is None else known.operands(args, kwargs)
+    if known is None or operands is None or (function in MEAN and operands[0].ndim != 4):
+        return None
+    return None if known.kind in WEIGHTED and not isinstance(operands[1], nn.Parameter) else known
 
 
 def _is_float(value: Any) -> bool:
@@ -88,6 +206,9 @@ def keeps_values(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         mode = kwargs.get("mode", args[2] if len(args) > 2 and isinstance(args[2], str) else "constant")
         value = kwargs.get("value", args[3] if len(args) > 3 else None)
         return mode != "constant" or not value
+    if function in FILLS:
+        value = kwargs.get("value", args[2] if len(args) > 2 else None)
+        return isinstance(value, int | float) and value == 0
     return function in KEEPS_VALUES
 
 

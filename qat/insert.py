@@ -11,18 +11,24 @@ from torch import nn
 
 from qat import quantizers
 from qat.errors import UserError, nearest
+from qat.insert_sites import chain, insert_sites
 from qat.layers import (
+    FUSED,
+    Composite,
+    ComputedWeight,
     FoldingNorm,
+    Part,
     QuantizedLayer,
     Site,
     SiteOwner,
+    SlowPath,
     TwinMixin,
     become_twin,
     drop_mixins,
+    is_computed,
     mixin_for,
-    owner_mixin,
 )  # fmt: skip
-from qat.plan import Plan, has_weight, make_plan
+from qat.plan import Plan, check_shapes_known, has_weight, make_plan
 from qat.quantizers import Quantizer
 from qat.spec import QuantSpec
 
@@ -37,55 +43,80 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     """
     if any(isinstance(m, Quantizer) for m in model.modules()):
         raise UserError(f"{type(model).__name__} holds quantizers already; qat.remove(model) takes them out")
+    check_shapes_known(model)
     modules = dict(model.named_modules())
+    parts = _parts(plan, modules)
+    modules.update(parts)
     _check_fit(model, plan, modules)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     activations = {label: quantizers.create(spec).to(device) for label, spec in plan.activations.items()}
-    weights = {name: _weight_quantizer(name, modules[name], spec) for name, spec in plan.weights.items()}
+    weights = {name: _weight_quantizer(name, model, plan, modules, spec) for name, spec in plan.weights.items()}
+    for name, part in parts.items():
+        owner, _, leaf = name.rpartition(".")
+        become_twin(modules[owner], mixin_for(modules[owner]))  # pyright: ignore[reportArgumentType]
+        modules[owner].add_module(leaf, part)
     for name, layer in plan.layers.items():
-        module = modules[name]
-        become_twin(module, _mixin(module))
-        module.register_module("input_quantizer", _chain(layer["input"], activations))
+        module, mixin = modules[name], _mixin(modules[name])
+        if name not in parts:
+            become_twin(module, mixin)
+        if is_computed(module):
+            become_twin(module, ComputedWeight)
+        module.register_module("input_quantizer", chain(layer["input"], activations))
+        for index in range(1, mixin.inputs):
+            module.register_module(f"input_quantizer_{index}", chain(layer.get(f"input_{index}", []), activations))
         module.register_module("weight_quantizer", weights.get(layer["weight"]))
         if name in plan.batch_norms:
             norm = modules[plan.batch_norms[name]]
             become_twin(norm, FoldingNorm)
             norm.host = (module,)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             module.folds = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    for name, counts in plan.owners.items():
-        become_twin(modules[name], owner_mixin(modules[name]))
-        modules[name].site_counts, modules[name].site_owner = dict(counts), name  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-    for site, inputs in plan.sites.items():
-        owner, _, leaf = site.rpartition(".")
-        modules[owner].add_module(leaf, Site([_chain(labels, activations) for labels in inputs]))
+    insert_sites(plan, modules, activations, weights)
+    for name, module in modules.items():
+        if isinstance(module, FUSED) and any(part.startswith(f"{name}." if name else "") for part in plan.layers):
+            become_twin(module, SlowPath)
+
+
+def _parts(plan: Plan, modules: dict[str, nn.Module]) -> dict[str, Part]:
+    """New parts for the planned layers that are no modules of the float model, but matrices inside of one."""
+    found: dict[str, Part] = {}
+    for name in [n for n in plan.layers if n not in modules]:
+        owner = name.rpartition(".")[0]
+        mixin = mixin_for(modules[owner]) if owner in modules else None
+        if mixin is not None and issubclass(mixin, Composite):
+            found.update({f"{owner}.{leaf}".lstrip("."): part for leaf, part in mixin.parts(modules[owner]).items()})
+    return found
 
 
 def _check_fit(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> None:
     """Raises before anything is changed."""
     other = "the quantization plan was made for another model"
-    for name in (*plan.layers, *plan.owners, *plan.batch_norms.values()):
-        if name not in modules:
-            raise UserError(f"{other}: there is no module '{name}' in {type(model).__name__}{nearest(name, modules)}")
+    parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    needed = [(name, "module", list(modules)) for name in (*plan.layers, *plan.owners, *plan.batch_norms.values())]
+    needed += [(site["parameter"], "parameter", parameters) for site in plan.parameters.values()]
+    for name, what, known in needed:
+        if name not in known:
+            raise UserError(f"{other}: there is no {what} '{name}' in {type(model).__name__}{nearest(name, known)}")
     for name, layer in plan.layers.items():
         mixin = mixin_for(modules[name])
-        if mixin is None or (layer["weight"] is not None and not has_weight(modules[name])):
+        weightless = layer["weight"] is not None and not has_weight(modules[name])
+        if mixin is None or issubclass(mixin, Composite) or weightless:
             raise UserError(f"{other}: '{name}' is a {type(modules[name]).__name__} that cannot be quantized")
 
 
 def _mixin(module: nn.Module) -> type[QuantizedLayer]:
     mixin = mixin_for(module)
-    assert mixin is not None  # _check_fit has seen to it
+    assert mixin is not None and issubclass(mixin, QuantizedLayer)  # _check_fit has seen to it
     return mixin
 
 
-def _chain(labels: list[str], activations: dict[str, Quantizer]) -> nn.Module | None:
-    if not labels:
-        return None
-    return activations[labels[0]] if len(labels) == 1 else nn.Sequential(*(activations[label] for label in labels))
-
-
-def _weight_quantizer(name: str, layer: nn.Module, spec: QuantSpec) -> Quantizer:
-    weight, axis = layer.weight, _mixin(layer).channel_axis
+def _weight_quantizer(
+    name: str, model: nn.Module, plan: Plan, modules: dict[str, nn.Module], spec: QuantSpec
+) -> Quantizer:
+    if site := plan.parameters.get(name):
+        weight, axis = model.get_parameter(site["parameter"]), site["axis"]
+    else:
+        layer = modules[name]
+        weight, axis = layer.weight, _mixin(layer).channel_axis
     assert isinstance(weight, torch.Tensor) and axis is not None
     try:
         return quantizers.create(spec, weight.shape, axis).to(weight.device)
@@ -97,17 +128,21 @@ def remove(model: nn.Module) -> None:
     """Takes the quantizers out: the model is what it was before, with the weights it has now."""
     for module in list(model.modules()):
         if isinstance(module, TwinMixin):
-            for child in [n for n, m in module.named_children() if isinstance(m, Site)]:
+            for child in [n for n, m in module.named_children() if isinstance(m, Site | Part)]:
                 delattr(module, child)
             if isinstance(module, SiteOwner):
-                del module.site_counts, module.site_owner
+                del module.site_order, module.site_kinds, module.site_weights, module.site_owner
+            if isinstance(module, Part):
+                continue
             if isinstance(module, QuantizedLayer):
+                for index in range(1, module.inputs):
+                    delattr(module, f"input_quantizer_{index}")
                 del module.input_quantizer, module.weight_quantizer
                 for name in ("_kept", "folds"):
                     module.__dict__.pop(name, None)
             if isinstance(module, FoldingNorm):
                 del module.host
-            for mixin in (QuantizedLayer, SiteOwner, FoldingNorm):
+            for mixin in (QuantizedLayer, Composite, ComputedWeight, SlowPath, SiteOwner, FoldingNorm):
                 drop_mixins(module, mixin)
 
 

@@ -7,13 +7,13 @@ trace the model.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from qat.functional import levels, values
-from qat.layers.twin import TwinMixin
+from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
 
@@ -132,8 +132,14 @@ class IntegerLayer(TwinMixin):
     integer_bias: IntegerTensor | None
     bias: Tensor | None
 
+    def train(self, mode: bool = True) -> Self:
+        """Codes have no training mode: in it, a layer would look for its float bias."""
+        return super().train(False)
+
     def quantized_weight(self) -> Tensor:
-        return self.integer_weight()
+        with ours():
+            return self.integer_weight()
 
     def quantized_bias(self) -> Tensor | None:
-        return self.integer_bias() if self.integer_bias is not None else self.bias
+        with ours():
+            return self.integer_bias() if self.integer_bias is not None else self.bias

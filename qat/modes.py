@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.backends import mha
 
 
 @contextmanager
@@ -18,3 +19,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in before:
             module.training = training
+
+
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Keeps torch's attention layers from handing their whole inside to one fused kernel, which would skip what is
+    quantized in there, and hide from a recording what is not.
+    """
+    before = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        mha.set_fastpath_enabled(before)

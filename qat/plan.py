@@ -15,14 +15,18 @@ from typing import Any
 
 from torch import nn
 
+from qat.edges import activation_grids
 from qat.errors import UserError
-from qat.functions import MEAN
-from qat.layers import mixin_for, original_class, sites_changed
+from qat.functions import FUNCTIONS, MEAN, PROBABILITIES
+from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_for, original_class, sites_changed
+from qat.layers.adapted import inside_adapters
 from qat.policy import QuantPolicy, Target
-from qat.probe import Call, Key, Recording, record
+from qat.probe import Call, Recording, record
 from qat.spec import QuantSpec
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+OUTPUTS = {function.kind for function in FUNCTIONS.values() if function.output}
+"""Kinds of sites that quantize what they return."""
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 @dataclass
@@ -34,9 +38,11 @@ class Plan:
         activations: Spec of each activation's grid, by the first place that reads it (`conv1.input`,
             `layer1.0.add_0.input_1`).
         layers: Per layer: `weight`, the owner of its weight's grid (or `None`), and `input`, the activation grids its
-            input passes in turn.
-        sites: Per functional site: for each tensor input, the activation grids it passes in turn.
-        owners: Per module whose forward runs functional sites, how many of each kind.
+            input passes in turn (`input_1`: its second input; `Bilinear` has one).
+        sites: Per functional site: for each operand (or for the output), the activation grids it passes in turn.
+        parameters: Per functional site whose second operand is a parameter: `parameter`, its path, `axis`, its output
+            channels, `weight`, the owner of its grid (or `None`), and `alone`, whether only such sites read it.
+        owners: Per module whose forward runs functional sites of quantized kinds: their kinds in order.
         batch_norms: Per layer, the BatchNorm that folds into it.
         policy: The policy it was made from.
     """
@@ -45,7 +51,8 @@ class Plan:
     activations: dict[str, QuantSpec] = field(default_factory=dict)
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     sites: dict[str, list[list[str]]] = field(default_factory=dict)
-    owners: dict[str, dict[str, int]] = field(default_factory=dict)
+    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    owners: dict[str, list[str]] = field(default_factory=dict)
     batch_norms: dict[str, str] = field(default_factory=dict)
     policy: dict[str, Any] = field(default_factory=dict)
 
@@ -64,11 +71,19 @@ def is_leaf(module: nn.Module) -> bool:
     return mixin_for(module) is not None or isinstance(module, NORMS)
 
 
+def inside_of(module: nn.Module, *call: Any) -> list[Call] | None:
+    """The calls of parts that the call of a layer with several weights stands for (see `probe.record`)."""
+    mixin = mixin_for(module)
+    return mixin.calls(module, *call) if mixin is not None and issubclass(mixin, Composite) else None
+
+
 def computed(module: nn.Module) -> str | None:
-    """Which of weight and bias is no ordinary parameter, but computed by a parametrization or by pruning; `None` if
-    neither is.
+    """Which of weight and bias is neither an ordinary parameter nor a weight that a parametrization makes, but computed
+    by pruning and the like; `None` if neither is.
     """
-    if not isinstance(module._parameters.get("weight"), nn.Parameter):
+    if isinstance(module, BoundPart):
+        return None
+    if not is_computed(module) and not isinstance(module._parameters.get("weight"), nn.Parameter):
         return "weight"
     return "bias" if "bias" not in module._parameters and hasattr(module, "bias") else None
 
@@ -82,20 +97,36 @@ def has_weight(module: Any) -> bool:
 def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
     """What a policy can address, in execution order: for each layer or site, its calls."""
     found: dict[str, list[Call]] = {}
+    floating = set(inside_adapters(model))
     for call in recording.order:
+        if call.name in floating:
+            continue
         if isinstance(call.what, nn.Module):
             mixin = mixin_for(call.what)
             if mixin and (mixin.channel_axis is None or has_weight(call.what)):
-                found.setdefault(call.name, []).append(call)
-        elif call.site and not call.parameter and _is_pooling_or_sum(call):
+                quantizable = call.inputs[: mixin.inputs] if issubclass(mixin, QuantizedLayer) else []
+                found.setdefault(call.name, []).append(dataclasses.replace(call, operands=quantizable))
+        elif call.site and is_addressable(call):
             found.setdefault(call.site, []).append(call)
+            if call.kind == "attention":
+                found.setdefault(f"{call.site}.{PROBABILITIES}", []).append(_probabilities(call))
     return found
 
 
-def _is_pooling_or_sum(call: Call) -> bool:
-    """Leaves out means that are not over the pixels of an image."""
+def is_addressable(call: Call) -> bool:
+    """Leaves out means that are not over the pixels of an image, and sums and products with a parameter that is no
+    weight.
+    """
     pixels = call.input_shape[:2] == call.shape[:2] and call.shape[2:] in ((), (1, 1))
-    return call.what not in MEAN or pixels
+    if call.what in MEAN and not pixels:
+        return False
+    return call.weight or call.parameter is None or call.kind in ("cat", "attention")
+
+
+def _probabilities(call: Call) -> Call:
+    """The tensor between the two products of an attention, as a target: it is >= 0 and nobody else reads it."""
+    key = (-id(call), 0)  # ids are positive, so it is no tensor's
+    return dataclasses.replace(call, site=f"{call.site}.{PROBABILITIES}", kind=PROBABILITIES, operands=[key])
 
 
 def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> tuple[Plan, Recording]:
@@ -104,18 +135,24 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
     Raises:
         UserError: if a rule matches nothing or nothing can be quantized.
     """
-    recording = record(model, run, is_leaf)
+    recording = record(model, run, is_leaf, inside_of)
+    check_shapes_known(model)
     _check_names(model, recording)
     calls = targets(model, recording)
     if not calls:
         raise UserError(
             f"{type(model).__name__} has no layer that can be quantized: "
-            "the probe batch passed no Linear, Conv or Embedding"
+            "the probe batch passed no Linear, Conv, Embedding, LSTM or the like"
         )
     decisions = policy.resolve(described(calls))
     plan = Plan(policy=policy.settings)
-    _plan_weights(plan, calls, decisions)
-    _plan_activations(plan, recording, calls, decisions)
+    _plan_weights(plan, model, recording, calls, decisions)
+    plan.activations, chains = activation_grids(recording, calls, decisions, policy.concat == "shared")
+    for name, operands in chains.items():
+        if name in plan.layers:
+            plan.layers[name].update(zip(("input", "input_1"), operands, strict=False))
+        else:
+            plan.sites[name] = operands
     _plan_owners(plan, model, recording)
     plan.batch_norms = {
         layer: norm for layer, norm in _batch_norm_pairs(recording).items() if plan.layers[layer]["weight"] is not None
@@ -125,6 +162,23 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
             "the policy leaves everything float: give quant.weight or quant.act settings, or a rule that does"
         )
     return plan, recording
+
+
+def check_shapes_known(model: nn.Module) -> None:
+    """Raises if a lazy layer has not seen a batch yet."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():  # pyright: ignore
+            raise UserError(
+                f"'{name}' ({type(module).__name__}) does not know its shape yet, because no batch has reached it: "
+                "run the model once on a batch first, or give it the number of its input features"
+            )
+
+
+def weight_identity(layer: Any) -> Any:
+    """Equal for layers that share their weight, of which there may be another tensor each time one asks."""
+    if isinstance(layer, BoundPart):
+        return layer.identity()
+    return id(layer) if is_computed(layer) else id(layer.weight)
 
 
 def _check_names(model: nn.Module, recording: Recording) -> None:
@@ -137,18 +191,32 @@ def _check_names(model: nn.Module, recording: Recording) -> None:
 def described(calls: dict[str, list[Call]]) -> list[Target]:
     """The targets as a policy sees them; layers may have become twins since."""
     return [
-        Target(name, first.kind or original_class(first.what).__name__, has_weight(first.what))
+        Target(
+            name,
+            first.kind or type_of(first.what).__name__,
+            first.weight or has_weight(first.what),
+            is_site=first.site is not None,
+        )
         for name, (first, *_) in calls.items()
     ]
 
 
-def _plan_weights(plan: Plan, calls: dict[str, list[Call]], decisions: dict[str, Any]) -> None:
-    owner_of: dict[int, str] = {}
+def type_of(module: nn.Module) -> type[nn.Module]:
+    """The float class of a layer; parts go by that of the layer they are in."""
+    return original_class(module.owner[0] if isinstance(module, BoundPart) else module)
+
+
+def _plan_weights(
+    plan: Plan, model: nn.Module, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
+) -> None:
+    owner_of: dict[Any, str] = {}
     for name, (call, *_) in calls.items():
-        if call.site:
+        if call.site and not call.weight:
             continue
-        spec = decisions[name]["weight"][0] if has_weight(call.what) else None
-        owner = owner_of.setdefault(id(call.what.weight), name) if spec else None
+        weight = model.get_parameter(call.parameter) if call.weight and call.parameter else None
+        spec = decisions[name]["weight"][0] if call.weight or has_weight(call.what) else None
+        identity = id(weight) if call.weight else weight_identity(call.what) if spec else None
+        owner = owner_of.setdefault(identity, name) if spec else None
         if spec and owner == name:
             plan.weights[name] = spec.resolved(nonnegative=False, weight=True)
         elif spec and owner and spec.resolved(nonnegative=False, weight=True) != plan.weights[owner]:
@@ -156,45 +224,41 @@ def _plan_weights(plan: Plan, calls: dict[str, list[Call]], decisions: dict[str,
                 f"'{name}' and '{owner}' are one weight, but the policy gives them different grids; "
                 "add a rule that matches both"
             )
-        plan.layers[name] = {"weight": owner, "input": []}
-
-
-def _plan_activations(
-    plan: Plan, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
-) -> None:
-    edges: list[tuple[str, int, Key, QuantSpec]] = []
-    for name, (first, *more) in calls.items():
-        spec = decisions[name]["act"][0]
-        if spec is None:
-            continue
-        for index, key in enumerate(first.inputs[: 2 if first.kind == "add" else 1]):
-            keys = [key, *(c.inputs[index] for c in more)]
-            nonnegative = all(recording.root(k) in recording.nonnegative for k in keys)
-            edges.append((name, index, recording.root(key), spec.resolved(nonnegative=nonnegative, weight=False)))
-    grids: dict[Key, dict[QuantSpec, str]] = {}
-    for name, index, tensor, spec in edges:
-        label = f"{name}.input_{index}" if name not in plan.layers else f"{name}.input"
-        grids.setdefault(tensor, {}).setdefault(spec, label)
-    for name, index, tensor, spec in edges:
-        finest = max(grids[tensor], key=lambda s: s.width)
-        chain = [spec] if spec.width == finest.width else [finest, spec]
-        plan.activations.update((grids[tensor][s], s) for s in chain)
-        labels = [grids[tensor][s] for s in chain]
-        if name in plan.layers:
-            plan.layers[name]["input"] = labels
+        if call.weight:
+            assert weight is not None and call.parameter is not None
+            axis = (FUNCTIONS[call.what].channel_axis or 0) % weight.ndim
+            if spec and spec.granularity == "group" and axis > 1:
+                raise UserError(
+                    f"'{name}': granularity=group needs a weight matrix, but '{call.parameter}' is a stack of them "
+                    f"{list(weight.shape)}; use granularity: channel or tensor there"
+                )
+            alone = recording.only_sites_read(call.parameter)
+            plan.parameters[name] = {"parameter": call.parameter, "axis": axis, "weight": owner, "alone": alone}
         else:
-            plan.sites.setdefault(name, [[], []] if calls[name][0].kind == "add" else [[]])[index] = labels
+            plan.layers[name] = {"weight": owner, "input": []}
 
 
 def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:
     """Modules that run sites become owners even where theirs stay float, or those around would count them as theirs."""
-    if not plan.sites:
-        return
-    quantized = {site.rpartition(".")[0] for site in plan.sites}
-    for name, (first, *others) in recording.site_counts().items():
-        if others and name in quantized:
-            raise UserError(sites_changed(name, model.get_submodule(name), first, others[0]))
-        plan.owners[name] = first
+    quantized = {*plan.sites, *(name for name, site in plan.parameters.items() if site["weight"] is not None)}
+    kinds = {kind_of(site) for site in quantized}
+    for name, orders in recording.site_orders().items():
+        first, *others = ([kind for kind in order if kind in kinds] for order in orders)
+        different = next((order for order in others if order != first), None)
+        if different is not None and name in {owner_of(site) for site in quantized}:
+            raise UserError(sites_changed(name, model.get_submodule(name), first, different))
+        if first:
+            plan.owners[name] = first
+
+
+def owner_of(site: str) -> str:
+    """The module whose forward runs a site."""
+    return site.removesuffix(f".{PROBABILITIES}").rpartition(".")[0]
+
+
+def kind_of(site: str) -> str:
+    """`layer1.0.add_0` -> `add`."""
+    return site.removesuffix(f".{PROBABILITIES}").rpartition(".")[2].rpartition("_")[0]
 
 
 def _batch_norm_pairs(recording: Recording) -> dict[str, str]:
@@ -206,7 +270,8 @@ def _batch_norm_pairs(recording: Recording) -> dict[str, str]:
         call.output: call.name
         for call in recording.modules
         if has_weight(call.what)
-        and not isinstance(call.what, nn.Embedding)
+        and call.output is not None
+        and not isinstance(call.what, nn.Embedding | nn.EmbeddingBag | nn.Bilinear)
         and len(call.shape) == call.what.weight.ndim  # then dimension 1 is the channel for both
     }
     return {

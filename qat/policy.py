@@ -7,28 +7,43 @@ winning, like a style sheet:
     weight: {bits: 4, granularity: channel}
     act: {bits: 4}
     sites: {bits: 8}
+    kinds: [add, avg_pool, cat, matmul, einsum, attention]
+    concat: separate
+    require_coverage: 0.99
     rules:
       stem: {match: "@first", weight: {bits: 8}, act: {bits: 8}}
       no_attention: {match: ["h.*.attn.*"], act: off}
 
-`act` is for the inputs of layers with weights; `sites`, on top of it, for the inputs of operations without (residual
-additions, average pooling). `match` is a glob over module paths (`*` crosses dots), or `@first` / `@last`, the first
-and last layer with weights in execution order; `type` narrows it to a class name (`Conv2d`) or a kind of site (`add`).
-`weight: off` / `act: off` leaves that tensor float.
+`act` is for the inputs of layers with weights; `sites`, on top of it, for the operands of functions between them
+(residual additions, matrix products, pooling) whose kind is one of `kinds` (`all` for every kind). Rules reach the
+other kinds only where they name them: by `type: mul`, or by a pattern that ends in such a name (`*.mul_*`).
+`concat: shared` gives all that a concatenation joins one grid. `require_coverage` is the least share of
+multiply-accumulates on integers; less is an error.
+
+`match` is a glob over module paths (`*` crosses dots), or `@first` / `@last`, the first and last layer with weights in
+execution order; `type` narrows it to a class name (`Conv2d`) or a kind of site (`add`). `weight: off` / `act: off`
+leaves that tensor float.
 """
 
 import fnmatch
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 from qat import quantizers, ranges
 from qat.errors import UserError, nearest
+from qat.functions import KINDS, PROBABILITIES, WEIGHTED
+from qat.rules import ROLES, Rule, Target, merge, read_role
 from qat.spec import QuantSpec
 
-ROLES = ("weight", "act")
-RULE_KEYS = ("match", "type", *ROLES)
+__all__ = ["QuantPolicy", "Rule", "Target"]
+
+DEFAULT_KINDS = ("add", "avg_pool", "cat", "matmul", "einsum", "attention")
+"""What an engine adds, joins, pools and multiplies as integers between layers."""
+ALL_KINDS = (*(kind for kind in KINDS if kind not in WEIGHTED), PROBABILITIES)
+CONCAT = ("separate", "shared")
+KEYS = (*ROLES, "sites", "kinds", "concat", "require_coverage", "rules")
 RANGES = tuple(
     name
     for name, f in vars(ranges).items()
@@ -39,80 +54,30 @@ RANGES = tuple(
 )
 
 
-@dataclass(frozen=True)
-class Target:
-    """Something a rule can match: a layer or a functional site.
-
-    Attributes:
-        name: Module path, or owner, kind and order of a site: `layer1.0.add_0`.
-        type: Class name of the layer, or kind of the site.
-        has_weight: Whether it owns a weight (so `@first` and `@last` count it).
-    """
-
-    name: str
-    type: str
-    has_weight: bool
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One named rule; `None` for a role means "as before", `False` means off."""
-
-    name: str
-    match: tuple[str, ...]
-    type: str | None = None
-    settings: Mapping[str, Mapping[str, Any] | bool] = field(default_factory=dict)
-
-    @classmethod
-    def from_dict(cls, name: str, values: Any, where: str) -> "Rule":
-        if not isinstance(values, Mapping):
-            raise UserError(
-                f"{where}={values!r}: a rule is a mapping such as {{match: 'layer1.*', weight: {{bits: 8}}}}"
-            )
-        for key in values:
-            if key not in RULE_KEYS:
-                raise UserError(f"{where}.{key}: no such setting{nearest(str(key), RULE_KEYS)}")
-        match = values.get("match")
-        patterns = (match,) if isinstance(match, str) else tuple(match) if isinstance(match, Sequence) else ()
-        if not patterns or not all(isinstance(p, str) for p in patterns):
-            raise UserError(
-                f"{where}.match={match!r}: must be a pattern such as 'layer1.*', '@first' or '@last', or a list of them"
-            )
-        kind = values.get("type")
-        if not isinstance(kind, str | None):
-            raise UserError(f"{where}.type={kind!r}: must be a class name such as Conv2d or a site kind such as add")
-        settings = {role: _role(values[role], f"{where}.{role}") for role in ROLES if values.get(role) is not None}
-        if not settings:
-            raise UserError(f"{where}: it changes nothing; give it weight or act, such as {{act: off}}, or remove it")
-        return cls(name, patterns, kind, settings)
-
-
-def _role(value: Any, where: str) -> Mapping[str, Any] | bool:
-    if value is False or value == "off":
-        return False
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where}={value!r}: must be off or settings such as {{bits: 8}}")
-    return dict(value)
-
-
-def _merge(base: Mapping[str, Any] | bool, own: Mapping[str, Any] | bool) -> Mapping[str, Any] | bool:
-    """`own` on top of `base`; either may be off."""
-    return {**(base if isinstance(base, Mapping) else {}), **own} if isinstance(own, Mapping) else False
-
-
 class QuantPolicy:
     """Defaults plus named rules; build it with `from_dict`.
 
     Attributes:
+        kinds: The kinds of functional sites without weights that are quantized by default.
+        concat: Whether what a concatenation joins shares a grid (`shared`) or not (`separate`).
+        required_coverage: Least share of multiply-accumulates on integers, 0 to 1, by the part of the model that it is
+            asked of (`""` for all).
         settings: The policy as plain containers, as given (what checkpoints and manifests store).
     """
 
     def __init__(
-        self, defaults: Mapping[str, Mapping[str, Any] | bool], rules: Sequence[Rule], settings: dict[str, Any]
+        self,
+        defaults: Mapping[str, Mapping[str, Any] | bool],
+        rules: Sequence[Rule],
+        settings: dict[str, Any],
+        kinds: Sequence[str] = DEFAULT_KINDS,
     ) -> None:
         self.defaults = defaults
         self.rules = tuple(rules)
         self.settings = settings
+        self.kinds = tuple(kinds)
+        self.concat: str = settings.get("concat") or CONCAT[0]
+        self.required_coverage: dict[str, float] = {"": settings.get("require_coverage") or 0.0}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], where: str = "quant") -> "QuantPolicy":
@@ -121,18 +86,25 @@ class QuantPolicy:
         Raises:
             UserError: naming the key under `where`, the value, and the nearest valid one.
         """
-        allowed = (*ROLES, "sites", "rules")
+        if "modules" in settings:  # several networks, a policy for each
+            return import_module("qat.networks").NetworkPolicies.from_dict(settings, where)
         for key in settings:
-            if key not in allowed:
-                raise UserError(f"{where}.{key}: no such setting{nearest(str(key), allowed)}")
-        defaults = {r: _role(settings[r], f"{where}.{r}") if settings.get(r) is not None else False for r in ROLES}
-        own = _role(settings["sites"], f"{where}.sites") if settings.get("sites") is not None else {}
-        defaults["sites"] = defaults["act"] if own == {} else _merge(defaults["act"], own)
+            if key not in KEYS:
+                raise UserError(f"{where}.{key}: no such setting{nearest(str(key), KEYS)}")
+        defaults = {r: read_role(settings[r], f"{where}.{r}") if settings.get(r) is not None else False for r in ROLES}
+        own = read_role(settings["sites"], f"{where}.sites") if settings.get("sites") is not None else {}
+        defaults["sites"] = defaults["act"] if own == {} else merge(defaults["act"], own)
         rules = settings.get("rules") or {}
         if not isinstance(rules, Mapping):
             raise UserError(f"{where}.rules={rules!r}: must map a name to each rule")
         parsed = [Rule.from_dict(str(n), r, f"{where}.rules.{n}") for n, r in rules.items() if r is not None]
-        policy = cls(defaults, parsed, _plain(settings))
+        policy = cls(defaults, parsed, _plain(settings), _kinds(settings.get("kinds"), f"{where}.kinds"))
+        if policy.concat not in CONCAT:
+            hint = nearest(str(policy.concat), CONCAT)
+            raise UserError(f"{where}.concat={policy.concat!r}: must be one of {', '.join(CONCAT)}{hint}")
+        share = policy.required_coverage[""]
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+            raise UserError(f"{where}.require_coverage={share!r}: must be a share between 0 and 1, such as 0.99")
         policy._check_specs(where)
         return policy
 
@@ -148,7 +120,7 @@ class QuantPolicy:
             role = "act" if key == "sites" else key
             _spec(base, f"{where}.{key}", role)
             for rule in self.rules:
-                _spec(_merge(base, rule.settings.get(role, False)), f"{where}.rules.{rule.name}.{role}", role)
+                _spec(merge(base, rule.settings.get(role, False)), f"{where}.rules.{rule.name}.{role}", role)
 
     def resolve(self, targets: Sequence[Target]) -> dict[str, dict[str, tuple[QuantSpec | None, str]]]:
         """Decides the grid of every target's weight and inputs.
@@ -168,20 +140,26 @@ class QuantPolicy:
         for target in targets:
             result[target.name] = {}
             for role in ROLES:
-                current = self.defaults["sites" if role == "act" and not target.has_weight else role]
-                by = "default"
+                base = self.defaults["sites" if role == "act" and not target.has_weight else role]
+                by, current = "default", base if self._is_on(target) else False
                 for rule in self.rules:
                     own = rule.settings.get(role)
                     if own is None or target.name not in matched[rule.name]:
                         continue
-                    by, current = rule.name, _merge(current, own)
+                    by, current = rule.name, merge(base if by == "default" else current, own)
                 result[target.name][role] = _spec(current, f"quant.{role} for {target.name}", role), by
         return result
+
+    def _is_on(self, target: Target) -> bool:
+        return not target.is_site or target.has_weight or target.type in self.kinds
 
     def _matches(self, rule: Rule, targets: Sequence[Target]) -> set[str]:
         weighted = [t.name for t in targets if t.has_weight]
         special = {"@first": weighted[:1], "@last": weighted[-1:]}
-        pool = [t.name for t in targets if rule.type in (None, t.type)]
+        typed = [t for t in targets if rule.type in (None, t.type)]
+        pool = [t.name for t in typed]
+        # A rule for `layer1.*` is about layers, not about every function that happens to be called there.
+        silent = {t.name: t.type for t in typed if rule.type is None and not self._is_on(t)}
         if not pool:
             hint = nearest(str(rule.type), sorted({t.type for t in targets}))
             raise UserError(f"quant.rules.{rule.name}.type: nothing is a '{rule.type}'{hint}")
@@ -190,7 +168,10 @@ class QuantPolicy:
             if pattern.startswith("@") and pattern not in special:
                 raise UserError(f"quant.rules.{rule.name}.match: no selector '{pattern}'{nearest(pattern, special)}")
             hits = [
-                n for n in pool if (n in special[pattern] if pattern in special else fnmatch.fnmatchcase(n, pattern))
+                n
+                for n in pool
+                if (n in special[pattern] if pattern in special else fnmatch.fnmatchcase(n, pattern))
+                and (n not in silent or _last(pattern).startswith(silent[n]))
             ]
             if not hits:
                 raise UserError(
@@ -202,6 +183,23 @@ class QuantPolicy:
                 f"quant.rules.{rule.name}.weight: nothing that it matches has a weight: {', '.join(sorted(found))}"
             )
         return found
+
+
+def _kinds(value: Any, where: str) -> tuple[str, ...]:
+    if value is None:
+        return DEFAULT_KINDS
+    if value == "all":
+        return ALL_KINDS
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise UserError(f"{where}={value!r}: must be all or a list such as [add, avg_pool, matmul]")
+    for kind in value:
+        if kind not in ALL_KINDS:
+            raise UserError(f"{where}: no kind of function is called {kind!r}{nearest(str(kind), ALL_KINDS)}")
+    return tuple(value)
+
+
+def _last(pattern: str) -> str:
+    return pattern.rpartition(".")[2]
 
 
 def _spec(values: Mapping[str, Any] | bool, where: str, role: str) -> QuantSpec | None:

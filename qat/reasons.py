@@ -4,17 +4,21 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from qat.functions import COMPUTES
-from qat.layers import MIXINS, Site, mixin_for, original_class
-from qat.plan import NORMS, Plan, computed, described, has_weight, targets
+from qat.layers import MIXINS, Composite, Site, mixin_for, original_class
+from qat.layers.adapted import inside_adapters
+from qat.plan import NORMS, Plan, computed, described, has_weight, targets, type_of
 from qat.policy import QuantPolicy
 from qat.probe import Call, Recording
 from qat.quantizers import Quantizer
 
 FOLDS = "folds into "
+ADAPTER = "an adapter, which stays float until it is merged (qat.merge_adapters)"
 NOT_REACHED = "not reached by the probe batch"
 NORMALISES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
-NOT_IN_F = ("matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "attention")
+NAMES = {"add": "sum", "sub": "difference"}
+NO_KERNEL = ("einsum", "Bilinear", "ConvTranspose", "conv_transpose")
+"""What an exported file computes in float on the values of its codes."""
+NOT_IN_F = ("matmul", "einsum", "attention")
 
 
 class Reasons:
@@ -28,8 +32,9 @@ class Reasons:
     """
 
     def __init__(self, model: nn.Module, plan: Plan, recording: Recording) -> None:
-        self.model, self.plan = model, plan
+        self.model, self.plan, self.recording = model, plan, recording
         self.calls = targets(model, recording)
+        self.adapters = set(inside_adapters(model))
         self.decisions = QuantPolicy.from_dict(plan.policy).resolve(described(self.calls))
         self.modules: dict[str, list[Call]] = {}
         for call in recording.modules:
@@ -44,6 +49,8 @@ class Reasons:
         """`None` if `module`, one of `layers`, is integer throughout."""
         if name in self.calls:
             return self.of_target(name)
+        if name in self.adapters:
+            return ADAPTER
         if isinstance(module, NORMS):
             return self._norm(name)
         if mixin_for(module) is not None:
@@ -53,11 +60,12 @@ class Reasons:
     def of_target(self, name: str) -> str | None:
         """What the policy leaves float of a layer or site that it could quantize."""
         call = self.calls[name][0]
-        weighted = has_weight(call.what)
-        parts = (["weight"] if weighted else []) + (["act"] if call.inputs else [])
+        weighted = call.weight or has_weight(call.what)
+        parts = (["weight"] if weighted else []) + (["act"] if call.operands else [])
         left = [p for p in parts if self.decisions[name][p][0] is None]
         if not left:
-            return None
+            kind = call.kind or type_name(call.what)
+            return f"ONNX Runtime has no integer kernel for {kind}" if kind.startswith(NO_KERNEL) else None
         what = "it" if left == parts else "its weight" if left == ["weight"] else "its input"
         by = sorted({self.decisions[name][p][1] for p in left})
         who = " and ".join("policy" if b == "default" else f"rule '{b}'" for b in by)
@@ -66,10 +74,14 @@ class Reasons:
     def of_site(self, call: Call) -> str | None:
         if call.site in self.calls:
             return self.of_target(call.site)
-        return "one side of the sum is a parameter" if call.parameter else "mean over other axes than an image's"
+        if call.name in self.adapters:
+            return ADAPTER
+        if call.parameter is None:
+            return "mean over other axes than an image's"
+        return f"one side of the {NAMES.get(call.kind or '', 'product')} is a parameter"
 
     def of_function(self, call: Call) -> str:
-        kind = COMPUTES[call.what]
+        kind = call.kind or ""
         if call.parameter:
             return f"functional use of a weight ({_spelled(kind)})"
         return f"{kind} in the forward of {self._owner(call.name)}"
@@ -84,13 +96,26 @@ class Reasons:
         into = next((layer for layer, norm in self.plan.batch_norms.items() if norm == name), None)
         if into is not None:
             return f"{FOLDS}{into}"
-        return "kept in float: follows no layer it can fold into" if name in self.modules else NOT_REACHED
+        return f"kept in float: {self._why_kept(name)}" if name in self.modules else NOT_REACHED
+
+    def _why_kept(self, name: str) -> str:
+        call, *more = self.modules[name]
+        before = next((c for c in self.recording.modules if c.output and c.output in call.inputs), None)
+        if before is None or not has_weight(before.what):
+            return "follows no layer it can fold into"
+        if more:
+            return f"it runs {1 + len(more)} times"
+        if (times := len(self.modules[before.name])) > 1:
+            return f"'{before.name}' before it runs {times} times, and one bias cannot hold all that follows"
+        if self.recording.readers[call.inputs[0]] > 1:
+            return f"others read the output of '{before.name}', too"
+        return f"cannot fold into '{before.name}'"
 
     def _unreached(self, name: str, module: nn.Module) -> str:
         if name in self.modules:
-            return f"{computed(module)} is computed (parametrization or pruning)"
+            return f"{computed(module)} is computed by pruning or a hook"
         user = self._user(module)
-        return f"functional use of its weight ({_spelled(COMPUTES[user.what])})" if user else NOT_REACHED
+        return f"functional use of its weight ({_spelled(user.kind)})" if user else NOT_REACHED
 
     def _no_twin(self, module: nn.Module) -> str:
         cls, user = original_class(module), self._user(module)
@@ -98,7 +123,7 @@ class Reasons:
         if base is not None:
             return f"subclass of {base} with a forward of its own"
         if user is not None and not _is_torchs(cls):
-            return f"functional use of a weight ({_spelled(COMPUTES[user.what])})"
+            return f"functional use of a weight ({_spelled(user.kind)})"
         return f"no quantized version of {cls.__name__}"
 
     def _user(self, module: nn.Module) -> Call | None:
@@ -111,6 +136,8 @@ def layers(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: set[nn.Module] = set()
     for name, module in root.named_modules():
         closed = isinstance(module, Site | Quantizer) or mixin_for(module) is not None
+        if isinstance(module, Composite):  # its parts are listed instead
+            continue
         if module in inside:
             continue
         if closed:
@@ -128,12 +155,12 @@ def _is_listed(module: nn.Module, is_root: bool) -> bool:
 
 
 def type_name(module: nn.Module) -> str:
-    return original_class(module).__name__
+    return type_of(module).__name__
 
 
 def _is_torchs(cls: type) -> bool:
     return cls.__module__.startswith("torch.nn.")
 
 
-def _spelled(kind: str) -> str:
-    return kind if kind in NOT_IN_F else f"F.{kind}"
+def _spelled(kind: str | None) -> str:
+    return f"{kind}" if kind in NOT_IN_F else f"F.{kind}"

@@ -33,12 +33,20 @@ def _row_bytes(row: AuditRow, model: nn.Module, plan: Plan) -> int:
         return 0
     if row.name in plan.layers:
         owner = plan.layers[row.name]["weight"]
+        if owner is not None and not is_layer(model, row.name):
+            return code_bytes(row.params, plan.weights[owner].width)
         if owner is not None:
             return layer_bytes(model, plan, row.name, plan.weights[owner])
         return FLOAT_BYTES * row.params
     module = dict(model.named_modules()).get(row.name)
     kept = () if module is None or not isinstance(module, nn.modules.batchnorm._NormBase) else module.buffers(False)
     return FLOAT_BYTES * row.params + sum(b.numel() * b.element_size() for b in kept)
+
+
+def is_layer(model: nn.Module, name: str) -> bool:
+    """Whether a name of a plan is that of a module with a weight of its own, and not of one weight of several."""
+    module = dict(model.named_modules()).get(name)
+    return isinstance(getattr(module, "weight", None), Tensor)
 
 
 def layer_bytes(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int:

@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from qat.cli.configs import configs_dir, finish
 from qat.cli.instantiate import _check, instantiate
 from qat.cli.train import VERSION
+from qat.lightning.workspace import OTHER_KEYS
 from qat.policy import QuantPolicy
 
 
@@ -34,7 +35,7 @@ def test_every_config_composes_and_its_targets_take_every_key(choice, config):
     _check(cfg, "", {})
     settings = OmegaConf.to_container(cfg.quant)
     assert isinstance(settings, dict)
-    QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in ("calibration_samples", "scale_lr")})
+    QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
 
 
 @pytest.mark.parametrize("option", _options("trainer"))

@@ -177,7 +177,7 @@ def quant_settings(name):
     return {k: v for k, v in settings.items() if k in ("weight", "act", "sites", "rules")}
 
 
-CONFIGS = ["mxfp8", "mxfp4", "mxint8", "nvfp4", "fp8", "dynamic8"]
+CONFIGS = ["mxfp8", "mxfp4", "mxint8", "nvfp4", "fp8", "dynamic"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

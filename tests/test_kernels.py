@@ -1,5 +1,8 @@
 """Compiled kernels: compiled once, never instead of a right answer."""
 
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -100,3 +103,28 @@ def test_short_runs_never_compile(monkeypatch):
     kernels.gradient.cache_clear()
     kernels.configure("auto", patience=10**9)
     train_on(lsq(), 32, 256)
+
+
+SECOND_PROCESS = """
+import torch
+from torch._dynamo.utils import counters
+from qat import kernels
+from qat.quantizers import create
+from qat.spec import QuantSpec
+kernels.configure("always")
+quantizer = create(QuantSpec(bits=8, range="minmax").resolved(nonnegative=False, weight=False))
+x = torch.linspace(-1, 1, 1 << 17, requires_grad=True)
+quantizer.calibrate(x.detach())
+quantizer(x).sum().backward()
+print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+
+
+def test_a_second_process_finds_the_kernels_compiled(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    found = []
+    for _ in range(2):
+        run = subprocess.run([sys.executable, "-c", SECOND_PROCESS], capture_output=True, text=True, env=environment)
+        assert run.returncode == 0, run.stderr
+        found.append(run.stdout.split())
+    assert found == [["0", "2"], ["2", "0"]]

@@ -271,6 +271,14 @@ def test_a_scalar_is_a_tensor_too(name, grid):
 
 
 @each(CASES)
+def test_a_module_in_bfloat16_keeps_its_grid(name, grid):
+    quantizer, x = ready(name, grid)
+    halved = copy.deepcopy(quantizer).to(torch.bfloat16)
+    assert all(t.dtype != torch.bfloat16 for t in (*halved.parameters(), *halved.buffers()))
+    assert torch.equal(halved(x.bfloat16()), quantizer(x.bfloat16().float()).bfloat16())
+
+
+@each(CASES)
 def test_memory_layout_does_not_matter(name, grid):
     quantizer, x = ready(name, grid)
     weights = numbers(seed=1)

@@ -28,11 +28,29 @@ def quantized(model: nn.Module, x: torch.Tensor) -> nn.Module:
     return model.train()
 
 
+class First(nn.Module):
+    """What a layer of several inputs or outputs makes of one tensor, first."""
+
+    def __init__(self, layer: nn.Module, inputs: int = 1) -> None:
+        super().__init__()
+        self.layer, self.inputs = layer, inputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(*[x] * self.inputs)
+        return y[0] if isinstance(y, tuple) else y
+
+
 MODELS = {
     "linear": (lambda: nn.Linear(6, 5), (4, 6)),
     "linear of sequences": (lambda: nn.Linear(6, 5), (4, 3, 6)),
     "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, groups=2), (3, 4, 9)),
     "conv2d, circular": (lambda: nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"), (3, 2, 6, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 4, 2, groups=2), (3, 2, 4, 4, 4)),
+    "conv_transpose2d, grouped": (lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), (3, 4, 5, 5)),
+    "bilinear": (lambda: First(nn.Bilinear(6, 6, 5), 2), (4, 3, 6)),
+    "attention": (lambda: First(nn.MultiheadAttention(8, 2, batch_first=True), 3), (2, 5, 8)),
+    "lstm": (lambda: First(nn.LSTM(6, 8)), (5, 2, 6)),
+    "gru": (lambda: First(nn.GRU(6, 8, bidirectional=True)), (5, 2, 6)),
     "two convs": (lambda: nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3)), (2, 2, 8, 8)),
 }
 each_model = pytest.mark.parametrize(("make", "shape"), [pytest.param(*v, id=k) for k, v in MODELS.items()])

@@ -1,6 +1,7 @@
 """Sweeps without training: what varies, what is optimized, what is refused, and what becomes of points."""
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from qat.cli.configs import configs_dir, finish
 from qat.cli.instantiate import instantiate
 from qat.cli.train import VERSION
 from qat.errors import UserError
-from qat.sweep import Dominated, GridSweep, Local, Slurm
+from qat.sweep import Dominated, GridSweep, Local, OptunaSweep, Slurm
 from qat.sweep.objectives import check, dominates, front
 from qat.sweep.point import Outcome, Point, finished, record, run_point
 from qat.sweep.results import by_epoch, curves, read_sweep
@@ -259,6 +260,37 @@ def test_only_a_point_that_costs_no_more_ends_another(tmp_path):
     assert not rule.judge(bad, [cheap], "val/acc", "min")
     assert not Dominated(margin=0.3).judge(bad, [cheap], "val/acc", "max")
     assert not Dominated(margin=0.1, after_epochs=2).judge(bad, [cheap], "val/acc", "max")
+
+
+BAD = """printf '{"bops": 1000, "rows": [{"params": 100, "weight_bits": 8}]}' > "$1/audit.json"; mkdir "$1/csv"
+printf 'epoch,val/acc,step\\n0,0.2,9\\n' > "$1/csv/metrics.csv"; exec sleep 60"""
+
+
+@pytest.mark.parametrize(
+    ("objectives", "pruner"),
+    [
+        pytest.param({"metric": "max", "packed": "min"}, lambda optuna: Dominated(margin=0.1), id="dominated"),
+        pytest.param({"metric": "max"}, lambda optuna: optuna.pruners.ThresholdPruner(lower=0.5), id="optunas"),
+    ],
+)
+def test_a_search_ends_points_that_its_pruner_gives_up(objectives, pruner, tmp_path, program, console):
+    optuna = pytest.importorskip("optuna", reason="needs the extra `sweep`")
+    write_point(tmp_path, 99, {}, bits=1, bops=100, curve=[0.9], metric=0.9)
+    task = Task((), {"quant.weight.bits": ["8"]}, objectives, "test/acc", "max", 0, tmp_path, console)
+    program(BAD)
+    sweep = OptunaSweep(objectives, n_trials=1, pruner=pruner(optuna))
+    sweep.check(task)
+    sweep.run(task)
+    sweep.run(task)
+    [trial] = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'study.db'}").get_trials()
+    assert trial.state.name == "PRUNED" and "pruned" in console.file.getvalue()
+
+
+def test_optunas_pruners_do_not_rank_several_objectives(task):
+    optuna = pytest.importorskip("optuna", reason="needs the extra `sweep`")
+    several = replace(task, objectives={"metric": "max", "packed": "min"})
+    with pytest.raises(UserError, match="MedianPruner compares one objective, and there are 2"):
+        OptunaSweep({}, pruner=optuna.pruners.MedianPruner()).check(several)
 
 
 def test_a_log_in_the_middle_of_a_line_is_read_up_to_there(tmp_path):

@@ -62,9 +62,13 @@ def save_packed(model: nn.Module, plan: Plan, folder: str | Path) -> None:
     folder = Path(folder)
     tensors: dict[str, Tensor] = {}
     described: dict[str, dict[str, Any]] = {}
+    shared: dict[str, str] = {}
+    first_key: dict[int, str] = {}
     packable = _integer_tensors(model)
-    for key, value in model.state_dict().items():
-        if tensor := packable.get(key):
+    for key, value in model.state_dict(keep_vars=True).items():
+        if (first := first_key.setdefault(id(value), key)) != key:  # a tied weight, or a grid that several share
+            shared[key] = first
+        elif tensor := packable.get(key):
             tensors[key] = pack(value, tensor.bits, _first(tensor))
             described[key] = {
                 "shape": list(value.shape),
@@ -73,10 +77,11 @@ def save_packed(model: nn.Module, plan: Plan, folder: str | Path) -> None:
                 "dtype": str(value.dtype).removeprefix("torch."),
             }
         else:
-            tensors[key] = value.clone().contiguous()  # shared grids appear under each of their readers
+            tensors[key] = value.detach().clone().contiguous()
     with atomic(folder / WEIGHTS) as weights, atomic(folder / MANIFEST) as described_in:
         save_file(tensors, weights)
         manifest = {"format": FORMAT, "sha256": sha256(weights), "packed": described, "plan": plan.to_dict()}
+        manifest |= {"shared": shared} if shared else {}
         manifest["manifest_sha256"] = _digest(manifest)
         described_in.write_text(json.dumps(manifest, indent=1))
 
@@ -129,6 +134,7 @@ def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
             tensors[key] = unpack(
                 tensors[key], how["bits"], how["first_code"], tuple(how["shape"]), getattr(torch, how["dtype"])
             )
+        tensors |= {key: tensors[first] for key, first in manifest.get("shared", {}).items()}
     except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{Path(folder) / MANIFEST}: is damaged ({error})") from None
     skeleton = _skeleton(model, plan)
@@ -144,11 +150,11 @@ def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _skeleton(model: nn.Module, plan: Plan) -> nn.Module:
-    """A converted model of the right shape, with meaningless numbers (zeros: any weight would do if it can be
-    converted)."""
+    """A converted model of the right shape, with meaningless numbers (ones: any weight would do if it can be converted,
+    and parametrizations can normalize it)."""
     shell = copy.deepcopy(model).cpu()
     for parameter in shell.parameters():
-        parameter.data.zero_()
+        parameter.data.fill_(1)
     apply_plan(shell, plan)
     for _, quantizer in named_quantizers(shell):
         quantizer.initialised.fill_(True)

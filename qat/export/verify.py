@@ -16,8 +16,9 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.export.runtime import OnnxRunner, float_convolutions, weight_codes
-from qat.integer import IntegerActivation, IntegerLayer
-from qat.layers import original_class
+from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
+from qat.layers import Part, Site, original_class
+from qat.plan import kind_of
 
 MAX_MEAN_STEPS = 1.0
 """Largest mean deviation of outputs. A single flip of a code spreads over the outputs as rounding noise does, far
@@ -111,19 +112,36 @@ class Verdict:
 
 
 def expected_integer_nodes(converted: nn.Module) -> int:
-    """Convolutions and linear layers whose input and weight are both integers, of one scale per accumulator (groups
-    have several)."""
+    """Convolutions, linear layers and matrix products whose operands are both integers, of one scale per accumulator
+    (groups have several)."""
     return sum(
-        isinstance(m, IntegerLayer)
-        and issubclass(original_class(m), nn.Linear | nn.Conv1d | nn.Conv2d)
-        and m.integer_weight.group_size is None
-        and _reads_codes(m)  # pyright: ignore[reportArgumentType]
-        for m in converted.modules()
+        _site_products(name, module) if isinstance(module, Site) else _is_integer_layer(module)
+        for name, module in converted.named_modules()
     )
 
 
-def _reads_codes(layer: Any) -> bool:
-    grid = layer.input_quantizer
+def _is_integer_layer(module: nn.Module) -> bool:
+    return (
+        isinstance(module, IntegerLayer)
+        and issubclass(original_class(module), nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Part)
+        and module.integer_weight.group_size is None
+        and _is_codes(module.input_quantizer)  # pyright: ignore[reportAttributeAccessIssue]
+    )
+
+
+def _site_products(name: str, site: Site) -> int:
+    """Of one functional site; the runtime has no integer kernel for an einsum, and one for a convolution only where its
+    output is quantized, too."""
+    kind, weight = kind_of(name), site._modules.get("integer_weight")
+    operands = [_is_codes(site._modules[operand]) for operand in site.operands]
+    if kind == "attention":
+        return int(operands[0] and operands[1]) + int(operands[2] and _is_codes(site.probability_quantizer))
+    if isinstance(weight, IntegerTensor):
+        return int(kind in ("linear", "matmul") and operands[0] and weight.group_size is None)
+    return int(kind == "matmul" and all(operands))
+
+
+def _is_codes(grid: Any) -> bool:
     return isinstance(grid[-1] if isinstance(grid, nn.Sequential) else grid, IntegerActivation)
 
 

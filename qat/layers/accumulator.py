@@ -17,6 +17,10 @@ from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
 INT32_MAX = 2**31 - 1
+WIDEST = 8
+"""Bits of codes whose products int32 adds up. At 16 bits the accumulator's scale is so fine that int32 could not hold a
+bias of usual size; engines have wider ones there.
+"""
 
 
 def input_grid(input_quantizer: nn.Module | None) -> Quantizer | None:
@@ -30,11 +34,19 @@ def accumulator_scale(layer: Any) -> Tensor | None:
     integers of one scale.
     """
     grid, weight = input_grid(layer.input_quantizer), layer.weight_quantizer
-    if grid is None or weight is None or not weight.on or weight.spec.granularity == "group":
+    if grid is None or weight is None or not weight.on or weight.spec.granularity == "group" or layer.inputs > 1:
         return None
-    if not all(q.static and q.spec.integer for q in (grid, weight)):
+    if not all(q.static and q.spec.integer and q.spec.width <= WIDEST for q in (grid, weight)):
         return None
-    return grid.step().double() * weight.step().double()
+    return grid.step().double() * per_output(layer, weight.step()).double()
+
+
+def per_output(layer: Any, scale: Tensor) -> Tensor:
+    """A weight's scales `(1,)` or one per entry of its channel axis, as `(1,)` or one per output channel: the groups of
+    a transposed convolution share theirs.
+    """
+    shared = layer.channel_axis == 1 and len(scale) > 1
+    return scale.repeat(layer.groups) if shared else scale
 
 
 def grids(layer: Any) -> tuple[Any, Any]:
@@ -50,7 +62,7 @@ def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
     return levels(bias.double(), scale.double(), -limit - 1, limit)
 
 
-def folded(norm: nn.BatchNorm1d | nn.BatchNorm2d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def folded(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """What a BatchNorm (with running statistics) does to the layer before it.
 
     Returns:
@@ -83,11 +95,11 @@ class FoldingNorm(TwinMixin):
         with ours():
             layer = self.host[0]
             tensors = self.running_mean, self.running_var, self.weight, self.bias, layer.bias  # pyright: ignore
-            error = self.once_per_change("error", tensors, grids(layer), self._rounding_error)
-            return y if error is None else y + error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))
+            error = self.once_per_change("error", tensors, grids(layer), lambda: self._rounding_error(y))
+            return y if error is None else y + error
 
     @torch.no_grad()
-    def _rounding_error(self) -> Tensor | None:
+    def _rounding_error(self, y: Tensor) -> Tensor | None:
         layer = self.host[0]
         scale = accumulator_scale(layer)
         if scale is None:
@@ -96,4 +108,5 @@ class FoldingNorm(TwinMixin):
         scale = scale * factor.abs()
         # gamma = 0 leaves a constant channel, whose scale conversion keeps as it is.
         scale = torch.where(scale > 0, scale, accumulator_scale(layer))  # pyright: ignore[reportArgumentType, reportCallIssue]
-        return bias_codes(bias, scale) * scale - bias
+        error = bias_codes(bias, scale) * scale - bias
+        return error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))

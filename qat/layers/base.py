@@ -24,10 +24,17 @@ class QuantizedLayer(TwinMixin):
             with other readers.
         weight_quantizer: Grid of the weight.
         folds: Whether a BatchNorm folds into it.
+
+    Class attributes:
+        serves: The layer class; subclasses are served too, unless they have a forward of their own.
+        channel_axis: Which axis of the weight is the output channel; `None` if it has no weight.
+        inputs: How many of its first float arguments are read through grids (the second through
+            `input_quantizer_1`).
     """
 
     serves: ClassVar[type[nn.Module]]
     channel_axis: ClassVar[int | None] = None
+    inputs: ClassVar[int] = 1
 
     input_quantizer: nn.Module | None
     weight_quantizer: Quantizer | None
@@ -73,6 +80,11 @@ class QuantizedLayer(TwinMixin):
             return bias
         with ours():
             return self.once_per_change("bias", (bias,), grids(self), self._rounded_bias)
+
+    def release(self) -> None:
+        """Gives up the float weight and bias (conversion has made codes of them)."""
+        del self.weight
+        self._parameters.pop("bias", None)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _rounded_bias(self) -> Tensor | None:
         scale = accumulator_scale(self)

@@ -3,6 +3,8 @@
 Their arguments have the names of the originals', which callers may use.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -33,16 +35,51 @@ class QuantConv2d(_QuantConv):
     serves = nn.Conv2d
 
 
+class QuantConv3d(_QuantConv):
+    serves = nn.Conv3d
+
+
+class QuantBilinear(QuantizedLayer):
+    """`x1 W x2 + b`, both inputs on grids of their own; products of three codes have no integer kernel."""
+
+    serves = nn.Bilinear
+    channel_axis = 0
+    inputs = 2
+
+    input_quantizer_1: nn.Module | None
+
+    def forward(self, input1: Tensor, input2: Tensor) -> Tensor:
+        with ours():
+            x2 = input2 if self.input_quantizer_1 is None else self.input_quantizer_1(input2)
+        return self.run(lambda x1, weight, bias: F.bilinear(x1, x2, weight, bias), input1)
+
+
 class QuantEmbedding(QuantizedLayer):
     """Looks rows up in the quantized table; its input is indices, which need no grid."""
 
     serves = nn.Embedding
     channel_axis = 0
+    inputs = 0
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.quantized_weight()
         return F.embedding(
             input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse  # pyright: ignore
+        )  # fmt: skip
+
+
+class QuantEmbeddingBag(QuantizedLayer):
+    """Sums or averages rows of the quantized table."""
+
+    serves = nn.EmbeddingBag
+    channel_axis = 0
+    inputs = 0
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        this: Any = self
+        return F.embedding_bag(
+            input, self.quantized_weight(), offsets, this.max_norm, this.norm_type, this.scale_grad_by_freq, this.mode,
+            this.sparse, per_sample_weights, this.include_last_offset, this.padding_idx,
         )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
-"""Tensor functions that are no modules (residual `+`, average pooling) as quantizable sites of the module whose forward
-calls them.
+"""Tensor functions that are no modules (residual `+`, matrix products, attention, concatenation, pooling, ...) as
+quantizable sites of the module whose forward calls them.
 
-The owner's twin runs its forward under a `TorchFunctionMode` that counts the calls of each kind and passes the inputs
+The owner's twin runs its forward under a `TorchFunctionMode` that counts the calls of each kind and passes the operands
 of those that are sites through their quantizers. Calls inside child modules belong to the children: a child that runs
 any such call is an owner too and takes over while it runs. So one mode is on torch's stack at a time; owners swap its
-`owner` field.
+`owner` field. Only the kinds of function that the plan quantizes anywhere are looked at (`site_kinds`).
 """
 
 from collections import OrderedDict
@@ -14,23 +14,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qat.errors import UserError
-from qat.functions import positional, site_kind
-from qat.layers.twin import TwinMixin, original_class, ours
-
-
-class Site(nn.Module):
-    """One functional call of an owner: the quantizers of its inputs, `input_quantizer_0` and on (absent: that input
-    stays float).
-    """
-
-    def __init__(self, quantizers: list[nn.Module | None]) -> None:
-        super().__init__()
-        for i, quantizer in enumerate(quantizers):
-            self.register_module(f"input_quantizer_{i}", quantizer)
-
-    def forward(self, *inputs: Tensor) -> list[Tensor]:
-        quantizers = self._modules.values()
-        return [x if q is None else q(x) for x, q in zip(inputs, quantizers, strict=True)]
+from qat.functions import FUNCTIONS, MEAN, WEIGHTED, Function
+from qat.layers.site import Site
+from qat.layers.twin import TwinMixin, original_class
 
 
 class SiteMode(TorchFunctionMode):
@@ -39,18 +25,22 @@ class SiteMode(TorchFunctionMode):
     def __init__(self, owner: "SiteOwner") -> None:
         super().__init__()
         self.owner = owner
-        self.seen: dict[str, int] = {}
+        self.seen: list[str] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        args, kwargs = positional(args, kwargs or {})
-        kind = site_kind(func, args)
-        if kind is not None:
-            index = self.seen.get(kind, 0)
-            self.seen[kind] = index + 1
-            args = self.owner.through_site(kind, index, args)
-        return func(*args, **kwargs)
+        kwargs = kwargs or {}
+        function = FUNCTIONS.get(func)
+        if function is None or function.kind not in self.owner.site_kinds:
+            return func(*args, **kwargs)
+        operands = function.operands(args, kwargs)
+        if operands is None or not self.owner.is_site(func, function, operands):
+            return func(*args, **kwargs)
+        name = f"{function.kind}_{self.seen.count(function.kind)}"
+        self.seen.append(function.kind)
+        site = self.owner._modules.get(name)  # pyright: ignore[reportAttributeAccessIssue]
+        return site(func, function, args, kwargs, operands) if isinstance(site, Site) else func(*args, **kwargs)
 
 
 _running: list[SiteMode] = []
@@ -60,11 +50,16 @@ class SiteOwner(TwinMixin):
     """A module whose own forward runs functional sites.
 
     Attributes:
-        site_counts: Calls of each kind that one forward makes, as recorded at insertion.
+        site_order: The kinds of the sites that one forward runs, in order, as recorded at insertion.
+        site_kinds: The kinds of function to look at.
+        site_weights: The parameters that its own F.linear and F.conv calls take: where each is registered, and its
+            name there. A layer's twin calls the same functions, with tensors of its own making.
         site_owner: The module's path, for messages.
     """
 
-    site_counts: dict[str, int]
+    site_order: list[str]
+    site_kinds: frozenset[str]
+    site_weights: tuple[tuple[nn.Module, str], ...]
     site_owner: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +74,7 @@ class SiteOwner(TwinMixin):
             self._check(mode.seen)
             return output
         mode = _running[-1]
-        outer, mode.owner, mode.seen = (mode.owner, mode.seen), self, {}
+        outer, mode.owner, mode.seen = (mode.owner, mode.seen), self, []
         try:
             output = super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
             self._check(mode.seen)
@@ -87,34 +82,36 @@ class SiteOwner(TwinMixin):
             mode.owner, mode.seen = outer
         return output
 
-    def through_site(self, kind: str, index: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Replaces the tensor inputs of the call by their quantized values, if it is a quantized site."""
-        site = self._modules.get(f"{kind}_{index}")  # pyright: ignore[reportAttributeAccessIssue]
-        if not isinstance(site, Site):
-            return args
-        inputs = 2 if kind == "add" else 1
-        with ours():
-            return (*site(*args[:inputs]), *args[inputs:])
+    def is_site(self, func: Any, function: Function, operands: list[Tensor]) -> bool:
+        """Whether a call counts: what `qat.functions.site_function` says, of the parameters that the plan knows."""
+        if function.kind in WEIGHTED:
+            return any(getattr(module, name) is operands[1] for module, name in self.site_weights)
+        return func not in MEAN or operands[0].ndim == 4
 
-    def _check(self, seen: dict[str, int]) -> None:
+    def _check(self, seen: list[str]) -> None:
         quantized = any(isinstance(m, Site) for m in self._modules.values())  # pyright: ignore[reportAttributeAccessIssue]
-        if quantized and seen != self.site_counts:
-            raise UserError(sites_changed(self.site_owner, self, self.site_counts, seen))
+        if quantized and seen != self.site_order:
+            raise UserError(sites_changed(self.site_owner, self, self.site_order, seen))
 
 
-def sites_changed(name: str, module: nn.Module | SiteOwner, before: dict[str, int], now: dict[str, int]) -> str:
+def sites_changed(name: str, module: nn.Module | SiteOwner, before: list[str], now: list[str]) -> str:
     """The message for a module whose forward does not run the same functional sites each time."""
-    kind = next(k for k in (*before, *now) if before.get(k) != now.get(k))
+    kinds = dict.fromkeys((*before, *now))
+    at = next((i for i, (a, b) in enumerate(zip(before, now, strict=False)) if a != b), min(len(before), len(now)))
+    kind = next((k for k in kinds if before.count(k) != now.count(k)), (before + now)[at])
+    moved = sorted(before) == sorted(now)
+    how = f"ran {now[at]} where it ran {before[at]}" if moved else f"ran {_in_words(now)}, but {_in_words(before)}"
     pattern = f"{name}.{kind}_*".removeprefix(".")
     who = f"'{name}' ({original_class(module).__name__})"  # pyright: ignore[reportArgumentType]
     return (
-        f"the forward of {who} ran {_in_words(now)}, but {_in_words(before)} before; "
+        f"the forward of {who} {how} before; "
         "sites are told apart by their order, so each pass must run the same ones: "
         f"leave these float with a rule such as {{match: '{pattern}', act: off}}"
     )
 
 
-def _in_words(counts: dict[str, int]) -> str:
+def _in_words(kinds: list[str]) -> str:
+    counts = {kind: kinds.count(kind) for kind in kinds}
     return " and ".join(f"{n} {kind} site{'s' * (n > 1)}" for kind, n in counts.items()) or "no functional site"
 
 

@@ -1,6 +1,6 @@
-"""Float models and calibration data that several runs share, under names made of what determines them.
+"""Float models that several runs share, under names made of what determines them.
 
-Training in float and looking at calibration data are the same for all runs that differ only in how they quantize. The
+Training in float is the same for all runs that differ only in how they quantize. The
 name of an entry is a hash of the config parts that it follows from, so a run finds what another has made of the same
 parts, and nothing else. An entry appears complete or not at all; while one run makes it, others that want it wait.
 """

@@ -11,17 +11,22 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, ModelPruning, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import BatchSizeFinder, Callback, LearningRateFinder, ModelPruning
 
+from qat.audit import audit, check_coverage
 from qat.calibrate import calibrate, needs_calibration
-from qat.errors import UserError
+from qat.errors import UserError, nearest
 from qat.insert import Plan, make_plan, named_quantizers
-from qat.layers.twin import become_twin
+from qat.layers.twin import become_twin, original_class
+from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion
+from qat.lightning.compiled import uncompiled
 from qat.lightning.module import QuantizedModule, insert_plan
+from qat.lightning.sharded import average_gradients
 from qat.lightning.steps import run_steps, trainer_source
+from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
 
-MUST_FOLLOW = (StochasticWeightAveraging, WeightAveraging, ModelPruning)
+MUST_FOLLOW = (*AVERAGING, ModelPruning)
 
 
 class QATCallback(Callback):
@@ -31,14 +36,15 @@ class QATCallback(Callback):
         policy: Which grids go where: a `QuantPolicy`, or its settings as plain containers.
         calibration_samples: How many training samples set the first ranges.
         scale_lr_factor: Learning rate of the scales relative to that of the weights beside them; `None` for 0.1 under
-        SGD and 0.01 under other
-            optimizers (`qat.lightning.groups` says why). Schedulers that take one function per group (`LambdaLR`)
-            need one for the scales, too.
+            SGD and 0.01 under other optimizers (`qat.lightning.groups` says why). Schedulers that take one function per
+            group (`LambdaLR`) need one for the scales, too.
+        module: Path of the submodule that the policy is for (`generator`); everything else stays float, unless another
+            `QATCallback` is for it. Names in the policy are then relative to that submodule.
 
     Raises:
-        UserError: (while the trainer sets up) if a rule matches nothing, if nothing can be quantized, or if a
-        weight-averaging or pruning callback, which must see
-            the quantized model, comes before this one.
+        UserError: (while the trainer sets up) if a rule matches nothing, if nothing can be quantized, if less than
+            `require_coverage` of the arithmetic would be on integers, if two callbacks are for the same layers, or if a
+            weight-averaging or pruning callback, which must see the quantized model, comes before this one.
     """
 
     def __init__(
@@ -46,6 +52,7 @@ class QATCallback(Callback):
         policy: QuantPolicy | Mapping[str, Any],
         calibration_samples: int = 512,
         scale_lr_factor: float | None = None,
+        module: str | None = None,
     ) -> None:
         if calibration_samples < 1:
             raise UserError(f"calibration_samples={calibration_samples}: must be at least 1")
@@ -56,12 +63,20 @@ class QATCallback(Callback):
         self.policy = policy if isinstance(policy, QuantPolicy) else QuantPolicy.from_dict(policy)
         self.calibration_samples = calibration_samples
         self.scale_lr_factor = scale_lr_factor
+        self.module = module
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_order(trainer)
+        callbacks = _callbacks(trainer)
+        if self is not callbacks[0]:  # the first one acts for all of them
+            return
+        _before_tuners(trainer, callbacks)
         become_twin(pl_module, QuantizedModule)
-        pl_module.scale_lr_factor = self.scale_lr_factor  # pyright: ignore
-        if stage != "fit" or pl_module.quantization_plan is not None:
+        pl_module.scale_lr_factors = {c.module or "": c.scale_lr_factor for c in callbacks}  # pyright: ignore
+        if stage != "fit":
+            return
+        follow_insertion(trainer, pl_module)
+        if pl_module.quantization_plan is not None:
             return
         configure = pl_module.configure_model
 
@@ -73,7 +88,11 @@ class QATCallback(Callback):
         pl_module.__dict__["configure_model"] = configure_then_insert
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self is _callbacks(trainer)[0]:
+            average_floats_alone(trainer)
         self._ready(trainer, pl_module)
+        if self is _callbacks(trainer)[0]:
+            average_gradients(trainer, pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ready(trainer, pl_module)
@@ -85,17 +104,28 @@ class QATCallback(Callback):
         self._ready(trainer, pl_module)
 
     def plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
-        """What would be inserted, from one probe batch; the module is left as it is."""
-        return make_plan(pl_module, self.policy, run_steps(pl_module, trainer_source(trainer), samples=1))[0]
+        """What would be inserted for all `QATCallback`s of the trainer, from one probe batch; the module is left as it
+        is.
+        """
+        policy = _joint_policy(_callbacks(trainer) or [self], pl_module)
+        plan, recording = make_plan(pl_module, policy, run_steps(pl_module, trainer_source(trainer), samples=1))
+        if any(policy.required_coverage.values()):
+            check_coverage(audit(pl_module, plan, recording), policy.required_coverage)
+        return plan
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.quantization_plan is None:
-            insert_plan(pl_module, self.plan(trainer, pl_module))
+            with uncompiled(pl_module):
+                insert_plan(pl_module, self.plan(trainer, pl_module))
+            follow_insertion(trainer, pl_module)
 
     def _ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Calibrates what needs it. Outside fit quantizers are inserted as late as here: a checkpoint may bring
         them.
         """
+        callbacks = _callbacks(trainer)
+        if self is not callbacks[0]:
+            return
         with torch.inference_mode(False):  # what evaluation loops run in would make parameters that cannot be trained
             self._insert(trainer, pl_module)
             for _, quantizer in named_quantizers(
@@ -105,9 +135,11 @@ class QATCallback(Callback):
             if needs_calibration(pl_module):
                 shown = trainer.global_rank == 0 and trainer.progress_bar_callback is not None
                 title = "Calibrating" if shown else None
-                calibrate(pl_module, run_steps(pl_module, trainer_source(trainer), self.calibration_samples, title))
+                samples = max(c.calibration_samples for c in callbacks)
+                calibrate(pl_module, run_steps(pl_module, trainer_source(trainer), samples, title))
                 if trainer.world_size > 1:
                     _agree(pl_module)
+                follow_calibration(trainer, pl_module)
 
     def _check_order(self, trainer: pl.Trainer) -> None:
         callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
@@ -117,6 +149,31 @@ class QATCallback(Callback):
                     f"QATCallback must come before {type(other).__name__} in the trainer's callbacks, "
                     "which has to see the quantized model"
                 )
+
+
+def _callbacks(trainer: pl.Trainer) -> list[QATCallback]:
+    return [c for c in trainer.callbacks if isinstance(c, QATCallback)]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _before_tuners(trainer: pl.Trainer, callbacks: list[QATCallback]) -> None:
+    """Lightning puts those that find a learning rate or a batch size first; they train, so ranges are needed before."""
+    everyone: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    if any(isinstance(c, LearningRateFinder | BatchSizeFinder) for c in everyone):
+        everyone.sort(key=lambda c: c is not callbacks[0])  # in place, and nobody else changes place
+
+
+def _joint_policy(callbacks: list[QATCallback], pl_module: pl.LightningModule) -> QuantPolicy:
+    """The policy of the whole module that the callbacks make together."""
+    wanted = [callback.module for callback in callbacks]
+    if len(wanted) > 1 and (None in wanted or len(set(wanted)) < len(wanted)):
+        raise UserError(f"{len(wanted)} QATCallbacks, for module={wanted}: give each a submodule of its own")
+    paths = [name for name, _ in pl_module.named_modules() if name]
+    for callback in callbacks:
+        if callback.module is not None and callback.module not in paths:
+            where, hint = original_class(pl_module).__name__, nearest(callback.module, paths)
+            raise UserError(f"module={callback.module}: no such submodule in {where}{hint}")
+    first = callbacks[0]
+    return first.policy if first.module is None else NetworkPolicies({str(c.module): c.policy for c in callbacks})
 
 
 def _agree(module: pl.LightningModule) -> None:

@@ -8,7 +8,8 @@ rate each step. So the factor is `SGD_FACTOR` for SGD and `ADAPTIVE_FACTOR` for 
 
 The split happens while the optimizer is constructed, not afterwards: schedulers copy the groups' learning rates when
 they are made, and so see the final groups. Two of them overwrite those rates (OneCycleLR, CyclicLR); what they are
-told is multiplied by each group's factor, too.
+told is multiplied by each group's factor, too. Others give all groups one rate during training (the learning rate
+finder, stochastic weight averaging): a hook before each step restores the ratio.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,28 +33,33 @@ def auto_factor(optimizer: torch.optim.Optimizer) -> float:
 
 
 @contextmanager
-def own_groups(scales: list[nn.Parameter], factor: float | None) -> Iterator[None]:
-    """While it lasts, every parameter group given to an optimizer loses its scales to a group behind it.
+def own_groups(scales: list[tuple[nn.Parameter, float | None]]) -> Iterator[None]:
+    """While it lasts, every parameter group given to an optimizer loses its scales to groups behind it.
 
     Args:
-        scales: The parameters to set apart.
-        factor: Their learning rate relative to their group's; `None` for `auto_factor`.
+        scales: The parameters to set apart, each with its learning rate relative to its group's (`None` for
+            `auto_factor`).
     """
-    is_scale = {id(s) for s in scales}
+    factor_of = {id(scale): factor for scale, factor in scales}
     add: Callable[..., None] = torch.optim.Optimizer.add_param_group
     format_param: Callable[..., list[Any]] = lr_scheduler._format_param
 
     def add_param_group(self: torch.optim.Optimizer, group: dict[str, Any]) -> None:
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        split = [m for m in members if id(_tensor(m)) in is_scale]
-        rest = [m for m in members if id(_tensor(m)) not in is_scale]
+        split: dict[float | None, list[Any]] = {}
+        for member in members:
+            if id(_tensor(member)) in factor_of:
+                split.setdefault(factor_of[id(_tensor(member))], []).append(member)
+        rest = [m for m in members if id(_tensor(m)) not in factor_of]
         if rest or not split:
             add(self, {**group, "params": rest})
-        if split:
+        lr = group.get("lr", self.defaults.get("lr"))
+        for factor, some in split.items():
             by = auto_factor(self) if factor is None else factor
-            lr = group.get("lr", self.defaults.get("lr"))
-            own = {"params": split, "weight_decay": 0.0, FACTOR: by, **({"lr": lr * by} if lr is not None else {})}
+            own = {"params": some, "weight_decay": 0.0, FACTOR: by, **({"lr": lr * by} if lr is not None else {})}
             add(self, {**group, **own})
+        if split and rest and keep_ratio not in self._optimizer_step_pre_hooks.values():
+            self.register_step_pre_hook(keep_ratio)
 
     def format_scaled(name: str, optimizer: torch.optim.Optimizer, param: Any) -> list[Any]:
         factors = [group.get(FACTOR) for group in optimizer.param_groups]
@@ -67,6 +73,18 @@ def own_groups(scales: list[nn.Parameter], factor: float | None) -> Iterator[Non
         patch.object(lr_scheduler, "_format_param", format_scaled),
     ):
         yield
+
+
+def keep_ratio(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Before a step: scales learn at their factor of the rate beside them, whoever has set all groups to one rate
+    since.
+    """
+    beside: Any = None
+    for group in optimizer.param_groups:
+        if FACTOR not in group:
+            beside = group["lr"]
+        elif beside is not None:
+            group["lr"] = beside * group[FACTOR]
 
 
 def _spread(values: list[Any] | tuple[Any, ...], factors: list[float | None]) -> list[Any]:

@@ -36,7 +36,7 @@ class BatchLosses:
             gradients = torch.is_grad_enabled()
             with no_trace(module), precision(module), torch.set_grad_enabled(gradients):
                 moved = module._apply_batch_transfer_handler(batch, device=module.device)
-                loss = _loss(module, step_of(module, ("training_step",))(moved))
+                loss = _loss(module, step_of(module, "training_step")(moved))
             yield loss, batch_size(batch)
 
 

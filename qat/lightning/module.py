@@ -9,7 +9,9 @@ to be inherited or overridden by hand:
     scales off every parameter group it makes
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -30,12 +32,12 @@ class QuantizedModule(TwinMixin):
 
     Attributes:
         quantization_plan: The plan that its quantizers were made from; `None` before insertion.
-        scale_lr_factor: Learning rate of scales, relative to the group they were split from; `None` lets the
-        optimizer decide (see `groups`).
+        scale_lr_factors: Learning rates of scales, relative to the group they were split from, by path of the
+            submodule that they are in (`""`: all); `None` lets the optimizer decide (see `groups`).
     """
 
     quantization_plan: Plan | None = None
-    scale_lr_factor: float | None = None
+    scale_lr_factors: Mapping[str, float | None] = MappingProxyType({"": None})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
@@ -69,9 +71,13 @@ class QuantizedModule(TwinMixin):
             )
 
     def configure_optimizers(self) -> Any:
-        quantizers = named_quantizers(self)  # pyright: ignore[reportArgumentType]
-        scales = [q.scale for _, q in quantizers if isinstance(q.scale, nn.Parameter)]
-        with own_groups(scales, self.scale_lr_factor):
+        scales = [
+            (quantizer.scale, factor)
+            for path, factor in self.scale_lr_factors.items()
+            for _, quantizer in named_quantizers(self.get_submodule(path))  # pyright: ignore
+            if isinstance(quantizer.scale, nn.Parameter)
+        ]
+        with own_groups(scales):
             return super().configure_optimizers()  # pyright: ignore[reportAttributeAccessIssue]
 
 

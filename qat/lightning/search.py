@@ -28,8 +28,9 @@ from qat.lightning.calm import calm
 from qat.lightning.losses import BatchLosses
 from qat.lightning.run import Run
 from qat.lightning.steps import example_input, run_steps
-from qat.lightning.workspace import CALLBACK_KEYS
+from qat.lightning.workspace import OTHER_KEYS
 from qat.plan import make_plan
+from qat.policy import QuantPolicy
 from qat.report.search import front_table, save_front, save_sensitivity, search_table, sensitivity_table
 from qat.search.allocate import Problem, front, solve
 from qat.search.costs import Files, Latencies, make_problem, predict
@@ -64,12 +65,15 @@ class SearchRun(Run):
         self.settings: Search = instantiate(cfg.search)
         if self.policy.is_off:
             raise UserError("quant=off leaves everything float: a search starts from a quant that says which grids")
+        if not isinstance(self.policy, QuantPolicy):
+            raise UserError("quant.module: a search is over the whole module; leave it out")
         front_points = None if self.settings.front is None else self.settings.points or 1
         if self.settings.output is not None:
             outputs(self.settings.output, front_points)
 
     def space(self) -> Space:
         run = run_steps(self.module, self.data.train_dataloader, samples=1)
+        assert isinstance(self.policy, QuantPolicy)
         return make_space(self.module, self.policy, self.settings, run)
 
     def sensitivities(self, space: Space, by_loss: BatchLosses) -> Measured:
@@ -145,7 +149,7 @@ class SearchRun(Run):
 
     def _plan(self, space: Space, choice: dict[str, Pair]) -> Plan:
         acts = {name: a for name, (_, a) in choice.items() if a is not None}
-        policy = with_bits(self.policy, {name: w for name, (w, _) in choice.items()}, acts)
+        policy = with_bits(space.policy, {name: w for name, (w, _) in choice.items()}, acts)
         return make_plan(self.module, policy, run_steps(self.module, self.data.train_dataloader, samples=1))[0]
 
     def choose(self, space: Space, problem: Problem) -> list[dict[str, Pair]]:
@@ -163,7 +167,7 @@ class SearchRun(Run):
 
     def _write(self, space: Space, problem: Problem, choices: list[dict[str, Pair]]) -> None:
         settings = self.settings
-        other = {key: self.cfg.quant[key] for key in CALLBACK_KEYS if key in self.cfg.quant and key != "predicted"}
+        other = {key: self.cfg.quant[key] for key in OTHER_KEYS if key in self.cfg.quant and key != "predicted"}
         content = [
             {"costs": predict(problem, c), "harm": sum(problem.harm[i] for i in c.items()), "pairs": c} for c in choices
         ]
@@ -173,7 +177,7 @@ class SearchRun(Run):
             return
         paths = outputs(settings.output, None if settings.front is None else len(choices))
         for path, choice, entry in zip(paths, choices, content, strict=True):
-            write(path, self.policy, choice, entry["costs"], other, self.command)
+            write(path, space.policy, choice, entry["costs"], other, self.command)
             self.console.print(f"wrote {path}: python train.py quant={path.stem}", highlight=False, soft_wrap=True)
 
 

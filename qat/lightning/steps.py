@@ -5,13 +5,14 @@ has to be told to us.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -22,29 +23,31 @@ from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
 from qat.errors import UserError
+from qat.lightning.compiled import eagerly
+from qat.lightning.manual import dry_run
 from qat.modes import evaluating
 
 CALIBRATION_SEED = 0
 
 
-STEPS = ("validation_step", "training_step", "test_step")
-
-
-def step_of(module: pl.LightningModule, names: Sequence[str] = STEPS) -> Callable[[Any], Any]:
-    """The module's own step, as a function of a batch: the first of `names` that it has."""
-    for name in names:
-        if is_overridden(name, module) and (name != "training_step" or module.automatic_optimization):
-            method = getattr(module, name)
-            positional = [
-                p
-                for p in inspect.signature(method).parameters.values()
-                if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-            ]
-            indices = [0] * sum(
-                p.default is p.empty for p in positional[1:]
-            )  # batch_idx, dataloader_idx, under whatever name
-            return lambda batch: method(batch, *indices)
-    return lambda batch: module(batch)
+def step_of(module: pl.LightningModule, first: str = "validation_step") -> Callable[[Any], Any]:
+    """The module's own step, as a function of a batch: `first` if it has that, or else another."""
+    by_hand = not module.automatic_optimization
+    last_two = ("test_step", "training_step") if by_hand else ("training_step", "test_step")
+    name = next((n for n in (first, "validation_step", *last_two) if is_overridden(n, module)), None)
+    if name is None:
+        return lambda batch: module(batch)
+    method = getattr(module, name)
+    positional = [
+        p
+        for p in inspect.signature(method).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    # batch_idx, dataloader_idx, under whatever name
+    indices = [0] * sum(p.default is p.empty for p in positional[1:])
+    if name == "training_step" and by_hand:
+        return lambda batch: dry_run(module, lambda: method(batch, *indices))
+    return lambda batch: method(batch, *indices)
 
 
 @contextmanager
@@ -121,19 +124,34 @@ def run_steps(module: pl.LightningModule, source: Source, samples: int, title: s
 
     def run() -> None:
         step = step_of(module)
-        with no_trace(module), precision(module):
+        with no_trace(module), precision(module), eagerly():
             for batch in track(
                 batches(source, samples), description=title or "", transient=True, disable=title is None
             ):
-                step(module._apply_batch_transfer_handler(batch, device=module.device))
+                step(to_module(module, batch))
 
     return run
 
 
+def _plugin(module: pl.LightningModule) -> Precision:
+    """The trainer's precision, once the module has been converted to it (probing comes before)."""
+    if module._trainer is None:
+        return Precision()
+    plugin = module._trainer.precision_plugin
+    with plugin.forward_context():
+        prescribed = torch.get_default_dtype()
+    now = next((p.dtype for p in module.parameters() if p.is_floating_point()), prescribed)
+    return plugin if now == prescribed else Precision()
+
+
 def precision(module: pl.LightningModule) -> AbstractContextManager[Any]:
     """The arithmetic that the trainer prescribes (autocast, say)."""
-    trainer = module._trainer
-    return nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+    return _plugin(module).forward_context()
+
+
+def to_module(module: pl.LightningModule, batch: Any) -> Any:
+    """The batch as the trainer would hand it to a step: on the module's device, in its precision."""
+    return module._apply_batch_transfer_handler(_plugin(module).convert_input(batch), device=module.device)
 
 
 def example_input(module: pl.LightningModule, source: Source) -> Tensor:

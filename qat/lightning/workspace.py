@@ -22,7 +22,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
-from qat.audit import audit
+from qat.audit import audit, check_coverage
 from qat.cli.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
@@ -33,10 +33,11 @@ from qat.lightning.callback import QATCallback
 from qat.lightning.evaluate import test_metric
 from qat.lightning.steps import run_steps
 from qat.lightning.weights import load_weights
+from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
-from qat.storage import with_bytes
 
-CALLBACK_KEYS = ("calibration_samples", "scale_lr", "predicted")
+OTHER_KEYS = ("calibration_samples", "scale_lr", "module", "predicted")
+"""Of `quant`, what is no setting of the policy."""
 
 
 class Workspace:
@@ -60,7 +61,8 @@ class Workspace:
             self._recall()
         settings = OmegaConf.to_container(cfg.quant, resolve=True)
         assert isinstance(settings, dict)
-        self.policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in CALLBACK_KEYS})
+        policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
+        self.policy = NetworkPolicies({cfg.quant.module: policy}) if cfg.quant.module else policy
         self.target: OnnxTarget | None = instantiate(cfg.export) if cfg.export else None
         self.callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node]
         self.loggers: list[Any] = [instantiate(cfg.logger)] if cfg.logger else []
@@ -94,7 +96,8 @@ class Workspace:
             if self.target is not None and (reason := inconvertible(plan)):
                 raise UserError(f"export: there is no integer form of this quant: {reason}; use export=none")
             apply_plan(shell, plan)
-            self.audit_rows = with_bytes(audit(shell, plan, recording), shell, plan)
+            self.audit_rows = audit(shell, plan, recording)
+            check_coverage(self.audit_rows, self.policy.required_coverage)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 

@@ -293,6 +293,8 @@ class Quantizer(nn.Module):
         flat = x.detach().float().flatten()
         if not flat.isfinite().all():
             raise UserError("calibration data holds NaN or infinity, for which there is no range")
+        if self.is_weight:  # `calibrate` looks at all of it
+            return
         stride = -(-flat.numel() // SAMPLES_PER_BATCH)
         self._sample.append(torch.cat([flat[::stride], flat.amin()[None], flat.amax()[None]]))
 
@@ -332,6 +334,17 @@ class Quantizer(nn.Module):
         scale, zero_point = ranges.scale_and_zero_point(low, high, self.spec)
         self.scale.copy_(scale.view(self.scale.shape))
         self.zero_point.copy_(zero_point.view(self.zero_point.shape))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Moves with the module, but stays in float32 where it goes to half precision: the scale of a grid of 8 bits
+        needs more than bfloat16's.
+        """
+
+        def move(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return t.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        return super()._apply(move, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -30,7 +30,7 @@ def backward(
     rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, sharpness: Tensor
 ) -> Grads:
     v = ratio(x, scale)
-    clipped = v.clamp(low, high)
+    clipped = v.clamp_min(low).clamp_max_(high)
     grad = wide(grad)
     grad_inside = grad * (clipped == v)
     level = rounding(clipped.clone())

@@ -32,7 +32,7 @@ def backward(
     rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, delta: Tensor
 ) -> Grads:
     v = ratio(x, scale)
-    clipped = v.clamp(low, high)
+    clipped = v.clamp_min(low).clamp_max_(high)
     inside = clipped == v
     grad = wide(grad)
     level = rounding(clipped.clone())

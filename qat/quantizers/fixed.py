@@ -21,7 +21,7 @@ def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Ten
 
 def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
     v = ratio(x, scale)
-    return torch.where(v.clamp(low, high) == v, grad, 0), None
+    return torch.where(v.clamp_min(low).clamp_max_(high) == v, grad, 0), None
 
 
 class Fixed(Quantizer):

@@ -27,7 +27,7 @@ from qat.spec import QuantSpec
 
 def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
     v = ratio(x, scale)
-    level = v.clamp(low, high)
+    level = v.clamp_min(low).clamp_max_(high)
     inside = level == v
     slope = rounding(level).sub_(torch.where(inside, v, 0))
     return torch.where(inside, grad, 0).to(x.dtype), sum_to(slope.mul_(grad), scale)

@@ -44,7 +44,7 @@ def backward(
     v = ratio(x, scale)
     inside = (v >= low) & (v <= high)
     grad = wide(grad)
-    level = rounding(v.clamp(low, high))
+    level = rounding(v.clamp_min(low).clamp_max_(high))
     partial = grad * (level + torch.where(inside, -v, zero_point))  # outside: the code, n or p
     outside = grad.masked_fill(inside, 0)
     return (grad * inside).to(x.dtype), sum_to(partial, scale), sum_to(outside, offset), None

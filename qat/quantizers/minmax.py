@@ -43,7 +43,7 @@ class MinMax(Fixed):
 
     @torch.no_grad()
     def follow(self, x: Tensor) -> None:
-        if not x.numel():
+        if not x.numel() or _recomputing():
             return
         low, high = (r.view_as(self.running_low) for r in minmax(self._rows(x.float()), self.spec))
         # A non-finite batch (an exploded step) must not poison the range for ever.
@@ -62,3 +62,8 @@ class MinMax(Fixed):
     def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # A copy: the tensor may be read twice before backward, and the second reading moves the scale in place.
         return super().fake_quantize(x, scale.clone(), low, high)
+
+
+def _recomputing() -> bool:
+    """Whether autograd is at work, and so a forward can only be gradient checkpointing's second one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -30,7 +30,7 @@ def backward(
     v = ratio(x, scale)
     inside = (v >= low) & (v < high)
     grad = wide(grad)
-    grad_scale = sum_to(grad * v.clamp(low, high).masked_fill_(inside, 0), scale)
+    grad_scale = sum_to(grad * v.clamp_min(low).clamp_max_(high).masked_fill_(inside, 0), scale)
     return (grad * inside).to(x.dtype), grad_scale + decay * scale * high.square(), None
 
 

@@ -36,7 +36,7 @@ def backward(
     v = ratio(x, scale)
     grad = wide(grad)
     inside = v.abs() < reach
-    partial = grad * (torch.where(inside, -v, 0) + rounding(v.clamp(low, high)))
+    partial = grad * (torch.where(inside, -v, 0) + rounding(v.clamp_min(low).clamp_max_(high)))
     return (grad * inside).to(x.dtype), sum_to(partial, scale), None
 
 
@@ -45,7 +45,8 @@ def backward_binary(
 ) -> Grads:
     v = ratio(x, scale)
     grad = wide(grad)
-    return (grad * (v.abs() <= reach)).to(x.dtype), sum_to(grad * rounding(v.clamp(low, high)), scale), None
+    level = rounding(v.clamp_min(low).clamp_max_(high))
+    return (grad * (v.abs() <= reach)).to(x.dtype), sum_to(grad * level, scale), None
 
 
 class SEQ(LSQ):

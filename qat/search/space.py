@@ -19,7 +19,7 @@ from qat.errors import UserError, nearest
 from qat.plan import Plan, has_weight, make_plan
 from qat.policy import QuantPolicy
 from qat.search.settings import Search
-from qat.storage import with_bytes
+from qat.storage import is_layer, with_bytes
 
 Pair = tuple[int, int | None]
 """(weight bits, input bits); `None` for an input that stays as the policy has it."""
@@ -91,7 +91,8 @@ def make_space(model: nn.Module, policy: QuantPolicy, search: Search, run: Calla
     """
     plan, recording = make_plan(model, policy, run)
     rows = {row.name: row for row in with_bytes(audit(model, plan, recording), model, plan)}
-    weights = [n for n, layer in plan.layers.items() if _free(plan.weights.get(layer["weight"] or ""))]
+    real = [n for n in plan.layers if is_layer(model, n)]  # of recurrent layers, say, each weight is a part in the plan
+    weights = [n for n in real if _free(plan.weights.get(plan.layers[n]["weight"] or ""))]
     if not weights:
         raise UserError("search: the policy gives no weight an integer grid, so there is nothing to choose")
     acts = [n for n in weights if (grid := plan.layers[n]["input"]) and _free(plan.activations[grid[-1]])]
@@ -100,7 +101,7 @@ def make_space(model: nn.Module, policy: QuantPolicy, search: Search, run: Calla
         bits: make_plan(model, with_bits(policy, dict.fromkeys(weights, bits), dict.fromkeys(acts, bits)), run)[0]
         for bits in widths
     }
-    weighted = [n for n in plan.layers if has_weight(model.get_submodule(n))]
+    weighted = [n for n in real if has_weight(model.get_submodule(n))]
     least = _least(search.least, weighted)
     shared = plans[widths[-1]]
     layers = [

@@ -6,7 +6,7 @@ Nothing here knows what is in a config: a point is started as `qat train <overri
 
     SWEEP_DIR/sweep.json          what the sweep is; another one is refused
     SWEEP_DIR/points/<n>/         the run of each point, and point.json: its parameters and how it ended
-    SWEEP_DIR/cache/              the float models and calibration data that the points share
+    SWEEP_DIR/cache/              the float models that the points share
     SWEEP_DIR/study.db            Optuna's trials
     SWEEP_DIR/report.{html,png}   the Pareto front, to look at
 """

@@ -97,7 +97,7 @@ def _trainable(points: list[Point], monitor: str) -> Callable[[dict[str, Any]], 
     """What Ray runs for each point: the point, its log reported as it grows."""
 
     def train(config: dict[str, Any]) -> None:
-        from ray import tune
+        from ray import tune  # pyright: ignore[reportMissingImports]
 
         reported: set[int] = set()
 
@@ -118,8 +118,8 @@ def _trainable(points: list[Point], monitor: str) -> Callable[[dict[str, Any]], 
 
 def _ray() -> Any:
     try:
-        import ray
-        import ray.tune
+        import ray  # pyright: ignore[reportMissingImports]
+        import ray.tune  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError:
         raise UserError("sweep: this one runs under Ray: pip install 'qat[ray]'") from None
     return ray

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import Callback
 
 from qat.errors import UserError
 from qat.lightning.schedules.freeze import batch_norms
-from qat.lightning.steps import batches, no_trace, precision, step_of, trainer_source
+from qat.lightning.steps import batches, no_trace, precision, step_of, to_module, trainer_source
 
 
 class ReestimateBatchNorm(Callback):
@@ -45,6 +45,6 @@ class ReestimateBatchNorm(Callback):
                 norm.momentum = None  # the plain mean over all batches
                 norm.train()
             for batch in islice(batches(trainer_source(trainer), 2**62), self.batches):
-                step(pl_module._apply_batch_transfer_handler(batch, device=pl_module.device))
+                step(to_module(pl_module, batch))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

@@ -1,0 +1,51 @@
+"""Scaled dot product attention in plain operations, for whoever has to reach the probabilities in between.
+
+The fused kernels never form them; a grid for them, and the two integer products of an exported file, need the form that
+the documentation of `F.scaled_dot_product_attention` gives. Shapes: query `[..., L, E]`, key `[..., S, E]`, value
+`[..., S, Ev]`, mask broadcastable to `[..., L, S]`; with grouped heads, axis -3 of key and value divides the query's.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def explicit_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    probabilities: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """What `F.scaled_dot_product_attention` computes, with `probabilities` applied to the softmax's output.
+
+    As there, a query that may look at nothing gets zeros, and dropout acts whenever `dropout_p` is not 0.
+
+    Returns:
+        `[..., L, Ev]`.
+
+    Raises:
+        RuntimeError: if a mask comes with `is_causal`, which the original refuses, too.
+    """
+    if attn_mask is not None and is_causal:
+        raise RuntimeError("Explicit attn_mask should not be set when is_causal=True")
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
+    if is_causal:
+        attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
+    scores = (query @ key.transpose(-2, -1)) * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
+    if attn_mask is None:
+        weights = torch.softmax(scores, -1)
+    else:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        blind = (scores == -math.inf).all(-1, keepdim=True)
+        weights = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
+    return F.dropout(probabilities(weights), dropout_p) @ value

@@ -1,0 +1,103 @@
+"""One functional call of an owner, with the grids of its operands; `qat.layers.sites` decides which call is which.
+
+A site is a child of its owner, so policies, state_dict keys and messages name it like a layer: `layer1.0.add_0`,
+`h.3.attn.matmul_1`, `head.linear_0`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.functions import Function
+from qat.layers.explicit_attention import explicit_attention
+from qat.layers.twin import TwinMixin, ours
+from qat.quantizers import Quantizer
+
+
+class Site(TwinMixin, nn.Module):
+    """A function call whose operands (or output) lie on grids.
+
+    Attributes:
+        explicit: Whether an attention, or a product that adds to a tensor, is computed in plain operations.
+
+    Children: `input_quantizer_0` and on, one for each operand (`None`: it stays float), or `output_quantizer`;
+    `probability_quantizer` of an attention, which is then computed explicitly; `weight_quantizer`, if the second
+    operand is a parameter.
+
+    Args:
+        quantizers: For each operand; of a site that quantizes what it returns, the output's alone.
+        output: Whether it does.
+        probabilities: Grid of an attention's probabilities.
+        weight: Of the second operand.
+        parameter: The module that the weight is registered with, and its name there.
+    """
+
+    weight_quantizer: Quantizer | None
+    probability_quantizer: nn.Module | None
+    output_quantizer: nn.Module
+
+    def __init__(
+        self,
+        quantizers: list[nn.Module | None],
+        output: bool = False,
+        probabilities: nn.Module | None = None,
+        weight: Quantizer | None = None,
+        parameter: tuple[nn.Module, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.operands = [f"input_quantizer_{i}" for i in range(len(quantizers))] if not output else []
+        for name, quantizer in zip(self.operands or ["output_quantizer"], quantizers, strict=True):
+            self.register_module(name, quantizer)
+        self.register_module("probability_quantizer", probabilities)
+        self.explicit = probabilities is not None
+        self.register_module("weight_quantizer", weight)
+        self.holder = parameter  # in a tuple, where it is no child
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter that is its second operand."""
+        assert self.holder is not None
+        module, name = self.holder
+        return getattr(module, name)
+
+    def forward(
+        self, func: Callable[..., Any], function: Function, args: Any, kwargs: dict[str, Any], operands: list[Tensor]
+    ) -> Any:
+        """Calls `func` with its operands on their grids."""
+        if not self.operands:
+            result = func(*args, **kwargs)
+            with ours():
+                return self.output_quantizer(result)
+        original = operands[0]
+        with ours():
+            # A quantizer keeps its input for the backward pass, so a function must not write over that.
+            if function.in_place and torch.is_grad_enabled():
+                operands = [original.clone(), *operands[1:]]
+            through = [self._quantized(i, x) for i, x in enumerate(operands)]
+        args, kwargs = function.with_operands(args, kwargs, through)
+        if self.explicit and function.kind == "attention":
+            return explicit_attention(*args, **kwargs, probabilities=self._probabilities)
+        if self.explicit and function.accumulates and all(kwargs.get(factor, 1) == 1 for factor in ("alpha", "beta")):
+            return (args[0] if args else kwargs["input"]) + through[0] @ through[1]
+        result = func(*args, **kwargs)
+        return original.copy_(result) if function.in_place else result
+
+    def _quantized(self, index: int, x: Tensor) -> Tensor:
+        if index == 1 and self.holder is not None:
+            return self.quantized_weight()
+        quantizer = self._modules[self.operands[index]]
+        return x if quantizer is None else quantizer(x)
+
+    def quantized_weight(self) -> Tensor:
+        """The parameter on its grid; outside training it is computed once per change of weight or grid."""
+        quantizer, weight = self.weight_quantizer, self.weight
+        if quantizer is None:
+            return weight
+        if self.training:
+            return quantizer(weight)
+        return self.once_per_change("weight", (weight,), (quantizer,), lambda: quantizer(weight))
+
+    def _probabilities(self, x: Tensor) -> Tensor:
+        return x if self.probability_quantizer is None else self.probability_quantizer(x)

@@ -1,0 +1,68 @@
+"""Policies for parts of a model: a GAN's generator at 4 bits and its discriminator at 8, or one of two networks alone.
+
+`NetworkPolicies` is a policy like any other: it hands every layer and site to the policy of the network that it is in,
+under its name *within* that network. So a policy is the same whether its network stands alone or inside a larger model,
+and `@first` is the network's first layer. What is in no network stays float.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qat.errors import UserError, nearest
+from qat.policy import ROLES, QuantPolicy, Target
+from qat.spec import QuantSpec
+
+KEY = "modules"
+"""The only key of its settings: `{modules: {generator: {weight: ..., act: ...}}}`."""
+
+
+class NetworkPolicies(QuantPolicy):
+    """One policy per network.
+
+    Args:
+        networks: Path of a submodule -> its policy.
+
+    Raises:
+        UserError: if one network lies within another, whose layers would then have two policies.
+    """
+
+    def __init__(self, networks: Mapping[str, QuantPolicy]) -> None:
+        for path in networks:
+            if around := [p for p in networks if path != p and _inside(path, p)]:
+                raise UserError(f"module={path}: lies within '{around[0]}', which has a policy of its own")
+        super().__init__({}, (), {KEY: {path: policy.settings for path, policy in networks.items()}})
+        self.networks = dict(networks)
+        self.required_coverage = {path: policy.required_coverage[""] for path, policy in networks.items()}
+        if len(ways := {policy.concat for policy in networks.values()}) > 1:
+            raise UserError("concat: the networks of one model share a setting, theirs differ; set the same in each")
+        self.concat = next(iter(ways), self.concat)
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any], where: str = "quant") -> "NetworkPolicies":
+        """Builds it from plain containers; see `QuantPolicy.from_dict`."""
+        items = settings[KEY].items()
+        return cls({path: QuantPolicy.from_dict(policy, f"{where}.{KEY}.{path}") for path, policy in items})
+
+    @property
+    def is_off(self) -> bool:
+        return all(policy.is_off for policy in self.networks.values())
+
+    def resolve(self, targets: Sequence[Target]) -> dict[str, dict[str, tuple[QuantSpec | None, str]]]:
+        decided: dict[str, dict[str, tuple[QuantSpec | None, str]]] = {
+            target.name: dict.fromkeys(ROLES, (None, "default")) for target in targets
+        }
+        for path, policy in self.networks.items():
+            inner = {t.name[len(path) + 1 :]: t for t in targets if t.name != path and _inside(t.name, path)}
+            if not inner:
+                parents = [t.name.rsplit(".", n)[0] for t in targets for n in range(1, t.name.count(".") + 1)]
+                raise UserError(
+                    f"module={path}: the step ran no layer in it that can be quantized{nearest(path, parents)}"
+                )
+            own = policy.resolve([replace(t, name=name) for name, t in inner.items()])
+            decided.update((t.name, own[name]) for name, t in inner.items())
+        return decided
+
+
+def _inside(name: str, path: str) -> bool:
+    return f"{name}.".startswith(f"{path}.")

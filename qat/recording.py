@@ -1,0 +1,102 @@
+"""What `qat.probe` writes down of one forward pass, and the questions that planning and the audit ask of it."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+Key = tuple[int, int]
+"""A tensor at a moment: (id, version)."""
+
+
+@dataclass
+class Call:
+    """One call of a module or a function.
+
+    Attributes:
+        name: Path of the module, or of the module whose forward called the function.
+        what: The module, or the function.
+        inputs: Float tensors among the arguments, in order (keyword arguments last).
+        output: The first float tensor that came out.
+        shape: Shape of that output.
+        input_shape: Shape of the first operand.
+        operands: What a quantizer may be put on: the operands of a site, or its output (`qat.plan.targets` says which
+            inputs of a layer).
+        macs: Multiply-accumulates of each product in it, over the whole batch.
+        site: `owner.kind_index` if this is a functional site.
+        kind: Of a functional site, or of a function that computes.
+        parameter: Path of the parameter among the operands.
+        weight: Whether that is the second operand of a product, with an axis of output channels.
+        inside: Whether it happened inside the root's own forward.
+    """
+
+    name: str
+    what: Any
+    inputs: list[Key]
+    output: Key | None
+    shape: tuple[int, ...] = ()
+    input_shape: tuple[int, ...] = ()
+    operands: list[Key] = field(default_factory=list)
+    macs: list[int] = field(default_factory=list)
+    site: str | None = None
+    kind: str | None = None
+    parameter: str | None = None
+    weight: bool = False
+    inside: bool = False
+
+
+@dataclass
+class Recording:
+    """What one pass did; see the module's docstring.
+
+    Attributes:
+        modules, functions, order: Calls of layers, of functions that are sites or compute, and both, as they came.
+        source: For a tensor that only rearranges another's values, that other.
+        nonnegative: Tensors known to be >= 0.
+        readers: How often each tensor was read.
+        joins: For each concatenation, its output and what it joins.
+        passes: For each forward that ended: the module, the kinds of the sites it ran in their order, and whether it
+            was inside the root's.
+        samples: Size of the batch: the first axis of the first tensor that the root (or else a layer) was given.
+    """
+
+    modules: list[Call] = field(default_factory=list)
+    functions: list[Call] = field(default_factory=list)
+    source: dict[Key, Key] = field(default_factory=dict)
+    nonnegative: set[Key] = field(default_factory=set)
+    readers: dict[Key, int] = field(default_factory=dict)
+    order: list[Call] = field(default_factory=list)
+    joins: list[tuple[Key, list[Key]]] = field(default_factory=list)
+    passes: list[tuple[str, list[str], bool]] = field(default_factory=list)
+    samples: int = 1
+
+    def restrict_to_forward(self) -> None:
+        """Forgets what ran outside the root's forward (losses, metrics), if the root was called at all."""
+        if any(call.inside for call in self.order):
+            self.modules, self.functions, self.order = (
+                [c for c in calls if c.inside] for calls in (self.modules, self.functions, self.order)
+            )
+            self.passes = [p for p in self.passes if p[2]]
+
+    def root(self, key: Key) -> Key:
+        """The tensor that `key` holds the values of."""
+        while key in self.source:
+            key = self.source[key]
+        return key
+
+    def read(self, keys: Iterable[Key]) -> None:
+        for key in keys:
+            self.readers[key] = self.readers.get(key, 0) + 1
+
+    def only_sites_read(self, parameter: str) -> bool:
+        """Whether every function that took a parameter took it as the weight of a site."""
+        calls = [c for c in self.functions if c.weight and c.parameter == parameter]
+        return self.readers.get(calls[0].operands[1], 0) == len(calls)
+
+    def site_orders(self) -> dict[str, list[list[str]]]:
+        """The kinds of the sites that forwards of a module ran: one list, or several if its forwards differ."""
+        orders: dict[str, list[list[str]]] = {}
+        for owner, seen, _ in self.passes:
+            found = orders.setdefault(owner, [])
+            if seen not in found:
+                found.append(seen)
+        return {owner: found for owner, found in orders.items() if any(found)}

@@ -1,0 +1,202 @@
+"""A quantized module is used as any other: compiled, in mixed precision, saved whole, reloaded, evaluated, pruned."""
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
+from tiny_module import MINMAX, POLICY, Tiny, images, loader, quantizer_state, same, seeded, trainer  # noqa: F401
+
+from qat.errors import UserError
+from qat.insert import named_quantizers
+from qat.layers.twin import original_class
+from qat.lightning import load_from_checkpoint, load_weights
+
+# -- compiled ----------------------------------------------------------------------------------------------------------
+
+
+class Direct(Tiny):
+    """Its own forward holds a site, and it logs nothing (torch.compile of a module that logs breaks in Lightning)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.net.norm(self.net.stem(x)))
+        return self.net.head(F.relu(self.net.conv(y) + y).mean((2, 3)))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def _in_place(net: Tiny) -> Tiny:
+    net.net.compile(backend="eager", fullgraph=True)
+    return net
+
+
+def _whole(net: Tiny) -> Any:
+    return torch.compile(net, backend="eager")
+
+
+@pytest.mark.parametrize(
+    ("cls", "compiled"),
+    [pytest.param(Tiny, _in_place, id="network-in-place"), pytest.param(Direct, _whole, id="module")],
+)
+@pytest.mark.parametrize("policy", [pytest.param(POLICY, id="lsq"), pytest.param(MINMAX, id="minmax")])
+def test_a_module_compiled_before_fit_trains_and_validates_as_an_eager_one(policy, cls, compiled, tmp_path):
+    torch._dynamo.reset()
+    eager, other = cls(), cls()
+    other.load_state_dict(eager.state_dict())
+    trainer(tmp_path, policy=policy).fit(eager, loader(), loader())
+    trainer(tmp_path, policy=policy).fit(compiled(other), loader(), loader())
+    assert list(other.state_dict()) == list(eager.state_dict())
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [pytest.param(POLICY, id="lsq"), pytest.param(MINMAX, id="minmax")])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])  # on a CPU, Lightning makes the second the first
+def test_mixed_precision_keeps_scales_in_float32_and_trains_them(precision, policy, tmp_path):
+    net, start = Tiny(), {}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            start.update(quantizer_state(pl_module))
+
+    mixed = trainer(tmp_path, Look(), policy=policy, precision=precision)
+    mixed.fit(net, loader(), loader())
+    assert all(q.scale.dtype == torch.float32 and q.scale.isfinite().all() for _, q in named_quantizers(net))
+    assert all(
+        not torch.equal(start[n], v) for n, v in quantizer_state(net).items() if n.endswith("weight_quantizer.scale")
+    )
+
+
+def test_half_precision_gives_finite_gradients_to_every_scale(tmp_path):
+    net = Tiny(norm=False)
+    trainer(tmp_path).fit(net, loader())
+    net.train().zero_grad()
+    with torch.autocast("cpu", torch.float16):
+        logits = net(images())
+    assert logits.dtype == torch.float16
+    logits.float().square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
+
+
+def test_a_bfloat16_model_is_calibrated_on_bfloat16_batches(tmp_path):
+    net = Tiny()
+    trainer(tmp_path, precision="bf16-true").fit(net, loader(), loader())
+    assert net.net.stem.weight.dtype == torch.bfloat16 and all(q.on for _, q in named_quantizers(net))
+
+
+# -- saved and loaded --------------------------------------------------------------------------------------------------
+
+
+def _through_torch(net: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = [
+    pytest.param(_through_torch, id="torch-save"),
+    pytest.param(lambda net: pickle.loads(pickle.dumps(net)), id="pickle"),
+    pytest.param(copy.deepcopy, id="deepcopy"),
+]
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_copy_of_the_trained_module_computes_the_same_and_can_be_trained_on(copied, tmp_path):
+    net = Tiny()
+    trainer(tmp_path).fit(net, loader())
+    other = copied(net)
+    assert original_class(other) is Tiny and torch.equal(other.eval()(images()), net.eval()(images()))
+    trainer(tmp_path).fit(other, loader())
+    assert not same(quantizer_state(net), quantizer_state(other))
+
+
+def test_the_best_checkpoint_is_tested_after_early_stopping(tmp_path):
+    net, saved = Tiny(lr=1.0), ModelCheckpoint(tmp_path, monitor="val/loss")
+    stop = EarlyStopping("val/loss", patience=1)
+    fitted = trainer(tmp_path, saved, stop, enable_checkpointing=True, max_epochs=30)
+    fitted.fit(net, loader(), loader())
+    assert fitted.current_epoch < 30, "it stopped"
+    last = fitted.test(net, loader(), verbose=False)[0]["test/loss"]
+    best = fitted.test(net, loader(), ckpt_path="best", verbose=False)[0]["test/loss"]
+    assert best == pytest.approx(float(saved.best_model_score)) and best < last
+
+
+def test_checkpoints_cross_between_float_and_quantized(tmp_path):
+    """Float keys are untouched: they load strictly, both ways."""
+    plain = Tiny()
+    float_keys = set(plain.state_dict())
+    torch.save(plain.state_dict(), tmp_path / "float.pt")
+    net = Tiny()
+    fitted = trainer(tmp_path)
+    fitted.fit(net, loader())
+    own = net.state_dict()
+    missing, unexpected = net.load_state_dict(plain.state_dict(), strict=False)
+    assert not unexpected and missing and all("_quantizer" in key for key in missing)
+    plain.load_state_dict({key: value for key, value in own.items() if key in float_keys}, strict=True)
+    before = Tiny()
+    load_weights(before, tmp_path / "float.pt")
+    assert same(dict(before.state_dict()), torch.load(tmp_path / "float.pt"))
+
+    fitted.save_checkpoint(tmp_path / "quantized.ckpt")
+    ours = load_from_checkpoint(Tiny, tmp_path / "quantized.ckpt")
+    assert torch.equal(ours.eval()(images()), net.eval()(images()))
+    with pytest.raises(RuntimeError, match="quantizer"):
+        Tiny.load_from_checkpoint(tmp_path / "quantized.ckpt")
+    with pytest.warns(UserWarning, match="not in the model state dict"):
+        theirs = Tiny.load_from_checkpoint(tmp_path / "quantized.ckpt", strict=False)
+    assert same(dict(theirs.state_dict()), {k: v for k, v in net.state_dict().items() if k in float_keys})
+    with pytest.raises(UserError, match="quantizer"):
+        load_weights(Tiny(), tmp_path / "quantized.ckpt")
+
+
+@pytest.mark.parametrize("loop", ["validate", "test", "predict"])
+def test_loops_around_fit_compute_what_the_module_computes(loop, tmp_path):
+    net = Tiny()
+    fitted = trainer(tmp_path)
+    fitted.fit(net, loader(), loader())
+    found = getattr(fitted, loop)(net, loader())
+    batches = list(loader())
+    with torch.no_grad():
+        outputs = [net.eval()(x) for x, _ in batches]
+    if loop == "predict":
+        assert all(torch.equal(a, b) for a, b in zip(found, outputs, strict=True))
+    else:
+        loss = sum(F.cross_entropy(o, y) for o, (_, y) in zip(outputs, batches, strict=True)) / len(batches)
+        assert next(iter(found[0].values())) == pytest.approx(float(loss), rel=1e-5)
+
+
+# -- pruned ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at_validation", [False, True])
+def test_pruned_weights_stay_zero_on_the_grid_and_their_scales_still_learn(at_validation, tmp_path):
+    net, start = Tiny(), {}
+    prune = ModelPruning(
+        "l1_unstructured", amount=0.5, parameter_names=["weight"], prune_on_train_epoch_end=not at_validation
+    )
+
+    class Look(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            start[trainer.current_epoch] = quantizer_state(pl_module)
+
+    saved = ModelCheckpoint(tmp_path, save_last=True)
+    pruned = trainer(tmp_path, prune, Look(), saved, enable_checkpointing=True, max_epochs=3)
+    pruned.fit(net, loader(), loader())
+    for layer in (net.net.stem, net.net.conv, net.net.head):
+        share = (layer.weight == 0).float().mean()
+        assert share > 0.1 and (layer.weight_quantizer(layer.weight)[layer.weight == 0] == 0).all()
+    assert sum((m.weight == 0).sum() for m in (net.net.stem, net.net.conv, net.net.head)) >= 0.49 * (36 + 144 + 12)
+    scales = [n for n in start[2] if n.endswith("weight_quantizer.scale")]
+    assert all(not torch.equal(start[2][n], quantizer_state(net)[n]) for n in scales)
+    tested = trainer(tmp_path).test(Tiny(), loader(), ckpt_path=saved.last_model_path, verbose=False)
+    assert tested == trainer(tmp_path, policy=None).test(net, loader(), verbose=False)

@@ -1,0 +1,240 @@
+"""Ways to optimize: manual, several optimizers and policies (a GAN), accumulation, clipping, tuners."""
+
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
+from pytorch_lightning.tuner import Tuner
+from tiny_module import MINMAX, POLICY, Tiny, loader, quantizer_state, same, seeded, trainer  # noqa: F401
+from torch import nn
+
+from qat.errors import UserError
+from qat.insert import named_quantizers
+from qat.lightning import QATCallback, load_from_checkpoint
+
+
+class ByHand(Tiny):
+    """The same training, optimized by hand."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def test_manual_optimization_trains_to_the_same_weights_and_scales(tmp_path):
+    own, by_hand = Tiny(), ByHand()
+    by_hand.load_state_dict(own.state_dict())
+    for net in (own, by_hand):
+        trainer(tmp_path).fit(net, loader(), loader())
+    assert same(dict(own.state_dict()), dict(by_hand.state_dict()))
+
+
+@pytest.mark.parametrize("clip", ["norm", "value"])
+def test_accumulated_and_clipped_gradients_move_scales_as_one_batch_would(clip, tmp_path):
+    """Without BatchNorm, whose statistics depend on how a batch is split."""
+    nets = [Tiny(norm=False), Tiny(norm=False)]
+    start = {name: value.clone() for name, value in nets[0].state_dict().items()}
+    nets[1].load_state_dict(start)
+    policy = {role: {"bits": 4, "range": "minmax"} for role in ("weight", "act")}
+    clipping: dict[str, Any] = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": clip, "policy": policy}
+    trainer(tmp_path, **clipping).fit(nets[0], loader(8, batch_size=8))
+    trainer(tmp_path, accumulate_grad_batches=2, **clipping).fit(nets[1], loader(8, batch_size=4))
+    before = quantizer_state(nets[0])
+    for name, value in quantizer_state(nets[1]).items():
+        torch.testing.assert_close(value, before[name], rtol=1e-4, atol=1e-6, msg=name)
+    free = Tiny(norm=False)
+    free.load_state_dict(start)
+    trainer(tmp_path, policy=policy).fit(free, loader(8, batch_size=8))
+    assert not same(quantizer_state(free), before), "the gradients were large enough to be clipped"
+
+
+# -- several networks --------------------------------------------------------------------------------------------------
+
+
+class Gan(pl.LightningModule):
+    """Two networks, two optimizers, no step but `training_step`, and no forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 36))
+        self.discriminator = nn.Sequential(nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 1))
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        of_generator, of_discriminator = self.optimizers()
+        real = batch[0].flatten(1)
+        self.toggle_optimizer(of_discriminator)
+        fake = self.generator(torch.randn(len(real), 4)).detach()
+        self.manual_backward(F.softplus(self.discriminator(fake) - self.discriminator(real)).mean())
+        of_discriminator.step()
+        of_discriminator.zero_grad()
+        self.untoggle_optimizer(of_discriminator)
+        self.toggle_optimizer(of_generator)
+        self.manual_backward(F.softplus(-self.discriminator(self.generator(torch.randn(len(real), 4)))).mean())
+        of_generator.step()
+        of_generator.zero_grad()
+        self.untoggle_optimizer(of_generator)
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.Adam(net.parameters(), 1e-2) for net in (self.generator, self.discriminator)]
+
+
+def _gan_callbacks() -> list[QATCallback]:
+    stem = {"rules": {"stem": {"match": "@first", "weight": {"bits": 8}}}}
+    return [
+        QATCallback(POLICY | stem, 8, module="generator"),
+        QATCallback({"weight": {"bits": 8}}, 8, scale_lr_factor=0.02, module="discriminator"),
+    ]
+
+
+def test_each_network_of_a_gan_has_its_own_policy_optimizer_and_factor(tmp_path):
+    gan, before = Gan(), {}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            before.update(quantizer_state(pl_module))
+
+    fitted = trainer(tmp_path, *_gan_callbacks(), Look(), policy=None)
+    fitted.fit(gan, loader())
+    bits = {name: q.spec.bits for name, q in named_quantizers(gan)}
+    assert bits == {
+        "generator.0.input_quantizer": 4,
+        "generator.0.weight_quantizer": 8,
+        "generator.2.input_quantizer": 4,
+        "generator.2.weight_quantizer": 4,
+        "discriminator.0.weight_quantizer": 8,
+        "discriminator.2.weight_quantizer": 8,
+    }
+    for optimizer, net, factor in zip(fitted.optimizers, (gan.generator, gan.discriminator), (0.01, 0.02), strict=True):
+        rest, own = optimizer.param_groups
+        assert {id(p) for p in own["params"]} == {id(q.scale) for _, q in named_quantizers(net)}
+        assert own["lr"] == pytest.approx(rest["lr"] * factor)
+    stuck = [n for n, v in quantizer_state(gan).items() if n.endswith("scale") and torch.equal(before[n], v)]
+    assert not stuck
+
+    fitted.save_checkpoint(tmp_path / "gan.ckpt")
+    assert same(dict(load_from_checkpoint(Gan, tmp_path / "gan.ckpt").state_dict()), dict(gan.state_dict()))
+    again = Gan()
+    resumed = trainer(tmp_path, *_gan_callbacks(), policy=None, max_epochs=2)
+    resumed.fit(again, loader(), ckpt_path=tmp_path / "gan.ckpt")
+    assert not same(quantizer_state(again), quantizer_state(gan))
+
+
+def test_trying_a_manual_step_out_moves_nothing(tmp_path):
+    gan = Gan()
+    before = {name: value.clone() for name, value in gan.state_dict().items()}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            state = pl_module.state_dict()
+            assert all(torch.equal(state[name], value) for name, value in before.items())
+            assert all(p.grad is None for p in pl_module.parameters())
+            assert all(not o.state for o in trainer.optimizers)
+
+    trainer(tmp_path, *_gan_callbacks(), Look(), policy=None).fit(gan, loader())
+    assert {"optimizers", "manual_backward", "log"}.isdisjoint(vars(gan))
+
+
+def test_a_policy_for_one_network_leaves_the_other_float(tmp_path):
+    gan = Gan()
+    trainer(tmp_path, _gan_callbacks()[0], policy=None).fit(gan, loader())
+    assert not list(named_quantizers(gan.discriminator)) and len(list(named_quantizers(gan.generator))) == 4
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        pytest.param(["generater"], "no such submodule in Gan; did you mean 'generator'", id="typo"),
+        pytest.param([None, "generator"], "give each a submodule of its own", id="whole-and-part"),
+        pytest.param(["generator", "generator"], "give each a submodule of its own", id="twice"),
+        pytest.param(["generator", "generator.0"], "lies within 'generator'", id="nested"),
+        pytest.param(["generator.1"], "module=generator.1: the step ran no layer in it", id="nothing-in-it"),
+    ],
+)
+def test_callbacks_that_cannot_share_a_module_say_so(modules, message, tmp_path):
+    callbacks = [QATCallback(POLICY, 8, module=m) for m in modules]
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, *callbacks, policy=None).fit(Gan(), loader())
+
+
+def test_a_manual_step_that_needs_gradients_asks_for_a_validation_step(tmp_path):
+    class Penalty(Gan):
+        def training_step(self, batch, batch_idx):
+            self.discriminator(batch[0].flatten(1)).sum().backward()
+
+    with pytest.raises(UserError, match=r"Penalty.training_step .* give the module a validation_step"):
+        trainer(tmp_path, *_gan_callbacks(), policy=None).fit(Penalty(), loader())
+
+
+# -- tuners ------------------------------------------------------------------------------------------------------------
+
+
+class Sized(Tiny):
+    """Its batch size can be tuned."""
+
+    batch_size = 2
+
+    def train_dataloader(self) -> Any:
+        return loader(64, batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+FINDERS = [
+    pytest.param(lambda: LearningRateFinder(num_training_steps=20, max_lr=0.5), id="learning-rate"),
+    pytest.param(lambda: BatchSizeFinder(max_trials=2, steps_per_trial=1), id="batch-size"),
+]
+
+
+@pytest.mark.parametrize("policy", [pytest.param(POLICY, id="lsq"), pytest.param(MINMAX, id="minmax")])
+@pytest.mark.parametrize("finder", FINDERS)
+def test_a_finder_leaves_ranges_steps_and_groups_as_it_found_them(finder, policy, tmp_path):
+    start: list[dict[str, torch.Tensor]] = []
+    searched: list[tuple[float, float]] = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            start.append(quantizer_state(pl_module))
+            assert trainer.global_step == 0 and trainer.current_epoch == 0
+            groups = trainer.optimizers[0].param_groups
+            assert len(groups) == (2 if policy is POLICY else 1)
+            states = trainer.optimizers[0].state.values()
+            assert all(state.get("momentum_buffer") is None for state in states)
+
+    class Watched(Sized):
+        def optimizer_step(self, epoch, batch_idx, optimizer, *args, **kwargs):
+            super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
+            searched.append(tuple(group["lr"] for group in optimizer.param_groups))
+
+    plain, tuned = Watched(), Watched()
+    tuned.load_state_dict(plain.state_dict())
+    trainer(tmp_path, Look(), policy=policy).fit(plain)
+    searched.clear()
+    trainer(tmp_path, Look(), finder(), policy=policy).fit(tuned)
+    assert same(*start)
+    assert len(searched) > 4, "it searched"
+    if policy is POLICY:
+        assert all(own == pytest.approx(0.1 * rest) for rest, own in searched)
+        assert len({rest for rest, _ in searched}) > 1 or finder().__class__ is BatchSizeFinder
+    assert (tuned.lr != plain.lr) if isinstance(finder(), LearningRateFinder) else (tuned.batch_size > plain.batch_size)
+
+
+def test_the_tuner_finds_and_fit_begins_anew(tmp_path):
+    net, tuned = Sized(), trainer(tmp_path)
+    tuner = Tuner(tuned)
+    assert tuner.scale_batch_size(net, max_trials=2, steps_per_trial=1) == 4
+    found = tuner.lr_find(net, num_training=20, max_lr=0.5)
+    assert net.lr == found.suggestion() != 0.05
+    assert [type(c).__name__ for c in tuned.callbacks].count("QATCallback") == 1
+    tuned.fit(net)
+    rest, own = tuned.optimizers[0].param_groups
+    assert (rest["lr"], own["lr"]) == (net.lr, pytest.approx(0.1 * net.lr))

@@ -1,0 +1,153 @@
+"""What quantization-aware training elsewhere gets silently wrong: every item is a named test, here or where it says.
+
+The seven failures of Lightning's removed `QuantizationAwareTraining` callback:
+
+    load_from_checkpoint                    test_lightning: a_checkpoint_is_tested_resumed_and_loaded_by_the_plain_class
+    test(ckpt_path) after fit               test_compose_module: the_best_checkpoint_is_tested_after_early_stopping
+    forward with several arguments, kwargs  here
+    observers fed by validation data        test_lightning: sanity_checks_and_validation_never_move_ranges
+    together with a pruning callback        test_compose_module: pruned_weights_stay_zero_on_the_grid
+    convert at the end breaks checkpoints   here
+    steps that do not call forward          here
+
+What others get silently wrong (design.md):
+
+    a rule that matches nothing             test_policy: a_rule_that_matches_nothing_is_an_error
+    layers built in setup, configure_model  test_lightning: layers_are_found_wherever_they_are_built
+    a module under two names, in a dict     here
+    the fused path of TransformerEncoder    test_layers_attention: evaluation_without_gradients_runs_...
+    subclasses losing their parameters      test_twins: subclasses_keep_their_class_and_methods
+    hooks, .training, attributes lost       test_twins: hooks_and_attributes_of_the_user_survive; here (.training)
+    BatchNorm eps and momentum rewritten    here
+    dropout changed by a switch of modes    here
+    a layer left float without a word       test_audit: what_stays_float_says_why
+    a bias without gradient                 here
+    an asymmetric scale that is wrong       test_ranges: any_finite_numbers_give_a_grid_with_..._an_exact_zero
+    observing twice under checkpointing     test_compose_checkpointing
+    a learned scale that does not reload    test_lightning: a_checkpoint_is_tested_resumed_and_loaded_by_the_plain_class
+    scales that reach 0 or turn negative    test_scales: whatever_an_optimizer_does_to_a_scale_...
+    weight decay on scales                  test_lightning: scales_have_a_group_of_their_own
+    4-bit files that hold bytes or floats   test_packed: four_bits_are_four_bits_in_the_file
+    an export bigger than the float one     test_onnx: the_file_is_smaller_than_the_float_file
+    parametrized or pruned layers crashing  test_insert: what_cannot_be_quantized_stays_float_and_is_audited
+    strict torch.export dropping sites      here
+    pickle failing                          test_twins: a_copy_computes_the_same_and_shares_nothing
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import ModelCheckpoint
+from small_models import quantized
+from tiny_module import POLICY, Tiny, TinyNet, images, loader, seeded, trainer  # noqa: F401
+from torch import Tensor, nn
+
+from qat.audit import audit
+from qat.convert import convert
+from qat.insert import make_plan, named_quantizers
+from qat.lightning import load_from_checkpoint
+from qat.policy import QuantPolicy
+
+
+def test_a_forward_of_several_arguments_and_keywords_keeps_its_signature(tmp_path):
+    class Two(Tiny):
+        def forward(self, x: Tensor, other: Tensor, *, weight: float = 1.0, head: bool = False) -> Tensor:
+            y = self.net.norm(self.net.stem(x + weight * other))
+            return self.net.head(y.mean((2, 3))) if head else y
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch[0], other=batch[0], weight=0.5, head=True), batch[1])
+
+        validation_step = training_step
+
+    net = Two()
+    trainer(tmp_path).fit(net, loader(), loader())
+    assert {n.rpartition(".")[0] for n, _ in named_quantizers(net)} >= {"net.stem", "net.head"}
+    x = images()
+    assert torch.equal(net.eval()(x, x, weight=0.5, head=True), net(x, other=x, weight=0.5, head=True))
+    assert not torch.equal(net(x, x, head=True), net(x, x, weight=0.5, head=True))
+
+
+def test_converting_after_fit_leaves_the_module_and_its_best_checkpoint_as_they_are(tmp_path):
+    net, saved = Tiny(), ModelCheckpoint(tmp_path, monitor="val/loss")
+    fitted = trainer(tmp_path, saved, enable_checkpointing=True, max_epochs=2)
+    fitted.fit(net, loader(), loader())
+    before = fitted.test(net, loader(), ckpt_path="best", verbose=False)
+    converted = convert(net, net.quantization_plan)
+    assert not list(named_quantizers(converted))
+    assert fitted.test(net, loader(), ckpt_path="best", verbose=False) == before
+    assert torch.equal(load_from_checkpoint(Tiny, saved.best_model_path).eval()(images()), net.eval()(images()))
+
+
+def test_a_step_that_does_not_call_forward_is_quantized_by_what_it_calls(tmp_path):
+    class NoForward(Tiny):
+        forward = pl.LightningModule.forward
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        validation_step = training_step
+
+    net = NoForward()
+    trainer(tmp_path).fit(net, loader(), loader())
+    assert {"net.stem.weight_quantizer", "net.add_0.input_quantizer_0"} <= dict(named_quantizers(net)).keys()
+
+
+class Twice(nn.Module):
+    """One layer under two names, and one that only a dict knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+        self.hidden = {"layer": nn.Linear(4, 4)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.hidden["layer"](F.relu(self.second(F.relu(self.first(x)))))
+
+
+def test_a_module_under_two_names_is_one_layer_with_one_grid():
+    model, x = Twice(), torch.randn(8, 4)
+    quantized(model, x)
+    assert [n for n, q in named_quantizers(model) if q.is_weight] == ["first.weight_quantizer"]
+    assert model.second.weight_quantizer is model.first.weight_quantizer
+
+
+def test_a_module_that_only_a_dict_knows_is_in_the_audit():
+    model, x = Twice().eval(), torch.randn(8, 4)
+    plan, recording = make_plan(model, QuantPolicy.from_dict(POLICY), lambda: model(x))
+    float_rows = [row for row in audit(model, plan, recording) if row.reason]
+    assert any("functional use of a weight" in str(row.reason) for row in float_rows)
+
+
+def test_modes_batch_norm_settings_and_dropout_are_left_alone():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8, eps=3e-3, momentum=0.07), nn.Dropout(0.3), nn.Linear(8, 2))
+    model[1].eval()  # frozen by the user
+    x = torch.randn(8, 4)
+    before = [m.training for m in model.modules()]
+    make_plan(model, QuantPolicy.from_dict(POLICY), lambda: model(x))
+    assert [m.training for m in model.modules()] == before
+    quantized(model, x)
+    model.train().eval().train()
+    assert (model[1].eps, model[1].momentum, model[2].p) == (3e-3, 0.07, 0.3)
+
+
+def test_every_bias_has_a_gradient():
+    model, x = TinyNet(), images()
+    quantized(model, x)
+    model.train()(x).square().sum().backward()
+    biases = {n: p.grad for n, p in model.named_parameters() if n.endswith("bias") and n != "stem.bias"}
+    assert biases and all(grad is not None and grad.any() for grad in biases.values())
+
+
+def test_a_strict_export_never_drops_functional_sites():
+    model = TinyNet().eval()
+    quantized(model, images())
+    try:
+        program = torch.export.export(model, (images(),), strict=True)
+    except Exception as error:  # refused: dynamo says so in its own words
+        assert "sites are told apart by their order" in str(error)
+    else:
+        assert torch.equal(program.module()(images(3)), model(images(3)))
