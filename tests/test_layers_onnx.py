@@ -8,7 +8,7 @@ from small_models import both, lived
 from torch import Tensor, nn
 
 from qat.export.onnx import export_onnx
-from qat.export.runtime import OnnxRunner
+from qat.export.runtime import OnnxRunner, weight_codes
 from qat.export.verify import Verdict, check_codes
 
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from qat.integer import IntegerTensor
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from qat.export.runtime import OnnxRunner  # noqa: E402
+from qat.export.runtime import OnnxRunner, weight_codes  # noqa: E402
 from qat.export.verify import Comparison, Verdict, check_codes, check_kernels, check_outputs  # noqa: E402
 
 W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}

@@ -18,6 +18,8 @@ COMMANDS = {
     "verify": "check exported files against the trained model: qat verify [FILE] RUN_DIR",
     "bench": "measure exported files against the float one: qat bench FILE...",
     "inspect": "how well each quantizer of a checkpoint does, what hurts most first: qat inspect CKPT",
+    "sensitivity": "how much each width of each layer hurts: qat sensitivity [key=value ...]",
+    "search": "bits for every layer within a budget: qat search packed=60kB [key=value ...]",
     "report": "show a sweep, or any folder of runs: table, page and picture: qat report SWEEP_DIR",
 }
 

@@ -26,6 +26,7 @@ TYPES: dict[str, Any] = {
     "float_model": dict | None,
     "quant.calibration_samples": int,
     "quant.scale_lr": float | None,
+    "quant.predicted": dict[str, float] | None,
     "quant.module": str | None,
 }
 

@@ -179,6 +179,8 @@ class Run(Workspace):
             batches = run_steps(self.module, self.data.train_dataloader, STATISTICS_SAMPLES)
             report["bops"] = bops(self.audit_rows)
             report["layers"] = layer_rows(self.audit_rows, quantizer_stats(self.module, batches))
+        if self.cfg.quant.get("predicted"):
+            report["predicted"] = OmegaConf.to_container(self.cfg.quant.predicted)
         if verdict is not None:
             report["verify"] = verdict.to_dict()
         self.write_json("report.json", report)

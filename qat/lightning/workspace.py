@@ -36,7 +36,7 @@ from qat.lightning.weights import load_weights
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
 
-OTHER_KEYS = ("calibration_samples", "scale_lr", "module")
+OTHER_KEYS = ("calibration_samples", "scale_lr", "module", "predicted")
 """Of `quant`, what is no setting of the policy."""
 
 
