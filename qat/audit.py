@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from qat.cost import bit_operations
 from qat.errors import UserError
 from qat.functions import PROBABILITIES
 from qat.layers import BoundPart, Part
@@ -19,7 +20,6 @@ from qat.plan import OUTPUTS, Plan
 from qat.probe import Call, Recording
 from qat.reasons import FOLDS, Reasons, layers, type_name
 
-FLOAT_BITS = 32
 SHOWN_GAPS = 5
 
 
@@ -36,6 +36,7 @@ class AuditRow:
         macs: Multiply-accumulates for one sample; 0 where the recording can't tell (a layer without a twin). Those of
             an attention are in two rows: query with key, and below it `.probabilities` with value.
         params: Weights and biases, counted where they appear first.
+        bytes: What a packed file stores of them (`qat.storage.with_bytes` fills it in).
         reason: Why it is not integer throughout, or runs on floats even so; `None` if it is integer.
     """
 
@@ -47,6 +48,7 @@ class AuditRow:
     act_bits: int | None = None
     macs: int = 0
     params: int = 0
+    bytes: int = 0
     reason: str | None = None
 
     @property
@@ -54,7 +56,7 @@ class AuditRow:
         """Bit operations for one sample: MACs x bits of one side x bits of the other, where float counts 32."""
         # Integer throughout, but without a weight: a product of two activations.
         other = self.weight_bits or (self.act_bits if self.reason is None else None)
-        return self.macs * (other or FLOAT_BITS) * (self.act_bits or FLOAT_BITS)
+        return bit_operations(self.macs, other, self.act_bits)
 
     @property
     def folds(self) -> bool:

@@ -1,6 +1,7 @@
 """Scale formats: hardware stores scales in fewer bits than float32, and training has to use the ones it will have.
 
     float32    at least `TINY`
+    float16    2 ** -24 .. 65504
     pow2       2 ** -26 .. 2 ** 127
     e8m0       2 ** -126 .. 2 ** 127. The format has 2 ** -127 too, a subnormal float32 that hardware may flush to zero;
                blocks so small that they would need it use 2 ** -126
@@ -34,6 +35,11 @@ def power_of_two(scale: Tensor) -> Tensor:
     return binade(scale.float() * 2**0.5).clamp_min(POW2_FLOOR)
 
 
+def half(scale: Tensor) -> Tensor:
+    """The nearest float16, at least its smallest subnormal."""
+    return scale.float().clamp(2.0**-24, 65504.0).half().float()
+
+
 def microscaling(scale: Tensor) -> Tensor:
     """The block scale of OCP Microscaling v1.0, section 6.3: 2 ** (floor(log2 largest magnitude) - emax).
 
@@ -62,6 +68,8 @@ def two_level(scale: Tensor) -> Tensor:
 def snap(scale: Tensor, spec: QuantSpec) -> Tensor:
     """The scales that `spec.scale` can store, nearest to `scale` (for `e8m0` by its own rule); always above zero."""
     match spec.scale:
+        case "float16":
+            return half(scale)
         case "pow2":
             return power_of_two(scale)
         case "e8m0":

@@ -37,8 +37,9 @@ class QuantSpec:
         granularity: One scale per `tensor`, per output `channel`, per `group` of `group_size` input channels, or per
             `token` (the vector along the last axis of an activation, measured as it passes).
         group_size: Consecutive elements along the input-channel axis (of an activation: the last) with the same scale.
-        scale: Format of the scales: `float32`; `pow2`, the nearest power of two (hardware shifts); `e8m0`, the power
-            of two of the OCP Microscaling formats; `e4m3`, fp8 scales under one float32 scale per tensor (NVFP4).
+        scale: Format of the scales: `float32`; `float16`, which GGUF blocks have; `pow2`, the nearest power of two
+            (hardware shifts); `e8m0`, the power of two of the OCP Microscaling formats; `e4m3`, fp8 scales under one
+            float32 scale per tensor (NVFP4).
         quantizer: Name of a file in `qat/quantizers`: how the grid is trained.
         range: Name of a function in `qat/ranges.py`: how calibration finds the first scale.
         rounding_mode: `nearest`; or `stochastic`: in training, up or down at random, right on average. Codes are always
@@ -53,7 +54,7 @@ class QuantSpec:
     narrow: bool | None = None
     granularity: Literal["tensor", "channel", "group", "token"] = "tensor"
     group_size: int | None = None
-    scale: Literal["float32", "pow2", "e8m0", "e4m3"] = "float32"
+    scale: Literal["float32", "float16", "pow2", "e8m0", "e4m3"] = "float32"
     quantizer: str = "lsq"
     range: str = "mse"
     rounding_mode: Literal["nearest", "stochastic"] = "nearest"

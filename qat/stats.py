@@ -65,7 +65,7 @@ class QuantizerStats:
 
 
 @dataclass
-class _Tally:
+class Tally:
     """Sums over the values that one quantizer has seen so far."""
 
     signal: float = 0.0
@@ -111,7 +111,7 @@ def quantizer_stats(model: nn.Module, run: Callable[[], Any]) -> list[QuantizerS
         UserError: if a quantizer has no range yet, or meets NaN or infinity.
     """
     found = dict(named_quantizers(model))
-    tallies = {name: _Tally() for name, q in found.items() if not q.is_weight}
+    tallies = {name: Tally() for name, q in found.items() if not q.is_weight}
 
     def watch(name: str) -> Callable[..., None]:
         return lambda quantizer, args: tallies[name].add(name, quantizer, args[0])
@@ -125,9 +125,9 @@ def quantizer_stats(model: nn.Module, run: Callable[[], Any]) -> list[QuantizerS
         for handle in handles:
             handle.remove()
     tallies |= _weight_tallies(model, found)
-    readers = _readers(model)
+    readers = readers_of(model)
     seen = [name for name in found if name in tallies and tallies[name].total]
-    return [_summary(name, found[name], tallies[name], readers[found[name]]) for name in seen]
+    return [summarize(name, found[name], tallies[name], readers[found[name]]) for name in seen]
 
 
 @torch.no_grad()
@@ -139,9 +139,9 @@ def weight_stats(model: nn.Module) -> list[QuantizerStats]:
     """
     found = {name: q for name, q in named_quantizers(model) if q.is_weight}
     _check_calibrated(found)
-    readers = _readers(model)
+    readers = readers_of(model)
     tallies = _weight_tallies(model, found)
-    return [_summary(name, found[name], tally, readers[found[name]]) for name, tally in tallies.items()]
+    return [summarize(name, found[name], tally, readers[found[name]]) for name, tally in tallies.items()]
 
 
 def _check_calibrated(found: dict[str, Quantizer]) -> None:
@@ -150,19 +150,19 @@ def _check_calibrated(found: dict[str, Quantizer]) -> None:
             raise UserError(f"statistics of '{name}': it has no range yet; calibrate the model first (qat.calibrate)")
 
 
-def _weight_tallies(model: nn.Module, found: dict[str, Quantizer]) -> dict[str, _Tally]:
+def _weight_tallies(model: nn.Module, found: dict[str, Quantizer]) -> dict[str, Tally]:
     """One tally per weight quantizer, from the weight of the first layer that has it."""
     weights: dict[nn.Module, Tensor] = {}
     for layer in model.modules():
         if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None:
             weights.setdefault(layer.weight_quantizer, layer.weight)
-    tallies = {name: _Tally() for name, q in found.items() if q in weights}
+    tallies = {name: Tally() for name, q in found.items() if q in weights}
     for name, tally in tallies.items():
         tally.add(name, found[name], weights[found[name]])
     return tallies
 
 
-def _readers(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+def readers_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     """The layers and sites that read through each quantizer."""
     readers: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -171,7 +171,7 @@ def _readers(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return {quantizer: tuple(dict.fromkeys(names)) for quantizer, names in readers.items()}
 
 
-def _summary(name: str, quantizer: Quantizer, tally: _Tally, readers: tuple[str, ...]) -> QuantizerStats:
+def summarize(name: str, quantizer: Quantizer, tally: Tally, readers: tuple[str, ...]) -> QuantizerStats:
     scale = quantizer.step()
     both = tally.signal and tally.noise
     return QuantizerStats(

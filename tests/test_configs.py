@@ -26,7 +26,13 @@ def config(tmp_path):
     return composed
 
 
-EVERY = [f"{p.parent.name}={p.stem}" for p in sorted(configs_dir().glob("*/*.yaml")) if p.parent.name != "hydra"]
+EVERY = [
+    f"{group}={'/'.join(option)}"
+    for group, *option in sorted(
+        p.relative_to(configs_dir()).with_suffix("").parts for p in configs_dir().rglob("*/*.yaml")
+    )
+    if group != "hydra"
+]
 
 
 @pytest.mark.parametrize("choice", EVERY)

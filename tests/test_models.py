@@ -1,6 +1,7 @@
 """The reference models: shapes, names, hyperparameters, schedule, and the accuracy of the pretrained ResNet."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 from safetensors.torch import load_file, safe_open
 from torch.utils.data import DataLoader
 
-from qat.data import Digits, HFImages
+from qat.data import Digits, HFImages, Text
 from qat.errors import UserError
-from qat.models import MLP, Classifier, ResNet, SmallCNN
+from qat.lightning import load_weights
+from qat.models import GPT, MLP, Classifier, ResNet, SmallCNN
 from qat.models.classifier import cosine_factor
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -228,3 +230,91 @@ def test_pretrained_resnet20_keeps_its_accuracy_on_a_thousand_test_images(tmp_pa
     assert abs(accuracy - 0.9173) < 3 * math.sqrt(
         0.9173 * 0.0827 / 1000
     )  # three standard errors around the whole set's
+
+
+# -- the character GPT -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def verse(tmp_path) -> Path:
+    path = tmp_path / "verse.txt"
+    path.write_text("to be, or not to be, that is the question:\n" * 20, encoding="utf-8")
+    return path
+
+
+def test_the_pretrained_gpt_reproduces_its_published_loss():
+    text, weights = DATA / "text" / "tinyshakespeare.txt", PRETRAINED / "chargpt_shakespeare.safetensors"
+    if not (text.is_file() and weights.is_file()):
+        pytest.skip(f"no {text.name} and {weights.name} in {DATA}")
+    model, data = GPT(), Text(str(text))
+    load_weights(model, weights)
+    result = quiet_trainer().test(model, data, verbose=False)[0]
+    assert result["test/loss"] == pytest.approx(1.9069, abs=5e-5)
+
+
+def test_a_character_s_logits_depend_on_nothing_behind_it():
+    model = GPT(num_classes=9, block=8, layers=2, heads=2, width=16).eval()
+    tokens = torch.randint(9, (3, 8))
+    changed = tokens.clone()
+    changed[:, 5:] = (changed[:, 5:] + 1) % 9
+    before, after = model(tokens), model(changed)
+    assert torch.allclose(before[:, :5], after[:, :5], atol=1e-6) and not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+def test_every_parameter_of_the_gpt_gets_a_gradient_and_its_loss_falls(verse):
+    torch.manual_seed(0)
+    data = Text(str(verse), block=8, batch_size=8, train_windows=400)
+    data.setup()
+    model = GPT(len(data.vocabulary), block=8, layers=1, heads=2, width=16, optimizer="adamw", lr=0.01)
+    trainer = quiet_trainer(max_epochs=1)
+    before = trainer.test(model, data, verbose=False)[0]["test/loss"]
+    assert before == pytest.approx(math.log(len(data.vocabulary)), abs=0.1), "it knows nothing yet"
+    trainer.fit(model, data)
+    assert trainer.test(model, data, verbose=False)[0]["test/loss"] < before - 0.5
+    model._step(next(iter(data.train_dataloader())))[0].backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_every_window_is_followed_by_the_characters_that_come_next_in_the_file(verse):
+    data = Text(str(verse), block=7, batch_size=4, train_windows=10)
+    data.setup()
+    text = "".join(data.vocabulary[c] for c in torch.cat([data.train_codes, data.test_codes]))
+    assert text == verse.read_text(encoding="utf-8")
+    seen = 0
+    for x, y in [*data.train_dataloader(), *data.test_dataloader()]:
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        for window, following in zip(x, y, strict=True):
+            both = "".join(data.vocabulary[c] for c in [*window, following[-1]])
+            assert both in text
+            seen += 1
+    assert seen == 10 + (len(data.test_codes) - 1) // 7
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        pytest.param({"path": None}, "data.path is null", id="no-path"),
+        pytest.param({"path": "vrse.txt"}, "no such file; did you mean 'verse.txt'", id="typo"),
+        pytest.param({"block": 0}, "data.block=0: expected at least 1", id="block"),
+        pytest.param({"test_fraction": 1.0}, "data.test_fraction=1.0", id="fraction"),
+        pytest.param({"block": 500}, "its test part has 86 characters", id="too-short"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_named(options, said, verse):
+    path = options.pop("path", verse.name)
+    with pytest.raises(UserError, match=re.escape(said)):
+        Text(**{"path": path and str(verse.with_name(path)), **options}).setup()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        pytest.param(torch.zeros(2, 9, dtype=torch.int64), "set model.block=9", id="window-too-long"),
+        pytest.param(torch.full((2, 8), 12), "the data has character code 12", id="vocabulary-too-small"),
+        pytest.param(torch.zeros(2, 8), "expected windows of character codes", id="no-codes"),
+    ],
+)
+def test_text_that_does_not_fit_the_gpt_is_named(tokens, said):
+    model = GPT(num_classes=9, block=8, layers=1, heads=2, width=16)
+    with pytest.raises(UserError, match=re.escape(said)):
+        model.predict_step((tokens, tokens), 0)

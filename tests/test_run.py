@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from qat.cli import main
+from qat.export.manifest import write_manifest
 
 TINY = ["model=mlp", "model.width=16", "data.train_limit=192", "data.val_limit=64", "data.test_limit=128"]
 SHORT = [
@@ -22,8 +23,8 @@ SHORT = [
     "trainer.enable_progress_bar=false",
 ]
 EVERY_FILE = """float.safetensors float.onnx checkpoints/last.ckpt checkpoints/best.ckpt quantized.ckpt model.onnx
-    model.safetensors manifest.json audit.json report.json report.png progress.json csv/metrics.csv float/metrics.csv
-    train.log .hydra/config.yaml""".split()  # noqa: SIM905 - as one writes it on the command line
+    model.onnx.json model.safetensors manifest.json audit.json report.json report.png progress.json csv/metrics.csv
+    float/metrics.csv train.log .hydra/config.yaml""".split()  # noqa: SIM905 - as one writes it on the command line
 
 
 @pytest.fixture(autouse=True)
@@ -104,12 +105,16 @@ def test_verify_fails_with_status_1_and_says_why_after_one_weight_code_was_chang
     codes.flat[0] = codes.flat[0] + np.int8(1) if codes.flat[0] < 127 else codes.flat[0] - np.int8(1)
     tensor.CopyFrom(onnx.numpy_helper.from_array(codes, tensor.name))
     path.write_bytes(model.SerializeToString())
+    manifest = path.with_name("model.onnx.json")
+    stated = manifest.read_text()
+    write_manifest(manifest, "OnnxTarget", [path], {path.name: path.name})
     try:
         assert main(["verify", str(finished)]) == 1
         said = capfd.readouterr().out
         assert "NOT VERIFIED: weight codes differ" in said and "weight codes: of 1 of 3 layers" in said
     finally:
         path.write_bytes(original)
+        manifest.write_text(stated)
 
 
 @pytest.mark.parametrize(
@@ -144,8 +149,8 @@ def test_without_a_runtime_file_the_packed_integers_are_written_all_the_same(tmp
     assert _train(tmp_path / "run", "export=none") == 0
     assert (tmp_path / "run" / "model.safetensors").is_file() and not (tmp_path / "run" / "model.onnx").exists()
     assert list(_report(tmp_path / "run")["stages"]) == ["float", "ptq", "qat"]
-    assert main(["verify", str(tmp_path / "run")]) == 2
-    assert "was run with export=none" in capfd.readouterr().err
+    assert main(["verify", str(tmp_path / "run")]) == 0
+    assert "model.safetensors: verified: weight codes identical" in " ".join(capfd.readouterr().out.split())
 
 
 @pytest.mark.parametrize(
@@ -206,6 +211,7 @@ def test_wandb_offline_holds_layers_results_and_the_exported_files(tmp_path, mon
     names = set(artifact.manifest.entries)
     assert artifact.name == "a-run-export" and names == {
         "model.onnx",
+        "model.onnx.json",
         "model.safetensors",
         "manifest.json",
         "report.json",
@@ -327,3 +333,12 @@ def test_a_model_with_nothing_to_quantize_is_refused_before_training(in_an_empty
     assert main(argv) == 2
     assert "Bare has no layer that can be quantized" in capfd.readouterr().err
     assert not Path("run").exists()
+
+
+def test_float_training_can_start_from_float_weights(finished, tmp_path, capfd):
+    weights = f"float_ckpt={finished / 'float.safetensors'}"
+    assert _train(tmp_path / "run", "quant=off", weights, "float_model.lr=1e-9") == 0
+    before, after = (_report(run)["stages"]["float"]["metric"] for run in (finished, tmp_path / "run"))
+    assert after == pytest.approx(before, abs=0.01), "one epoch at no learning rate leaves it as it was"
+    assert _train(tmp_path / "other", weights, f"ckpt={finished / 'float.safetensors'}") == 2
+    assert "leave one out" in capfd.readouterr().err and not (tmp_path / "other").exists()

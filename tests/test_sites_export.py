@@ -16,7 +16,7 @@ from qat.integer import IntegerTensor
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from qat.export.runtime import OnnxRunner  # noqa: E402
+from qat.export.runtime import OnnxRunner, weight_codes  # noqa: E402
 from qat.export.verify import Comparison, Verdict, check_codes, check_kernels, check_outputs  # noqa: E402
 
 W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}
@@ -108,7 +108,7 @@ def test_sites_run_on_integer_kernels_and_compute_what_training_did(name, policy
         expected = fake(test)
         torch.testing.assert_close(converted(test), expected, atol=1e-5, rtol=1e-5)
     comparison.update(expected.numpy(), runner(test.numpy()))
-    check_codes(verdict, converted, path)
+    check_codes(verdict, converted, weight_codes(path))
     check_kernels(verdict, converted, runner)
     check_outputs(verdict, comparison, 0.95)
     assert verdict.passed, verdict.to_dict()

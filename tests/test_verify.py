@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from qat.errors import UserError
+from qat.export.manifest import write_manifest
 from qat.export.onnx import OnnxTarget, export_onnx
 from qat.export.runtime import OnnxRunner
 from qat.export.verify import Comparison, Verdict, check_kernels, check_metric
-from qat.lightning.evaluate import verify_onnx
+from qat.insert import Plan
+from qat.lightning.evaluate import verify_file
 
 torch.set_num_threads(1)
 
@@ -53,7 +56,7 @@ class Trained:
         export_onnx(Net(copy.deepcopy(float_model)), x, folder / "float.onnx")
         self.fake, self.converted = both(Net(float_model), x, POLICY)
         self.path = folder / "model.onnx"
-        export_onnx(self.converted, x, self.path)
+        OnnxTarget().export(self.converted, Plan(), x, self.path)
         self.loss = self.test()["test/loss"]
 
     def test(self) -> dict[str, float]:
@@ -69,8 +72,16 @@ class Trained:
         )
 
     def verify(self, path, target: OnnxTarget | None = None) -> Verdict:
-        return verify_onnx(
-            path, target or OnnxTarget(), self.converted, self.trainer(), self.fake, Data(), "test/loss", self.loss
+        return verify_file(
+            path,
+            target or OnnxTarget(),
+            self.converted,
+            self.fake,
+            self.trainer(),
+            self.fake,
+            Data(),
+            "test/loss",
+            self.loss,
         )
 
 
@@ -88,15 +99,22 @@ def failed(verdict: Verdict) -> dict[str, str]:
     return {check.name: check.detail for check in verdict.checks if not check.passed}
 
 
+def stamped(path) -> Path:
+    """Gives a file that nobody exported a manifest."""
+    write_manifest(path.with_name(f"{path.name}.json"), "OnnxTarget", [path], {path.name: path.name})
+    return path
+
+
 def edited(source, target, edit) -> None:
     model = onnx.load(source)
     edit({t.name: t for t in model.graph.initializer})
     onnx.save(model, target)
+    stamped(target)
 
 
 def test_a_faithful_file_passes_every_check(trained) -> None:
     verdict = trained.verify(trained.path)
-    assert failed(verdict) == {} and len(verdict.checks) == 5
+    assert failed(verdict) == {} and len(verdict.checks) == 7
     assert verdict.facts["samples"] == 40 and verdict.facts["codes_identical"]
     assert verdict.facts["integer_nodes"] == verdict.facts["expected_integer_nodes"] == 3
 
@@ -123,7 +141,7 @@ def test_another_models_file_is_found(trained, other) -> None:
 
 
 def test_a_float_file_is_found(trained) -> None:
-    wrong = failed(trained.verify(trained.path.with_name("float.onnx")))
+    wrong = failed(trained.verify(stamped(trained.path.with_name("float.onnx"))))
     assert "'model.stem' are missing" in wrong["weight codes"]
     assert wrong["integer kernels"].startswith("0 of 3")
 
@@ -144,7 +162,9 @@ def test_nan_outputs_are_named(trained, tmp_path) -> None:
 def test_a_wrong_scale_is_found_though_every_prediction_agrees(trained, tmp_path) -> None:
     edited(trained.path, tmp_path / "x.onnx", scaled(1.2))
     wrong = failed(trained.verify(tmp_path / "x.onnx", OnnxTarget(min_agreement=0, max_metric_change=9)))
-    assert list(wrong) == ["outputs"] and "steps of the 8-bit output grid on the average" in wrong["outputs"]
+    assert list(wrong) == ["outputs", "outputs without optimizations", "layers"]
+    assert wrong["layers"] == "the first layer that diverges is 'model.head'"
+    assert "steps of the 8-bit output grid on the average" in wrong["outputs"]
 
 
 def test_a_missing_file_is_named(trained, tmp_path) -> None:
@@ -154,18 +174,21 @@ def test_a_missing_file_is_named(trained, tmp_path) -> None:
 
 def test_a_truncated_file_is_named(trained, tmp_path) -> None:
     (tmp_path / "x.onnx").write_bytes(trained.path.read_bytes()[:-99])
+    stamped(tmp_path / "x.onnx")
     with pytest.raises(UserError, match=r"x\.onnx: onnxruntime refuses it"):
         trained.verify(tmp_path / "x.onnx")
 
 
 def test_a_file_of_other_inputs_is_named(trained, tmp_path) -> None:
     export_onnx(nn.Sequential(nn.Flatten(), nn.Linear(75, 5)), torch.randn(2, 3, 5, 5), tmp_path / "x.onnx")
+    stamped(tmp_path / "x.onnx")
     with pytest.raises(UserError, match=r"x\.onnx: cannot run on float32 \[16, 3, 8, 8\]"):
         trained.verify(tmp_path / "x.onnx")
 
 
 def test_a_file_of_other_outputs_is_named(trained, tmp_path) -> None:
     export_onnx(nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), torch.randn(2, 3, 8, 8), tmp_path / "x.onnx")
+    stamped(tmp_path / "x.onnx")
     with pytest.raises(UserError, match=r"outputs have shape \[16, 7\] where the trained model's have \[16, 5\]"):
         trained.verify(tmp_path / "x.onnx")
 
@@ -197,5 +220,6 @@ def test_no_samples_agree_with_nothing() -> None:
 
 
 def test_the_file_can_be_used_from_anywhere(trained, tmp_path) -> None:
-    shutil.copy(trained.path, tmp_path / "moved.onnx")
-    assert trained.verify(tmp_path / "moved.onnx").passed
+    for name in ("model.onnx", "model.onnx.json"):
+        shutil.copy(trained.path.with_name(name), tmp_path / name)
+    assert trained.verify(tmp_path / "model.onnx").passed

@@ -14,8 +14,13 @@ from qat.errors import UserError, nearest
 
 COMMANDS = {
     "train": "calibrate, train, convert, export and verify: qat train [key=value ...]",
+    "export": "write a finished run, or a checkpoint, in another format: qat export RUN_DIR target=NAME",
+    "verify": "check exported files against the trained model: qat verify [FILE] RUN_DIR",
+    "bench": "measure exported files against the float one: qat bench FILE...",
+    "inspect": "how well each quantizer of a checkpoint does, what hurts most first: qat inspect CKPT",
+    "sensitivity": "how much each width of each layer hurts: qat sensitivity [key=value ...]",
+    "search": "bits for every layer within a budget: qat search packed=60kB [key=value ...]",
     "report": "show a sweep, or any folder of runs: table, page and picture: qat report SWEEP_DIR",
-    "verify": "check the exported files of a finished run again: qat verify RUN_DIR",
 }
 
 

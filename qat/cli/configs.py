@@ -18,6 +18,7 @@ TYPES: dict[str, Any] = {
     "name": str,
     "seed": int,
     "ckpt": str | None,
+    "float_ckpt": str | None,
     "cache_dir": str | None,
     "metric": str,
     "mode": Literal["max", "min"],
@@ -25,6 +26,7 @@ TYPES: dict[str, Any] = {
     "float_model": dict | None,
     "quant.calibration_samples": int,
     "quant.scale_lr": float | None,
+    "quant.predicted": dict[str, float] | None,
     "quant.module": str | None,
 }
 

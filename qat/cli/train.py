@@ -88,6 +88,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def quieten(logger: str) -> None:
+    """Keeps small talk out of a logger's handlers ("" is the root, where Hydra's are)."""
+    for handler in logging.getLogger(logger).handlers:
+        handler.addFilter(lambda record: not record.getMessage().startswith(SMALL_TALK))
+
+
 def _sweeping(args: argparse.Namespace) -> bool:
     """Whether the command line asks for a sweep, and not only to be shown something."""
     shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
@@ -111,11 +117,12 @@ def _key(override: str) -> str:
 
 def _prepare(cfg: DictConfig, run_dir: Path) -> None:
     """Checks what only the whole config shows, and readies the log handlers that Hydra has just made."""
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(lambda record: not record.getMessage().startswith(SMALL_TALK))
+    quieten("")
     finish(cfg, run_dir)
     if cfg.get("sweep"):
         raise UserError("this config has a sweep, and the command is for one run: add -m to run the sweep, or ~sweep")
+    if cfg.get("search"):
+        raise UserError("this config has a search, which training does not look at: qat search ..., or ~search")
 
 
 @contextmanager

@@ -1,18 +1,33 @@
-"""`qat verify RUN_DIR`: the proof of a finished run, made again from the files alone."""
+"""`qat verify [FILE] RUN_DIR`: the proof of a finished run, made again from the files alone.
+
+Without FILE, it checks what `qat train` wrote; with it, any file that `qat export` made of the run. RUN_DIR may be the
+checkpoint that FILE was made of. Settings of the target (min_agreement=0.9) may follow FILE.
+"""
 
 import argparse
 from pathlib import Path
 
+from qat.cli.targets import of_file, split
 from qat.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Verifies the exported files under RUN_DIR; status 0 if all agree with the trained model, 1 if one does not."""
+    """Verifies exported files; status 0 if all agree with the trained model, 1 if one does not."""
     parser = argparse.ArgumentParser(prog="qat verify", description=__doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="a directory that `qat train` wrote")
-    run_dir: Path = parser.parse_args(argv).run_dir.absolute()
-    if not run_dir.is_dir():
+    parser.add_argument("arguments", metavar="[FILE] RUN_DIR [key=value ...]", nargs="+")
+    paths, settings = split(parser.parse_args(argv).arguments)
+    if len(paths) not in (1, 2):
+        raise UserError("write qat verify [FILE] RUN_DIR [key=value ...]")
+    run_dir = Path(paths[-1]).absolute()
+    if not run_dir.exists() or (len(paths) == 1 and not run_dir.is_dir()):
         raise UserError(f"RUN_DIR {run_dir} is not a directory")
-    from qat.lightning.run import verify  # imports torch: only once there is something to verify
+    if len(paths) == 1:
+        if settings:
+            raise UserError(f"{next(iter(settings))}=...: name the FILE that it is for")
+        target, file = None, None
+    else:
+        file = Path(paths[0]).absolute()
+        target = of_file(file, settings)
+    from qat.lightning.deploy import verify  # imports torch: only once there is something to verify
 
-    return 0 if verify(run_dir) else 1
+    return 0 if verify(run_dir, target, file) else 1

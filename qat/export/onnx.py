@@ -19,10 +19,10 @@ import copy
 import io
 import logging
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,10 +32,14 @@ from qat.errors import UserError
 from qat.export import onnx_passes
 from qat.export.files import atomic
 from qat.export.onnx_slim import slim
+from qat.export.runtime import OnnxRunner, weight_codes
+from qat.export.target import INPUT, OUTPUT, Target
+from qat.export.torch_runner import OneInput
+from qat.export.verify import check_kernels
+from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting
 
 OPSET = 21
-INPUT, OUTPUT = "input", "output"
 
 
 class OnnxEmitter:
@@ -85,17 +89,6 @@ class _FlatLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _OneInput(nn.Module):
-    """Gives every model the same signature (a quantized twin's forward takes `*args`)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.model(input)
-
-
 def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
     """Writes `model`, a converted or a float one, with a dynamic batch dimension, one input and one output.
 
@@ -127,7 +120,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
     with emitting(emitter), _quiet(), _FlatLinear():
         try:
             program = torch.onnx.export(
-                _OneInput(model), (example,), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
+                OneInput(model), (example,), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
                 dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=[INPUT], output_names=[OUTPUT],
             )  # fmt: skip
         except Exception as error:  # whatever stops a tracer, its first line says it best
@@ -160,21 +153,20 @@ def _quiet():
             logger.setLevel(level)
 
 
-@dataclass(frozen=True)
-class OnnxTarget:
-    """An ONNX file for ONNX Runtime, and what verification asks of it.
+class OnnxTarget(Target):
+    """An ONNX file for ONNX Runtime."""
 
-    Attributes:
-        min_agreement: Smallest share of test samples with the same prediction as the fake-quantized model.
-        max_metric_change: Largest difference between the metric computed from the file and the trained one.
-    """
-
-    min_agreement: float = 0.98
-    max_metric_change: float = 0.01
     file = "model.onnx"
+    optimizes = True
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_agreement <= 1:
-            raise UserError(f"min_agreement={self.min_agreement}: must be between 0 and 1")
-        if self.max_metric_change < 0:
-            raise UserError(f"max_metric_change={self.max_metric_change}: must not be negative")
+    def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
+        export_onnx(model, example, folder / self.file)
+
+    def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> OnnxRunner:
+        return OnnxRunner(path, optimize=optimize, threads=threads)
+
+    def codes(self, path: Path) -> dict[str, np.ndarray]:
+        return weight_codes(path)
+
+    def check_kernels(self, verdict: Any, converted: nn.Module, runner: OnnxRunner) -> None:
+        check_kernels(verdict, converted, runner)

@@ -7,24 +7,29 @@ can be rebuilt) and checksums of the weights file and of itself.
 """
 
 import copy
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from qat import __version__
 from qat.convert import convert
 from qat.errors import UserError
 from qat.export.files import atomic, sha256
+from qat.export.manifest import digest, read_json
+from qat.export.target import Target
+from qat.export.torch_runner import TorchRunner
 from qat.insert import Plan, apply_plan, named_quantizers
 from qat.integer import IntegerTensor
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 FORMAT = 1
+SUFFIX = ".integer_weight.codes"
 
 
 def pack(codes: Tensor, bits: int, first: int) -> Tensor:
@@ -80,16 +85,10 @@ def save_packed(model: nn.Module, plan: Plan, folder: str | Path) -> None:
             tensors[key] = value.detach().clone().contiguous()
     with atomic(folder / WEIGHTS) as weights, atomic(folder / MANIFEST) as described_in:
         save_file(tensors, weights)
-        manifest = {"format": FORMAT, "sha256": sha256(weights), "packed": described, "plan": plan.to_dict()}
-        manifest |= {"shared": shared} if shared else {}
-        manifest["manifest_sha256"] = _digest(manifest)
+        manifest: dict[str, Any] = {"format": FORMAT, "qat": __version__, "sha256": sha256(weights)}
+        manifest |= {"packed": described, "plan": plan.to_dict()} | ({"shared": shared} if shared else {})
+        manifest["manifest_sha256"] = digest(manifest)
         described_in.write_text(json.dumps(manifest, indent=1))
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of all of the manifest but itself."""
-    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -99,18 +98,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         UserError: if either file is missing, damaged, swapped, or of another format version.
     """
     folder = Path(folder)
-    for name in (MANIFEST, WEIGHTS):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: no such file; a packed model is {WEIGHTS} beside {MANIFEST}")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version = manifest["format"]
-    except (ValueError, KeyError, TypeError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise UserError(f"{folder / MANIFEST}: is damaged or no manifest") from None
-    if version != FORMAT:
-        raise UserError(f"{folder / MANIFEST}: has format {version}; this version reads format {FORMAT}")
-    if manifest.get("manifest_sha256") != _digest(manifest):
-        raise UserError(f"{folder / MANIFEST}: is damaged: its content does not have the checksum that it states")
+    manifest = read_json(folder / MANIFEST, FORMAT)
+    if not (folder / WEIGHTS).is_file():
+        raise UserError(f"{folder / WEIGHTS}: no such file; a packed model is {WEIGHTS} beside {MANIFEST}")
     if sha256(folder / WEIGHTS) != manifest.get("sha256"):
         raise UserError(f"{folder / WEIGHTS}: does not match {MANIFEST}: damaged, or of another model")
     return manifest
@@ -127,16 +117,7 @@ def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
         UserError: if the files are unfit (see `read_manifest`) or belong to another architecture.
     """
     manifest = read_manifest(folder)
-    try:
-        tensors = load_file(Path(folder) / WEIGHTS)
-        plan = Plan.from_dict(manifest["plan"])
-        for key, how in manifest["packed"].items():
-            tensors[key] = unpack(
-                tensors[key], how["bits"], how["first_code"], tuple(how["shape"]), getattr(torch, how["dtype"])
-            )
-        tensors |= {key: tensors[first] for key, first in manifest.get("shared", {}).items()}
-    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{Path(folder) / MANIFEST}: is damaged ({error})") from None
+    tensors, plan = _tensors(Path(folder), manifest), _plan(Path(folder), manifest)
     skeleton = _skeleton(model, plan)
     for key, tensor in _integer_tensors(skeleton).items():
         tensor.bits = manifest["packed"].get(key, {}).get("bits", tensor.bits)
@@ -147,6 +128,27 @@ def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
             f"{folder}: holds another architecture than {type(model).__name__}: {str(error).splitlines()[-1].strip()}"
         ) from None
     return skeleton
+
+
+def _tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """What the weights file holds, unpacked."""
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        for key, how in manifest["packed"].items():
+            tensors[key] = unpack(
+                tensors[key], how["bits"], how["first_code"], tuple(how["shape"]), getattr(torch, how["dtype"])
+            )
+        tensors |= {key: tensors[first] for key, first in manifest.get("shared", {}).items()}
+    except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{folder / MANIFEST}: is damaged ({error})") from None
+    return tensors
+
+
+def _plan(folder: Path, manifest: dict[str, Any]) -> Plan:
+    try:
+        return Plan.from_dict(manifest["plan"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / MANIFEST}: is damaged ({error})") from None
 
 
 def _skeleton(model: nn.Module, plan: Plan) -> nn.Module:
@@ -160,3 +162,31 @@ def _skeleton(model: nn.Module, plan: Plan) -> nn.Module:
         quantizer.initialised.fill_(True)
         quantizer.enable()
     return convert(shell, plan)
+
+
+def packed_codes(folder: str | Path) -> dict[str, np.ndarray]:
+    """The integer weights in a packed model, by layer."""
+    manifest = read_manifest(folder)
+    return {
+        key.removesuffix(SUFFIX): tensor.numpy()
+        for key, tensor in _tensors(Path(folder), manifest).items()
+        if key.endswith(SUFFIX)
+    }
+
+
+class PackedTarget(Target):
+    """`model.safetensors` + `manifest.json`, loaded back into the architecture and run by torch."""
+
+    file = WEIGHTS
+
+    def export(self, model: nn.Module, plan: Plan, example: Tensor, path: Path) -> None:
+        if path.name != WEIGHTS:
+            raise UserError(f"{path}: a packed model is {WEIGHTS} beside {MANIFEST}; choose a folder for it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_packed(model, plan, path.parent)
+
+    def load(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> TorchRunner:
+        return TorchRunner(load_packed(model, path.parent), path, list(packed_codes(path.parent)))
+
+    def codes(self, path: Path) -> dict[str, np.ndarray]:
+        return packed_codes(path.parent)

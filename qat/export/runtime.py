@@ -1,7 +1,6 @@
 """ONNX Runtime as the judge: what it loads, which kernels it picks, what it computes, how fast."""
 
 import collections
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -12,8 +11,9 @@ import onnx
 import onnxruntime as ort
 
 from qat.errors import UserError
-from qat.export.onnx import INPUT
-from qat.export.onnx_passes import PASS_THROUGH, SHARED_KEY, is_weight
+from qat.export.onnx_layers import expose, layer_values, shared_weights
+from qat.export.onnx_passes import PASS_THROUGH, is_weight
+from qat.export.target import INPUT, Runner
 
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
 
@@ -35,18 +35,20 @@ class OnnxRunner:
         if not self.path.is_file():
             raise UserError(f"{self.path}: no such file")
         self.optimize, self.threads = optimize, threads
-        self._session = self._open()
+        self._session = self._session_of(str(self.path), optimize=optimize)
 
-    def _open(self, optimized_copy: str | None = None) -> ort.InferenceSession:
+    def _session_of(
+        self, content: str | bytes, *, optimize: bool, optimized_copy: str | None = None
+    ) -> ort.InferenceSession:
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what is wrong comes as an exception
         options.intra_op_num_threads = self.threads
         level = ort.GraphOptimizationLevel
-        options.graph_optimization_level = level.ORT_ENABLE_ALL if self.optimize else level.ORT_DISABLE_ALL
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         if optimized_copy is not None:
             options.optimized_model_filepath = optimized_copy
         try:
-            return ort.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the runtime's own exception types are private
             raise UserError(f"{self.path}: onnxruntime refuses it: {str(error).splitlines()[0]}") from None
 
@@ -62,23 +64,37 @@ class OnnxRunner:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
 
+    def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
+        content, layers = expose(onnx.load(str(self.path)), only)
+        if (
+            only is None
+        ):  # a layer whose output is seen is no integer kernel, so this would be neither one nor the other
+            session = self._session_of(content.SerializeToString(), optimize=False)
+        else:
+            session = self._session_of(content.SerializeToString(), optimize=self.optimize)
+        values = session.run(list(layers.values()), {INPUT: x})
+        return {name: np.asarray(value) for name, value in zip(layers, values, strict=True)}
+
+    def float_layers(self) -> list[str]:
+        """The layers that the runtime computes in float: their output exists, and no integer kernel made it."""
+        with tempfile.TemporaryDirectory() as folder:
+            target = str(Path(folder) / "optimized.onnx")
+            self._session_of(str(self.path), optimize=self.optimize, optimized_copy=target)
+            made = {name: node.op_type for node in onnx.load(target).graph.node for name in node.output}
+        layers = layer_values(onnx.load(str(self.path)))
+        return [layer for layer, value in layers.items() if made.get(value, INTEGER_KERNELS[0]) not in INTEGER_KERNELS]
+
     def kernels(self) -> collections.Counter[str]:
         """How many nodes of each kind the runtime executes, after its optimizations."""
         with tempfile.TemporaryDirectory() as folder:
             target = str(Path(folder) / "optimized.onnx")
-            self._open(target)
+            self._session_of(str(self.path), optimize=self.optimize, optimized_copy=target)
             return collections.Counter(node.op_type for node in onnx.load(target).graph.node)
 
     def integer_nodes(self) -> int:
         """How many convolutions and matrix products run on integers."""
         kernels = self.kernels()
         return sum(kernels[name] for name in INTEGER_KERNELS)
-
-    def blank(self) -> np.ndarray:
-        """One sample of zeros."""
-        (node,) = self._session.get_inputs()
-        dtype = np.int64 if node.type == "tensor(int64)" else np.float32
-        return np.zeros([1, *(int(d) for d in node.shape[1:])], dtype)
 
 
 def weight_codes(path: str | Path) -> dict[str, np.ndarray]:
@@ -91,8 +107,7 @@ def weight_codes(path: str | Path) -> dict[str, np.ndarray]:
         if is_weight(tensor.name) and tensor.data_type in integer:
             array = onnx.numpy_helper.to_array(tensor)
             found[tensor.name] = array if array.dtype == np.uint8 else array.astype(np.int8)
-    metadata = {entry.key: entry.value for entry in model.metadata_props}
-    for name, same in json.loads(metadata.get(SHARED_KEY, "{}")).items():
+    for name, same in shared_weights(model).items():
         found[name] = found[same]
     return {name.rpartition(".")[0]: array for name, array in found.items()}
 
@@ -134,14 +149,13 @@ def float_convolutions(path: str | Path) -> int:
     )
 
 
-def latency_ms(runners: Mapping[str, OnnxRunner], repeats: int = 200) -> dict[str, float]:
+def latency_ms(runners: Mapping[str, Runner], sample: np.ndarray, repeats: int = 200) -> dict[str, float]:
     """Median milliseconds for one sample, measured in turn (a machine that slows down slows all of them)."""
     times: dict[str, list[float]] = {name: [] for name in runners}
-    inputs = {name: runner.blank() for name, runner in runners.items()}
     for step in range(repeats + repeats // 10):
         for name, runner in runners.items():
             start = time.perf_counter()
-            runner(inputs[name])
+            runner(sample)
             if step >= repeats // 10:
                 times[name].append(time.perf_counter() - start)
     return {name: float(np.median(t)) * 1e3 for name, t in times.items()}

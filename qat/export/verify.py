@@ -8,6 +8,7 @@ take the other one (measured: 5 in a million per layer), and what follows carrie
 be steps away; a file that computes something else is away on the average.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +16,10 @@ import numpy as np
 from torch import nn
 
 from qat.errors import UserError
-from qat.export.runtime import OnnxRunner, float_convolutions, weight_codes
+from qat.export.runtime import OnnxRunner, float_convolutions
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
 from qat.layers import Part, Site, original_class
 from qat.plan import kind_of
-
-MAX_MEAN_STEPS = 1.0
-"""Largest mean deviation of outputs. A single flip of a code spreads over the outputs as rounding noise does, far
-below a step."""
 
 
 @dataclass
@@ -145,9 +142,8 @@ def _is_codes(grid: Any) -> bool:
     return isinstance(grid[-1] if isinstance(grid, nn.Sequential) else grid, IntegerActivation)
 
 
-def check_codes(verdict: Verdict, converted: nn.Module, path: str) -> None:
+def check_codes(verdict: Verdict, converted: nn.Module, stored: Mapping[str, np.ndarray]) -> None:
     """Every weight's codes in the file against those of the converted model, bit for bit."""
-    stored = weight_codes(path)
     expected = {
         name.rpartition(".")[0]: module.integer_weight.codes.numpy()
         for name, module in ((f"{n}.", m) for n, m in converted.named_modules())
@@ -179,26 +175,36 @@ def check_kernels(verdict: Verdict, converted: nn.Module, runner: OnnxRunner) ->
     verdict.add("integer kernels", found >= expected, f"{found} of {expected} convolutions and matrix products{note}")
 
 
-def check_outputs(verdict: Verdict, comparison: Comparison, min_agreement: float) -> None:
-    """Predictions and outputs over the data set."""
-    verdict.facts.update(
-        agreement=comparison.agreement,
-        max_deviation_steps=comparison.deviation_steps,
-        mean_deviation_steps=comparison.mean_steps,
-        samples=comparison.samples,
-    )
+def check_outputs(
+    verdict: Verdict, comparison: Comparison, min_agreement: float, max_mean_steps: float, note: str = ""
+) -> None:
+    """Predictions and outputs over the data set.
+
+    Args:
+        verdict: Gets two checks.
+        comparison: Of the file with the fake-quantized model.
+        min_agreement, max_mean_steps: See `Target`.
+        note: What distinguishes the run (" without optimizations"); its deviations are kept as no facts of the file.
+    """
+    if not note:
+        verdict.facts.update(
+            agreement=comparison.agreement,
+            max_deviation_steps=comparison.deviation_steps,
+            mean_deviation_steps=comparison.mean_steps,
+            samples=comparison.samples,
+        )
     verdict.add(
-        "predictions",
+        f"predictions{note}",
         comparison.agreement >= min_agreement,
         f"{comparison.agreement:.2%} of {comparison.samples} agree (at least {min_agreement:.2%} wanted)",
     )
     detail = (
         f"deviate by {comparison.mean_steps:.3f} steps of the 8-bit output grid on the average "
-        f"(at most {MAX_MEAN_STEPS:g} wanted), {comparison.deviation_steps:.2f} at most"
+        f"(at most {max_mean_steps:g} wanted), {comparison.deviation_steps:.2f} at most"
     )
     verdict.add(
-        "outputs",
-        comparison.mean_steps <= MAX_MEAN_STEPS,
+        f"outputs{note}",
+        comparison.mean_steps <= max_mean_steps,
         detail if np.isfinite(comparison.deviation) else "hold NaN or infinity",
     )
 

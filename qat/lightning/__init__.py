@@ -1,6 +1,8 @@
 """Lightning: the callbacks that insert, calibrate, train and log, and what checkpoints need."""
 
 from qat.lightning.callback import QATCallback
+from qat.lightning.distill import Distill
+from qat.lightning.health import QuantizerHealth
 from qat.lightning.logs import LogQuantizers
 from qat.lightning.module import load_from_checkpoint
 from qat.lightning.resume import SeedEpochs
@@ -19,12 +21,14 @@ from qat.lightning.weights import load_weights, read_checkpoint
 __all__ = [
     "AnnealBits",
     "DampenOscillations",
+    "Distill",
     "FreezeBatchNorm",
     "FreezeOscillations",
     "FreezeRanges",
     "GradualEnable",
     "LogQuantizers",
     "QATCallback",
+    "QuantizerHealth",
     "ReestimateBatchNorm",
     "SeedEpochs",
     "TrackOscillations",

@@ -6,7 +6,7 @@ must exist before the restore and the optimizers. So `setup` wraps `configure_mo
 the user's own. Ranges are calibrated in `on_fit_start`, on the final device, unless a checkpoint has just brought them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,9 +22,10 @@ from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calib
 from qat.lightning.compiled import uncompiled
 from qat.lightning.module import QuantizedModule, insert_plan
 from qat.lightning.sharded import average_gradients
-from qat.lightning.steps import run_steps, trainer_source
+from qat.lightning.steps import described_input, run_steps, trainer_source
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
+from qat.starts import Start
 
 MUST_FOLLOW = (*AVERAGING, ModelPruning)
 
@@ -40,6 +41,7 @@ class QATCallback(Callback):
             group (`LambdaLR`) need one for the scales, too.
         module: Path of the submodule that the policy is for (`generator`); everything else stays float, unless another
             `QATCallback` is for it. Names in the policy are then relative to that submodule.
+        starts: What is done to the model right before and after its first calibration (`qat.starts`).
 
     Raises:
         UserError: (while the trainer sets up) if a rule matches nothing, if nothing can be quantized, if less than
@@ -53,6 +55,7 @@ class QATCallback(Callback):
         calibration_samples: int = 512,
         scale_lr_factor: float | None = None,
         module: str | None = None,
+        starts: Sequence[Start] = (),
     ) -> None:
         if calibration_samples < 1:
             raise UserError(f"calibration_samples={calibration_samples}: must be at least 1")
@@ -64,6 +67,7 @@ class QATCallback(Callback):
         self.calibration_samples = calibration_samples
         self.scale_lr_factor = scale_lr_factor
         self.module = module
+        self.starts = list(starts)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_order(trainer)
@@ -115,8 +119,11 @@ class QATCallback(Callback):
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.quantization_plan is None:
-            with uncompiled(pl_module):
+            with described_input(pl_module) as described, uncompiled(pl_module):
+                for start in [start for callback in _callbacks(trainer) or [self] for start in callback.starts]:
+                    start.prepare(pl_module, run_steps(pl_module, trainer_source(trainer), samples=1))
                 insert_plan(pl_module, self.plan(trainer, pl_module))
+            pl_module.input_described = next(iter(described), None)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             follow_insertion(trainer, pl_module)
 
     def _ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -137,6 +144,9 @@ class QATCallback(Callback):
                 title = "Calibrating" if shown else None
                 samples = max(c.calibration_samples for c in callbacks)
                 calibrate(pl_module, run_steps(pl_module, trainer_source(trainer), samples, title))
+                for start in [start for callback in callbacks for start in callback.starts]:
+                    run = run_steps(pl_module, trainer_source(trainer), samples)
+                    start.refine(pl_module, run, pl_module.quantization_plan)  # pyright: ignore
                 if trainer.world_size > 1:
                     _agree(pl_module)
                 follow_calibration(trainer, pl_module)

@@ -6,15 +6,16 @@ So the metric is the one that training measured, computed from the file.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError, nearest
-from qat.export.onnx import OnnxTarget
-from qat.export.runtime import OnnxRunner
-from qat.export.verify import Comparison, Verdict, check_codes, check_kernels, check_metric, check_outputs
+from qat.export.bisect import first_divergence
+from qat.export.target import Runner, Target
+from qat.export.verify import Comparison, Verdict, check_codes, check_metric, check_outputs
 
 
 def test_metric(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, metric: str) -> float:
@@ -32,15 +33,19 @@ def test_metric(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightn
 
 
 @contextmanager
-def _answering(module: pl.LightningModule, runner: OnnxRunner, comparison: Comparison) -> Iterator[None]:
-    """While it lasts, `module(x)` returns what the file computes, and both answers are compared."""
+def _answering(module: pl.LightningModule, runners: dict[Runner, Comparison], batches: list[Any]) -> Iterator[None]:
+    """While it lasts, `module(x)` returns what the first runner computes, and the answers of all are compared with the
+    module's own; the first batch is kept."""
     original = module.forward
 
     def forward(x: Tensor) -> Tensor:
-        expected = original(x)
-        actual = runner(x.detach().cpu().numpy())
-        comparison.update(expected.detach().float().cpu().numpy(), actual)
-        return torch.from_numpy(actual).to(expected)
+        expected, sample = original(x), x.detach().cpu().numpy()
+        answers = [runner(sample) for runner in runners]
+        for comparison, actual in zip(runners.values(), answers, strict=True):
+            comparison.update(expected.detach().float().cpu().numpy(), actual)
+        if not batches:
+            batches.append(sample)
+        return torch.from_numpy(answers[0]).to(expected)
 
     module.__dict__["forward"] = forward
     try:
@@ -49,33 +54,46 @@ def _answering(module: pl.LightningModule, runner: OnnxRunner, comparison: Compa
         del module.__dict__["forward"]
 
 
-def verify_onnx(
+def verify_file(
     path: Path,
-    target: OnnxTarget,
+    target: Target,
     converted: nn.Module,
+    float_model: nn.Module,
     trainer: pl.Trainer,
     module: pl.LightningModule,
     data: pl.LightningDataModule,
     metric: str,
     trained: float,
 ) -> Verdict:
-    """Compares an exported file with the fake-quantized module on the whole test set.
+    """Compares an exported file with the fake-quantized module on the whole test set, with the runtime's optimizations
+    and, where they can be turned off, without.
 
     Args:
         path: The file.
-        target: Thresholds.
+        target: Its format, and thresholds.
         converted: The converted model that was exported.
+        float_model: A float model of the architecture, for formats that hold no graph.
         trainer: Runs the test loop.
         module: The fake-quantized module.
         data: Its test data.
         metric: Name of the metric.
         trained: Its value for the fake-quantized module.
+
+    Raises:
+        UserError: if the file is missing, damaged or of something else.
     """
-    runner, comparison, verdict = OnnxRunner(path), Comparison(), Verdict()
-    check_codes(verdict, converted, str(path))
-    check_kernels(verdict, converted, runner)
-    with _answering(module, runner, comparison):
+    optimized = target.load(path, float_model)
+    runners = {optimized: Comparison()}
+    if target.optimizes:
+        runners[target.load(path, float_model, optimize=False)] = Comparison()
+    verdict, batches = Verdict(), []
+    check_codes(verdict, converted, target.codes(path))
+    target.check_kernels(verdict, converted, optimized)
+    with _answering(module, runners, batches):
         exported = test_metric(trainer, module, data, metric)
-    check_outputs(verdict, comparison, target.min_agreement)
+    for comparison, note in zip(runners.values(), ("", " without optimizations"), strict=False):
+        check_outputs(verdict, comparison, target.min_agreement, target.max_mean_steps, note)
     check_metric(verdict, metric, trained, exported, target.max_metric_change)
+    if any(not check.passed for check in verdict.checks if check.name != "integer kernels"):
+        verdict.add("layers", False, first_divergence(converted, optimized, batches[0]))
     return verdict

@@ -23,7 +23,7 @@ from qat.layers.twin import TwinMixin, become_twin, twin_of
 from qat.lightning.groups import own_groups
 from qat.lightning.weights import read_checkpoint
 
-CHECKPOINT_KEY = "qat"
+CHECKPOINT_KEY, INPUT_KEY = "qat", "qat_input"
 Module = TypeVar("Module", bound=pl.LightningModule)
 
 
@@ -34,21 +34,25 @@ class QuantizedModule(TwinMixin):
         quantization_plan: The plan that its quantizers were made from; `None` before insertion.
         scale_lr_factors: Learning rates of scales, relative to the group they were split from, by path of the
             submodule that they are in (`""`: all); `None` lets the optimizer decide (see `groups`).
+        input_described: `shape` (of one sample) and `dtype` of what forward takes; `None` if that is no one tensor.
     """
 
     quantization_plan: Plan | None = None
     scale_lr_factors: Mapping[str, float | None] = MappingProxyType({"": None})
+    input_described: dict[str, Any] | None = None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
         if self.quantization_plan is not None:
             checkpoint[CHECKPOINT_KEY] = self.quantization_plan.to_dict()
+            checkpoint[INPUT_KEY] = self.input_described
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if CHECKPOINT_KEY in checkpoint:
             plan = Plan.from_dict(checkpoint[CHECKPOINT_KEY])
             self._check_same_policy(plan)
             insert_plan(self, plan)  # pyright: ignore[reportArgumentType]
+            self.input_described = checkpoint.get(INPUT_KEY)
         elif self.quantization_plan is not None:
             raise UserError(
                 "the checkpoint is of a float model, so it has no scales to resume from; "

@@ -13,33 +13,34 @@ was killed resumes (`ckpt=last`) where it stopped:
     report.json, report.png            the table at the end
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from qat import __version__
 from qat.audit import bops, coverage, to_dict
+from qat.cli.instantiate import instantiate
 from qat.convert import convert, inconvertible
-from qat.errors import UserError
 from qat.export.files import atomic
-from qat.export.onnx import OnnxTarget, export_onnx
+from qat.export.manifest import companions, files_bytes
+from qat.export.onnx import export_onnx
 from qat.export.packed import MANIFEST, WEIGHTS, save_packed
 from qat.export.runtime import OnnxRunner, latency_ms
+from qat.export.target import Target
 from qat.export.verify import Verdict
 from qat.insert import Plan
 from qat.lightning.cache import FloatCache
 from qat.lightning.calm import calm
-from qat.lightning.evaluate import test_metric, verify_onnx
+from qat.lightning.evaluate import test_metric, verify_file
 from qat.lightning.logs import finish, log_results
-from qat.lightning.module import load_from_checkpoint
 from qat.lightning.resume import SeedEpochs, continue_csv
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights, read_checkpoint
@@ -69,7 +70,7 @@ class Run(Workspace):
                 self._train_float()
             values["metric"] = self.measure()
             if self.main:
-                values["bytes"] = self._export(self.module, "float.onnx")
+                values["bytes"] = self._export_float()
                 with atomic(weights) as temporary:
                     save_file({k: v.cpu().contiguous() for k, v in self.module.state_dict().items()}, temporary)
                 cache.save(self.folder, values)
@@ -128,14 +129,16 @@ class Run(Workspace):
             self.progress["packed_bytes"] = (self.folder / WEIGHTS).stat().st_size
             if self.target is None:
                 return None
-            values["bytes"] = self._export(converted, self.target.file)
-            verdict = self.verify(self.target, converted)
+            example, path = self._example(), self.folder / self.target.file
+            self.target.export(converted, plan, example, path)
+            values["bytes"] = files_bytes(path)
+            verdict = self.verify(self.target, converted, self._float())
             values |= {"metric": verdict.facts["metric"], "agreement": verdict.facts["agreement"]}
             runners = {
                 "float": OnnxRunner(self.folder / "float.onnx", threads=1),
-                "exported": OnnxRunner(self.folder / self.target.file, threads=1),
+                "exported": self.target.load(path, self._float(), threads=1),
             }
-            measured = latency_ms(runners)
+            measured = latency_ms(runners, example[:1].numpy())
             values["latency_ms"] = measured["exported"]
             self.progress["stages"]["float"]["latency_ms"] = measured["float"]
         return verdict
@@ -144,18 +147,27 @@ class Run(Workspace):
         """The metric of the module as it is, over the test set."""
         return test_metric(self.measuring(**settings), self.module, self.data, self.cfg.metric)
 
-    def verify(self, target: OnnxTarget, converted: Any) -> Verdict:
+    def verify(self, target: Target, converted: nn.Module, float_model: nn.Module, file: Path | None = None) -> Verdict:
+        """Verifies a file (by default the target's, in the run's folder) against the module as it is."""
         trained = self.progress["stages"]["qat"]["metric"]
-        return verify_onnx(
-            self.folder / target.file, target, converted, self.measuring(), self.module, self.data, self.cfg.metric,
-            trained,
+        return verify_file(
+            file or self.folder / target.file, target, converted, float_model, self.measuring(), self.module, self.data,
+            self.cfg.metric, trained,
         )  # fmt: skip
 
-    def _export(self, model: Any, name: str) -> int:
-        """Writes a model as ONNX; returns the file's size in bytes."""
-        example = example_input(self.module, self.data.train_dataloader)
-        export_onnx(model, example, self.folder / name)
-        return (self.folder / name).stat().st_size
+    def _float(self) -> pl.LightningModule:
+        """The module as its class makes it: an architecture for formats that hold no graph."""
+        model = instantiate(self.cfg.model)
+        model.configure_model()
+        return model
+
+    def _example(self) -> Tensor:
+        return example_input(self.module, self.data.train_dataloader)
+
+    def _export_float(self) -> int:
+        """Writes the float model as ONNX; returns the file's size in bytes."""
+        export_onnx(self.module, self._example(), self.folder / "float.onnx")
+        return files_bytes(self.folder / "float.onnx")
 
     def report(self, verdict: Verdict | None) -> dict[str, Any]:
         """Writes and shows the report."""
@@ -167,6 +179,8 @@ class Run(Workspace):
             batches = run_steps(self.module, self.data.train_dataloader, STATISTICS_SAMPLES)
             report["bops"] = bops(self.audit_rows)
             report["layers"] = layer_rows(self.audit_rows, quantizer_stats(self.module, batches))
+        if self.cfg.quant.get("predicted"):
+            report["predicted"] = OmegaConf.to_container(self.cfg.quant.predicted)
         if verdict is not None:
             report["verify"] = verdict.to_dict()
         self.write_json("report.json", report)
@@ -195,7 +209,8 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
             if not this.main:
                 return math.nan
             report = this.report(verdict)
-            files = [run_dir / name for name in (WEIGHTS, MANIFEST, OnnxTarget.file, "report.json", "report.png")]
+            exported = companions(run_dir / this.target.file) if this.target is not None else []
+            files = [*exported, *(run_dir / name for name in (WEIGHTS, MANIFEST, "report.json", "report.png"))]
             log_results(this.loggers, report, [f for f in files if f.is_file()])
         finally:
             finish()
@@ -213,33 +228,3 @@ def _stages(this: Run) -> Verdict | None:
     this.ptq_stage()
     this.qat_stage()
     return this.export_stage() if this.main else None
-
-
-def verify(run_dir: Path) -> bool:
-    """Checks the exported files of a finished run again, from the files alone.
-
-    Raises:
-        UserError: if the folder holds no finished run.
-    """
-    config = run_dir / ".hydra" / "config.yaml"
-    for path in (config, run_dir / "report.json"):
-        if not path.is_file():
-            raise UserError(f"{run_dir} holds no finished run: there is no {path.name}")
-    cfg = OmegaConf.load(config)
-    assert isinstance(cfg, DictConfig)
-    if cfg.export is None or not (run_dir / "quantized.ckpt").is_file():
-        without = "export=none" if cfg.export is None else "quant=off"
-        raise UserError(f"{run_dir} was run with {without}; there is no file to verify")
-    cfg.run_dir, cfg.ckpt = str(run_dir), "last"
-    OmegaConf.resolve(cfg)
-    with calm():
-        this = Run(cfg, run_dir)
-        assert this.target is not None
-        this.module = load_from_checkpoint(type(this.module), run_dir / "quantized.ckpt")
-        plan = this.module.quantization_plan
-        assert isinstance(plan, Plan)
-        verdict = this.verify(this.target, convert(this.module, plan))
-    report = json.loads((run_dir / "report.json").read_text())
-    report["verify"] = verdict.to_dict()
-    this.console.print(report_table(report))
-    return verdict.passed

@@ -30,11 +30,11 @@ from qat.modes import evaluating
 CALIBRATION_SEED = 0
 
 
-def step_of(module: pl.LightningModule) -> Callable[[Any], Any]:
-    """The module's own step, as a function of a batch."""
+def step_of(module: pl.LightningModule, first: str = "validation_step") -> Callable[[Any], Any]:
+    """The module's own step, as a function of a batch: `first` if it has that, or else another."""
     by_hand = not module.automatic_optimization
     last_two = ("test_step", "training_step") if by_hand else ("training_step", "test_step")
-    name = next((n for n in ("validation_step", *last_two) if is_overridden(n, module)), None)
+    name = next((n for n in (first, "validation_step", *last_two) if is_overridden(n, module)), None)
     if name is None:
         return lambda batch: module(batch)
     method = getattr(module, name)
@@ -107,12 +107,12 @@ def batches(source: Source, samples: int) -> Iterator[Any]:
     seen = 0
     for batch in loader:
         yield batch
-        seen += _batch_size(batch)
+        seen += batch_size(batch)
         if seen >= samples:
             return
 
 
-def _batch_size(batch: Any) -> int:
+def batch_size(batch: Any) -> int:
     try:
         return extract_batch_size(batch)
     except Exception:  # what counts as a batch is the user's; one batch then counts as one sample
@@ -177,3 +177,19 @@ def example_input(module: pl.LightningModule, source: Source) -> Tensor:
         )
     x = args[0].detach().cpu()
     return x if len(x) > 1 else x.repeat(2, *[1] * (x.ndim - 1))
+
+
+@contextmanager
+def described_input(module: pl.LightningModule) -> Iterator[list[dict[str, Any]]]:
+    """Collects the shape of one sample and the type of every tensor that the module's forward is given meanwhile."""
+    found: list[dict[str, Any]] = []
+
+    def look(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].ndim:
+            found.append({"shape": list(args[0].shape[1:]), "dtype": str(args[0].dtype).removeprefix("torch.")})
+
+    handle = module.register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        yield found
+    finally:
+        handle.remove()

@@ -27,7 +27,7 @@ from qat.cli.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
 from qat.export.files import atomic
-from qat.export.onnx import OnnxTarget
+from qat.export.target import Target
 from qat.insert import apply_plan, make_plan
 from qat.lightning.callback import QATCallback
 from qat.lightning.evaluate import test_metric
@@ -36,7 +36,7 @@ from qat.lightning.weights import load_weights
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
 
-OTHER_KEYS = ("calibration_samples", "scale_lr", "module")
+OTHER_KEYS = ("calibration_samples", "scale_lr", "module", "predicted")
 """Of `quant`, what is no setting of the policy."""
 
 
@@ -63,12 +63,14 @@ class Workspace:
         assert isinstance(settings, dict)
         policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
         self.policy = NetworkPolicies({cfg.quant.module: policy}) if cfg.quant.module else policy
-        self.target: OnnxTarget | None = instantiate(cfg.export) if cfg.export else None
+        self.target: Target | None = instantiate(cfg.export) if cfg.export else None
         self.callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node]
         self.loggers: list[Any] = [instantiate(cfg.logger)] if cfg.logger else []
         self.trainer(logger=False)
         self.module: pl.LightningModule = instantiate(cfg.model)
         self.float_module: pl.LightningModule = self._float_module()
+        if cfg.float_ckpt:
+            self._start_float(cfg.float_ckpt)
         self.data: pl.LightningDataModule = instantiate(cfg.data)
         self.data.prepare_data()
         self.data.setup("fit")
@@ -79,6 +81,14 @@ class Workspace:
         """The model with the settings of `float_model`, under whose key mistakes are reported."""
         settings = {**self.cfg.model, **(self.cfg.float_model or {})}
         return instantiate(OmegaConf.create({"float_model": settings}).float_model)
+
+    def _start_float(self, path: str) -> None:
+        if self.progress["start"]:
+            raise UserError(
+                f"float_ckpt={path}: float training starts from it, but ckpt={self.progress['start']} takes the place "
+                "of float training; leave one out"
+            )
+        load_weights(self.float_module, path)
 
     def _recall(self) -> None:
         path = self.folder / "progress.json"
@@ -95,6 +105,8 @@ class Workspace:
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
             if self.target is not None and (reason := inconvertible(plan)):
                 raise UserError(f"export: there is no integer form of this quant: {reason}; use export=none")
+            if self.target is not None and (reason := self.target.unfit(plan)):
+                raise UserError(f"export: {self.target.file} cannot hold this quant: {reason}")
             apply_plan(shell, plan)
             self.audit_rows = audit(shell, plan, recording)
             check_coverage(self.audit_rows, self.policy.required_coverage)
@@ -124,7 +136,8 @@ class Workspace:
 
     def qat_callback(self) -> QATCallback:
         quant = self.cfg.quant
-        return QATCallback(self.policy, calibration_samples=quant.calibration_samples, scale_lr_factor=quant.scale_lr)
+        starts = [instantiate(node) for node in (self.cfg.get("start") or {}).values() if node]
+        return QATCallback(self.policy, quant.calibration_samples, quant.scale_lr, starts=starts)
 
     # -- progress ------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from qat.models.classifier import Classifier
 from qat.models.cnn import SmallCNN
+from qat.models.gpt import GPT
 from qat.models.mlp import MLP
 from qat.models.resnet import ResNet
 
-__all__ = ["MLP", "Classifier", "ResNet", "SmallCNN"]
+__all__ = ["GPT", "MLP", "Classifier", "ResNet", "SmallCNN"]

@@ -32,6 +32,7 @@ def layer_rows(audit_rows: Iterable[AuditRow], stats: Iterable[QuantizerStats]) 
             "macs": row.macs,
             "bops": row.bops,
             "params": row.params,
+            "bytes": row.bytes,
         }
         for row in audit_rows
         if not row.folds

@@ -11,6 +11,8 @@ from rich.text import Text
 
 from qat.audit import AuditRow
 from qat.report.format import NONE, count, stage_table, verdict
+from qat.search.budget import shown
+from qat.sweep.results import measured
 
 
 def audit_table(rows: Sequence[AuditRow], coverage: tuple[float, float]) -> Table:
@@ -51,7 +53,16 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
         style = "" if delta == NONE else "green" if float(delta) * better >= 0 else "red"
         table.add_row(*row[:2], Text(delta, style=style), *row[3:])
     outcome = verdict(report)
+    lines = [Text(line) for line in _predictions(report)]
     if outcome is None:
-        return table
-    lines = [Text(outcome.text, style="bold green" if outcome.passed else "bold red")]
+        return Group(table, *lines) if lines else table
+    lines.append(Text(outcome.text, style="bold green" if outcome.passed else "bold red"))
     return Group(table, *lines, *(Text(f"  {failure}", style="red") for failure in outcome.failures))
+
+
+def _predictions(report: Mapping[str, Any]) -> list[str]:
+    """What a search promised, beside what came of it."""
+    actual = measured(report)
+    pairs = [(n, value, actual[n]) for n, value in (report.get("predicted") or {}).items() if n in actual]
+    parts = [f"{name} {shown(name, now)} (predicted {shown(name, before)})" for name, before, now in pairs]
+    return [", ".join(parts), ""] if parts else []

@@ -3,11 +3,12 @@
 import csv
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qat.cost import average_bits
 from qat.errors import UserError
 from qat.sweep.objectives import front
 from qat.sweep.point import RECORD
@@ -15,6 +16,23 @@ from qat.sweep.point import RECORD
 DEFINITION, POINTS = "sweep.json", "points"
 QUANTIZERS = ("scale/", "sqnr/")
 """Columns of a log that say how quantizers do; all others are learning curves."""
+
+
+def measured(report: Mapping[str, Any]) -> dict[str, float]:
+    """Every objective (see `qat.sweep.objectives`) that a run's report has."""
+    stages = report.get("stages") or {}
+    exported = stages.get("exported") or {}
+    metrics = [stage["metric"] for stage in stages.values() if "metric" in stage]
+    layers = [layer for layer in report.get("layers") or () if layer.get("weight_bits") and layer["params"]]
+    found = {
+        "metric": metrics[-1] if metrics else None,
+        "size": exported.get("bytes"),
+        "packed": report.get("packed_bytes"),
+        "bops": report.get("bops"),
+        "latency": exported.get("latency_ms"),
+        "avg_bits": average_bits((layer["params"], layer["weight_bits"]) for layer in layers),
+    }
+    return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 @dataclass(frozen=True)
@@ -37,20 +55,7 @@ class Result:
     @property
     def values(self) -> dict[str, float]:
         """Every objective that the run measured."""
-        stages = self.report.get("stages") or {}
-        exported = stages.get("exported") or {}
-        metrics = [stage["metric"] for stage in stages.values() if "metric" in stage]
-        layers = [layer for layer in self.report.get("layers") or () if layer.get("weight_bits") and layer["params"]]
-        weights = sum(layer["params"] for layer in layers)
-        found = {
-            "metric": metrics[-1] if metrics else None,
-            "size": exported.get("bytes"),
-            "packed": self.report.get("packed_bytes"),
-            "bops": self.report.get("bops"),
-            "latency": exported.get("latency_ms"),
-            "avg_bits": sum(layer["params"] * layer["weight_bits"] for layer in layers) / weights if weights else None,
-        }
-        return {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
+        return measured(self.report)
 
     @property
     def verified(self) -> bool | None:

@@ -1,0 +1,115 @@
+"""`qat bench FILE...`: latency, throughput, memory and size of exported files against the float one.
+
+Each FILE is one that `qat train` or `qat export` wrote; all of one run, whose float.onnx they are compared with.
+`run=DIR` names the run for files that lie elsewhere. More settings: threads=1,2 batch=1,16 seconds=2 out=bench.png
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from qat.cli.targets import of_file, split
+from qat.errors import UserError, nearest
+
+DEFAULTS = {"threads": "1,2", "batch": "1,16", "seconds": "2", "out": "bench.png", "run": ""}
+FLOAT = "float.onnx"
+
+
+class Opener:
+    """Opens the files of one run.
+
+    Args:
+        run_dir: The run's folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        from qat.lightning.deploy import restore
+
+        self.trained = restore(run_dir)
+        self.run_dir = run_dir
+
+    def sample(self, batch: int) -> Any:
+        """A random batch of the shape that training had."""
+        if self.trained.example is None:
+            raise UserError(f"{self.trained.checkpoint}: does not say what the model's input looks like")
+        x = self.trained.example[:1]
+        return x.repeat(batch, *[1] * (x.ndim - 1)).numpy()
+
+    def prepare(self, file: Path) -> None:
+        """Imports what `open` needs."""
+        of_file(file, {})
+
+    def open(self, file: Path, threads: int) -> Any:
+        """A runner; the float file is no export, and has no manifest."""
+        import torch
+
+        from qat.export.runtime import OnnxRunner
+
+        torch.set_num_threads(threads)
+        if file == self.run_dir / FLOAT:
+            return OnnxRunner(file, threads=threads)
+        return of_file(file, {}).load(file, self.trained.float_model, threads=threads)
+
+
+def main(argv: list[str]) -> int:
+    """Prints the table, draws the chart, and warns of files that are slower than the float one; status 0."""
+    parser = argparse.ArgumentParser(prog="qat bench", description=__doc__)
+    parser.add_argument("arguments", metavar="FILE [FILE ...] [key=value ...]", nargs="+")
+    names, settings = split(parser.parse_args(argv).arguments)
+    if unknown := [key for key in settings if key not in DEFAULTS]:
+        raise UserError(f"qat bench has no setting '{unknown[0]}'{nearest(unknown[0], DEFAULTS)}")
+    settings = DEFAULTS | settings
+    threads, batches = numbers("threads", settings["threads"]), numbers("batch", settings["batch"])
+    [seconds] = numbers("seconds", settings["seconds"])
+    files = {name: Path(name).absolute() for name in names}
+    if not files:
+        raise UserError("write qat bench FILE...")
+    for file in files.values():
+        if not file.is_file():
+            raise UserError(f"{file}: no such file")
+        of_file(file, {})
+    run_dir = Path(settings["run"] or next(iter(files.values())).parent).absolute()
+    if not (run_dir / FLOAT).is_file():
+        raise UserError(f"{run_dir} holds no {FLOAT} to compare with; name the run with run=DIR")
+    measured = _measure(Opener(run_dir), {"float": run_dir / FLOAT} | files, threads, batches, float(seconds))
+    from rich.console import Console
+
+    from qat.report.bench import bench_table, save_bench_plot, warnings
+
+    console = Console()
+    console.print(bench_table(measured))
+    for line in warnings(measured):
+        console.print(line, style="yellow", highlight=False, markup=False)
+    save_bench_plot(measured, Path(settings["out"]))
+    console.print(f"chart: {settings['out']}", highlight=False)
+    return 0
+
+
+def numbers(key: str, text: str) -> list[int]:
+    """`1,2` as whole numbers, each at least 1."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{key}={text}: must be whole numbers, {key}=1,2") from None
+    if min(found) < 1:
+        raise UserError(f"{key}={text}: must be at least 1")
+    return found
+
+
+def _measure(opener: Opener, files: dict[str, Path], threads: list[int], batches: list[int], seconds: float) -> Any:
+    from qat.export.bench import Measured, peak_memory, time_interleaved, timing
+    from qat.export.manifest import files_bytes
+
+    measured = {name: Measured(name, files_bytes(file)) for name, file in files.items()}
+    for count in threads:
+        runners = {name: opener.open(file, count) for name, file in files.items()}
+        for name, runner in runners.items():
+            measured[name].float_nodes = runner.float_layers()
+        for batch in batches:
+            times = time_interleaved(runners, opener.sample(batch), seconds * len(files))
+            for name, values in times.items():
+                measured[name].timings.append(timing(values, batch, count))
+    for name, file in files.items():
+        arguments = [str(file), str(opener.run_dir), str(max(batches)), str(threads[0])]
+        measured[name].peak_memory = peak_memory(arguments)
+    return list(measured.values())

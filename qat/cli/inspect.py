@@ -1,0 +1,41 @@
+"""`qat inspect CKPT`: how well each quantizer of a trained model does, what hurts most first."""
+
+import argparse
+import json
+from pathlib import Path
+
+from qat.errors import UserError
+
+
+def main(argv: list[str]) -> int:
+    """Prints the health of the quantizers in a checkpoint; status 1 if one has collapsed."""
+    parser = argparse.ArgumentParser(prog="qat inspect", description=__doc__)
+    parser.add_argument("path", metavar="CKPT", type=Path, help="a checkpoint, or a directory that `qat train` wrote")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per quantizer instead of a table")
+    args = parser.parse_args(argv)
+    path = _checkpoint(args.path)
+    from qat.health import from_checkpoint, worst_first  # imports torch: only once there is something to read
+    from qat.lightning.weights import read_checkpoint
+
+    rows, recorded = from_checkpoint(read_checkpoint(path), path)
+    rows = worst_first(rows)
+    if args.json:
+        for row in rows:
+            print(json.dumps({**row.to_dict(), "findings": row.findings()}))
+    else:
+        from rich.console import Console
+
+        from qat.report.health import health_table
+
+        Console().print(health_table(rows, recorded))
+    return int(any(row.findings() for row in rows))
+
+
+def _checkpoint(path: Path) -> Path:
+    if not path.is_dir():
+        return path
+    options = [path / "checkpoints" / "last.ckpt", path / "quantized.ckpt"]
+    found = next((option for option in options if option.is_file()), None)
+    if found is None:
+        raise UserError(f"{path} holds no quantized checkpoint: there is neither {options[0]} nor {options[1].name}")
+    return found

@@ -1,0 +1,94 @@
+"""`qat search packed=60kB [key=value ...]`: bits for every layer within a budget, from the config that training has.
+
+Budgets are written like keys (`packed=60kB`, `avg_bits=4`); all other settings are those of `qat train`, and of
+`search.*` (configs/search/default.yaml).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from qat.cli.configs import configs_dir, finish, known_keys
+from qat.cli.explain import COMPOSITION_ERRORS, explain
+from qat.cli.train import VERSION, _key, _parse, quieten
+from qat.errors import UserError, nearest
+from qat.search.budget import BUDGETS
+
+GROUP = "search"
+USAGE = """usage: qat {command} {budget}[key=value ...]
+
+{what}
+
+{costs}settings (search.KEY=VALUE; all keys of `qat train` as well):
+
+{settings}"""
+
+
+def main(argv: list[str], command: str = "search") -> int:
+    """Runs `qat search`, or `qat sensitivity`, which stops before choosing."""
+    args = _parse(argv)
+    if args.help:
+        print(_help(command))
+        return 0
+    overrides, budgets = [], []
+    for text in args.overrides:
+        (budgets if _key(text) in BUDGETS else overrides).append(text)
+    if budgets and command != "search":
+        raise UserError(f"{budgets[0]}: `qat {command}` only measures; budgets are for `qat search`")
+    overrides += [f"++search.budget.{text}" for text in budgets]
+    _check_names(overrides)
+    cfg = _compose(overrides, args.config_dir)
+    from qat.lightning.search import folder_of, search  # imports torch
+
+    finish(cfg, Path("search"))
+    folder = folder_of(cfg)
+    OmegaConf.update(cfg, "run_dir", str(folder))
+    if args.cfg:
+        print(OmegaConf.to_yaml(cfg))
+        return 0
+    for logger in (
+        "pytorch_lightning",
+        "lightning_fabric",
+        "lightning",
+    ):  # their own handlers, as Hydra makes none here
+        quieten(logger)
+    search(cfg, folder, " ".join(["qat", command, *argv]), only_measure=command != "search")
+    return 0
+
+
+def _check_names(overrides: list[str]) -> None:
+    """A word that is neither a cost nor a key was probably meant as a cost."""
+    keys = known_keys()
+    for text in overrides:
+        key = _key(text)
+        if key.partition(".")[0].partition("/")[0] not in (*keys, "hydra"):
+            raise UserError(f"'{key}' is neither a cost nor a config key{nearest(key, [*BUDGETS, *keys])} "
+                            f"(costs: {', '.join(BUDGETS)})")  # fmt: skip
+
+
+def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
+    chosen = [] if any(_key(text) == GROUP for text in overrides) else [f"{GROUP}=default"]
+    path = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    GlobalHydra.instance().clear()
+    version: dict[str, Any] = VERSION
+    try:
+        with initialize_config_dir(str(configs_dir()), **version):
+            return compose("train", overrides=[*chosen, *overrides, *path])
+    except COMPOSITION_ERRORS as error:
+        raise explain(error, overrides, config_dir, version) from error
+
+
+def _help(command: str) -> str:
+    costs = "".join(f"  {name:<10}{text}\n" for name, text in BUDGETS.items())
+    settings = (configs_dir() / GROUP / "default.yaml").read_text().splitlines()
+    what = "How much each width of each weight and each layer's input hurts: a table, sensitivity.json and a picture."
+    if command == "search":
+        what = (__doc__ or "").partition("\n\n")[0]
+    return USAGE.format(
+        command=command, budget="COST=LIMIT " if command == "search" else "", what=what,
+        costs=f"costs:\n\n{costs}\n" if command == "search" else "",
+        settings="\n".join(f"  {line}" for line in settings if not line.startswith(("#", "_target_"))),
+    )  # fmt: skip

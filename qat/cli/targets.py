@@ -1,0 +1,57 @@
+"""Export targets by name (`target=onnx`) and by file (`model.onnx`): every YAML in `configs/export` that builds one."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qat.cli.configs import configs_dir
+from qat.cli.instantiate import instantiate
+from qat.errors import UserError, nearest
+
+
+def _configs() -> dict[str, Any]:
+    found = {path.stem: OmegaConf.load(path) for path in sorted((configs_dir() / "export").glob("*.yaml"))}
+    return {name: cfg for name, cfg in found.items() if "_target_" in cfg}
+
+
+def split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Separates paths from `key=value` settings."""
+    settings = dict(text.split("=", 1) for text in arguments if "=" in text)
+    return [text for text in arguments if "=" not in text], settings
+
+
+def build(name: str, settings: dict[str, str]) -> Any:
+    """The target of `configs/export/NAME.yaml`, with settings of its own changed.
+
+    Raises:
+        UserError: for an unknown name or setting, or a package that is not installed.
+    """
+    configs = _configs()
+    if name not in configs:
+        raise UserError(f"target={name}: there is no such target{nearest(name, configs)}")
+    cfg = configs[name]
+    for key in settings:
+        if key not in cfg or key.startswith("_"):
+            raise UserError(f"target={name} has no setting '{key}'{nearest(key, [str(k) for k in cfg if k[0] != '_'])}")
+    try:
+        changed = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{k}={v}" for k, v in settings.items()]))
+    except OmegaConfBaseException as error:
+        raise UserError(f"target={name}: {str(error).splitlines()[0]}") from None
+    return instantiate(OmegaConf.create({"export": changed}).export)
+
+
+def of_file(path: Path, settings: dict[str, str]) -> Any:
+    """The target that writes files like `path`.
+
+    Raises:
+        UserError: if none does, and see `build`.
+    """
+    classes = {name: get_class(cfg["_target_"]) for name, cfg in _configs().items()}
+    for name, cls in classes.items():
+        if cls.owns(path):  # pyright: ignore[reportAttributeAccessIssue]
+            return build(name, settings)
+    known = ", ".join(dict.fromkeys(cls.file for cls in classes.values()))  # pyright: ignore[reportAttributeAccessIssue]
+    raise UserError(f"{path}: no target writes such a file (they write {known})")

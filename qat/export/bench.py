@@ -1,0 +1,117 @@
+"""How fast, how big and how hungry files are, measured so that they can be compared.
+
+Latencies are interleaved: in every round each file runs once, so that a machine that slows down slows all of them. Peak
+memory is that of a process of its own per file, above what it needed before it opened the file.
+"""
+
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from qat.errors import UserError
+from qat.export.target import Runner
+
+WARM_UP = 0.1
+"""Share of the rounds that are run before any is counted."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one file at one batch size and number of threads.
+
+    Attributes:
+        p50, p99: Milliseconds per batch.
+        throughput: Samples per second, at the median.
+    """
+
+    batch: int
+    threads: int
+    p50: float
+    p99: float
+    throughput: float
+
+
+@dataclass
+class Measured:
+    """All of one file.
+
+    Attributes:
+        name: As the user wrote it; `float` for the float file beside it.
+        bytes: Size on disk with companions.
+        peak_memory: Bytes above what the process had before it opened the file; `None` where it cannot be measured.
+        timings: One per batch size and number of threads.
+        float_nodes: Layers that the runtime computes in float; `None` where it cannot be seen.
+    """
+
+    name: str
+    bytes: int
+    peak_memory: int | None = None
+    timings: list[Timing] = field(default_factory=list)
+    float_nodes: list[str] | None = None
+
+
+def time_interleaved(runners: Mapping[str, Runner], x: np.ndarray, seconds: float) -> dict[str, np.ndarray]:
+    """Seconds of every call on `x`, by runner, all of them called in turn.
+
+    Args:
+        runners: The files.
+        x: The batch.
+        seconds: How long to measure, for all of them together; at least 20 rounds.
+    """
+    start = time.perf_counter()
+    for runner in runners.values():
+        runner(x)
+    rounds = max(20, int(seconds / max(time.perf_counter() - start, 1e-6)))
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for step in range(rounds + int(rounds * WARM_UP)):
+        for name, runner in runners.items():
+            start = time.perf_counter()
+            runner(x)
+            if step >= rounds * WARM_UP:
+                times[name].append(time.perf_counter() - start)
+    return {name: np.array(values) for name, values in times.items()}
+
+
+def timing(times: np.ndarray, batch: int, threads: int) -> Timing:
+    """Sums up seconds per call."""
+    p50, p99 = np.percentile(times, [50, 99])
+    return Timing(batch, threads, float(p50) * 1e3, float(p99) * 1e3, batch / float(p50))
+
+
+def peak_memory(arguments: Sequence[str]) -> int | None:
+    """Peak memory of opening a file and running it, in a process of its own.
+
+    Args:
+        arguments: What `qat.cli.bench_one` takes.
+
+    Returns:
+        Bytes; `None` where the system does not tell.
+
+    Raises:
+        UserError: if the process fails, with the last line that it said.
+    """
+    done = subprocess.run([sys.executable, "-m", "qat.cli.bench_one", *arguments], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError((done.stderr.strip().splitlines() or ["the measuring process died"])[-1])
+    value = done.stdout.strip().splitlines()[-1]
+    return None if value == "unknown" else int(value)
+
+
+def high_water() -> int | None:
+    """The largest resident size that this process ever had, in bytes; `None` where the system does not tell."""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        return None
+    line = next((text for text in status.read_text().splitlines() if text.startswith("VmHWM")), None)
+    return None if line is None else int(line.split()[1]) * 1024
+
+
+def slower(measured: Measured, reference: Measured) -> list[Timing]:
+    """The timings at which a file is slower than the float one by more than the noise of a median (2%)."""
+    base = {(t.batch, t.threads): t.p50 for t in reference.timings}
+    return [t for t in measured.timings if t.p50 > 1.02 * base[t.batch, t.threads]]

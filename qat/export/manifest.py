@@ -1,0 +1,96 @@
+"""The manifest beside an exported file: `model.onnx.json` says which files belong to it and what their hashes are.
+
+A runtime that is given a damaged file may crash, or compute something else without a word; so every file is held
+against its manifest before a runtime sees it. The manifest carries a checksum of itself. That guards against damage and
+mix-ups, not against a forger, who can compute hashes, too.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from qat import __version__
+from qat.errors import UserError
+from qat.export.files import sha256
+
+FORMAT = 1
+
+
+def digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all of a manifest but its own checksum."""
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(path: Path, target: str, files: Sequence[Path], names: Mapping[str, str]) -> Path:
+    """Writes the manifest of `files`.
+
+    Args:
+        path: Where to.
+        target: The class that made them.
+        files: The files as they are.
+        names: What each is going to be called.
+    """
+    hashes = {names[file.name]: sha256(file) for file in files}
+    manifest: dict[str, Any] = {"format": FORMAT, "qat": __version__, "target": target, "sha256": hashes}
+    path.write_text(json.dumps(manifest | {"manifest_sha256": digest(manifest)}, indent=1))
+    return path
+
+
+def read_json(path: Path, version: int) -> dict[str, Any]:
+    """A manifest whose format and checksum are right.
+
+    Raises:
+        UserError: if it is missing, damaged, or of another format than `version`.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; it holds the hashes, and is copied along with what it describes")
+    try:
+        manifest = json.loads(path.read_text())
+        found, sum_of_itself = manifest["format"], digest(manifest)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no UTF-8, no JSON, no object
+        raise UserError(f"{path}: is damaged or no manifest") from None
+    if found != version:
+        maker = manifest.get("qat")
+        by = f" (made by qat {maker})" if isinstance(maker, str) else ""
+        raise UserError(f"{path}: has format {str(found)[:20]}{by}; this version reads format {version}")
+    if manifest.get("manifest_sha256") != sum_of_itself:
+        raise UserError(f"{path}: is damaged: its content does not have the checksum that it states")
+    return manifest
+
+
+def check_manifest(path: Path, target: str) -> dict[str, Any]:
+    """Holds a file and its companions against the manifest beside it.
+
+    Raises:
+        UserError: if one of them is missing, damaged, swapped, or of another version or target.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    beside = path.with_name(f"{path.name}.json")
+    manifest = read_json(beside, FORMAT)
+    if manifest["target"] != target:
+        raise UserError(f"{beside}: is of a file that {manifest['target']} made, not {target}")
+    if path.name not in manifest["sha256"]:
+        raise UserError(f"{beside}: describes {', '.join(manifest['sha256'])}, not {path.name}")
+    for name, expected in manifest["sha256"].items():
+        file = path.with_name(name)
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; {beside.name} says that it belongs to {path.name}")
+        if sha256(file) != expected:
+            raise UserError(f"{file}: does not match {beside.name}: damaged, or of another model")
+    return manifest
+
+
+def companions(path: Path) -> list[Path]:
+    """An exported file, the files that belong to it, and their manifest (none of them need exist)."""
+    beside = path.with_name(f"{path.name}.json")
+    names = json.loads(beside.read_text())["sha256"] if beside.is_file() else []
+    return [*dict.fromkeys([path, *(path.with_name(name) for name in names)]), beside]
+
+
+def files_bytes(path: Path) -> int:
+    """Size of an exported file and what belongs to it, without the manifest."""
+    return sum(each.stat().st_size for each in companions(path)[:-1])

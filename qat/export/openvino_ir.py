@@ -1,0 +1,185 @@
+"""OpenVINO IR: the ONNX file's graph and integers in OpenVINO's own form, `model.xml` + `model.bin`.
+
+OpenVINO's low-precision transformations move scales and biases through the graph and multiply by reciprocals where
+training divides, so single values may take a neighbouring code; without them (`optimize=False`) it computes in float
+what the integers stand for. Weights of up to 4 bits stay int4 in the file.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from torch import Tensor, nn
+
+from qat.errors import UserError
+from qat.export.onnx import export_onnx
+from qat.export.onnx_layers import shared_weights
+from qat.export.onnx_passes import SHARED_KEY, is_weight
+from qat.export.target import INPUT, Target
+from qat.export.verify import Verdict, expected_integer_nodes
+from qat.insert import Plan
+
+CARRIERS = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose")
+"""What may stand between a weight and the operation that computes with it."""
+PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
+KERNELS = ("Convolution", "FullyConnected", "MatMul")
+"""The same in a compiled model."""
+
+
+class OpenVinoRunner:
+    """A loaded IR file.
+
+    Args:
+        path: The `.xml`; the `.bin` is beside it.
+        optimize: With low-precision transformations, which make integer kernels, or in float.
+        threads: Threads; 0 lets OpenVINO choose.
+
+    Raises:
+        UserError: if OpenVINO refuses it.
+    """
+
+    def __init__(self, path: Path, *, optimize: bool = True, threads: int = 0) -> None:
+        import openvino  # pyright: ignore[reportMissingImports]
+
+        self.path, self.optimize = path, optimize
+        self._core = openvino.Core()
+        # Half precision is a speed-up that nobody trained for.
+        self._settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
+        if not optimize:
+            self._settings["LP_TRANSFORMS_MODE"] = "NO"
+        if threads:
+            self._settings |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+        self._compiled = self._compile(self._read())
+
+    def _read(self) -> Any:
+        try:
+            return self._core.read_model(str(self.path))
+        except RuntimeError as error:
+            raise UserError(f"{self.path}: openvino refuses it: {str(error).strip().splitlines()[-1]}") from None
+
+    def _compile(self, model: Any) -> Any:
+        return self._core.compile_model(model, "CPU", self._settings)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Runs one batch.
+
+        Raises:
+            UserError: if the file does not take such a batch.
+        """
+        try:
+            return np.array(self._compiled({INPUT: x})[0])
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+
+    def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
+        model = self._read()
+        layers = {name: node for name, node in layer_nodes(model).items() if only in (None, name)}
+        model.add_outputs([node.output(0) for node in layers.values()])
+        settings = self._settings if only else self._settings | {"LP_TRANSFORMS_MODE": "NO"}
+        values = self._core.compile_model(model, "CPU", settings)({INPUT: x})
+        # What was an output before is not added again.
+        shown = [port.get_node().input_value(0).get_node().get_friendly_name() for port in model.outputs]
+        return {name: np.array(values[shown.index(node.get_friendly_name())]) for name, node in layers.items()}
+
+    def precisions(self) -> list[tuple[str, str]]:
+        """Name and precision (`f32`, `u8`, `i8`) of every convolution and product that is executed."""
+        nodes = []
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            if info["layerType"].value in KERNELS:
+                nodes.append((info["originalLayersNames"].value, info["runtimePrecision"].value))
+        return nodes
+
+    def float_layers(self) -> list[str] | None:
+        floats = {part for names, p in self.precisions() if p.startswith(("f", "bf")) for part in names.split(",")}
+        return [layer for layer, node in layer_nodes(self._read()).items() if node.get_friendly_name() in floats]
+
+
+def weights(model: Any) -> dict[str, Any]:
+    """The constants that hold integer weights, by layer."""
+    found = {}
+    for node in model.get_ordered_ops():
+        name, kind = node.get_friendly_name(), node.get_type_name()
+        if kind == "Constant" and is_weight(name) and node.get_element_type().get_type_name() in ("i4", "i8", "u8"):
+            found[name.rpartition(".")[0]] = node
+    return found
+
+
+def layer_nodes(model: Any) -> dict[str, Any]:
+    """The operation of each layer, its bias included, in the order of execution."""
+    owner: dict[str, str] = {}
+    found: dict[str, Any] = {}
+    for node in model.get_ordered_ops():
+        name, kind = node.get_friendly_name(), node.get_type_name()
+        sources = [value.get_node() for value in node.input_values()]
+        inherited = [owner[s.get_friendly_name()] for s in sources if s.get_friendly_name() in owner]
+        if kind == "Constant" and is_weight(name):
+            owner[name] = name.rpartition(".")[0]
+        elif inherited and kind in CARRIERS:
+            owner[name] = inherited[0]
+        elif inherited and kind in PRODUCTS:
+            found[inherited[0]] = node
+        elif kind in ("Add", "Multiply") and any(map(_is_constant, sources)):  # the bias; a MatMul's factor of one
+            names = [source.get_friendly_name() for source in sources]
+            for layer, product in found.items():
+                if product.get_friendly_name() in names and (kind == "Add" or product.get_type_name() == "MatMul"):
+                    found[layer] = node
+    return found
+
+
+def _is_constant(node: Any) -> bool:
+    """Whether its values depend on no input (a bias is reshaped to the rank of what it is added to)."""
+    if node.get_type_name() in ("Parameter", "ShapeOf"):
+        return node.get_type_name() == "ShapeOf"
+    return all(_is_constant(value.get_node()) for value in node.input_values())
+
+
+def _unpack(packed: np.ndarray) -> np.ndarray:
+    """Two int4 codes from each byte, the lower half first."""
+    low, high = np.left_shift(packed, 4).view(np.int8) >> 4, packed.view(np.int8) >> 4
+    return np.stack([low, high], -1).reshape(-1)
+
+
+class OpenVinoTarget(Target):
+    """IR for OpenVINO's runtime."""
+
+    file = "model.xml"
+    package = extra = "openvino"
+    optimizes = True
+
+    def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
+        import openvino  # pyright: ignore[reportMissingImports]
+
+        source = folder / "model.onnx"
+        export_onnx(model, example, source)
+        try:
+            model_of_onnx = openvino.Core().read_model(str(source))  # convert_model would lose the constants' names
+            model_of_onnx.set_rt_info(json.dumps(shared_weights(onnx.load(str(source)))), SHARED_KEY)
+            openvino.save_model(model_of_onnx, folder / self.file, compress_to_fp16=False)
+        finally:
+            source.unlink()
+
+    def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> OpenVinoRunner:
+        return OpenVinoRunner(path, optimize=optimize, threads=threads)
+
+    def codes(self, path: Path) -> dict[str, np.ndarray]:
+        import openvino  # pyright: ignore[reportMissingImports]
+
+        model = openvino.Core().read_model(str(path))
+        found = {}
+        for layer, node in weights(model).items():
+            array, shape = node.get_data(), list(node.get_output_shape(0))
+            found[layer] = (_unpack(array) if node.get_element_type().get_type_name() == "i4" else array).reshape(shape)
+        for name, same in json.loads(model.get_rt_info(SHARED_KEY).value).items():
+            found[name.rpartition(".")[0]] = found[same.rpartition(".")[0]]
+        return found
+
+    def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: OpenVinoRunner) -> None:
+        precisions = [precision for _, precision in runner.precisions()]
+        found = sum(precision in ("i8", "u8") for precision in precisions)
+        expected = expected_integer_nodes(converted)
+        verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
+        verdict.add("integer kernels", found >= expected, f"{found} of {expected} convolutions and matrix products")

@@ -1,0 +1,154 @@
+"""What every target has in common: a converted model goes in, a file comes out, and a runner opens the file again.
+
+A target is one file in this package and one YAML in `configs/export`; nothing else lists them. It says
+
+    unfit        why a plan has no form in this format, before anything is trained or written
+    write        the files, below a temporary folder
+    open         a runner: the file as a function of arrays, by the runtime that users load it with
+    codes        the integer weights in the file, which verification compares bit for bit
+
+`export` and `load` around them are the same for all: files appear together or not at all, beside them a manifest with
+their hashes (`qat.export.manifest`), without which no runner is opened.
+"""
+
+import importlib.util
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from qat.errors import UserError
+from qat.export.manifest import check_manifest, write_manifest
+from qat.insert import Plan
+
+INPUT, OUTPUT = "input", "output"
+
+
+class Runner(Protocol):
+    """A loaded file."""
+
+    def float_layers(self) -> list[str] | None:
+        """The layers that the runtime computes in float; `None` where it cannot be seen."""
+        ...
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Runs one batch."""
+        ...
+
+    def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
+        """The outputs of layers on one batch, by name, in the order of execution; what the file does not show is left
+        out.
+
+        Args:
+            x: The batch.
+            only: One layer, whose predecessors are computed as they always are; `None` for all of them, without
+                optimizations (a layer that is fused into its neighbours has no output to look at).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file format, and what verification asks of a file in it.
+
+    Attributes:
+        min_agreement: Smallest share of test samples with the same prediction as the fake-quantized model.
+        max_metric_change: Largest difference between the metric computed from the file and the trained one.
+        max_mean_steps: Largest mean deviation of the outputs, in steps of an 8-bit grid over their range.
+        file: Name of the main file.
+        extra: The optional dependency that brings `package`; `None` if qat itself depends on it.
+        optimizes: Whether its runtime can be told to optimize or not, so that both are verified.
+    """
+
+    min_agreement: float = 0.98
+    max_metric_change: float = 0.01
+    max_mean_steps: float = 1.0
+    file: ClassVar[str]
+    package: ClassVar[str | None] = None
+    extra: ClassVar[str | None] = None
+    optimizes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_agreement <= 1:
+            raise UserError(f"min_agreement={self.min_agreement}: must be between 0 and 1")
+        for name in ("max_metric_change", "max_mean_steps"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name}={getattr(self, name)}: must not be negative")
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            raise UserError(f"export: {self.file} needs {self.package}: pip install qat[{self.extra}]")
+
+    @classmethod
+    def owns(cls, path: Path) -> bool:
+        """Whether a file of that name is of this format."""
+        return path.suffix == Path(cls.file).suffix
+
+    def unfit(self, plan: Plan) -> str | None:
+        """Why a model of this plan has no form in this format; `None` if it has one."""
+        return None
+
+    def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
+        """Writes `file`, and what belongs to it, into `folder`."""
+        raise NotImplementedError
+
+    def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> Runner:
+        """Opens a file whose hash is right; see `load`."""
+        raise NotImplementedError
+
+    def codes(self, path: Path) -> dict[str, np.ndarray]:
+        """The integer weights in the file, by layer, as int8 or uint8."""
+        raise NotImplementedError
+
+    def check_kernels(self, verdict: Any, converted: nn.Module, runner: Any) -> None:
+        """Adds to `verdict` whether the runtime computes on integers what it should; nothing where it cannot be seen.
+
+        Args:
+            verdict: A `qat.export.verify.Verdict`.
+            converted: The converted model.
+            runner: What `load` returned.
+        """
+
+    def export(self, model: nn.Module, plan: Plan, example: Tensor, path: Path) -> None:
+        """Writes a converted model to `path`, with its companions and the manifest; all of them or none.
+
+        Args:
+            model: A converted model on the CPU.
+            plan: The plan it was made from.
+            example: An input of at least two samples.
+            path: The main file; companions stand beside it.
+
+        Raises:
+            UserError: if the format cannot hold the model, with what to change.
+        """
+        if reason := self.unfit(plan):
+            raise UserError(f"{path.name}: {reason}")
+        if path.suffix != Path(self.file).suffix:
+            raise UserError(f"{path}: this target writes files called *{Path(self.file).suffix}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as temporary:
+            folder = Path(temporary)
+            self.write(model, plan, example, folder)
+            made = sorted(folder.iterdir())
+            names = {each.name: each.name.replace(Path(self.file).stem, path.stem, 1) for each in made}
+            manifest = write_manifest(folder / f"{path.name}.json", type(self).__name__, made, names)
+            for each in made:
+                os.replace(each, path.parent / names[each.name])
+            os.replace(manifest, path.parent / manifest.name)
+
+    def load(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> Runner:
+        """Opens an exported file after checking it against its manifest.
+
+        Args:
+            path: The main file.
+            model: The float model of the architecture, for formats that hold tensors and no graph.
+            optimize: With the runtime's graph optimizations, or as written.
+            threads: Threads of the runtime; 0 lets it choose.
+
+        Raises:
+            UserError: if a file is missing, damaged, swapped, of another version, or refused by the runtime.
+        """
+        check_manifest(path, type(self).__name__)
+        return self.open(path, model, optimize=optimize, threads=threads)

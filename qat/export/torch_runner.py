@@ -1,0 +1,70 @@
+"""Formats that torch itself runs: a module in the place of a runtime."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UserError
+
+
+class OneInput(nn.Module):
+    """Gives every model the same signature (a quantized twin's forward takes `*args`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.model(input)
+
+
+class TorchRunner:
+    """A module that was loaded from a file.
+
+    Args:
+        model: The module, in evaluation mode; it takes one tensor and returns one.
+        path: Where it came from.
+        layers: The layers whose weights are quantized.
+    """
+
+    def __init__(self, model: nn.Module, path: Path, layers: Sequence[str]) -> None:
+        self.model, self.path, self.layers = model, path, layers
+
+    @torch.no_grad()
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Runs one batch.
+
+        Raises:
+            UserError: if the file does not take such a batch.
+        """
+        try:
+            return self.model(torch.from_numpy(x)).numpy()
+        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+
+    def float_layers(self) -> list[str] | None:
+        """All of them: torch computes in float what the codes stand for."""
+        return list(self.layers)
+
+    @torch.no_grad()
+    def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
+        found: dict[str, np.ndarray] = {}
+
+        def keep(name: str) -> Callable[..., None]:
+            return lambda module, args, output: found.__setitem__(name, output.numpy())
+
+        handles = [
+            self.model.get_submodule(name).register_forward_hook(keep(name))
+            for name in self.layers
+            if only in (None, name)
+        ]
+        try:
+            self.model(torch.from_numpy(x))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found

@@ -1,0 +1,117 @@
+"""How well a quantized layer is doing while it trains, and when something is wrong with it.
+
+Beside the fit of each grid (`qat.stats`: SQNR, clip rate, used codes), training shows
+
+    drift         mean over its scales of |log2(scale / scale at the start)|: 1 means that they doubled or halved
+    oscillation   share of a weight's codes that one optimizer step changes and the next changes back
+    grad_norm     L2 norm of the gradient of its scales at an optimizer step
+
+A layer has collapsed when all its codes are equal, when it clips more than a fifth of its values, or when a scale is so
+small that only its floor keeps it above zero: then it hardly learns any more, and the loss may not show it for long.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qat.errors import UserError
+from qat.functional import SCALE_FLOOR
+from qat.insert import Plan
+from qat.quantizers import create
+from qat.stats import QuantizerStats, Tally, summarize
+
+MAX_CLIP_RATE = 0.2
+
+
+@dataclass(frozen=True)
+class Health:
+    """One quantizer at one moment of training; `None` is not measured or, as an SQNR, exact.
+
+    Attributes:
+        name: Module path of the quantizer.
+        layer: Where its tensor is read.
+        role: `weight` or `act`.
+        spec: Short label of its grid.
+        bits: Width of its codes.
+        codes: How many different codes occurred.
+        scale: The smallest of its scales.
+        sqnr_db, clip_rate: See `qat.stats`.
+        drift, oscillation, grad_norm: See the module's docstring.
+    """
+
+    name: str
+    layer: str
+    role: str
+    spec: str
+    bits: int
+    codes: int
+    scale: float
+    sqnr_db: float | None
+    clip_rate: float
+    drift: float | None = None
+    oscillation: float | None = None
+    grad_norm: float | None = None
+
+    @classmethod
+    def of(cls, stats: QuantizerStats, codes: int, **training: float | None) -> "Health":
+        """A fit, and what training shows beside it."""
+        return cls(
+            stats.name, stats.layer, stats.role, stats.spec, stats.bits, codes, stats.scale_min, stats.sqnr_db,
+            stats.clip_rate, **training,
+        )  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def findings(self) -> list[str]:
+        """What has collapsed; empty if nothing has."""
+        found = []
+        if self.codes == 1:
+            found.append("all codes are equal")
+        if self.clip_rate > MAX_CLIP_RATE and self.bits > 1:  # one bit has nothing but ends
+            found.append(f"{self.clip_rate:.0%} of its values are clipped")
+        if self.scale <= SCALE_FLOOR:
+            found.append(f"a scale is at its floor ({self.scale:.2g})")
+        return found
+
+
+def worst_first(rows: Iterable[Health]) -> list[Health]:
+    """Collapsed ones, then by the noise that they add: the lowest SQNR first."""
+    return sorted(rows, key=lambda row: (not row.findings(), float("inf") if row.sqnr_db is None else row.sqnr_db))
+
+
+def from_checkpoint(checkpoint: Mapping[str, Any], path: Any) -> tuple[list[Health], bool]:
+    """The health of a trained model, from a checkpoint's containers and tensors alone.
+
+    Args:
+        checkpoint: See `qat.lightning.weights.read_checkpoint`.
+        path: Its file, for messages.
+
+    Returns:
+        The rows, and whether training recorded them (`QuantizerHealth`); otherwise there are only weights, measured
+        now.
+
+    Raises:
+        UserError: if the checkpoint is of a model without quantizers.
+    """
+    for key, state in (checkpoint.get("callbacks") or {}).items():
+        if key.startswith("QuantizerHealth") and state.get("rows"):
+            return [Health(**row) for row in state["rows"]], True
+    if "qat" not in checkpoint:
+        raise UserError(f"checkpoint {path}: is of a float model, which has no quantizers to inspect")
+    return _weights(checkpoint, Plan.from_dict(checkpoint["qat"])), False
+
+
+def _weights(checkpoint: Mapping[str, Any], plan: Plan) -> list[Health]:
+    rows, state = [], checkpoint["state_dict"]
+    for layer, spec in plan.weights.items():
+        prefix = f"{layer}.weight_quantizer."
+        weight, own = state[f"{layer}.weight"], {k.removeprefix(prefix): v for k, v in state.items() if prefix in k}
+        quantizer = create(spec, weight.shape, axis=0)
+        if quantizer.scale.shape != own["scale"].shape:
+            quantizer = create(spec, weight.shape, axis=1)  # transposed layers have their output channels there
+        quantizer.load_state_dict(own)
+        tally, name = Tally(), prefix.removesuffix(".")
+        tally.add(name, quantizer, weight)
+        rows.append(Health.of(summarize(name, quantizer, tally, (layer,)), len(tally.codes)))
+    return rows

@@ -1,0 +1,175 @@
+"""After training: a finished run, or any checkpoint in it, becomes files, and files are proven.
+
+Nothing is trained or calibrated here: the checkpoint holds the plan, every scale and the shape of the model's input. So
+`restore` and `export` need neither the data nor a GPU; `verify` runs the test set.
+"""
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from qat.cli.instantiate import instantiate
+from qat.convert import convert
+from qat.errors import UserError
+from qat.export.packed import PackedTarget
+from qat.export.target import Target
+from qat.export.verify import Verdict
+from qat.insert import Plan
+from qat.lightning.calm import calm
+from qat.lightning.module import CHECKPOINT_KEY, INPUT_KEY, insert_plan
+from qat.lightning.run import Run
+from qat.lightning.weights import read_checkpoint
+from qat.report import report_table
+from qat.report.format import verdict as outcome
+
+TRAINED = "quantized.ckpt"
+"""What a finished run keeps of its training."""
+
+
+class Trained(NamedTuple):
+    """A quantized model out of a checkpoint.
+
+    Attributes:
+        folder: The run it belongs to.
+        checkpoint: The file.
+        cfg: The run's config.
+        float_model: The module as its class makes it, without quantizers.
+        module: The fake-quantized module.
+        plan: Its plan.
+        example: A random input of two samples, of the shape that training had; `None` if the checkpoint says none.
+    """
+
+    folder: Path
+    checkpoint: Path
+    cfg: DictConfig
+    float_model: pl.LightningModule
+    module: pl.LightningModule
+    plan: Plan
+    example: Tensor | None
+
+
+def restore(path: Path) -> Trained:
+    """Rebuilds the quantized model of a run's folder, or of a checkpoint below one, on the CPU.
+
+    Raises:
+        UserError: if there is no such run, or the checkpoint is damaged, of a float model, or of another architecture.
+    """
+    folder = _folder(path)
+    cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    assert isinstance(cfg, DictConfig)
+    cfg.run_dir, cfg.ckpt = str(folder), "last"
+    OmegaConf.resolve(cfg)
+    file = path / TRAINED if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"{path} holds no finished run: there is no {TRAINED}; a checkpoint can be named instead")
+    checkpoint = read_checkpoint(file)
+    if CHECKPOINT_KEY not in checkpoint:
+        raise UserError(f"checkpoint {file}: is of a float model; there are no integers to make of it")
+    float_model: pl.LightningModule = instantiate(cfg.model)
+    float_model.configure_model()
+    module = copy.deepcopy(float_model)
+    plan = Plan.from_dict(checkpoint[CHECKPOINT_KEY])
+    insert_plan(module, plan)
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"checkpoint {file}: is of another model than the run's config: {reason}") from None
+    return Trained(folder, file, cfg, float_model, module.eval(), plan, _example(checkpoint.get(INPUT_KEY)))
+
+
+def _folder(path: Path) -> Path:
+    for folder in (path, *path.parents):
+        if (folder / ".hydra" / "config.yaml").is_file():
+            return folder
+    raise UserError(f"{path}: neither a run's folder nor a checkpoint in one (there is no .hydra/config.yaml)")
+
+
+def _example(described: dict[str, Any] | None, samples: int = 2) -> Tensor | None:
+    """An input of the recorded shape: noise, or zeros where indices are wanted."""
+    if described is None:
+        return None
+    dtype = getattr(torch, described["dtype"])
+    shape = (samples, *described["shape"])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) if dtype.is_floating_point else (
+        torch.zeros(shape, dtype=dtype)
+    )  # fmt: skip
+
+
+def export(path: Path, target: Target, out: Path | None = None) -> Path:
+    """Exports a run or a checkpoint.
+
+    Args:
+        path: The run's folder, or a checkpoint below it.
+        target: The format.
+        out: The file; by default, the target's name in the run's folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: see `restore` and `Target.export`.
+    """
+    with calm():
+        trained = restore(path)
+        if trained.example is None:
+            raise UserError(f"checkpoint {trained.checkpoint}: does not say what the model's input looks like")
+        out = out or trained.folder / target.file
+        target.export(convert(trained.module, trained.plan), trained.plan, trained.example, out)
+    return out
+
+
+def verify(path: Path, target: Target | None = None, file: Path | None = None) -> bool:
+    """Verifies exported files on the test set, and prints what was found.
+
+    Args:
+        path: The run's folder, or the checkpoint below it that the file was exported from.
+        target: Format of `file`.
+        file: The file; `None` for all that `qat train` wrote: the run's own target and the packed integers.
+
+    Returns:
+        Whether everything was verified.
+
+    Raises:
+        UserError: if there is no finished run, or no file.
+    """
+    folder = _folder(path)
+    if not (folder / "report.json").is_file():
+        raise UserError(f"{folder} holds no finished run: there is no report.json")
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # what it says of every trainer
+    with calm():
+        if path.is_dir() and not (path / TRAINED).is_file():
+            raise UserError(f"{folder} was run with quant=off; there is no file to verify")
+        trained = restore(path)
+        this = Run(trained.cfg, folder)
+        this.module = trained.module
+        converted = convert(trained.module, trained.plan)
+        if trained.checkpoint.name != TRAINED:
+            this.progress["stages"]["qat"]["metric"] = this.measure()
+        if target is not None and file is not None:
+            return _show(this, file, this.verify(target, converted, trained.float_model, file))
+        passed = True
+        if this.target is not None:
+            verdict = this.verify(this.target, converted, trained.float_model)
+            report = json.loads((folder / "report.json").read_text())
+            this.console.print(report_table(report | {"verify": verdict.to_dict()}))
+            passed = verdict.passed
+        packed = PackedTarget()
+        return _show(this, folder / packed.file, this.verify(packed, converted, trained.float_model)) and passed
+
+
+def _show(this: Run, file: Path, verdict: Verdict) -> bool:
+    found = outcome({"verify": verdict.to_dict()})
+    assert found is not None
+    style = "bold green" if found.passed else "bold red"
+    this.console.print(f"{file}: {found.text}", style=style, highlight=False, soft_wrap=True)
+    for failure in found.failures:
+        this.console.print(f"  {failure}", style="red", highlight=False, markup=False, soft_wrap=True)
+    return verdict.passed

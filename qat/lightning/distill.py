@@ -1,0 +1,200 @@
+"""Distillation: the quantized network learns from a float one beside the labels (Hinton et al., arXiv 1503.02531; for
+quantization, Mishra and Marr, "Apprentice", ICLR 2018). The usual teacher is the model's own float self.
+
+    loss = (1 - alpha) task + alpha T^2 KL(softmax(teacher / T) || softmax(student / T)) + features * relative error
+
+The task loss is whatever the user's `training_step` returns. While training lasts, that method is wrapped: forward
+hooks note what the model is called with and what it answers, the teacher is asked the same, and the terms are added to
+the step's loss. So accumulated gradients, mixed precision, clipping and DDP treat them as they treat any loss.
+
+The teacher belongs to the callback: no optimizer and no checkpoint holds it. A checkpoint holds a hash of its weights,
+and training refuses to go on under another teacher.
+
+Temperatures above 1 weaken a network of few bits (W3A8, four seeds: T = 2 lost 0.5 to 0.9 points, T = 5 lost 8 to 12),
+and labels alone can be the better teacher where data is plenty: measure both.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+
+from qat.errors import UserError
+from qat.insert import remove
+from qat.lightning.taps import Taps, answer, fingerprint, named_layers
+from qat.lightning.weights import load_weights
+
+
+class Distill(Callback):
+    """Adds a teacher's answers to the loss of any LightningModule that optimizes automatically.
+
+    Args:
+        teacher: File with the teacher's weights; `None` for those that the module has when fit is called.
+        model: The teacher, if it is of another architecture; `teacher` is then loaded into it.
+        alpha: Weight of the teacher's answer; the task's loss gets `1 - alpha`.
+        temperature: T; above 0.
+        loss: `kl` for logits; `mse` for outputs that are no classes.
+        class_axis: Axis of the logits that the classes are along.
+        output_of: Module path whose output are the logits, where `training_step` does not call `self(x)`.
+        features: Layers (globs over module paths) whose outputs should be like the teacher's.
+        feature_weight: Weight of their squared error relative to the teacher's mean square, averaged over layers.
+
+    Raises:
+        UserError: if a number is out of its range; (when fit starts) if the teacher's file does not fit, a pattern
+            matches nothing, or the module optimizes manually; (in a step) if nothing was called that could be compared.
+    """
+
+    def __init__(
+        self,
+        teacher: str | Path | None = None,
+        model: nn.Module | None = None,
+        alpha: float = 0.7,
+        temperature: float = 1.0,
+        loss: Literal["kl", "mse"] = "kl",
+        class_axis: int = -1,
+        output_of: str = "",
+        features: str | Sequence[str] = (),
+        feature_weight: float = 1.0,
+    ) -> None:
+        if not 0 <= alpha <= 1:
+            raise UserError(f"alpha={alpha}: must be from 0 to 1")
+        if not 0 < temperature < float("inf"):
+            raise UserError(f"temperature={temperature}: must be above 0")
+        if not 0 <= feature_weight < float("inf"):
+            raise UserError(f"feature_weight={feature_weight}: must be 0 or more")
+        if loss not in ("kl", "mse"):
+            raise UserError(f"loss={loss!r}: must be kl or mse")
+        patterns = [features] if isinstance(features, str) else list(features)
+        if not alpha and not (patterns and feature_weight):
+            raise UserError("alpha=0 without features: there is nothing to learn from the teacher; leave it out")
+        self.file, self.model = teacher, model
+        self.alpha, self.temperature, self.loss, self.class_axis = alpha, temperature, loss, class_axis
+        self.output_of, self.patterns, self.feature_weight = output_of, patterns, feature_weight
+        self._teacher: nn.Module | None = None
+        self._student: pl.LightningModule | None = None
+
+    # -- the teacher ---------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "fit" or self._student is pl_module:
+            return
+        if not pl_module.automatic_optimization:
+            raise UserError(
+                f"Distill: {type(pl_module).__name__} optimizes manually, so its step returns no loss to add to"
+            )
+        configure = pl_module.configure_model  # may still make layers, and quantizers; a restore comes behind it
+
+        def configure_then_copy() -> None:
+            configure()
+            pl_module.__dict__.pop("configure_model", None)  # unless QATCallback, which wraps it too, has done so
+            self._teacher, self._student = self._make_teacher(pl_module), pl_module
+
+        pl_module.__dict__["configure_model"] = configure_then_copy
+
+    def _make_teacher(self, pl_module: pl.LightningModule) -> nn.Module:
+        teacher: nn.Module = copy.deepcopy(pl_module) if self.model is None else self.model
+        for name in ("configure_model", "training_step"):
+            teacher.__dict__.pop(name, None)
+        remove(teacher)
+        if self.file is not None:
+            load_weights(teacher, self.file)
+        return teacher.eval().requires_grad_(False)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self._teacher is None else {"teacher": fingerprint(self._teacher)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._teacher is not None and state_dict.get("teacher") != fingerprint(self._teacher):
+            raise UserError(
+                "Distill: the checkpoint's training had another teacher; give the module the float weights it began "
+                "with before fit (qat.load_weights), or name them with teacher"
+            )
+
+    # -- the loss ------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        teacher = self._teacher
+        assert teacher is not None
+        trainer.precision_plugin.convert_module(teacher)
+        teacher.to(pl_module.device)
+        names = [self.output_of, *named_layers(pl_module, self.patterns)]
+        taps = Taps(pl_module, names), Taps(teacher, names)
+        step: Callable[..., Any] = pl_module.training_step
+
+        @functools.wraps(step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():  # somebody only looks
+                return step(*args, **kwargs)
+            with taps[0]:
+                output = step(*args, **kwargs)
+            return output if output is None else self._add(output, taps, pl_module)
+
+        pl_module.__dict__["training_step"] = training_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.__dict__.pop("training_step", None)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        pl_module.__dict__.pop("training_step", None)
+
+    def _add(self, output: Any, taps: tuple[Taps, Taps], pl_module: pl.LightningModule) -> Any:
+        """The step's output with the teacher's terms in its loss."""
+        student, teacher = taps
+        calls = student.calls[self.output_of]
+        if not calls:
+            what = f"output_of='{self.output_of}'" if self.output_of else "self(x)"
+            raise UserError(
+                f"Distill: training_step never calls {what}, so there is nothing to compare with the teacher; "
+                "name the module it calls with output_of"
+            )
+        with torch.no_grad(), teacher:
+            for args, kwargs, _ in calls:
+                teacher.module(self.output_of)(*args, **kwargs)
+        task = output["loss"] if isinstance(output, Mapping) else output
+        loss, logged = (1 - self.alpha) * task, {}
+        pairs = list(zip(calls, teacher.calls[self.output_of], strict=True))
+        if self.alpha:
+            terms = [self._compare(answer(ours[2]), answer(theirs[2])) for ours, theirs in pairs]
+            logged["distill/output"] = sum(terms) / len(terms)
+            loss = loss + self.alpha * logged["distill/output"]
+        if self.patterns:
+            logged["distill/features"] = self._features(student, teacher)
+            loss = loss + self.feature_weight * logged["distill/features"]
+        size = len(answer(calls[0][2]))
+        pl_module.log_dict(
+            {k: v.detach() for k, v in logged.items()}, on_step=False, on_epoch=True, sync_dist=True, batch_size=size
+        )
+        student.clear()
+        teacher.clear()
+        return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+    def _compare(self, ours: Tensor, theirs: Tensor) -> Tensor:
+        if ours.shape != theirs.shape:
+            raise UserError(f"Distill: the teacher answers {list(theirs.shape)} where the model has {list(ours.shape)}")
+        ours, theirs = ours.float(), theirs.float()
+        if self.loss == "mse":
+            return F.mse_loss(ours, theirs)
+        of = [F.log_softmax(x / self.temperature, self.class_axis) for x in (theirs, ours)]
+        return self.temperature**2 * (of[0].exp() * (of[0] - of[1])).sum(self.class_axis).mean()
+
+    def _features(self, student: Taps, teacher: Taps) -> Tensor:
+        terms = []
+        for name in student.names[1:]:
+            if len(student.calls[name]) != len(teacher.calls[name]) or not student.calls[name]:
+                raise UserError(
+                    f"Distill: features: '{name}' ran {len(student.calls[name])} times, the teacher's "
+                    f"{len(teacher.calls[name])}"
+                )
+            for (*_, ours), (*_, theirs) in zip(student.calls[name], teacher.calls[name], strict=True):
+                a, b = answer(ours).float(), answer(theirs).float()
+                if a.shape != b.shape:
+                    raise UserError(f"Distill: features: '{name}' is {list(a.shape)}, the teacher's {list(b.shape)}")
+                terms.append(F.mse_loss(a, b) / b.square().mean().clamp_min(torch.finfo(torch.float32).tiny))
+        return torch.stack(terms).mean()

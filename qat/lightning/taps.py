@@ -1,0 +1,95 @@
+"""Noting what modules are called with and what they answer, and other helpers of distillation."""
+
+import fnmatch
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UserError, nearest
+from qat.functions import first_tensor
+
+Call = tuple[tuple[Any, ...], dict[str, Any], Any]
+"""(args, kwargs, output)."""
+
+
+class Taps:
+    """While entered, notes the calls of some modules, without changing them.
+
+    Args:
+        root: Module that the names are relative to.
+        names: Module paths; the empty one is `root` itself.
+
+    Attributes:
+        calls: By name, the calls since it was entered, kept until it is entered again or cleared.
+
+    Raises:
+        UserError: if `root` has no module of one of the names.
+    """
+
+    def __init__(self, root: nn.Module, names: Sequence[str]) -> None:
+        modules = dict(root.named_modules(remove_duplicate=False))
+        for name in names:
+            if name not in modules:
+                raise UserError(f"Distill: {type(root).__name__} has no module '{name}'{nearest(name, modules)}")
+        self._modules = {name: modules[name] for name in names}
+        self.names = list(self._modules)
+        self.calls: dict[str, list[Call]] = {name: [] for name in names}
+        self._handles: list[Any] = []
+
+    def module(self, name: str) -> nn.Module:
+        return self._modules[name]
+
+    def clear(self) -> None:
+        """Lets go of the tensors."""
+        for calls in self.calls.values():
+            calls.clear()
+
+    def __enter__(self) -> Self:
+        self.clear()
+        for name, module in self._modules.items():
+            note = self.calls[name].append
+            hook = lambda _, args, kwargs, output, note=note: note((args, kwargs, output))  # noqa: E731
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def answer(output: Any) -> Tensor:
+    """The tensor that a module's output is about: itself, its `logits`, or the first tensor in it."""
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    tensor = logits if isinstance(logits, Tensor) else first_tensor(output)
+    if tensor is None:
+        raise UserError(f"Distill: a module answers with {type(output).__name__}, which holds no tensor")
+    return tensor
+
+
+def named_layers(root: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """The module paths that any of the globs match, in the order of the model's modules.
+
+    Raises:
+        UserError: if a pattern matches nothing, with the nearest path.
+    """
+    names = [name for name, _ in root.named_modules() if name]
+    hits = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
+    for pattern, found in hits.items():
+        if not found:
+            raise UserError(f"Distill: features: no module matches '{pattern}'{nearest(pattern, names)}")
+    return [name for name in names if any(name in found for found in hits.values())]
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """A hash of the floating-point weights and buffers."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,107 @@
+"""`qat bench` as people read it: a table, warnings, and a bar chart of latencies."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from qat.export.bench import Measured, slower
+from qat.export.files import atomic
+from qat.report.format import count, size
+from qat.report.plot import ACT, DPI, INK, MUTED, RULE, WEIGHT
+
+OTHERS = (WEIGHT, ACT, "#2f855a", "#805ad5", "#c53030", "#319795")
+
+
+def bench_table(measured: Sequence[Measured]) -> RenderableType:
+    """What each file takes, and below it what it gives at each batch size and number of threads; relative to the first
+    file."""
+    reference = measured[0]
+    takes = _table("file", "size", "of float", "peak memory")
+    gives = _table("file", "threads", "batch", "p50 ms", "p99 ms", "samples/s", "speed")
+    for each in measured:
+        name = escape(Path(each.name).name)
+        takes.add_row(name, size(each.bytes), f"{each.bytes / reference.bytes:.2f}x", size(each.peak_memory))
+    for i, base in enumerate(reference.timings):
+        for each in measured:
+            t = each.timings[i]
+            numbers = (f"{t.p50:.3g}", f"{t.p99:.3g}", count(round(t.throughput)), f"{base.p50 / t.p50:.2f}x")
+            gives.add_row(escape(Path(each.name).name), str(t.threads), str(t.batch), *numbers)
+        gives.add_section()
+    return Group(takes, gives)
+
+
+def _table(*headers: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for i, header in enumerate(headers):
+        table.add_column(header, justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+    return table
+
+
+def warnings(measured: Sequence[Measured]) -> list[str]:
+    """What should make one think: quantized files slower than the float one, and what they compute in float."""
+    reference, lines = measured[0], []
+    for each in measured[1:]:
+        late = slower(each, reference)
+        if not late:
+            continue
+        worst = max(late, key=lambda t: t.p50 / _base(reference, t.batch, t.threads))
+        factor = worst.p50 / _base(reference, worst.batch, worst.threads)
+        if each.float_nodes is None:
+            why = "its runtime does not say which layers are float"
+        elif each.float_nodes:
+            why = f"in float: {', '.join(each.float_nodes)}"
+        else:
+            why = "no layer is in float; layers this small gain nothing from integers"
+        where = f"batch {worst.batch}, {worst.threads} thread{'s' * (worst.threads > 1)}"
+        lines.append(f"warning: {each.name} is {factor:.2f}x slower than float ({where}); {why}")
+    return lines
+
+
+def _base(reference: Measured, batch: int, threads: int) -> float:
+    return next(t.p50 for t in reference.timings if (t.batch, t.threads) == (batch, threads))
+
+
+def save_bench_plot(measured: Sequence[Measured], path: Path) -> None:
+    """Draws median latencies as bars, up to p99 as a line, one panel per batch size and number of threads.
+
+    Args:
+        measured: The float file first.
+        path: The PNG; it appears complete or not at all.
+    """
+    settings = [(t.batch, t.threads) for t in measured[0].timings]
+    rows = len(measured)
+    figure = Figure(figsize=(11, (0.9 + 0.32 * rows) * len(settings) + 0.4), dpi=DPI, facecolor="white")
+    for i, (batch, threads) in enumerate(settings):
+        axes = figure.add_subplot(len(settings), 1, i + 1)
+        timings = [each.timings[i] for each in measured]
+        colors = [MUTED, *(OTHERS[k % len(OTHERS)] for k in range(rows - 1))]
+        axes.barh(range(rows), [t.p50 for t in timings], color=colors, height=0.62)
+        for row, t in enumerate(timings):
+            axes.plot([t.p50, t.p99], [row, row], color=INK, linewidth=1)
+            speed = "" if row == 0 else f"  {timings[0].p50 / t.p50:.2f}x"
+            axes.annotate(
+                f"{t.p50:.3g} ms{speed}", (t.p99, row), (5, 0), textcoords="offset points", va="center",
+                fontsize=8.5, color=INK,
+            )  # fmt: skip
+        axes.set_yticks(range(rows), [Path(each.name).name for each in measured], fontsize=9, color=INK)
+        axes.invert_yaxis()
+        axes.set_xscale("log")  # formats differ by orders of magnitude
+        axes.set_xlim(min(t.p50 for t in timings) / 3, max(t.p99 for t in timings) * 4)
+        title = f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.tick_params(colors=MUTED, labelsize=8, length=0)
+        axes.tick_params(axis="y", colors=INK, labelsize=9)
+        axes.grid(axis="x", color=RULE)
+        axes.set_axisbelow(True)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    figure.supxlabel("ms per batch, log scale: bar = median, line = up to the 99th percentile", fontsize=9, color=MUTED)
+    figure.tight_layout()
+    with atomic(path) as temporary:
+        FigureCanvasAgg(figure).print_figure(temporary, format="png")

@@ -1,0 +1,65 @@
+"""The chosen bits as a YAML of named rules: a whole `quant` config that trains as it is."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qat.errors import UserError
+from qat.export.files import atomic
+from qat.policy import QuantPolicy
+from qat.search.space import Pair, with_bit_rules
+
+
+def outputs(output: str, points: int | None) -> list[Path]:
+    """The files that will be written: the one named, or for a front of so many points `NAME_1.yaml` and so on.
+
+    Raises:
+        UserError: if one exists, or lies where `quant=...` would not find it.
+    """
+    path = Path(output)
+    if path.suffix != ".yaml" or path.absolute().parent.name != "quant":
+        raise UserError(
+            f"search.output={output}: must be a .yaml in a folder named quant (configs/quant/mine.yaml), "
+            "where quant=mine finds it"
+        )
+    paths = [path] if points is None else [path.with_name(f"{path.stem}_{i + 1}.yaml") for i in range(points)]
+    for each in paths:
+        if each.exists():
+            raise UserError(f"search.output={output}: {each} exists; choose another name, or delete it first")
+    return paths
+
+
+def write(
+    path: Path,
+    policy: QuantPolicy,
+    choice: Mapping[str, Pair],
+    predicted: Mapping[str, float],
+    other: Mapping[str, Any],
+    command: str,
+) -> None:
+    """Writes one allocation.
+
+    Args:
+        path: The file.
+        policy: What the search started from; its rules come first.
+        choice: The pair of each layer.
+        predicted: Costs, which the report of a training run shows beside the actual ones.
+        other: Further keys of the `quant` config that it started from.
+        command: What made it, for the comment at the top.
+    """
+    content = {
+        **policy.settings,
+        "rules": with_bit_rules(policy, choice),
+        **other,
+        "predicted": {k: _short(v) for k, v in predicted.items()},
+    }
+    head = f"# {command}\n# Train it with quant={path.stem}; a rule of your own after these changes a layer.\n"
+    with atomic(path) as temporary:
+        text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
+        temporary.write_text(head + text)
+
+
+def _short(value: float) -> float | int:
+    return int(value) if float(value).is_integer() else float(f"{value:.6g}")

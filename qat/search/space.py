@@ -1,0 +1,175 @@
+"""What can be chosen: for every layer the pairs of (weight bits, input bits), and which layers must agree.
+
+Grids belong to tensors, and so do bits: layers with one weight share its bits, layers that read one tensor share those
+of its grid. A candidate width is one more rule on top of the user's policy, in the sensitivities as in the YAML that
+comes out, so that what is measured is what will be trained. Operations without weights (residual additions, pooling)
+keep the grids that the policy gives them.
+"""
+
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from torch import nn
+
+from qat.audit import AuditRow, audit
+from qat.errors import UserError, nearest
+from qat.plan import Plan, has_weight, make_plan
+from qat.policy import QuantPolicy
+from qat.search.settings import Search
+from qat.storage import is_layer, with_bytes
+
+Pair = tuple[int, int | None]
+"""(weight bits, input bits); `None` for an input that stays as the policy has it."""
+FORMATS = ("int", "midrise")
+"""Those whose bits are free."""
+PREFIX = "searched_"
+"""Of the rules that a search makes."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer to choose for.
+
+    Attributes:
+        name: Module path.
+        weight: Name of its weight's grid, shared with the layers that have the same weight.
+        act: Name of its input's grid, shared with the layers that read the same tensor; `None` if it is not chosen.
+        options: The pairs to choose from.
+    """
+
+    name: str
+    weight: str
+    act: str | None
+    options: tuple[Pair, ...]
+
+
+@dataclass
+class Space:
+    """The layers to choose for, and what is known of the model under the policy as it is.
+
+    Attributes:
+        model, policy: The float model, and the policy that candidates are rules on top of.
+        layers: In execution order.
+        tied: Groups of layers (by name) that get the same pair.
+        plan, rows: Of the policy as it is.
+        plans: Per width, the plan with every chosen grid at that width.
+    """
+
+    model: nn.Module
+    policy: QuantPolicy
+    layers: list[Layer]
+    tied: list[list[str]]
+    plan: Plan
+    rows: dict[str, AuditRow]
+    plans: dict[int, Plan] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, list[str]]:
+        """Every grid to choose for, and the layers that read through it, the first of which names it."""
+        readers: dict[str, list[str]] = {}
+        for layer in self.layers:
+            for grid in (layer.weight, layer.act):
+                if grid is not None:
+                    readers.setdefault(grid, []).append(layer.name)
+        return readers
+
+    def widths(self, tensor: str) -> list[int]:
+        """The widths that some option gives a grid."""
+        found = {w for layer in self.layers for w, _ in layer.options if layer.weight == tensor}
+        found |= {a for layer in self.layers for _, a in layer.options if a is not None and layer.act == tensor}
+        return sorted(found)
+
+
+def make_space(model: nn.Module, policy: QuantPolicy, search: Search, run: Callable[[], Any]) -> Space:
+    """Finds what can be chosen from one pass of `run()` (see `qat.probe.record`); the model is left as it is.
+
+    Raises:
+        UserError: if the policy quantizes no weight, a pattern matches nothing, or a layer has no option left.
+    """
+    plan, recording = make_plan(model, policy, run)
+    rows = {row.name: row for row in with_bytes(audit(model, plan, recording), model, plan)}
+    real = [n for n in plan.layers if is_layer(model, n)]  # of recurrent layers, say, each weight is a part in the plan
+    weights = [n for n in real if _free(plan.weights.get(plan.layers[n]["weight"] or ""))]
+    if not weights:
+        raise UserError("search: the policy gives no weight an integer grid, so there is nothing to choose")
+    acts = [n for n in weights if (grid := plan.layers[n]["input"]) and _free(plan.activations[grid[-1]])]
+    widths = sorted({*search.weight_bits, *search.act_bits})
+    plans = {
+        bits: make_plan(model, with_bits(policy, dict.fromkeys(weights, bits), dict.fromkeys(acts, bits)), run)[0]
+        for bits in widths
+    }
+    weighted = [n for n in real if has_weight(model.get_submodule(n))]
+    least = _least(search.least, weighted)
+    shared = plans[widths[-1]]
+    layers = [
+        Layer(
+            name,
+            f"{shared.layers[name]['weight']}.weight",
+            shared.layers[name]["input"][-1] if name in acts else None,
+            _options(search, name, least.get(name, 1), name in acts),
+        )
+        for name in weights
+    ]
+    tied = [[n for n in weights if n in matching(p, "tie", weighted)] for p in search.tie]
+    return Space(model, policy, layers, tied, plan, rows, plans)
+
+
+def _free(spec: Any) -> bool:
+    return spec is not None and spec.format in FORMATS
+
+
+def with_bits(policy: QuantPolicy, weights: Mapping[str, int], acts: Mapping[str, int]) -> QuantPolicy:
+    """The policy with rules on top that give layers their bits."""
+    pairs = {name: (weights.get(name), acts.get(name)) for name in (*weights, *acts)}
+    return QuantPolicy.from_dict({**policy.settings, "rules": with_bit_rules(policy, pairs)})
+
+
+def with_bit_rules(policy: QuantPolicy, pairs: Mapping[str, tuple[int | None, int | None]]) -> dict[str, Any]:
+    """The policy's rules, without those of an earlier search, and then one for each pair in use:
+    `searched_w4a8: {match: [conv1, conv2], weight: {bits: 4}, act: {bits: 8}}`."""
+    rules = {n: r for n, r in (policy.settings.get("rules") or {}).items() if not n.startswith(PREFIX)}
+    for name, (weight, act) in pairs.items():
+        label = PREFIX + (f"w{weight}" if weight else "") + (f"a{act}" if act else "")
+        rule = rules.setdefault(label, {"match": []})
+        rule["match"].append(name)
+        rule |= {"weight": {"bits": weight}} if weight else {}
+        rule |= {"act": {"bits": act}} if act else {}
+    return rules
+
+
+def _least(patterns: Mapping[str, int], weighted: Sequence[str]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for pattern, bits in patterns.items():
+        for name in matching(pattern, "least", weighted):
+            found[name] = max(bits, found.get(name, 0))
+    return found
+
+
+def matching(pattern: str, key: str, names: Sequence[str]) -> set[str]:
+    """The layers that a glob, `@first` or `@last` matches.
+
+    Raises:
+        UserError: if there are none, with the nearest name.
+    """
+    special = {"@first": names[:1], "@last": names[-1:]}
+    if pattern in special:
+        return set(special[pattern])
+    found = set(fnmatch.filter(names, pattern))
+    if not found:
+        raise UserError(f"search.{key}: no layer matches '{pattern}'{nearest(pattern, [*names, *special])}")
+    return found
+
+
+def _options(search: Search, name: str, least: int, has_act: bool) -> tuple[Pair, ...]:
+    pairs: Iterable[Pair] = search.pairs or product(search.weight_bits, search.act_bits)
+    if not has_act:
+        pairs = [(w, None) for w, _ in pairs]
+    options = tuple(dict.fromkeys((w, a) for w, a in pairs if w >= least and (a is None or a >= least)))
+    if not options:
+        raise UserError(
+            f"search.least: '{name}' gets at least {least} bits, but no weight_bits and act_bits (or pairs) allow it"
+        )
+    return options

@@ -1,0 +1,174 @@
+"""AdaRound: learning whether each weight is rounded up or down (Nagel et al., "Up or Down? Adaptive Rounding for
+Post-Training Quantization", ICML 2020), for single layers or for whole blocks (Li et al., "BRECQ", ICLR 2021).
+
+Rounding to nearest is best for the weight, not for what the layer computes. With V one parameter per weight,
+
+    h(V) = clip(1.2 sigmoid(V) - 0.1, 0, 1)                                              equation 23
+    soft weight = scale * clip(floor(w / scale) + h(V), low, high)                       equation 22
+    loss = |float output - output|^2 + strength * sum(1 - |2 h(V) - 1|^b)                equations 21, 24
+
+is minimised on the calibration batches, b falling from 20 to 2 after a fifth of the steps, so that h ends at 0 or 1.
+Units are done in the order of execution: each gets the input that the quantized units before it produce, and is to give
+the output of the float model (the asymmetric reconstruction of section 3.3).
+
+The result is written into the weights, w = scale * level + clip(w - scale * level, -0.49 scale, 0.49 scale): rounding
+to nearest then gives these levels, so that training starts with them, as near to the float weights as that allows.
+"""
+
+import fnmatch
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UserError, nearest
+from qat.functional import ratio
+from qat.insert import Plan
+from qat.layers import original_class
+from qat.modes import evaluating
+from qat.quantizers import Quantizer
+from qat.starts.base import Run, Start, in_float, replay
+
+
+class SoftRounding(nn.Module):
+    """Takes a weight quantizer's place while V is learned."""
+
+    def __init__(self, quantizer: Quantizer, weight: Tensor) -> None:
+        super().__init__()
+        x = quantizer._grouped(weight.detach())
+        self.scale, self.low, self.high = (t.detach() for t in quantizer.grid(weight))
+        v = ratio(x, self.scale)
+        self.floor, self.shape = v.floor(), weight.shape
+        rest = ((v - self.floor).clamp(0.01, 0.99) + 0.1) / 1.2
+        self.up = nn.Parameter((rest / (1 - rest)).log())  # h(V) begins at the fraction that rounding is about
+
+    def h(self) -> Tensor:
+        return (1.2 * self.up.sigmoid() - 0.1).clamp(0, 1)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return ((self.floor + self.h()).clamp(self.low, self.high) * self.scale).view(self.shape).to(weight.dtype)
+
+    def undecided(self, b: float) -> Tensor:
+        return (1 - (2 * self.h() - 1).abs().pow(b)).sum()
+
+    @torch.no_grad()
+    def hardened(self, weight: Tensor) -> Tensor:
+        """The latent weight that rounds to what was learned."""
+        centre = ((self.floor + (self.h() >= 0.5)).clamp(self.low, self.high) * self.scale).view(self.shape)
+        reach = (0.49 * self.scale).expand(self.floor.shape).reshape(self.shape)
+        return centre + torch.minimum(torch.maximum(weight - centre, -reach), reach)
+
+
+class AdaRound(Start):
+    """See the module's docstring.
+
+    Args:
+        blocks: Globs over module paths: each module that matches is reconstructed as a whole, all others layer by
+            layer.
+        steps: Steps of Adam for each unit.
+        lr: Their learning rate.
+        batch_size: Samples in a step.
+        strength: Of the term that decides.
+
+    Raises:
+        UserError: if a number is out of its range; (in `refine`) if a pattern matches nothing, or no weight has a grid
+            of equal steps.
+    """
+
+    def __init__(
+        self,
+        blocks: str | Sequence[str] = (),
+        steps: int = 500,
+        lr: float = 1e-2,
+        batch_size: int = 32,
+        strength: float = 0.01,
+    ) -> None:
+        for name, value in (("steps", steps), ("lr", lr), ("batch_size", batch_size), ("strength", strength)):
+            if not 0 < value < math.inf:
+                raise UserError(f"{name}={value}: must be above 0")
+        self.blocks = [blocks] if isinstance(blocks, str) else list(blocks)
+        self.steps, self.lr, self.batch_size, self.strength = steps, lr, batch_size, strength
+
+    def refine(self, model: nn.Module, run: Run, plan: Plan) -> None:
+        modules = dict(model.named_modules())
+        units = self._units(modules, plan)
+        if not units:
+            raise UserError(f"AdaRound: no weight of {original_class(model).__name__} has a grid of equal steps (int)")
+        with evaluating(model), torch.no_grad():
+            again = replay(model, run)
+            order = _order({name: modules[name] for name in units}, again)
+            for name in order:
+                with in_float(model):
+                    targets = [y for _, y in _seen(modules[name], again)]
+                inputs = [x for x, _ in _seen(modules[name], again)]
+                with torch.enable_grad():
+                    self._learn(modules[name], [modules[layer] for layer in units[name]], inputs, targets)
+
+    def _units(self, modules: dict[str, nn.Module], plan: Plan) -> dict[str, list[str]]:
+        """The layers to be rounded, by the unit they are in."""
+        blocks: list[str] = []
+        for pattern in self.blocks:
+            hits = fnmatch.filter(modules, pattern)
+            if not hits:
+                raise UserError(f"AdaRound: blocks: no module matches '{pattern}'{nearest(pattern, modules)}")
+            blocks += [hit for hit in hits if hit]
+        units: dict[str, list[str]] = {}
+        for name in plan.weights:
+            quantizer: Any = modules[name].weight_quantizer
+            plain = type(quantizer).transform is Quantizer.transform and quantizer.static and quantizer.on
+            if quantizer.spec.format == "int" and plain and not isinstance(modules[name], nn.Embedding):
+                unit = next((block for block in blocks if f"{name}.".startswith(f"{block}.")), name)
+                units.setdefault(unit, []).append(name)
+        return units
+
+    def _learn(self, unit: Any, layers: list[Any], inputs: list[Tensor], targets: list[Tensor]) -> None:
+        quantizers = [layer.weight_quantizer for layer in layers]
+        soft = [SoftRounding(q, layer.weight) for q, layer in zip(quantizers, layers, strict=True)]
+        x, y = torch.cat(inputs), torch.cat(targets)
+        optimizer = torch.optim.Adam([s.up for s in soft], self.lr)
+        generator = torch.Generator().manual_seed(0)
+        try:
+            for layer, one in zip(layers, soft, strict=True):
+                # As in training: plain bias, no kept weight. The mode of its children is left alone.
+                layer._modules["weight_quantizer"], layer.training = one, True
+            for step in range(self.steps):
+                at = torch.randint(len(x), (min(self.batch_size, len(x)),), generator=generator).to(x.device)
+                error = (unit(x[at]) - y[at]).square()
+                loss = error.sum() / (error.numel() / error.shape[1])  # over channels the sum, else the mean
+                if (share := step / self.steps) >= 0.2:
+                    b = 2 + 18 * (1 - (share - 0.2) / 0.8)
+                    loss = loss + self.strength * torch.stack([s.undecided(b) for s in soft]).sum()
+                optimizer.zero_grad()
+                loss.backward(inputs=[s.up for s in soft])
+                optimizer.step()
+        finally:
+            for layer, quantizer in zip(layers, quantizers, strict=True):
+                layer._modules["weight_quantizer"], layer.training = quantizer, False
+        with torch.no_grad():
+            for layer, one in zip(layers, soft, strict=True):
+                layer.weight.copy_(one.hardened(layer.weight))
+
+
+def _order(units: dict[str, nn.Module], run: Run) -> list[str]:
+    """Names in the order of their first calls."""
+    order: dict[str, None] = {}
+    handles = [m.register_forward_pre_hook(lambda *_, n=name: order.setdefault(n)) for name, m in units.items()]  # pyright: ignore
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(order)
+
+
+def _seen(unit: nn.Module, run: Run) -> list[tuple[Tensor, Tensor]]:
+    """What the unit is given and what it answers, batch by batch."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    handle = unit.register_forward_hook(lambda _m, args, y: seen.append((args[0].detach(), y.detach())))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return seen

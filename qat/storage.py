@@ -1,0 +1,87 @@
+"""What a packed file stores of each layer, in bytes, before there is one (see `qat.export.packed`).
+
+    codes     ceil(weights x bits / 8)
+    scales    4 bytes each, and one for its zero point
+    biases    12 bytes each (int32 code, scale, zero point), or 4 in float
+
+What no layer owns comes on top in the file: 8 bytes for each activation grid, and the header that names the tensors.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from qat.audit import AuditRow
+from qat.convert import storage_bits
+from qat.cost import code_bytes
+from qat.layers import mixin_for
+from qat.plan import Plan
+from qat.spec import QuantSpec
+
+FLOAT_BYTES = 4
+
+
+def with_bytes(rows: Sequence[AuditRow], model: nn.Module, plan: Plan) -> list[AuditRow]:
+    """The rows of an audit with their packed bytes filled in."""
+    return [dataclasses.replace(row, bytes=_row_bytes(row, model, plan)) for row in rows]
+
+
+def _row_bytes(row: AuditRow, model: nn.Module, plan: Plan) -> int:
+    if row.folds:
+        return 0
+    if row.name in plan.layers:
+        owner = plan.layers[row.name]["weight"]
+        if owner is not None and not is_layer(model, row.name):
+            return code_bytes(row.params, plan.weights[owner].width)
+        if owner is not None:
+            return layer_bytes(model, plan, row.name, plan.weights[owner])
+        return FLOAT_BYTES * row.params
+    module = dict(model.named_modules()).get(row.name)
+    kept = () if module is None or not isinstance(module, nn.modules.batchnorm._NormBase) else module.buffers(False)
+    return FLOAT_BYTES * row.params + sum(b.numel() * b.element_size() for b in kept)
+
+
+def is_layer(model: nn.Module, name: str) -> bool:
+    """Whether a name of a plan is that of a module with a weight of its own, and not of one weight of several."""
+    module = dict(model.named_modules()).get(name)
+    return isinstance(getattr(module, "weight", None), Tensor)
+
+
+def layer_bytes(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int:
+    """Packed bytes of the layer `name` of the plan if its weight has the grid `spec`.
+
+    Of one that shares its weight with an earlier layer, those of its own bias.
+    """
+    layer: Any = model.get_submodule(name)
+    channels = _channels(layer)
+    if spec.granularity == "group":
+        scales = layer.weight.numel() // (spec.group_size or 1)
+    else:
+        scales = channels if spec.granularity == "channel" or name in plan.batch_norms else 1
+    codes = code_bytes(layer.weight.numel(), stored_bits(model, plan, name, spec)) + 5 * scales
+    shared = plan.layers[name]["weight"] != name
+    return (0 if shared else codes) + _bias_bytes(layer, plan, name, channels, scales, spec)
+
+
+def stored_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int:
+    """Bits of a stored code: one more than the grid's where a negative gamma may mirror the lowest code of a full-range
+    grid (see `qat.convert`)."""
+    norm: Any = model.get_submodule(plan.batch_norms[name]) if name in plan.batch_norms else None
+    mirrors = norm is not None and norm.weight is not None and bool((norm.weight < 0).any())
+    full = spec.format == "int" and spec.signed is not False and not spec.narrow and spec.width < 8
+    return storage_bits(spec) + (mirrors and full)
+
+
+def _bias_bytes(layer: Any, plan: Plan, name: str, channels: int, scales: int, spec: QuantSpec) -> int:
+    if name not in plan.batch_norms and not isinstance(getattr(layer, "bias", None), Tensor):
+        return 0
+    integer = bool(plan.layers[name]["input"]) and spec.granularity != "group"
+    return 4 * channels + 8 * scales if integer else FLOAT_BYTES * channels
+
+
+def _channels(layer: Any) -> int:
+    mixin = mixin_for(layer)
+    assert mixin is not None and mixin.channel_axis is not None
+    return layer.weight.shape[mixin.channel_axis]

@@ -1,0 +1,107 @@
+"""What layers cost: against hand counts, and against the files."""
+
+import json
+import struct
+
+import pytest
+import torch
+from small_models import Drawn, Shape, lived
+from torch import nn
+
+from qat.audit import audit, bops
+from qat.calibrate import calibrate
+from qat.convert import convert
+from qat.cost import average_bits, bit_operations
+from qat.export.packed import WEIGHTS, save_packed
+from qat.insert import apply_plan, make_plan
+from qat.models import ResNet
+from qat.policy import QuantPolicy
+from qat.storage import with_bytes
+
+CIFAR_RESNET20 = (
+    16 * 3 * 9 * 32**2 + 6 * 16 * 16 * 9 * 32**2 + (16 + 5 * 32) * 32 * 9 * 16**2 + (32 + 5 * 64) * 64 * 9 * 64
+)
+CIFAR_RESNET20 += 64 * 10
+PROJECTIONS = 16 * 32 * 16**2 + 32 * 64 * 8**2
+"""MACs of the two 1x1 convolutions that the published count (option B) has; ours pads its shortcuts (option A)."""
+
+
+def _rows(model, x, policy):
+    plan, recording = make_plan(model.eval(), QuantPolicy.from_dict(policy), lambda: model(x))
+    return plan, with_bytes(audit(model, plan, recording), model, plan)
+
+
+def test_resnet20_has_the_macs_and_parameters_of_a_hand_count():
+    _, rows = _rows(ResNet(20), torch.randn(2, 3, 32, 32), {"weight": {"bits": 4}, "act": {"bits": 8}})
+    assert sum(row.macs for row in rows) == CIFAR_RESNET20 == 40_551_040
+    assert CIFAR_RESNET20 + PROJECTIONS == 40_813_184, "the 40.8 M of the literature"
+    assert sum(row.params for row in rows) == 269_722
+    assert bops(rows) == CIFAR_RESNET20 * 4 * 8
+
+
+def test_float_counts_32_bits():
+    assert bit_operations(10, None, 8) == 10 * 32 * 8
+    assert average_bits([(100, 4), (300, 8)]) == 7 and average_bits([]) is None
+
+
+CHANNEL = {"bits": 4, "granularity": "channel"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "weight", "act", "rules"),
+    [
+        pytest.param(Shape(), CHANNEL, 8, {}, id="conv-norm"),
+        pytest.param(Shape(), {"bits": 3}, 4, {}, id="one-scale-that-a-norm-folds-into"),
+        pytest.param(Shape(bias=True, norm=False), {"bits": 5}, 8, {}, id="biases"),
+        pytest.param(Shape(bias=True, norm=False), CHANNEL, None, {}, id="weights-only"),
+        pytest.param(Shape(), CHANNEL, 8, {"a": {"match": "stem", "weight": "off"}}, id="a-float-layer-and-its-norm"),
+        pytest.param(Shape(kind="linear"), CHANNEL | {"granularity": "group", "group_size": 4}, 8, {}, id="groups"),
+    ],
+)
+def test_the_bytes_of_the_layers_are_those_of_the_file_but_for_header_and_activation_grids(
+    shape, weight, act, rules, tmp_path
+):
+    torch.manual_seed(0)
+    model = Drawn(shape)
+    x = model.example(4)
+    plan, rows = _rows(model, x, {"weight": weight, "act": act and {"bits": act}, "rules": rules})
+    stored, grids = _stored(model, plan, x, tmp_path)
+    assert sum(row.bytes for row in rows) == stored - grids
+
+
+def test_negative_gammas_cost_full_range_codes_a_bit(tmp_path):
+    torch.manual_seed(0)
+    model = lived(Drawn(Shape()))
+    x = model.example(4)
+    plan, rows = _rows(model, x, {"weight": CHANNEL | {"bits": 2}, "act": {"bits": 8}})
+    stored, grids = _stored(model, plan, x, tmp_path)
+    body = next(row for row in rows if row.name == "body")
+    assert body.bytes == (8 * 8 * 9 * 3) // 8 + 8 * (5 + 12), "three bits a code, for a two-bit grid"
+    assert sum(row.bytes for row in rows) == stored - grids
+
+
+def test_a_shared_weight_is_counted_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+            self.b.weight = self.a.weight
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    _, (a, b) = _rows(Tied(), torch.randn(2, 8), {"weight": {"bits": 4}, "act": {"bits": 8}})
+    assert (a.params, b.params) == (72, 8)
+    assert a.bytes - b.bytes == 64 * 4 // 8 + 5
+
+
+def _stored(model, plan, x, folder):
+    """Bytes of tensors in the packed file, and those of activation grids among them."""
+    apply_plan(model, plan)
+    calibrate(model, lambda: model(x))
+    save_packed(convert(model, plan), plan, folder)
+    content = (folder / WEIGHTS).read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + size])
+    grids = [v["data_offsets"] for k, v in header.items() if "input_quantizer" in k]
+    return len(content) - size - 8, sum(end - start for start, end in grids)

@@ -1,0 +1,227 @@
+"""Distillation: what the teacher is, that its terms are in the loss exactly, and what a checkpoint holds of it."""
+
+import copy
+import math
+import re
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader
+
+from qat import QATCallback
+from qat.errors import UserError
+from qat.lightning import Distill
+
+POLICY = {"weight": {"bits": 3, "granularity": "channel"}, "act": {"bits": 8}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Plain(pl.LightningModule):
+    """An ordinary module; `form` says what its step returns, `indirect` that it calls its net, not itself."""
+
+    def __init__(self, form: str = "tensor", indirect: bool = False, late: bool = False):
+        super().__init__()
+        self.form, self.indirect, self.net = form, indirect, None
+        self.losses: list[float] = []
+        self.gradients: list[torch.Tensor] = []
+        if not late:
+            self.configure_model()
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return {"logits": self.net(x)} if self.form == "dict" else self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        out = self.net(x) if self.indirect else self(x)
+        loss = F.cross_entropy(out["logits"] if isinstance(out, dict) else out, y)
+        return {"loss": loss, "more": 1} if self.form == "dict" else None if self.form == "none" else loss
+
+    def on_before_backward(self, loss):
+        self.losses.append(loss.item())
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.form != "none":
+            self.gradients.append(self.net[0].weight.grad.clone())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def data(batches: int = 4) -> DataLoader:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(8 * batches, 6, generator=generator)
+    return DataLoader(list(zip(x, torch.arange(len(x)) % 3, strict=True)), batch_size=8)
+
+
+def trainer(*callbacks, **options) -> pl.Trainer:
+    defaults = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet = {"accelerator": "cpu", "enable_model_summary": False}
+    return pl.Trainer(callbacks=list(callbacks), **{**defaults, **quiet, **options})
+
+
+def kl(teacher, student, t=1.0):
+    return t**2 * F.kl_div(
+        F.log_softmax(student / t, -1), F.log_softmax(teacher / t, -1), log_target=True, reduction="batchmean"
+    )
+
+
+@pytest.mark.parametrize("form", ["tensor", "dict"])
+@pytest.mark.parametrize("t", [1.0, 3.0])
+@pytest.mark.parametrize("order", [1, -1], ids=["after-qat", "before-qat"])
+def test_the_first_loss_is_the_task_s_and_the_teacher_s_in_their_shares(form, t, order):
+    module = Plain(form)
+    float_net = copy.deepcopy(module.net)
+    distill = Distill(alpha=0.6, temperature=t)
+    fit = trainer(*[QATCallback(POLICY, calibration_samples=8), distill][::order], max_steps=1)
+    quantized: dict = {}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            quantized["net"] = copy.deepcopy(pl_module.net)
+
+    fit.callbacks.append(Look())
+    fit.fit(module, data())
+    x, y = next(iter(data()))
+    student, teacher = quantized["net"](x), float_net(x)
+    assert not torch.equal(student, teacher)
+    expected = 0.4 * F.cross_entropy(student, y) + 0.6 * kl(teacher, student, t)
+    assert module.losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_layers_that_are_made_late_are_taught_by_what_they_were_made_as():
+    module, distill = Plain(late=True), Distill(alpha=1.0)
+    trainer(QATCallback(POLICY, calibration_samples=8), distill, max_steps=1).fit(module, data())
+    assert distill._teacher is not None and not list(distill._teacher.named_buffers())
+    assert 0 < module.losses[0] < 0.5, "only what quantization has changed"
+
+
+def test_features_count_by_their_relative_error():
+    module = Plain()
+    taught = copy.deepcopy(module)
+    taught.net[0].weight.data *= 2
+    distill = Distill(alpha=0.0, features="nte.0")
+    with pytest.raises(UserError, match=r"no module matches 'nte\.0'; did you mean 'net\.0'"):
+        trainer(distill, max_steps=1).fit(Plain(), data())
+    distill = Distill(model=taught, alpha=0.0, features="net.0", feature_weight=3.0)
+    before = copy.deepcopy(module)
+    trainer(distill, max_steps=1).fit(module, data())
+    x, y = next(iter(data()))
+    a, b = before.net[0](x), taught.net[0](x)
+    expected = F.cross_entropy(before.net(x), y) + 3 * ((a - b).square().sum() / b.square().sum())
+    assert module.losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_step_that_calls_a_part_of_the_module_says_so_with_output_of():
+    with pytest.raises(UserError, match=re.escape("never calls self(x)")):
+        trainer(Distill(), max_steps=1).fit(Plain(indirect=True), data())
+    module = Plain(indirect=True)
+    trainer(QATCallback(POLICY, calibration_samples=8), Distill(output_of="net"), max_steps=1).fit(module, data())
+    assert module.losses[0] > 0
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    def gradient(batch_size, accumulate):
+        torch.manual_seed(3)
+        module, teacher = Plain(), Plain()
+        loader = DataLoader(data().dataset, batch_size=batch_size)
+        trainer(Distill(model=teacher), max_steps=1, accumulate_grad_batches=accumulate).fit(module, loader)
+        return module.gradients[0]
+
+    torch.testing.assert_close(gradient(16, 1), gradient(8, 2), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_it_works_in_the_precision_of_the_trainer(precision):
+    module, distill = Plain(), Distill(model=Plain(), features="net.0")
+    fit = trainer(distill, precision=precision)
+    fit.fit(module, data())
+    assert all(map(math.isfinite, module.losses)) and "distill/output" in fit.callback_metrics
+    dtype = next(distill._teacher.parameters()).dtype
+    assert dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+
+
+def test_the_teacher_stays_out_of_optimizer_and_checkpoint_and_nothing_is_left_on_the_module(tmp_path):
+    module, distill = Plain(), Distill(features="net.0")
+    float_weights = copy.deepcopy(module.net.state_dict())
+    fit = trainer(QATCallback(POLICY, calibration_samples=8), distill)
+    fit.fit(module, data())
+    owned = {id(p) for p in distill._teacher.parameters()}
+    assert not owned & {id(p) for group in fit.optimizers[0].param_groups for p in group["params"]}
+    fit.save_checkpoint(tmp_path / "with.ckpt")
+    saved = torch.load(tmp_path / "with.ckpt", weights_only=True)
+    assert set(saved["state_dict"]) == set(module.state_dict())
+    assert [list(v) for k, v in saved["callbacks"].items() if k.startswith("Distill")] == [["teacher"]]
+    for name, value in distill._teacher.net.state_dict().items():
+        assert torch.equal(value, float_weights[name]), "the teacher never learns"
+    assert "training_step" not in module.__dict__ and "configure_model" not in module.__dict__
+    assert not module._forward_hooks and not module.net[0]._forward_hooks
+
+
+def test_a_resumed_training_gives_the_same_losses_and_refuses_another_teacher(tmp_path):
+    def start():
+        torch.manual_seed(5)
+        return Plain()
+
+    def callbacks():
+        return QATCallback(POLICY, calibration_samples=8), Distill()
+
+    whole = start()
+    trainer(*callbacks(), max_epochs=2).fit(whole, data())
+    first = start()
+    fit = trainer(*callbacks(), max_epochs=1)
+    fit.fit(first, data())
+    fit.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = start()
+    trainer(*callbacks(), max_epochs=2).fit(resumed, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert resumed.losses == whole.losses[4:]
+    other = Plain()
+    with pytest.raises(UserError, match="had another teacher"):
+        trainer(*callbacks(), max_epochs=2).fit(other, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+
+
+def test_the_teacher_can_be_a_file(tmp_path):
+    teacher, module = Plain(), Plain()
+    save_file(teacher.state_dict(), tmp_path / "teacher.safetensors")
+    distill = Distill(tmp_path / "teacher.safetensors")
+    trainer(QATCallback(POLICY, calibration_samples=8), distill, max_steps=1).fit(module, data())
+    for name, value in teacher.state_dict().items():
+        assert torch.equal(distill._teacher.state_dict()[name], value)
+    with pytest.raises(UserError, match=r"did you mean 'teacher\.safetensors'"):
+        trainer(Distill(tmp_path / "techer.safetensors"), max_steps=1).fit(Plain(), data())
+
+
+def test_a_step_without_a_loss_is_left_alone():
+    module = Plain("none")
+    trainer(Distill(), max_steps=-1).fit(module, data())
+    assert module.losses == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        pytest.param({"alpha": 1.5}, "alpha=1.5: must be from 0 to 1", id="alpha"),
+        pytest.param({"temperature": 0}, "temperature=0: must be above 0", id="temperature"),
+        pytest.param({"loss": "l2"}, "loss='l2': must be kl or mse", id="loss"),
+        pytest.param({"alpha": 0.0}, "nothing to learn from the teacher", id="nothing"),
+        pytest.param({"feature_weight": -1.0}, "feature_weight=-1.0", id="feature-weight"),
+    ],
+)
+def test_wrong_settings_are_named(settings, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        Distill(**settings)

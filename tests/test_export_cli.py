@@ -1,0 +1,194 @@
+"""`qat export` and `qat verify FILE RUN_DIR`: any run or checkpoint becomes a file without its data, and is proven."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from qat.cli import main
+from qat.export.bench import Measured, Timing
+from qat.export.manifest import write_manifest
+from qat.report.bench import warnings
+
+TINY = """model=mlp model.width=16 data.train_limit=64 data.val_limit=32 data.test_limit=64 float_epochs=1
+    trainer.max_epochs=1 trainer.limit_train_batches=1 trainer.enable_progress_bar=false quant.calibration_samples=64
+    export.min_agreement=0 export.max_metric_change=1""".split()  # noqa: SIM905 - as one writes it on the command line
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    assert main(["train", *TINY, f"run_dir={run_dir}"]) == 0
+    return run_dir
+
+
+def words(capfd) -> str:
+    captured = capfd.readouterr()
+    return " ".join((captured.out + captured.err).split())
+
+
+def forbidden(*_: object) -> None:
+    raise AssertionError("the data was read")
+
+
+def test_an_export_needs_no_data_and_writes_the_same_file_again(run, tmp_path, monkeypatch, capfd):
+    for name in ("prepare_data", "setup", "train_dataloader", "test_dataloader"):
+        monkeypatch.setattr(f"qat.data.Digits.{name}", forbidden)
+    assert main(["export", str(run), "target=onnx", f"out={tmp_path / 'again.onnx'}"]) == 0
+    assert (tmp_path / "again.onnx").read_bytes() == (run / "model.onnx").read_bytes()
+    assert "again.onnx" in words(capfd)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.onnx", "again.onnx.json"], "and nothing temporary"
+
+
+def test_a_checkpoint_of_the_run_is_exported_and_verified_as_itself(run, tmp_path, capfd):
+    checkpoint, out = str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "last.onnx")
+    assert main(["export", checkpoint, "target=onnx", f"out={out}"]) == 0
+    assert main(["verify", out, checkpoint]) == 0
+    assert "last.onnx: verified: weight codes identical" in words(capfd)
+
+
+def test_the_packed_integers_are_verified_by_the_loader_that_users_have(run, capfd):
+    assert main(["verify", str(run / "model.safetensors"), str(run)]) == 0
+    assert "model.safetensors: verified: weight codes identical" in words(capfd)
+
+
+def scale_up(tensors) -> None:
+    tensor = tensors["fc2.weight_scale"]
+    tensor.raw_data = (onnx.numpy_helper.to_array(tensor) * np.float32(1.5)).tobytes()
+
+
+def test_a_file_that_falls_short_fails_with_the_layer_where_it_begins(run, tmp_path, capfd):
+    path = tmp_path / "wrong.onnx"
+    model = onnx.load(run / "model.onnx")
+    scale_up({t.name: t for t in model.graph.initializer})
+    onnx.save(model, path)
+    write_manifest(tmp_path / "wrong.onnx.json", "OnnxTarget", [path], {path.name: path.name})
+    assert main(["verify", str(path), str(run)]) == 1
+    said = words(capfd)
+    assert "NOT VERIFIED" in said and "layers: the first layer that diverges is 'fc2'" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param(["{run}"], "write qat export RUN_DIR target=NAME", id="no-target"),
+        pytest.param(["{run}", "target=onx"], "target=onx: there is no such target; did you mean 'onnx'?", id="target"),
+        pytest.param(["{run}", "target=none"], "target=none: there is no such target", id="none"),
+        pytest.param(["{run}", "target=onnx", "min_agremeent=1"], "did you mean 'min_agreement'", id="setting"),
+        pytest.param(["{run}", "target=onnx", "min_agreement=2"], "min_agreement=2: must be between", id="value"),
+        pytest.param(["{run}", "target=onnx", "out=x.tflite"], "this target writes files called *.onnx", id="suffix"),
+        pytest.param(["nowhere", "target=onnx"], "nowhere: no such file or directory", id="nowhere"),
+        pytest.param(["{run}/csv/metrics.csv", "target=onnx"], "is damaged or no checkpoint", id="no-checkpoint"),
+        pytest.param(["{run}/float.safetensors", "target=onnx"], "is of a float model", id="float"),
+    ],
+)
+def test_a_mistake_is_one_line_with_status_2_and_nothing_written(arguments, said, run, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(p.name for p in run.iterdir())
+    assert main(["export", *(text.format(run=run) for text in arguments)]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and said in lines[0], lines
+    assert sorted(p.name for p in run.iterdir()) == before and list(tmp_path.iterdir()) == []
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def another_version(path: Path) -> None:
+    manifest = path.with_name(f"{path.name}.json")
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2, "qat": "7.0"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        pytest.param(truncate, "does not match model.onnx.json: damaged, or of another model", id="truncated"),
+        pytest.param(flip, "does not match model.onnx.json: damaged, or of another model", id="flipped"),
+        pytest.param(another_version, "has format 2 (made by qat 7.0); this version reads format 1", id="version"),
+        pytest.param(lambda p: p.with_name(f"{p.name}.json").unlink(), "model.onnx.json: no such file", id="unstamped"),
+        pytest.param(Path.unlink, "model.onnx: no such file", id="gone"),
+    ],
+)
+def test_a_damaged_file_is_refused_in_one_line(damage, said, run, tmp_path, capfd):
+    for name in ("model.onnx", "model.onnx.json"):
+        shutil.copy(run / name, tmp_path)
+    damage(tmp_path / "model.onnx")
+    assert main(["verify", str(tmp_path / "model.onnx"), str(run)]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and said in lines[0], lines
+
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "deploy.md").read_text(), re.S)
+
+
+@pytest.mark.parametrize(
+    ("target", "snippet"), list(zip(["onnx", "openvino", "torch", "packed"], SNIPPETS, strict=True))
+)
+def test_the_documented_way_to_load_a_file_works_in_under_15_lines(target, snippet, run, tmp_path, monkeypatch):
+    if target == "openvino":
+        pytest.importorskip("openvino", reason="needs the extra `openvino`")
+    name = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "packed": "model.safetensors"}[target]
+    assert main(["export", str(run), f"target={target}", f"out={tmp_path / name}"]) == 0
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, np.ndarray] = {}
+    exec(snippet, names)
+    assert names["logits"].shape[1] == 10 and len(snippet.splitlines()) < 15
+
+
+# -- bench -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_bench_measures_every_file_against_float_in_a_table_and_a_chart(run, tmp_path, capfd):
+    chart = tmp_path / "bench.png"
+    assert main(["bench", str(run / "model.safetensors"), f"out={chart}", "seconds=1", "threads=1", "batch=1,3"]) == 0
+    said = words(capfd)
+    assert "samples/s" in said and "peak memory" in said
+    assert "warning: " in said and "model.safetensors is" in said and "in float: fc1, fc2, linear" in said
+    assert chart.read_bytes().startswith(b"\x89PNG") and chart.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param(["nowhere.onnx"], "nowhere.onnx: no such file", id="no-file"),
+        pytest.param(["{run}/model.onnx", "thread=1"], "no setting 'thread'; did you mean 'threads'?", id="setting"),
+        pytest.param(["{run}/model.onnx", "threads=0"], "threads=0: must be at least 1", id="no-threads"),
+        pytest.param(["{run}/model.onnx", "batch=many"], "batch=many: must be whole numbers", id="words"),
+        pytest.param(["{run}/report.png"], "no target writes such a file", id="no-export"),
+        pytest.param(["{run}/model.onnx", "run=/"], "holds no float.onnx to compare with", id="no-float"),
+    ],
+)
+def test_a_mistake_in_bench_is_one_line_with_status_2(arguments, said, run, capfd):
+    assert main(["bench", *(text.format(run=run) for text in arguments)]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and said in lines[0], lines
+
+
+def test_a_slower_file_is_warned_of_with_its_float_layers_and_a_faster_one_is_not():
+    base = Measured("float", 100, timings=[Timing(1, 1, 1.0, 2.0, 1000), Timing(16, 1, 9.0, 9.0, 1777)])
+    slow = Measured("a.onnx", 50, None, [Timing(1, 1, 0.9, 1, 1111), Timing(16, 1, 18.0, 20, 888)], ["conv1"])
+    fast = Measured("b.onnx", 50, None, [Timing(1, 1, 0.9, 1, 1111), Timing(16, 1, 9.1, 20, 1758)], ["conv1"])
+    assert warnings([base, slow, fast]) == [
+        "warning: a.onnx is 2.00x slower than float (batch 16, 1 thread); in float: conv1"
+    ]

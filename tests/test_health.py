@@ -1,0 +1,187 @@
+"""Health of quantizers: what is logged while training, what a checkpoint remembers, and what `qat inspect` says."""
+
+import json
+import warnings
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from qat import QATCallback
+from qat.cli import main
+from qat.errors import UserError
+from qat.health import Health, worst_first
+from qat.insert import named_quantizers
+from qat.lightning import QuantizerHealth
+from qat.models import MLP
+
+POLICY = {"weight": {"bits": 2, "granularity": "channel"}, "act": {"bits": 4}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def data(batches: int = 6) -> DataLoader:
+    x = torch.randn(16 * batches, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    return DataLoader(list(zip(x, torch.arange(len(x)) % 3, strict=True)), batch_size=16)
+
+
+def fit(tmp_path, *callbacks, module=None, **options):
+    module = module or MLP(16, 3, 8, lr=0.3)
+    defaults = {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    logger = CSVLogger(tmp_path, "csv", "")
+    trainer = pl.Trainer(
+        callbacks=[QATCallback(POLICY, calibration_samples=32), *callbacks], logger=logger, enable_checkpointing=False,
+        **{**defaults, **options},
+    )  # fmt: skip
+    trainer.fit(module, data(), **({"weights_only": True} if options else {}))
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    return module, trainer
+
+
+class Break(pl.Callback):
+    """Does something to one quantizer of the first layer when training starts."""
+
+    def __init__(self, how):
+        self.how = how
+
+    @torch.no_grad()
+    def on_train_start(self, trainer, pl_module):
+        self.how(dict(named_quantizers(pl_module)), pl_module)
+
+
+def test_every_measure_of_every_quantizer_is_in_the_log(tmp_path):
+    module, _ = fit(tmp_path, QuantizerHealth(every_n_steps=2))
+    header = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
+    for name, quantizer in named_quantizers(module):
+        for what in ("sqnr_db", "clip_rate", "drift", "grad_norm", *["oscillation"] * quantizer.is_weight):
+            assert f"health/{what}/{name}" in header
+
+
+def test_the_numbers_are_what_their_names_say(tmp_path):
+    health, levels, gradients, scales = QuantizerHealth(every_n_steps=100), [], {}, {}
+
+    class Look(pl.Callback):
+        def note(self, pl_module):
+            layer = pl_module.fc1
+            levels.append(layer.weight_quantizer.levels(layer.weight))
+
+        def on_train_start(self, trainer, pl_module):
+            self.note(pl_module)
+            scales["start"] = pl_module.fc1.weight_quantizer.step()
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            if trainer.global_step == 0:
+                gradients["first"] = pl_module.fc1.weight_quantizer.scale.grad.norm().item()
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.note(pl_module)
+
+    module, _ = fit(tmp_path, health, Look(), max_steps=2)
+    row = next(row for row in health.rows if row.name == "fc1.weight_quantizer")
+    first, second = levels[1] - levels[0], levels[2] - levels[1]
+    assert row.oscillation == ((first * second) < 0).float().mean().item()
+    assert row.grad_norm == pytest.approx(gradients["first"])
+    moved = (module.fc1.weight_quantizer.step() / scales["start"]).log2().abs().mean().item()
+    assert moved > 0 and row.drift == pytest.approx(moved)
+
+
+def _tiny_scale(found, module):
+    found["fc1.weight_quantizer"].scale.mul_(1e-12)
+
+
+def _dead_weight(found, module):
+    module.fc1.weight.mul_(1e-6)
+    module.fc1.weight.requires_grad_(False)
+
+
+def _tight(found, module):
+    found["fc1.input_quantizer"].scale.mul_(0.02)
+
+
+@pytest.mark.parametrize(
+    ("how", "who", "said"),
+    [
+        pytest.param(_tiny_scale, "fc1.weight_quantizer", "a scale is at its floor", id="floor"),
+        pytest.param(_dead_weight, "fc1.weight_quantizer", "all codes are equal", id="one-code"),
+        pytest.param(_tight, "fc1.input_quantizer", "of its values are clipped", id="clipped"),
+    ],
+)
+def test_a_collapsed_quantizer_is_warned_of_once_and_leads_the_table(how, who, said, tmp_path, capsys):
+    health = QuantizerHealth(every_n_steps=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, Break(how), health, module=MLP(16, 3, 8, lr=1e-6))
+    mine = [str(w.message) for w in caught if f"'{who}'" in str(w.message)]
+    assert len(mine) == 1 and said in mine[0]
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "model.ckpt"), "--json"]) == 1
+    first = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert first["name"] == who and said in "; ".join(first["findings"])
+
+
+def test_a_healthy_model_is_not_warned_of_and_inspect_shows_what_training_recorded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # else names fold
+    health = QuantizerHealth(every_n_steps=2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        module, _ = fit(tmp_path, health, module=MLP(16, 3, 8, lr=1e-3))
+    assert not [w for w in caught if "collapsed" in str(w.message)]
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "model.ckpt"), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {row["name"] for row in rows} == {name for name, _ in named_quantizers(module)}
+    assert [row["sqnr_db"] for row in rows] == sorted(row["sqnr_db"] for row in rows)
+    assert main(["inspect", str(tmp_path / "model.ckpt")]) == 0
+    assert "fc1.input_quantizer" in capsys.readouterr().out
+
+
+def test_without_the_callback_inspect_measures_the_weights(tmp_path, capsys):
+    module, _ = fit(tmp_path)
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "model.ckpt"), "--json"]) == 0
+    rows = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert set(rows) == {name for name, q in named_quantizers(module) if q.is_weight}
+    weight = module.fc1.weight.detach()
+    error = (weight - module.fc1.weight_quantizer(weight)).square().sum()
+    expected = 10 * (weight.square().sum() / error).log10().item()
+    assert rows["fc1.weight_quantizer"]["sqnr_db"] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        pytest.param(lambda folder: folder, "holds no quantized checkpoint", id="empty-folder"),
+        pytest.param(lambda folder: folder / "nothing.ckpt", "no such file", id="missing"),
+    ],
+)
+def test_what_cannot_be_inspected_is_named(make, said, tmp_path, capsys):
+    assert main(["inspect", str(make(tmp_path))]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_float_checkpoint_cannot_be_inspected(tmp_path, capsys):
+    torch.save({"state_dict": MLP(16, 3, 8).state_dict()}, tmp_path / "float.ckpt")
+    assert main(["inspect", str(tmp_path / "float.ckpt")]) == 2
+    assert "is of a float model" in capsys.readouterr().err
+
+
+def test_what_has_collapsed_comes_before_what_is_noisy():
+    def row(name, sqnr_db, codes=4):
+        return Health(name, name, "weight", "int2", 2, codes, 0.1, sqnr_db, 0.0)
+
+    rows = worst_first([row("exact", None), row("good", 30.0), row("noisy", 3.0), row("collapsed", 40.0, codes=1)])
+    assert [r.name for r in rows] == ["collapsed", "noisy", "good", "exact"]
+
+
+def test_a_step_is_too_few_for_oscillation():
+    with pytest.raises(UserError, match="every_n_steps=1: must be at least 2"):
+        QuantizerHealth(every_n_steps=1)

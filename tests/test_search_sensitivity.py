@@ -1,0 +1,218 @@
+"""What widths do to a model: against quadratic losses whose Hessian is known, and through being killed."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from small_models import Drawn, Shape
+from torch import nn
+
+from qat.errors import UserError
+from qat.policy import QuantPolicy
+from qat.search import Search
+from qat.search.hessian import traces
+from qat.search.measured import Measured
+from qat.search.sensitivity import measure, missing
+from qat.search.space import make_space
+
+POLICY = QuantPolicy.from_dict({"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 8}})
+
+
+class Quadratic(nn.Module):
+    """y = W x: the Hessian of mean |y - t|^2 / 2 is that of linear regression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 3, bias=False)
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+def _squared(x, target):
+    def losses(model):
+        yield 0.5 * (model(x) - target).square().sum(1).mean(), len(x)
+
+    return losses
+
+
+def _cross_entropy(model, batches=2):
+    xs = [model.example(16, seed) for seed in range(batches)]
+    ys = [torch.randint(0, 5, (16,), generator=torch.Generator().manual_seed(seed)) for seed in range(batches)]
+
+    def losses(module):
+        for x, y in zip(xs, ys, strict=True):
+            yield nn.functional.cross_entropy(module(x), y), len(x)
+
+    return losses
+
+
+def _space(model, x, **settings):
+    settings = {"weight_bits": [2, 4, 8], "act_bits": [4, 8], **settings}
+    return make_space(model.eval(), POLICY, Search(**settings), lambda: model(x))
+
+
+def test_the_traces_of_a_linear_regression_are_those_of_its_hessian():
+    torch.manual_seed(0)
+    model, x = Quadratic().eval(), torch.randn(64, 6)
+    found = traces(model, {"fc.weight": ["fc"], "fc.input": ["fc"]}, _squared(x, torch.randn(64, 3)), probes=400)
+    # H of W is E[x x'] for each of 3 rows; H of the inputs is W'W / B for each of B samples.
+    assert found["fc.weight"] == pytest.approx(3 * x.square().sum(1).mean().item(), rel=0.1)
+    assert found["fc.input"] == pytest.approx(model.fc.weight.square().sum().item(), rel=0.1)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_traces_of_a_network_are_the_sums_of_its_second_derivatives():
+    torch.manual_seed(0)
+    model = Drawn(Shape(kind="linear", norm=False)).eval()
+    losses = _cross_entropy(model, batches=1)
+    found = traces(model, {"body.weight": ["body"]}, losses, probes=300)["body.weight"]
+    weight = model.body.weight.detach()
+
+    def loss(w):
+        other = copy.deepcopy(model)
+        del other.body.weight
+        other.body.weight = w
+        return next(losses(other))[0]
+
+    hessian = torch.autograd.functional.hessian(loss, weight).view(weight.numel(), weight.numel())
+    assert found == pytest.approx(hessian.trace().item(), rel=0.2)
+
+
+def test_small_noise_raises_the_loss_by_what_the_hessian_says(tmp_path):
+    torch.manual_seed(0)
+    model, x = Quadratic().eval(), torch.randn(256, 6)
+    target = model(x).detach()  # at the minimum, the first-order term vanishes
+    space = make_space(model, POLICY, Search([4, 6, 8], [4, 6, 8]), lambda: model(x))
+    measured = Measured(tmp_path / "s.json")
+    measure(space, measured, _squared(x, target), probes=200)
+    for tensor in ("fc.weight", "fc.input"):
+        for bits in (4, 6):
+            loss, estimate = (measured.harm(tensor, bits, by) for by in ("loss", "hessian"))
+            assert estimate == pytest.approx(loss, rel=0.5), "mse x trace ignores that columns of x differ"
+
+
+def test_more_bits_hurt_less_by_every_measure(tmp_path):
+    torch.manual_seed(0)
+    model = Drawn(Shape(norm=False))
+    space, measured = _space(model, model.example(8)), Measured(tmp_path / "s.json")
+    measure(space, measured, _cross_entropy(model), probes=4)
+    for tensor in space.tensors:
+        at = {bits: measured.tensors[tensor]["bits"][str(bits)] for bits in space.widths(tensor)}
+        widths = sorted(at)
+        for few, many in itertools.pairwise(widths):
+            gain = at[many]["sqnr_db"] - at[few]["sqnr_db"]
+            assert 3.5 * (many - few) < gain < 9 * (many - few), "about 6 dB a bit, in small tensors more or less"
+            for by in ("loss", "hessian", "sqnr"):
+                assert measured.harm(tensor, few, by) >= measured.harm(tensor, many, by) >= 0
+
+
+def test_one_grid_at_a_time_and_the_model_stays_as_it_is(tmp_path):
+    torch.manual_seed(0)
+    model = Drawn(Shape())
+    before = copy.deepcopy(model.state_dict())
+    space, measured = _space(model, model.example(8)), Measured(tmp_path / "s.json")
+    losses = _cross_entropy(model)
+    measure(space, measured, losses, probes=0)
+    assert type(model.stem) is nn.Conv2d and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    weight = model.stem.weight.detach()
+    by_hand = copy.deepcopy(model)
+    from qat.insert import apply_plan, named_quantizers
+
+    apply_plan(by_hand, space.plans[2])
+    quantizer = dict(named_quantizers(by_hand))["stem.weight_quantizer"]
+    quantizer.calibrate(weight)
+    rounded = copy.deepcopy(model)
+    rounded.stem.weight.data = quantizer(weight).detach()
+    expected = sum(loss.item() for loss, _ in losses(rounded)) / 2 - sum(loss.item() for loss, _ in losses(model)) / 2
+    assert measured.tensors["stem.weight"]["bits"]["2"]["loss_increase"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):
+    torch.manual_seed(0)
+    model, path = Drawn(Shape()), tmp_path / "s.json"
+    space, losses = _space(model, model.example(8)), _cross_entropy(model)
+    whole = Measured(tmp_path / "whole.json")
+    measure(space, whole, losses, probes=1)
+
+    class KilledError(Exception):
+        pass
+
+    done = []
+
+    def die():
+        done.append(1)
+        if len(done) == 5:
+            raise KilledError
+
+    measured = Measured(path)
+    measured.save = lambda now=True: Measured.save(measured, now=True)  # a real kill loses up to two seconds
+    with pytest.raises(KilledError):
+        measure(space, measured, losses, probes=1, step=die)
+    resumed, left = Measured(path), []
+    total = missing(space, Measured(tmp_path / "none.json"), 1)
+    assert missing(space, resumed, 1) == total - 5
+    measure(space, resumed, losses, probes=1, step=lambda: left.append(1))
+    assert len(left) == total - 5 and resumed.tensors == whole.tensors
+    assert missing(space, Measured(path), 1) == 0
+
+
+def test_new_widths_add_to_what_is_known(tmp_path):
+    torch.manual_seed(0)
+    model, path = Drawn(Shape()), tmp_path / "s.json"
+    losses, x = _cross_entropy(model), model.example(8)
+    measure(_space(model, x, weight_bits=[4], act_bits=[8]), Measured(path), losses, probes=0)
+    wider, steps = _space(model, x, weight_bits=[2, 4], act_bits=[8]), []
+    measure(wider, Measured(path), losses, probes=0, step=lambda: steps.append(1))
+    assert len(steps) == 3, "the three weights at two bits"
+
+
+def test_layers_that_read_one_tensor_share_a_grid_and_layers_of_one_weight_share_its_bits():
+    model = Drawn(Shape(kind="strided"))
+    space = _space(model, model.example(2))
+    layers = {layer.name: layer for layer in space.layers}
+    assert layers["body"].act == layers["down"].act and layers["body"].weight != layers["down"].weight
+    assert space.tensors[layers["body"].act or ""] == ["body", "down"]
+
+
+def test_a_loss_that_is_not_finite_is_no_ground_to_stand_on(tmp_path):
+    model, x = Quadratic(), torch.full((4, 6), 1e30)
+    space = make_space(model.eval(), POLICY, Search([4], [8]), lambda: model(torch.ones(4, 6)))
+    with pytest.raises(UserError, match="the float model's loss is inf"):
+        measure(space, Measured(tmp_path / "s.json"), _squared(x, torch.zeros(4, 3)), probes=0)
+
+
+def test_a_damaged_cache_says_so(tmp_path):
+    (tmp_path / "s.json").write_text('{"loss"')
+    with pytest.raises(UserError, match=r"s\.json: is damaged; delete it"):
+        Measured(tmp_path / "s.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"weight_bits": []}, "weight_bits: needs at least one width"),
+        ({"weight_bits": [9]}, "weight_bits=9: widths go from 1 to 8"),
+        ({"pairs": [[4]]}, r"pairs: \[4\] is no pair"),
+        ({"samples": 0}, "samples=0: must be at least 1"),
+        ({"points": 1}, "points=1: must be at least 2"),
+        ({"by": "hessian", "probes": 0}, "by=hessian needs probes"),
+        ({"budget": {"packt": 1}}, "'packt' is no cost; did you mean 'packed'"),
+        ({"front": "acc"}, "'acc' is no cost; .*all: packed, size, avg_bits, bops, latency"),
+        ({"least": {"stm": 8}}, "search.least: no layer matches 'stm'; did you mean 'stem'"),
+        ({"tie": ["blocks.*"]}, r"search.tie: no layer matches 'blocks.\*'"),
+        ({"least": {"stem": 6}, "weight_bits": [2, 4]}, "search.least: 'stem' gets at least 6 bits"),
+    ],
+)
+def test_mistakes_in_the_settings_are_named(settings, said):
+    model = Drawn(Shape())
+    with pytest.raises(UserError, match=said):
+        _space(model, model.example(2), **settings)
+
+
+def test_a_policy_without_integer_weights_leaves_nothing_to_choose():
+    model = Drawn(Shape()).eval()
+    policy = QuantPolicy.from_dict({"weight": {"bits": None, "format": "e4m3"}, "act": {"bits": 8}})
+    with pytest.raises(UserError, match="gives no weight an integer grid"):
+        make_space(model, policy, Search([4], [8]), lambda: model(model.example(2)))

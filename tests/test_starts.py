@@ -1,0 +1,299 @@
+"""Better starts: each does what its paper says, helps without training, and training begins with its result."""
+
+import copy
+import re
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from small_models import Drawn, Shape, lived, quantized
+from torch import nn
+from torch.utils.data import DataLoader
+
+from qat import QATCallback
+from qat.errors import UserError
+from qat.insert import named_quantizers
+from qat.modes import evaluating
+from qat.starts import AdaRound, CorrectBias, Equalize
+from qat.starts.equalize import find_pairs
+
+POLICY = {"weight": {"bits": 3, "granularity": "channel"}, "act": {"bits": 8}}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Net(nn.Module):
+    """conv-bn-relu-pool-depthwise-bn-relu-conv, a residual around it, and a head without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm0 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.deep, self.norm1 = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8)
+        self.mix = nn.Conv2d(8, 8, 1)
+        self.last = nn.Conv2d(8, 4, 1)
+        self.head = nn.Linear(4, 3, bias=False)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.norm0(self.stem(x))), 2)
+        y = F.relu(self.norm1(self.deep(x)))
+        y = F.relu(self.mix(y))
+        y = F.gelu(self.last(x + y))
+        return self.head(y.mean((2, 3)))
+
+
+def _input(n=64, seed=0):
+    return torch.randn(n, 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def _uneven(net):
+    """Channels of very different sizes, as trained networks have them."""
+    with torch.no_grad():
+        net.norm0.weight.mul_(torch.logspace(-1.5, 1.5, 8))
+        net.mix.weight.mul_(torch.logspace(-1, 1, 8).view(-1, 1, 1, 1))
+    return net
+
+
+# -- equalization ------------------------------------------------------------------------------------------------------
+
+
+def test_the_pairs_are_those_with_nothing_but_homogeneous_operations_between_them():
+    net = lived(Net())
+    pairs = find_pairs(net, lambda: net(_input(4)))
+    names = {id(module): name for name, module in net.named_modules()}
+    # stem is read by the residual as well, and a gelu is behind last
+    assert [(names[id(p.first)], names[id(p.second)]) for p in pairs] == [("deep", "mix")]
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_a_relu6_that_clips_is_in_the_way(activation):
+    net = nn.Sequential(nn.Linear(6, 5), {"relu": nn.ReLU(), "relu6": nn.ReLU6()}[activation], nn.Linear(5, 2))
+    with torch.no_grad():
+        net[0].bias.fill_(4.0)
+    x = torch.randn(16, 6)
+    assert len(find_pairs(net.eval(), lambda: net(x))) == (activation == "relu")
+
+
+def test_equalizing_keeps_the_function_and_makes_ranges_equal():
+    net = lived(_uneven(Net()))
+    x = _input(8)
+    before = net(x)
+    Equalize().prepare(net, lambda: net(x))
+    assert torch.allclose(net(x), before, rtol=1e-4, atol=1e-5)
+    for pair in find_pairs(net, lambda: net(x)):
+        assert torch.allclose(pair.factors(), torch.ones(8), atol=1e-4)
+
+
+def test_finding_pairs_leaves_every_weight_as_it_was_to_the_last_bit():
+    net = lived(Net())
+    before = copy.deepcopy(net.state_dict())
+    find_pairs(net, lambda: net(_input(4)))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_equalizing_helps_a_scale_per_tensor():
+    def error(start):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+        with torch.no_grad():
+            factor = torch.logspace(-1.5, 1.5, 16)
+            net[0].weight.mul_(factor[:, None])
+            net[2].weight.div_(factor)
+        x = torch.randn(128, 12)
+        expected = net(x)
+        if start:
+            Equalize().prepare(net, lambda: net(x))
+        quantized(net, x, {"weight": {"bits": 4}, "act": {"bits": 8}})
+        return F.mse_loss(net(x), expected).item()
+
+    assert error(True) < 0.2 * error(False)
+
+
+def test_a_model_without_pairs_cannot_be_equalized():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sigmoid(), nn.Linear(4, 2)).eval()
+    with pytest.raises(UserError, match="has no two layers"):
+        Equalize().prepare(net, lambda: net(torch.randn(8, 4)))
+
+
+# -- bias correction ---------------------------------------------------------------------------------------------------
+
+
+def test_after_bias_correction_every_layer_s_outputs_have_the_mean_they_have_in_float():
+    net, x = lived(Net()), _input(128)
+    means: dict = {}
+
+    def note(into):
+        hooks = [
+            getattr(net, n).register_forward_hook(lambda m, a, y, n=n: into.update({n: y.clone()}))
+            for n in ("norm0", "norm1", "mix", "last")
+        ]
+        net(x)
+        for hook in hooks:
+            hook.remove()
+        into.update({n: y.mean((0, 2, 3)) for n, y in into.items()})
+
+    note(means)
+    plan = quantized(net, x, POLICY)
+    off: dict = {}
+    note(off)
+    CorrectBias().refine(net, lambda: net(x), plan)
+    fixed: dict = {}
+    note(fixed)
+    for name in means:
+        before, after = (means[name] - off[name]).abs().max(), (means[name] - fixed[name]).abs().max()
+        # biases are whole accumulator steps, so a little remains
+        assert after < 0.02 * means[name].abs().max() and after < 0.3 * before, name
+
+
+def test_without_a_bias_or_a_batchnorm_there_is_nothing_to_correct():
+    net, x = nn.Sequential(nn.Linear(4, 4, bias=False)), torch.randn(8, 4)
+    plan = quantized(net, x, POLICY)
+    with pytest.raises(UserError, match="no quantized layer of Sequential has a bias"):
+        CorrectBias().refine(net, lambda: net(x), plan)
+
+
+# -- AdaRound ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [[], ["?"]], ids=["layers", "block"])
+def test_learned_rounding_beats_nearest_on_data_it_has_not_seen(blocks):
+    torch.manual_seed(0)
+    body = [nn.Sequential(nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU()) for _ in range(2)]
+    net = nn.Sequential(*body).eval()
+    mix = torch.randn(24, 24)  # correlated inputs: errors can cancel
+    mix[:, 6:] *= 0.1
+    x, unseen = (torch.randn(n, 24) @ mix.T for n in (256, 512))
+    expected = net(unseen)
+    plan = quantized(net, x, {"weight": {"bits": 3, "granularity": "channel"}})
+    before = F.mse_loss(net(unseen), expected).item()
+    codes = [m.weight_quantizer.quantize(m.weight) for m in net.modules() if isinstance(m, nn.Linear)]
+    AdaRound(blocks, steps=300, lr=0.03).refine(net, lambda: net(x), plan)
+    after = F.mse_loss(net(unseen), expected).item()
+    assert after < 0.7 * before
+    layers = [m for m in net.modules() if isinstance(m, nn.Linear)]
+    for old, layer in zip(codes, layers, strict=True):
+        moved = (layer.weight_quantizer.quantize(layer.weight).int() - old.int()).abs()
+        assert moved.max() <= 1 and moved.any(), "up or down, nothing else"
+
+
+def test_what_it_writes_rounds_to_what_it_learned_and_is_no_further_from_the_float_weights_than_needed():
+    from qat.starts.adaround import SoftRounding
+
+    net, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(32, 16)
+    quantized(net, x, POLICY)
+    quantizer, weight = net[0].weight_quantizer, net[0].weight.detach().clone()
+    soft = SoftRounding(quantizer, weight)
+    inside = (weight / quantizer.step()[:, None]).abs() < quantizer.quant_max
+    assert torch.allclose(soft(weight)[inside], weight[inside], atol=0.02), "it starts at the float weights"
+    with torch.no_grad():
+        soft.up.copy_(torch.randn_like(soft.up) * 8)
+    hard = soft.hardened(weight)
+    level = (soft.floor + (soft.h() >= 0.5)).clamp(quantizer.quant_min, quantizer.quant_max)
+    assert torch.equal(quantizer.levels(hard), level)
+    assert ((hard - weight).abs() <= (level * quantizer.step()[:, None] - weight).abs() + 1e-6).all()
+
+
+def test_wrong_blocks_and_grids_are_named():
+    net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(8, 4)
+    plan = quantized(net, x, POLICY)
+    with pytest.raises(UserError, match=re.escape("no module matches 'layer1'")):
+        AdaRound("layer1").refine(net, lambda: net(x), plan)
+    other = nn.Sequential(nn.Linear(4, 4))
+    plan = quantized(other, x, {"weight": {"bits": None, "format": "binary", "quantizer": "seq"}})
+    with pytest.raises(UserError, match="no weight of Sequential has a grid of equal steps"):
+        AdaRound().refine(other, lambda: other(x), plan)
+    with pytest.raises(UserError, match="steps=0: must be above 0"):
+        AdaRound(steps=0)
+
+
+# -- handover ----------------------------------------------------------------------------------------------------------
+
+
+class Module(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = lived(_uneven(Net()))
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self(batch[0])
+
+    def test_step(self, batch, batch_idx):
+        self(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+def _data():
+    x = _input(64)
+    return DataLoader(list(zip(x, torch.arange(64) % 3, strict=True)), batch_size=16, shuffle=True)
+
+
+class Look(pl.Callback):
+    def on_train_start(self, trainer, pl_module):
+        with evaluating(pl_module), torch.no_grad():
+            self.output = pl_module(_input(16, seed=9))
+
+
+STARTS = {
+    "equalize": [Equalize()],
+    "correct-bias": [CorrectBias()],
+    "adaround": [AdaRound(steps=20)],
+    "all": [Equalize(), AdaRound(steps=20), CorrectBias()],
+}
+
+
+@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
+def test_training_begins_with_exactly_what_was_measured_and_resumes_without_doing_it_again(starts, tmp_path):
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False}
+    module = Module()
+    plain, x = copy.deepcopy(module), _input(16, seed=9)
+
+    class Data(pl.LightningDataModule):
+        train_dataloader = test_dataloader = lambda self: _data()
+
+    callback = QATCallback(POLICY, calibration_samples=64, starts=starts)
+    pl.Trainer(callbacks=[callback], **quiet).test(module, datamodule=Data(), verbose=False)
+    with evaluating(module), torch.no_grad():
+        measured = module(x)
+    bare = QATCallback(POLICY, calibration_samples=64)
+    pl.Trainer(callbacks=[bare], **quiet).test(plain, datamodule=Data(), verbose=False)
+    with evaluating(plain), torch.no_grad():
+        assert not torch.equal(measured, plain(x)), "the start has done something"
+    look = Look()
+    fit = pl.Trainer(callbacks=[callback, look], max_epochs=1, **quiet)
+    fit.fit(module, datamodule=Data())
+    assert torch.equal(look.output, measured)
+    fit.save_checkpoint(tmp_path / "one.ckpt")
+    with evaluating(module), torch.no_grad():
+        trained = module(x)
+    again, look = Module(), Look()
+    callback = QATCallback(POLICY, calibration_samples=64, starts=starts)
+    resumed = pl.Trainer(callbacks=[callback, look], max_epochs=2, **quiet)
+    resumed.fit(again, datamodule=Data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
+    assert torch.equal(look.output, trained)
+    assert all(q.initialised for _, q in named_quantizers(again))
+
+
+def test_drawn_networks_keep_their_function_when_equalized():
+    for kind in ("conv", "depthwise", "linear"):
+        net = lived(Drawn(Shape(kind=kind, residual=False)))
+        x = net.example(8)
+        before = net(x)
+        Equalize(rounds=3).prepare(net, lambda net=net, x=x: net(x))
+        assert torch.allclose(net(x), before, rtol=1e-4, atol=1e-5), kind

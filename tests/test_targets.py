@@ -1,0 +1,205 @@
+"""Every target's file computes what training measured, holds the very same codes, and shows where it went wrong."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from small_models import POLICY, Drawn, Shape, lived, quantized
+from torch import nn
+
+from qat.cli.configs import configs_dir
+from qat.cli.targets import build
+from qat.convert import convert
+from qat.errors import UserError
+from qat.export.bisect import first_divergence
+from qat.export.target import Target
+from qat.export.verify import Comparison, Verdict, check_codes, expected_integer_nodes
+
+torch.set_num_threads(1)
+
+W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}
+TENSOR = {"weight": {"bits": 5, "granularity": "tensor"}, "act": {"bits": 6}}
+SHAPES = [
+    pytest.param(Shape(kind="strided"), W8A8, id="w8a8-strided"),
+    pytest.param(Shape(kind="depthwise", activation="relu6"), POLICY, id="w4a8-depthwise-relu6"),
+    pytest.param(Shape(kind="linear", bias=True, norm=False), TENSOR, id="w5a6-linear-per-tensor"),
+]
+
+
+BLOCKS = {
+    "weight": {"granularity": "group", "group_size": 32, "scale": "float16", "narrow": False},
+    "act": None,
+    "sites": None,
+}
+
+
+def target_of(name: str) -> Target:
+    try:
+        return build(name, {})
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+class Case:
+    """A drawn model: float, fake-quantized, converted."""
+
+    def __init__(self, shape: Shape, policy: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        self.float_model: Any = Drawn(shape)
+        self.fake: Any = lived(Drawn(shape))
+        self.x = self.fake.example(32)
+        self.plan = quantized(self.fake, self.x, policy)
+        self.converted = convert(self.fake, self.plan)
+
+    def export(self, target: Target, folder: Path) -> Path:
+        path = folder / target.file
+        target.export(self.converted, self.plan, self.x[:4], path)
+        return path
+
+    def compared(self, runner: Any) -> Comparison:
+        comparison = Comparison()
+        with torch.no_grad():
+            comparison.update(self.fake(self.x).numpy(), runner(self.x.numpy()))
+        return comparison
+
+
+@pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch"])
+@pytest.mark.parametrize(("shape", "policy"), SHAPES)
+def test_a_file_has_the_same_codes_and_outputs_with_and_without_optimizations(name, shape, policy, tmp_path) -> None:
+    target, case = target_of(name), Case(shape, policy)
+    path, verdict = case.export(target, tmp_path), Verdict()
+    check_codes(verdict, case.converted, target.codes(path))
+    assert verdict.passed, verdict.checks
+    for optimize in (True, False):
+        comparison = case.compared(target.load(path, case.float_model, optimize=optimize))
+        limit = target.max_mean_steps if optimize else 1
+        assert comparison.mean_steps <= limit and comparison.agreement >= 0.9, (optimize, comparison)
+
+
+@pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch"])
+@pytest.mark.parametrize("layer", ["stem", "body", "head"])
+def test_bisection_names_the_layer_whose_scale_is_wrong(name, layer, tmp_path) -> None:
+    target, case = target_of(name), Case(Shape(bias=True), W8A8)
+    right, weight = case.converted, case.converted.get_submodule(f"{layer}.integer_weight")
+    scale = weight.scale.clone()
+    weight.scale.mul_(1.5)
+    path = case.export(target, tmp_path)
+    weight.scale.copy_(scale)
+    runner = target.load(path, case.float_model)
+    assert first_divergence(right, runner, case.x.numpy()) == f"the first layer that diverges is '{layer}'"
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_the_runtime_computes_every_layer_on_integers(name, tmp_path) -> None:
+    target, case = target_of(name), Case(Shape(), W8A8)
+    runner: Any = target.load(case.export(target, tmp_path), case.float_model)
+    verdict = Verdict()
+    target.check_kernels(verdict, case.converted, runner)
+    assert verdict.passed and verdict.facts["integer_nodes"] == expected_integer_nodes(case.converted) == 3
+    assert runner.float_layers() == []
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_a_layer_that_stays_float_is_named(name, tmp_path) -> None:
+    policy = W8A8 | {"rules": {"head": {"match": "head", "weight": "off", "act": "off"}}}
+    target, case = target_of(name), Case(Shape(), policy)
+    assert target.load(case.export(target, tmp_path), case.float_model).float_layers() == ["head"]
+
+
+def test_a_program_is_made_of_quantized_decomposed_operations(tmp_path) -> None:
+    target, case = target_of("torch"), Case(Shape(), W8A8)
+    program = torch.export.load(str(case.export(target, tmp_path)))
+    names = [str(node.target) for node in program.graph.nodes]
+    assert sum("quantize_per_tensor" in n and "dequantize" not in n for n in names) >= 3
+    assert sum("dequantize_per_channel" in n for n in names) >= 3
+
+
+def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"needs openvino: pip install qat\[openvino\]"):
+        build("openvino", {})
+
+
+def test_every_export_config_but_none_is_a_target() -> None:
+    for path in (configs_dir() / "export").glob("*.yaml"):
+        if path.stem != "none":
+            assert isinstance(target_of(path.stem), Target)
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch) -> None:
+    case, target = Case(Shape(), W8A8), target_of("onnx")
+
+    def half(self: object, model: nn.Module, plan: object, example: object, folder: Path) -> None:
+        (folder / "model.onnx").write_bytes(b"half")
+        raise UserError("no space")
+
+    monkeypatch.setattr(type(target), "write", half)
+    with pytest.raises(UserError, match="no space"):
+        case.export(target, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_outputs_of_other_numbers_are_told_apart(tmp_path) -> None:
+    case, target = Case(Shape(), W8A8), target_of("packed")
+    runner = target.load(case.export(target, tmp_path), case.float_model)
+    assert np.array_equal(runner(case.x.numpy()), case.converted(case.x).detach().numpy())
+
+
+class Perceptron(nn.Module):
+    """Layers whose inputs come in blocks of 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.head = nn.Linear(64, 96), nn.LayerNorm(96), nn.Linear(96, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.norm(self.stem(x))))
+
+
+def blocks_case(bits: int, **weight: object) -> tuple[Any, Any, Any, torch.Tensor]:
+    torch.manual_seed(1)
+    model, x = Perceptron(), torch.randn(16, 64)
+    plan = quantized(model, x, BLOCKS | {"weight": BLOCKS["weight"] | {"bits": bits} | weight})
+    return model, convert(model, plan), plan, x
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, "Q8_0"), (4, "Q4_0")])
+@pytest.mark.parametrize("scale", ["float16", "pow2"])
+def test_gguf_blocks_hold_the_trained_codes_and_scales(bits, kind, scale, tmp_path) -> None:
+    target = target_of("gguf")
+    gguf = pytest.importorskip("gguf")
+    model, converted, plan, x = blocks_case(bits, scale=scale)
+    target.export(converted, plan, x[:2], tmp_path / "model.gguf")
+    verdict = Verdict()
+    check_codes(verdict, converted, target.codes(tmp_path / "model.gguf"))
+    assert verdict.passed, verdict.checks
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert tensors["stem.weight"].tensor_type.name == tensors["head.weight"].tensor_type.name == kind
+    values = gguf.dequantize(tensors["stem.weight"].data, tensors["stem.weight"].tensor_type)
+    assert np.array_equal(values, converted.stem.integer_weight().numpy()), "bit for bit, as another package reads it"
+    with torch.no_grad():
+        runner = target.load(tmp_path / "model.gguf", Perceptron())
+        assert np.array_equal(runner(x.numpy()), model(x).numpy())
+
+
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        pytest.param({"scale": "float32"}, "has scales of float32, and blocks have float16; train with", id="scale"),
+        pytest.param({"group_size": 16}, "not symmetric blocks of 32; train with", id="group"),
+        pytest.param({"granularity": "channel", "group_size": None}, "not symmetric blocks of 32", id="channel"),
+    ],
+)
+def test_gguf_refuses_another_grid_and_says_what_to_train(weight, said, tmp_path) -> None:
+    target = target_of("gguf")
+    _, converted, plan, x = blocks_case(4, **weight)
+    with pytest.raises(UserError, match=said):
+        target.export(converted, plan, x[:2], tmp_path / "model.gguf")
+
+
+def test_gguf_refuses_quantized_activations(tmp_path) -> None:
+    target, case = target_of("gguf"), Case(Shape(), W8A8)
+    with pytest.raises(UserError, match="holds weights alone"):
+        case.export(target, tmp_path)
