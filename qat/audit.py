@@ -146,6 +146,7 @@ class _Auditor:
         holders = [twin.owner[0] if isinstance(twin, BoundPart) else twin for twin in twins]
         self.of_twins = {id(p) for holder in holders for p in holder._parameters.values()}
         self.at_sites: set[int] = set()
+        self.by_path = dict(model.named_parameters(remove_duplicate=False))
 
     def rows(self) -> list[AuditRow]:
         """In execution order; what did not run follows what is registered before it."""
@@ -194,8 +195,10 @@ class _Auditor:
         """The rows of one site, all of whose calls these are."""
         name, kind, reasons = calls[0].site, calls[0].kind, self.reasons
         assert name and kind
-        taken = {key[0]: self.reasons.parameters.get(key[0]) for call in calls for key in call.inputs if call.weight}
-        params = sum(self._once(p) for p in taken.values() if p is not None and id(p) not in self.of_twins)
+        weighted = [call for call in calls if call.weight and call.parameter]
+        taken = {id(p): p for p in (self.by_path[call.parameter] for call in weighted if call.parameter)}
+        taken |= {k[0]: p for c in weighted for k in c.inputs if (p := reasons.parameters.get(k[0])) is not None}
+        params = sum(self._once(p) for p in taken.values() if id(p) not in self.of_twins)
         self.at_sites |= taken.keys()
         counts = [sum(each) for each in zip(*(c.macs for c in calls), strict=True)]
         if kind != "attention":

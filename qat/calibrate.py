@@ -4,6 +4,8 @@ All activation quantizers observe the float model at once (they pass values thro
 where they lie.
 """
 
+import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,9 +33,11 @@ def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
         run: Calls the model on calibration batches.
 
     Raises:
-        UserError: naming the quantizer that saw nothing, or saw NaN or infinity.
+        UserError: naming the quantizer that saw nothing (unless one of its kind did, in another member of the same
+            list of modules: then it starts with that range, with a warning), or saw NaN or infinity.
     """
     found = list(named_quantizers(model))
+    borrowers: list[tuple[str, Quantizer, list[Named]]] = []
     for _, quantizer in found:
         quantizer.observe()
     try:
@@ -41,12 +45,47 @@ def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
             run()
         readers = [m for m in model.modules() if isinstance(m, QuantizedLayer | Site)]
         weights = {m.weight_quantizer: _whole(m.weight) for m in readers if m.weight_quantizer is not None}
+        unseen = [(n, q) for n, q in found if q.static and q not in weights and not q._sample]
         for name, quantizer in found:
-            with _named(name):
-                quantizer.calibrate(weights.get(quantizer))
+            if (name, quantizer) not in unseen or not (siblings := _siblings(name, quantizer, found, unseen)):
+                with _named(name):
+                    quantizer.calibrate(weights.get(quantizer))
+            else:
+                borrowers.append((name, quantizer, siblings))
+        for name, quantizer, siblings in borrowers:
+            _borrow(name, quantizer, siblings)
     finally:
         for _, quantizer in found:
             quantizer.observe(False)
+
+
+Named = tuple[str, Quantizer]
+
+
+def _siblings(name: str, quantizer: Quantizer, found: list[Named], unseen: list[Named]) -> list[Named]:
+    """Calibrated grids at the same place in other members of a list of modules: `experts.3.up` of `experts.0.up`."""
+    parts = name.split(".")
+    patterns = [
+        re.compile(r"\.".join(r"\d+" if i == at else re.escape(p) for i, p in enumerate(parts)))
+        for at, part in enumerate(parts)
+        if part.isdigit()
+    ]
+    for pattern in reversed(patterns):  # the innermost list first: another expert before another block
+        alike = [(n, q) for n, q in found if pattern.fullmatch(n) and q.spec == quantizer.spec and (n, q) not in unseen]
+        if alike:
+            return alike
+    return []
+
+
+def _borrow(name: str, quantizer: Quantizer, siblings: list[Named]) -> None:
+    """Takes the widest range among those of siblings: an expert that no token was sent to is no mistake."""
+    lender, widest = max(siblings, key=lambda named: float(named[1].scale.detach().sum()))
+    quantizer.load_state_dict(widest.state_dict())
+    warnings.warn(
+        f"nothing passed through '{name}' during calibration (an expert that no token was sent to?); it starts with "
+        f"the range of '{lender}'; more calibration samples would give it one of its own",
+        stacklevel=3,
+    )
 
 
 def _whole(weight: Tensor) -> Tensor:

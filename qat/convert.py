@@ -33,6 +33,8 @@ def storage_bits(spec: QuantSpec) -> int:
 
 def inconvertible(plan: Plan) -> str | None:
     """Why there is no integer form of what the plan makes; `None` if there is one."""
+    if experts := next((name for name, site in plan.parameters.items() if "stacked" in site), None):
+        return f"'{experts}' is a product of experts, which has no integer file"
     named = [(f"weight of '{n}'", s) for n, s in plan.weights.items()]
     for name, spec in [*named, *((f"'{n}'", s) for n, s in plan.activations.items())]:
         cls = find(spec.quantizer)

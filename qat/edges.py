@@ -6,9 +6,10 @@ the tensor, as an integer engine does, which stores it once. Operations that cha
 do concatenations, if all that they join is to share one.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
-from qat.functions import FUNCTIONS, PROBABILITIES
+from qat.functions import FUNCTIONS, KV_CACHE, PROBABILITIES
 from qat.probe import Call, Key, Recording
 from qat.spec import QuantSpec
 
@@ -22,6 +23,7 @@ class _Edge(NamedTuple):
     label: str
     tensor: Key
     spec: QuantSpec
+    cached: bool = False
 
 
 class _Tensors:
@@ -77,6 +79,8 @@ def activation_grids(
         if (spec := decisions[name]["act"][0]) is not None
         for edge in _edges(tensors, name, first, more, spec)
     ]
+    cached = {edge.name for edge in edges if edge.cached}
+    edges = [edge for edge in edges if edge.cached or edge.operand == 0 or edge.name not in cached]
     # What no integer engine reads from this output goes without a grid of its own; see `Function.output`.
     read = {edge.tensor for edge in edges if not _is_output(calls[edge.name][0])}
     edges = [edge for edge in edges if edge.tensor not in read or not _is_output(calls[edge.name][0])]
@@ -95,9 +99,15 @@ def activation_grids(
 
 
 def _edges(tensors: _Tensors, name: str, first: Call, more: list[Call], spec: QuantSpec) -> list[_Edge]:
+    if first.kind == KV_CACHE:  # a target for policies; the attention above reads them
+        above = name.removesuffix(f".{KV_CACHE}")
+        plain = _edges(tensors, above, dataclasses.replace(first, kind="attention"), more, spec)
+        return [e._replace(operand=e.operand + 1, label=f"{above}.input_{e.operand + 1}", cached=True) for e in plain]
     edges = []
     for index, key in enumerate(first.operands):
         if index == 1 and first.weight:  # that has a grid of weights
+            continue
+        if first.kind == "cat" and key in tensors.recording.empty:  # it will hold what the others have left
             continue
         label = f"{name}.input" if first.site is None and index == 0 else f"{name}.input_{index}"
         label = name if first.kind == PROBABILITIES else f"{name}.output" if _is_output(first) else label

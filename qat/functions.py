@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 T = torch.Tensor
+EXPERTS = "grouped_mm"
+"""Kind of the products of a mixture's experts, all of one matrix at once; `qat.layers.experts` quantizes them."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,8 @@ def _table() -> Iterator[tuple[Any, Function]]:
         yield from ((f, Function(kind, _WEIGHTED, channel_axis=0)) for f in functions)
     for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
         yield f, Function(f.__name__, _WEIGHTED, channel_axis=1)
+    for f in (F.grouped_mm, torch._grouped_mm):
+        yield f, Function(EXPERTS, ((0, "mat_a"), (1, "mat_b")), channel_axis=-1)
 
 
 ADD = {torch.add, T.add, T.add_, T.__add__, T.__radd__, T.__iadd__}
@@ -163,12 +167,14 @@ OTHERS_THAT_COMPUTE = {
 
 FUNCTIONS: dict[Any, Function] = dict(_table())
 KINDS = tuple(dict.fromkeys(f.kind for f in FUNCTIONS.values()))
-WEIGHTED = tuple(kind for kind in KINDS if kind.startswith(("linear", "conv")))
+WEIGHTED = tuple(kind for kind in KINDS if kind.startswith(("linear", "conv", EXPERTS)))
 """Kinds that are layers without a module: sites only with a parameter as weight."""
 PRODUCTS = (*WEIGHTED, "matmul", "einsum", "attention")
 """Kinds that multiply and accumulate."""
 PROBABILITIES = "probabilities"
 """Kind of the second product's left operand in an attention site, a target of its own below it."""
+KV_CACHE = "kv_cache"
+"""Kind of the keys and values of an attention site: a target below it, too, which takes them from the site itself."""
 
 
 def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -193,7 +199,8 @@ def site_function(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     operands = None if known is None else known.operands(args, kwargs)
     if known is None or operands is None or (function in MEAN and operands[0].ndim != 4):
         return None
-    return None if known.kind in WEIGHTED and not isinstance(operands[1], nn.Parameter) else known
+    weight = operands[-1] if known.kind != EXPERTS or operands[1]._base is None else operands[1]._base
+    return None if known.kind in WEIGHTED and not isinstance(weight, nn.Parameter) else known
 
 
 def _is_float(value: Any) -> bool:

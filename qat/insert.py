@@ -28,6 +28,7 @@ from qat.layers import (
     is_computed,
     mixin_for,
 )  # fmt: skip
+from qat.layers.experts import QuantExperts, rows
 from qat.plan import Plan, check_shapes_known, has_weight, make_plan
 from qat.quantizers import Quantizer
 from qat.spec import QuantSpec
@@ -114,6 +115,7 @@ def _weight_quantizer(
 ) -> Quantizer:
     if site := plan.parameters.get(name):
         weight, axis = model.get_parameter(site["parameter"]), site["axis"]
+        weight = rows(weight, site["stacked"]) if "stacked" in site else weight
     else:
         layer = modules[name]
         weight, axis = layer.weight, _mixin(layer).channel_axis
@@ -142,7 +144,7 @@ def remove(model: nn.Module) -> None:
                     module.__dict__.pop(name, None)
             if isinstance(module, FoldingNorm):
                 del module.host
-            for mixin in (QuantizedLayer, Composite, ComputedWeight, SlowPath, SiteOwner, FoldingNorm):
+            for mixin in (QuantExperts, QuantizedLayer, Composite, ComputedWeight, SlowPath, SiteOwner, FoldingNorm):
                 drop_mixins(module, mixin)
 
 

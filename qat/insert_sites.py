@@ -4,8 +4,9 @@ from typing import Any
 
 from torch import nn
 
-from qat.functions import PROBABILITIES
+from qat.functions import EXPERTS, PROBABILITIES
 from qat.layers import Site, become_twin, owner_mixin
+from qat.layers.experts import QuantExperts
 from qat.plan import OUTPUTS, Plan, kind_of, owner_of
 from qat.quantizers import Quantizer
 
@@ -20,14 +21,16 @@ def insert_sites(
         modules: The model's, by path.
         activations, weights: The quantizers by label.
     """
-    kinds = frozenset(kind for order in plan.owners.values() for kind in order)
     holders: dict[str, list[tuple[nn.Module, str]]] = {}
     for site, weight in plan.parameters.items():
         holders.setdefault(owner_of(site), []).append(_holder(modules, weight["parameter"]))
     for name, order in plan.owners.items():
         owner: Any = modules[name]
         become_twin(owner, owner_mixin(owner))
-        owner.site_order, owner.site_kinds, owner.site_owner = list(order), kinds, name
+        counted = [kind for kind in order if kind != EXPERTS]
+        owner.site_order, owner.site_kinds, owner.site_owner = counted, frozenset(counted), name
+        if EXPERTS in order:
+            become_twin(owner, QuantExperts)
         owner.site_weights = tuple(holders.get(name, ()))
     sites = (*plan.sites, *(site for site, weight in plan.parameters.items() if weight["weight"] is not None))
     for name in dict.fromkeys(site.removesuffix(f".{PROBABILITIES}") for site in sites):
@@ -56,6 +59,7 @@ def _site(
         probabilities=chain(between, activations),
         weight=weights[weight["weight"]] if weight and weight["weight"] is not None else None,
         parameter=_holder(modules, weight["parameter"]) if weight else None,
+        stacked=weight.get("stacked") if weight else None,
     )
 
 

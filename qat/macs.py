@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.functions import FUNCTIONS, first_tensor
+from qat.functions import EXPERTS, FUNCTIONS, first_tensor
 
 Shape = tuple[int, ...]
 
@@ -40,7 +40,7 @@ def function_macs(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
         return [rows * keys * shapes[0][-1], rows * keys * shapes[2][-1]]
     if known.kind == "einsum":
         return [einsum_macs(args[0], shapes)]
-    if known.kind in ("linear", "matmul"):
+    if known.kind in ("linear", "matmul", EXPERTS):
         return [result.numel() * shapes[0][-1]]
     if known.kind.startswith("conv"):
         positions = shapes[0] if "transpose" in known.kind else result.shape

@@ -17,7 +17,7 @@ from torch import nn
 
 from qat.edges import activation_grids
 from qat.errors import UserError
-from qat.functions import FUNCTIONS, MEAN, PROBABILITIES
+from qat.functions import EXPERTS, FUNCTIONS, KV_CACHE, MEAN, PROBABILITIES
 from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_for, original_class, sites_changed
 from qat.layers.adapted import inside_adapters
 from qat.policy import QuantPolicy, Target
@@ -41,8 +41,10 @@ class Plan:
             input passes in turn (`input_1`: its second input; `Bilinear` has one).
         sites: Per functional site: for each operand (or for the output), the activation grids it passes in turn.
         parameters: Per functional site whose second operand is a parameter: `parameter`, its path, `axis`, its output
-            channels, `weight`, the owner of its grid (or `None`), and `alone`, whether only such sites read it.
-        owners: Per module whose forward runs functional sites of quantized kinds: their kinds in order.
+            channels, `weight`, the owner of its grid (or `None`), and `alone`, whether only such sites read it; of
+            experts also `stacked`, the order of its last two axes.
+        owners: Per module whose forward runs functional sites of quantized kinds: the kinds of those that are its
+            own, in order.
         batch_norms: Per layer, the BatchNorm that folds into it.
         policy: The policy it was made from.
     """
@@ -110,15 +112,19 @@ def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
             found.setdefault(call.site, []).append(call)
             if call.kind == "attention":
                 found.setdefault(f"{call.site}.{PROBABILITIES}", []).append(_probabilities(call))
+                cached = dataclasses.replace(call, kind=KV_CACHE, operands=call.operands[1:])
+                found.setdefault(f"{call.site}.{KV_CACHE}", []).append(cached)
     return found
 
 
 def is_addressable(call: Call) -> bool:
-    """Leaves out means that are not over the pixels of an image, and sums and products with a parameter that is no
-    weight.
+    """Leaves out means that are not over the pixels of an image, what is computed from no data (but attentions, as of
+    DETR's learned queries), and sums and products with a parameter that is no weight.
     """
     pixels = call.input_shape[:2] == call.shape[:2] and call.shape[2:] in ((), (1, 1))
     if call.what in MEAN and not pixels:
+        return False
+    if call.constant and not call.weight and call.kind != "attention":
         return False
     return call.weight or call.parameter is None or call.kind in ("cat", "attention")
 
@@ -227,27 +233,36 @@ def _plan_weights(
         if call.weight:
             assert weight is not None and call.parameter is not None
             axis = (FUNCTIONS[call.what].channel_axis or 0) % weight.ndim
-            if spec and spec.granularity == "group" and axis > 1:
+            if spec and spec.granularity == "group" and axis > 1 and call.kind != EXPERTS:
                 raise UserError(
                     f"'{name}': granularity=group needs a weight matrix, but '{call.parameter}' is a stack of them "
                     f"{list(weight.shape)}; use granularity: channel or tensor there"
                 )
             alone = recording.only_sites_read(call.parameter)
             plan.parameters[name] = {"parameter": call.parameter, "axis": axis, "weight": owner, "alone": alone}
+            if call.kind == EXPERTS:
+                transposed = call.operands[1][0] != id(weight)  # then the parameter is [experts, out, in]
+                plan.parameters[name].update(axis=0, stacked="out_in" if transposed else "in_out")
         else:
             plan.layers[name] = {"weight": owner, "input": []}
 
 
 def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:
-    """Modules that run sites become owners even where theirs stay float, or those around would count them as theirs."""
+    """Modules that run sites become owners even where theirs stay float, or those around would count them as theirs.
+
+    An owner counts the kinds that it has grids for, and no others: what it leaves float may come and go.
+    """
     quantized = {*plan.sites, *(name for name, site in plan.parameters.items() if site["weight"] is not None)}
     kinds = {kind_of(site) for site in quantized}
+    own: dict[str, set[str]] = {}
+    for site in quantized:
+        own.setdefault(owner_of(site), set()).add(kind_of(site))
     for name, orders in recording.site_orders().items():
-        first, *others = ([kind for kind in order if kind in kinds] for order in orders)
+        first, *others = ([kind for kind in order if kind in own.get(name, ())] for order in orders)
         different = next((order for order in others if order != first), None)
-        if different is not None and name in {owner_of(site) for site in quantized}:
+        if different is not None:
             raise UserError(sites_changed(name, model.get_submodule(name), first, different))
-        if first:
+        if any(kind in kinds for order in orders for kind in order):
             plan.owners[name] = first
 
 

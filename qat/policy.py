@@ -33,7 +33,7 @@ from typing import Any
 
 from qat import quantizers, ranges
 from qat.errors import UserError, nearest
-from qat.functions import KINDS, PROBABILITIES, WEIGHTED
+from qat.functions import KINDS, KV_CACHE, PROBABILITIES, WEIGHTED
 from qat.rules import ROLES, Rule, Target, merge, read_role
 from qat.spec import QuantSpec
 
@@ -41,7 +41,7 @@ __all__ = ["QuantPolicy", "Rule", "Target"]
 
 DEFAULT_KINDS = ("add", "avg_pool", "cat", "matmul", "einsum", "attention")
 """What an engine adds, joins, pools and multiplies as integers between layers."""
-ALL_KINDS = (*(kind for kind in KINDS if kind not in WEIGHTED), PROBABILITIES)
+ALL_KINDS = (*(kind for kind in KINDS if kind not in WEIGHTED), PROBABILITIES, KV_CACHE)
 CONCAT = ("separate", "shared")
 KEYS = (*ROLES, "sites", "kinds", "concat", "require_coverage", "rules")
 RANGES = tuple(

@@ -22,6 +22,7 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from qat.functions import (
+    EXPERTS,
     FUNCTIONS,
     JOINS,
     OTHERS_THAT_COMPUTE,
@@ -34,10 +35,13 @@ from qat.functions import (
     positional,
     site_function,
 )  # fmt: skip
+from qat.layers.experts import is_experts
 from qat.macs import function_macs, layer_macs
 from qat.modes import evaluating, without_fast_path
 from qat.recording import Call, Key, Recording
 
+DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli}
+"""Random numbers are data, though computed from none."""
 FUNCTIONS_THAT_COMPUTE = {
     **{f: known.kind for f, known in FUNCTIONS.items() if known.kind in PRODUCTS},
     **OTHERS_THAT_COMPUTE,
@@ -60,15 +64,17 @@ class _Recorder(TorchFunctionMode):
 
     def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool], inside_of: "InsideOf | None") -> None:
         super().__init__()
+        self.alive: list[Any] = []  # ids are unique only among living objects
         # By id: metrics hash by their state, which changes.
         self.names = {id(module): name for name, module in root.named_modules() if not _is_metric(module)}
         self.parameters = {id(parameter): name for name, parameter in root.named_parameters()}
+        # What is computed from no data; keys of tensors of any type.
+        self.constants = {self.key(t) for t in (*root.parameters(), *root.buffers()) if not is_lazy(t)}
         self.root = root
         self.is_leaf = is_leaf
         self.inside_of = inside_of
         self.recording = Recording()
         self.stack: list[_Frame] = []
-        self.alive: list[Any] = []  # ids are unique only among living objects
 
     @property
     def in_leaf(self) -> bool:
@@ -84,7 +90,9 @@ class _Recorder(TorchFunctionMode):
         return id(value), 0 if value.is_inference() else value._version
 
     def keys(self, values: Any) -> list[Key]:
-        return [self.key(v) for v in values if isinstance(v, Tensor) and not is_lazy(v) and v.is_floating_point()]
+        found = [v for v in values if isinstance(v, Tensor) and not is_lazy(v) and v.is_floating_point()]
+        self.recording.empty.update(self.key(v) for v in found if not v.numel())
+        return [self.key(v) for v in found]
 
     def fresh(self, nonnegative: bool = False) -> Key:
         """A name for a tensor inside a leaf."""
@@ -136,7 +144,10 @@ class _Recorder(TorchFunctionMode):
         nonnegative = is_nonnegative(func, args, kwargs, self._is_known_nonnegative)  # before it may run in place
         site = site_function(func, args, kwargs)
         through = self.keys((site and site.operands(args, kwargs)) or ())
+        constant = func not in DRAWS and all(self.key(operand) in self.constants for operand in operands)
         output = func(*args, **kwargs)
+        if constant:
+            self.constants.update(self.key(o) for o in flat((output,)) if isinstance(o, Tensor))
         outputs = self.keys(flat((output,)))
         if self.in_leaf and site is not None:
             self.stack[-1].seen.append(site.kind)  # so that parts of a layer without a twin answer for themselves
@@ -147,10 +158,14 @@ class _Recorder(TorchFunctionMode):
                 self.recording.nonnegative.update(outputs)
             if func in JOINS:
                 self.recording.joins.append((outputs[0], inputs))
+                filled = [key for key in inputs if key not in self.recording.empty]
+                if len(filled) == 1 < len(inputs):
+                    self.recording.source[outputs[0]] = filled[0]
             if self.stack and not self.in_leaf:
                 self.recording.read(dict.fromkeys(inputs))
                 if site is not None or func in FUNCTIONS_THAT_COMPUTE:
-                    self._note_call(func, args, kwargs, Call(self._here, func, inputs, None, operands=through), output)
+                    call = Call(self._here, func, inputs, None, operands=through, constant=constant)
+                    self._note_call(func, args, kwargs, call, output)
         return output
 
     def _is_known_nonnegative(self, value: Tensor) -> bool:
@@ -170,6 +185,8 @@ class _Recorder(TorchFunctionMode):
         operands = (site and site.operands(args, kwargs)) or operands
         call.input_shape = tuple(operands[0].shape)
         held = [self.parameters.get(id(a)) for a in operands]
+        if call.kind == EXPERTS and site is not None and is_experts(frame.module):
+            held[1] = self.parameters.get(self.recording.root(call.operands[1])[0])
         call.parameter = next((p for p in held if p is not None), None)
         if site is not None and (site.kind not in WEIGHTED or held[1] is not None):
             second = site.channel_axis is not None and held[0] is None and held[1] is not None

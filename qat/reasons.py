@@ -74,6 +74,8 @@ class Reasons:
     def of_site(self, call: Call) -> str | None:
         if call.site in self.calls:
             return self.of_target(call.site)
+        if call.constant:
+            return "computed from no data: the same for every input"
         if call.name in self.adapters:
             return ADAPTER
         if call.parameter is None:

@@ -27,6 +27,8 @@ class Call:
         parameter: Path of the parameter among the operands.
         weight: Whether that is the second operand of a product, with an axis of output channels.
         inside: Whether it happened inside the root's own forward.
+        constant: Whether all its operands are computed from parameters, buffers and numbers alone (the angles of a
+            rotary embedding, a mask): the same for all data, so an engine computes it ahead, in float.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Call:
     parameter: str | None = None
     weight: bool = False
     inside: bool = False
+    constant: bool = False
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Recording:
         nonnegative: Tensors known to be >= 0.
         readers: How often each tensor was read.
         joins: For each concatenation, its output and what it joins.
+        empty: Tensors without elements, such as a cache of keys before the first token.
         passes: For each forward that ended: the module, the kinds of the sites it ran in their order, and whether it
             was inside the root's.
         samples: Size of the batch: the first axis of the first tensor that the root (or else a layer) was given.
@@ -66,6 +70,7 @@ class Recording:
     readers: dict[Key, int] = field(default_factory=dict)
     order: list[Call] = field(default_factory=list)
     joins: list[tuple[Key, list[Key]]] = field(default_factory=list)
+    empty: set[Key] = field(default_factory=set)
     passes: list[tuple[str, list[str], bool]] = field(default_factory=list)
     samples: int = 1
 

@@ -184,3 +184,34 @@ def test_both_grids_of_a_cascade_are_calibrated_on_the_float_tensor():
     fine, coarse = model.coarse.input_quantizer
     assert fine.step().item() == pytest.approx(2 / fine.quant_max, rel=0.02)
     assert coarse.step().item() == pytest.approx(2 / coarse.quant_max, rel=0.02)
+
+
+class Mixture(nn.Module):
+    """Experts as a list of modules, of which the router uses those that it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.used = (0, 1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(self.experts[i](x * (i + 1)) for i in self.used)  # pyright: ignore
+
+
+def test_an_expert_that_no_token_was_sent_to_starts_with_the_widest_range_of_the_others():
+    model, x = Mixture().eval(), torch.randn(8, 4)
+    settings = {"act": {"bits": 8, "range": "minmax"}, "sites": False}
+    plan, _ = make_plan(model, QuantPolicy.from_dict(settings), lambda: model(x))
+    apply_plan(model, plan)
+    model.used = (0, 1)
+    with pytest.warns(UserWarning, match=r"nothing passed through 'experts.2.input_quantizer'.*'experts.1"):
+        calibrate(model, lambda: model(x))
+    grids = [expert.input_quantizer for expert in model.experts]
+    assert torch.equal(grids[2].scale, grids[1].scale) and grids[1].scale > grids[0].scale
+    assert all(grid.on for grid in grids)
+
+
+def test_an_expert_that_is_called_with_no_tokens_has_a_grid_too():
+    model = Mixture().eval()
+    plan, _ = make_plan(model, QuantPolicy.from_dict({"act": {"bits": 8}}), lambda: model(torch.randn(0, 4)))
+    assert plan.layers["experts.2"]["input"] == ["experts.2.input"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.functions import Function
+from qat.layers.experts import rows
 from qat.layers.explicit_attention import explicit_attention
 from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
@@ -32,6 +33,7 @@ class Site(TwinMixin, nn.Module):
         probabilities: Grid of an attention's probabilities.
         weight: Of the second operand.
         parameter: The module that the weight is registered with, and its name there.
+        stacked: Of the experts' weights, the order of the last two axes; see `qat.layers.experts`.
     """
 
     weight_quantizer: Quantizer | None
@@ -45,6 +47,7 @@ class Site(TwinMixin, nn.Module):
         probabilities: nn.Module | None = None,
         weight: Quantizer | None = None,
         parameter: tuple[nn.Module, str] | None = None,
+        stacked: str | None = None,
     ) -> None:
         super().__init__()
         self.operands = [f"input_quantizer_{i}" for i in range(len(quantizers))] if not output else []
@@ -54,12 +57,15 @@ class Site(TwinMixin, nn.Module):
         self.explicit = probabilities is not None
         self.register_module("weight_quantizer", weight)
         self.holder = parameter  # in a tuple, where it is no child
+        self.stacked = stacked
 
     @property
     def weight(self) -> Tensor:
-        """The parameter that is its second operand."""
+        """The parameter that is its second operand (of experts: its rows)."""
         assert self.holder is not None
         module, name = self.holder
+        if self.stacked is not None:
+            return rows(module._parameters[name], self.stacked)  # pyright: ignore[reportArgumentType]
         return getattr(module, name)
 
     def forward(
