@@ -40,10 +40,10 @@ def layer_latencies(path: Path, layers: Sequence[str], repeats: int) -> tuple[di
     Raises:
         UserError: if a layer's kernel cannot be found in the file.
     """
-    runner = OnnxRunner(path, threads=1)
+    runner, x = OnnxRunner(path, threads=1), _blank(path)
     with tempfile.TemporaryDirectory() as folder:
         optimized = Path(folder) / "optimized.onnx"
-        times, kinds = _profile(path, runner.blank(), optimized, Path(folder) / "profile", repeats)
+        times, kinds = _profile(path, x, optimized, Path(folder) / "profile", repeats)
         owners = _owners(optimized, list(times), kinds, layers)
     found = defaultdict(float)
     waiting = 0.0
@@ -56,9 +56,16 @@ def layer_latencies(path: Path, layers: Sequence[str], repeats: int) -> tuple[di
         raise UserError(
             f"latency: the runtime has no kernel of its own for '{missing[0]}', so no time of its own either"
         )
-    total = latency_ms({"": runner}, repeats)[""]
+    total = latency_ms({"": runner}, x, repeats)[""]
     factor = total / sum(times.values())
     return {name: value * factor for name, value in found.items()}, waiting * factor
+
+
+def _blank(path: Path) -> np.ndarray:
+    """One sample of zeros."""
+    shape = onnx.load(str(path), load_external_data=False).graph.input[0].type.tensor_type
+    dtype = np.int64 if shape.elem_type == onnx.TensorProto.INT64 else np.float32
+    return np.zeros([1, *(d.dim_value for d in shape.shape.dim[1:])], dtype)
 
 
 def _profile(
