@@ -144,7 +144,7 @@ class _Recorder(TorchFunctionMode):
         nonnegative = is_nonnegative(func, args, kwargs, self._is_known_nonnegative)  # before it may run in place
         site = site_function(func, args, kwargs)
         through = self.keys((site and site.operands(args, kwargs)) or ())
-        constant = func not in DRAWS and all(self.key(operand) in self.constants for operand in operands)
+        constant = func not in DRAWS and all(not is_lazy(o) and self.key(o) in self.constants for o in operands)
         output = func(*args, **kwargs)
         if constant:
             self.constants.update(self.key(o) for o in flat((output,)) if isinstance(o, Tensor))

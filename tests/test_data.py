@@ -216,7 +216,7 @@ def test_importing_the_data_modules_does_not_import_datasets():
 @pytest.mark.parametrize(
     "file", sorted(CONFIGS.glob("data/*.yaml")) + sorted(CONFIGS.glob("model/*.yaml")), ids=lambda p: p.stem
 )
-def test_a_config_lists_every_option_of_its_class_with_a_comment_and_builds(file):
+def test_a_config_lists_every_option_of_its_class_with_a_comment_and_builds(file, tmp_path):
     config = OmegaConf.load(file)
     target = get_class(config["_target_"])
     options = set(inspect.signature(target).parameters)
@@ -225,4 +225,7 @@ def test_a_config_lists_every_option_of_its_class_with_a_comment_and_builds(file
     assert set(config) == {"_target_"} | options
     lines = file.read_text().splitlines()
     assert all("#" in line for line in lines if not line.startswith("_target_") and ":" in line and "std:" not in line)
+    if config.get("path", "") is None:
+        config.path = str(tmp_path / "some.txt")
+        Path(config.path).write_text("what a file may hold " * 100)
     assert isinstance(instantiate(config), pl.LightningDataModule | pl.LightningModule)

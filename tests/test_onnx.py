@@ -179,7 +179,6 @@ def test_integer_tokens_are_an_input_too(tmp_path) -> None:
     x = torch.randint(10, (8, 6))
     fake, _ = exported(model, x, {"weight": W4, "act": A8}, path)
     assert deviations(path, fake, x, True).max() <= 1e-5
-    assert OnnxRunner(path).blank().dtype == np.int64
 
 
 @pytest.mark.parametrize("tied", [pytest.param(True, id="tied"), pytest.param(False, id="equal-by-chance")])

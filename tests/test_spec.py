@@ -60,7 +60,7 @@ BLOCK = {"granularity": "group", "group_size": 32}
         pytest.param(
             {"granularity": "row"}, r"act\.granularity='row': must be one of tensor, channel", id="granularity"
         ),
-        pytest.param({"scale": None}, r"act\.scale=None: must be one of float32, pow2", id="scale"),
+        pytest.param({"scale": None}, r"act\.scale=None: must be one of float32, float16, pow2", id="scale"),
         pytest.param({"options": [1]}, r"act\.options=\[1\]: must be a mapping", id="options"),
         pytest.param({"quantizer": 3}, r"act\.quantizer=3: must be a name", id="quantizer"),
     ],
