@@ -4,12 +4,17 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import torch
 import torch.nn.functional as F
 from tiny_module import MINMAX, POLICY, Tiny, loader, quantizer_state, same, seeded, trainer  # noqa: F401
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from qat.calibrate import calibrate
+from qat.errors import UserError
+from qat.insert import apply_plan, make_plan
 from qat.lightning import TrackOscillations
+from qat.policy import QuantPolicy
 
 WAYS = [
     pytest.param(None, id="without"),
@@ -72,3 +77,28 @@ def test_recomputing_a_block_changes_no_gradient_range_or_count(reentrant, polic
     for what in ("gradients", "ranges", "weights", "flips"):
         assert same(once[what], twice[what]), what
     assert once["flips"] and all(gradient.any() for gradient in once["gradients"].values())
+
+
+class Partly(nn.Module):
+    """Checkpoints the middle of its own forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def middle(self, x):
+        return x + self.second(x)
+
+    def forward(self, x):
+        return checkpoint(self.middle, self.first(x), use_reentrant=True)
+
+
+def test_a_reentrant_checkpoint_around_a_site_of_the_forward_it_is_in_is_refused():
+    model, x = Partly(), torch.randn(8, 4)
+    plan, _ = make_plan(model, QuantPolicy.from_dict({"weight": {"bits": 8}, "act": {"bits": 8}}), lambda: model(x))
+    apply_plan(model, plan)
+    calibrate(model, lambda: model(x))
+    with torch.no_grad():
+        model(x)
+    with pytest.raises(UserError, match=r"add_0' lies in a part .* set use_reentrant=False"):
+        model(x)

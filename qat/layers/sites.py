@@ -7,11 +7,14 @@ any such call is an owner too and takes over while it runs. So one mode is on to
 `owner` field. Only the kinds of function that the plan quantizes anywhere are looked at (`site_kinds`).
 """
 
+import sys
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointFunction
 
 from qat.errors import UserError
 from qat.functions import FUNCTIONS, MEAN, WEIGHTED, Function
@@ -24,8 +27,13 @@ class SiteMode(TorchFunctionMode):
 
     def __init__(self, owner: "SiteOwner") -> None:
         super().__init__()
+        self.enter(owner)
+
+    def enter(self, owner: "SiteOwner") -> None:
+        """From here on `owner`'s forward runs."""
         self.owner = owner
         self.seen: list[str] = []
+        self.learning = torch.is_grad_enabled()
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -40,7 +48,23 @@ class SiteMode(TorchFunctionMode):
         name = f"{function.kind}_{self.seen.count(function.kind)}"
         self.seen.append(function.kind)
         site = self.owner._modules.get(name)  # pyright: ignore[reportAttributeAccessIssue]
-        return site(func, function, args, kwargs, operands) if isinstance(site, Site) else func(*args, **kwargs)
+        if not isinstance(site, Site):
+            return func(*args, **kwargs)
+        if self.learning and not torch.is_grad_enabled() and _recomputed_later():
+            where = f"{self.owner.site_owner}.{name}".removeprefix(".")
+            raise UserError(
+                f"'{where}' lies in a part of a forward that reentrant checkpointing runs again "
+                "on its own, where nothing knows it is a site: set use_reentrant=False, or checkpoint the whole module"
+            )
+        return site(func, function, args, kwargs, operands)
+
+
+def _recomputed_later() -> bool:
+    """Whether a reentrant `torch.utils.checkpoint` runs the caller."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code is not CheckpointFunction.forward.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 _running: list[SiteMode] = []
@@ -74,12 +98,13 @@ class SiteOwner(TwinMixin):
             self._check(mode.seen)
             return output
         mode = _running[-1]
-        outer, mode.owner, mode.seen = (mode.owner, mode.seen), self, []
+        outer = mode.owner, mode.seen, mode.learning
+        mode.enter(self)
         try:
             output = super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
             self._check(mode.seen)
         finally:
-            mode.owner, mode.seen = outer
+            mode.owner, mode.seen, mode.learning = outer
         return output
 
     def is_site(self, func: Any, function: Function, operands: list[Tensor]) -> bool:
