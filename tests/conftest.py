@@ -1,9 +1,25 @@
-"""Property tests draw new examples on every run, but the same ones in CI: what fails there must fail again."""
+"""What every test has: one thread, here and in the processes that it starts, and the same random numbers.
+
+Property tests draw new examples on every run, but the same ones in CI: what fails there must fail again.
+"""
 
 import os
+import random
 
+os.environ["OMP_NUM_THREADS"] = "1"  # read by torch as it is imported
+
+import numpy as np
+import pytest
+import torch
 from hypothesis import settings
 
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)

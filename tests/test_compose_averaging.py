@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from tiny_module import MINMAX, POLICY, Tiny, images, loader, quantizer_state, same, seeded, trainer  # noqa: F401
+from tiny_module import MINMAX, POLICY, Tiny, images, loader, quantizer_state, same, trainer
 
 from qat.insert import named_quantizers
 from qat.lightning import FreezeRanges, load_from_checkpoint

@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from tiny_module import MINMAX, POLICY, Tiny, loader, quantizer_state, same, seeded, trainer  # noqa: F401
+from tiny_module import MINMAX, POLICY, Tiny, loader, quantizer_state, same, trainer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

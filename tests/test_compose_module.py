@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
-from tiny_module import MINMAX, POLICY, Tiny, images, loader, quantizer_state, same, seeded, trainer  # noqa: F401
+from tiny_module import MINMAX, POLICY, Tiny, images, loader, quantizer_state, same, trainer
 
 from qat.errors import UserError
 from qat.insert import named_quantizers

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
 from pytorch_lightning.tuner import Tuner
-from tiny_module import MINMAX, POLICY, Tiny, loader, quantizer_state, same, seeded, trainer  # noqa: F401
+from tiny_module import MINMAX, POLICY, Tiny, loader, quantizer_state, same, trainer
 from torch import nn
 
 from qat.errors import UserError

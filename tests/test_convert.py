@@ -19,8 +19,6 @@ from qat.integer import IntegerTensor
 from qat.policy import QuantPolicy
 from qat.quantizers import Quantizer
 
-torch.set_num_threads(1)
-
 NARROW = {"bits": 4, "granularity": "channel"}
 FULL = {"bits": 4, "granularity": "channel", "narrow": False}
 AFFINE = {"bits": 4, "granularity": "channel", "symmetric": False, "quantizer": "fixed"}

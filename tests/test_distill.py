@@ -19,15 +19,6 @@ from qat.lightning import Distill
 POLICY = {"weight": {"bits": 3, "granularity": "channel"}, "act": {"bits": 8}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Plain(pl.LightningModule):
     """An ordinary module; `form` says what its step returns, `indirect` that it calls its net, not itself."""
 

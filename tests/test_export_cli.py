@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-import torch
 
 from qat.cli import main
 from qat.export.bench import Measured, Timing
@@ -18,14 +17,6 @@ from qat.report.bench import warnings
 TINY = """model=mlp model.width=16 data.train_limit=64 data.val_limit=32 data.test_limit=64 float_epochs=1
     trainer.max_epochs=1 trainer.limit_train_batches=1 trainer.enable_progress_bar=false quant.calibration_samples=64
     export.min_agreement=0 export.max_metric_change=1""".split()  # noqa: SIM905 - as one writes it on the command line
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,6 @@ from qat.export.onnx import OnnxTarget
 from qat.export.packed import MANIFEST, WEIGHTS, load_packed, packed_codes, save_packed
 from qat.lightning.weights import read_checkpoint
 
-torch.set_num_threads(1)
-
 MODEL = Drawn(Shape(kind="linear"))
 
 

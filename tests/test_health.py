@@ -20,15 +20,6 @@ from qat.models import MLP
 POLICY = {"weight": {"bits": 2, "granularity": "channel"}, "act": {"bits": 4}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 def data(batches: int = 6) -> DataLoader:
     x = torch.randn(16 * batches, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     return DataLoader(list(zip(x, torch.arange(len(x)) % 3, strict=True)), batch_size=16)

@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import ModelCheckpoint
 from small_models import quantized
-from tiny_module import POLICY, Tiny, TinyNet, images, loader, seeded, trainer  # noqa: F401
+from tiny_module import POLICY, Tiny, TinyNet, images, loader, trainer
 from torch import Tensor, nn
 
 from qat.audit import audit

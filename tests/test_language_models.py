@@ -29,7 +29,6 @@ PRESETS = {  # the most by which calibration alone may raise the perplexity of a
 def trained():
     if not TEXT.exists():
         pytest.skip(f"needs the text {TEXT.name}")
-    torch.set_num_threads(1)
     learn, held = lm.split(TEXT.read_bytes())
     model = lm.small_llama()
     lm.train(model, learn, 80, 5e-3)

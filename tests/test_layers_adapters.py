@@ -16,8 +16,6 @@ from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.policy import QuantPolicy
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
-torch.set_num_threads(1)
-
 LSQ = {"weight": {"bits": 4, "granularity": "channel", "quantizer": "lsq"}, "act": {"bits": 8, "quantizer": "lsq"}}
 
 

@@ -14,8 +14,6 @@ from qat.export.packed import load_packed, save_packed
 from qat.insert import Plan, apply_plan, make_plan, remove
 from qat.policy import QuantPolicy
 
-torch.set_num_threads(1)
-
 
 def model(wrap) -> nn.Sequential:
     torch.manual_seed(0)

@@ -15,8 +15,6 @@ from qat.export.packed import load_packed, save_packed
 from qat.insert import apply_plan, make_plan
 from qat.policy import QuantPolicy
 
-torch.set_num_threads(1)
-
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}
 TENSOR = {"weight": {"bits": 4}, "act": {"bits": 8}}
 AFFINE = {"weight": {"bits": 4, "symmetric": False, "granularity": "channel"}, "act": {"bits": 8}}

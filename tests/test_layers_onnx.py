@@ -11,8 +11,6 @@ from qat.export.onnx import export_onnx
 from qat.export.runtime import OnnxRunner, weight_codes
 from qat.export.verify import Verdict, check_codes
 
-torch.set_num_threads(1)
-
 W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}
 
 

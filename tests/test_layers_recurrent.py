@@ -17,8 +17,6 @@ from qat.export.packed import load_packed, save_packed
 from qat.insert import Plan, apply_plan, make_plan, named_quantizers, remove
 from qat.policy import QuantPolicy
 
-torch.set_num_threads(1)
-
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}
 WEIGHTS_ONLY = {"weight": {"bits": 16, "granularity": "channel"}}
 

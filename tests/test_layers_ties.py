@@ -15,8 +15,6 @@ from qat.convert import convert
 from qat.export.packed import MANIFEST, WEIGHTS, load_packed, save_packed
 from qat.insert import Plan, apply_plan, named_quantizers
 
-torch.set_num_threads(1)
-
 LSQ = {"weight": {"bits": 4, "granularity": "channel", "quantizer": "lsq"}, "act": {"bits": 8, "quantizer": "lsq"}}
 
 

@@ -7,8 +7,6 @@ import torch
 from small_models import POLICY, both, quantized
 from torch import Tensor, nn
 
-torch.set_num_threads(1)
-
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}
 
 

@@ -25,15 +25,6 @@ POLICY = {"weight": SPEC, "act": SPEC}
 MINMAX = {"weight": SPEC | {"quantizer": "minmax"}, "act": SPEC | {"quantizer": "minmax"}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pl.seed_everything(0, verbose=False)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _layers() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 3))
 

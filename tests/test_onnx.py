@@ -22,8 +22,6 @@ from qat.export.runtime import OnnxRunner, float_convolutions, weight_codes
 from qat.export.verify import expected_integer_nodes
 from qat.integer import IntegerLayer
 
-torch.set_num_threads(1)
-
 W4 = {"bits": 4, "granularity": "channel"}
 W8 = {"bits": 8, "granularity": "channel"}
 AFFINE = {"bits": 4, "granularity": "channel", "symmetric": False, "quantizer": "fixed"}

@@ -17,15 +17,6 @@ from qat.lightning.schedules.oscillation import Oscillation, on_grid
 from qat.quantizers import create
 from qat.spec import QuantSpec
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # -- formulas ----------------------------------------------------------------------------------------------------------
 
 

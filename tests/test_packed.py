@@ -17,8 +17,6 @@ from qat.errors import UserError
 from qat.export import packed
 from qat.export.packed import MANIFEST, WEIGHTS, load_packed, pack, save_packed, unpack
 
-torch.set_num_threads(1)
-
 
 @settings(deadline=None)
 @given(st.data(), st.integers(1, 8), st.booleans())

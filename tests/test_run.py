@@ -28,14 +28,6 @@ EVERY_FILE = """float.safetensors float.onnx checkpoints/last.ckpt checkpoints/b
     float/metrics.csv train.log .hydra/config.yaml""".split()  # noqa: SIM905 - as one writes it on the command line
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def _train(run_dir: Path, *overrides: str, base=SHORT) -> int:
     with warnings.catch_warnings():
         return main(["train", *base, f"run_dir={run_dir}", *overrides])

@@ -43,14 +43,6 @@ DOREFA = {"weight": {"bits": 3, "format": "midrise", "quantizer": "dorefa"}}
 ENDLESS = {"max_epochs": -1}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Net(pl.LightningModule):
     """A layer, a BatchNorm, a residual add and a head, for 8 features and 3 classes."""
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 import yaml
 
 from qat.cli import main
@@ -12,15 +11,6 @@ TINY = """model=mlp model.width=16 data.train_limit=192 data.val_limit=64 data.t
     trainer.max_epochs=1 quant.calibration_samples=64 trainer.enable_progress_bar=false search.samples=128
     search.probes=1 search.repeats=5 search.weight_bits=[2,4,8] search.act_bits=[4,8] search.least=null""".split()  # noqa: SIM905
 SEARCHLESS = [text for text in TINY if not text.startswith("search.")]
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

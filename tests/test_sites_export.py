@@ -94,7 +94,6 @@ EXPORTED = [
 
 @pytest.mark.parametrize(("name", "policy", "kernels"), EXPORTED)
 def test_sites_run_on_integer_kernels_and_compute_what_training_did(name, policy, kernels, tmp_path):
-    torch.set_num_threads(1)
     make, shape = MODELS[name]
     torch.manual_seed(0)
     x, path = torch.randn(shape), str(tmp_path / "model.onnx")

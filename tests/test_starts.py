@@ -21,15 +21,6 @@ from qat.starts.equalize import find_pairs
 POLICY = {"weight": {"bits": 3, "granularity": "channel"}, "act": {"bits": 8}}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Net(nn.Module):
     """conv-bn-relu-pool-depthwise-bn-relu-conv, a residual around it, and a head without a bias."""
 

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from qat.cli import main
 from qat.sweep.results import read_sweep
@@ -17,15 +16,6 @@ from qat.sweep.results import read_sweep
 ROOT = Path(__file__).parents[1]
 TINY = """model=mlp model.width=16 data.train_limit=192 data.val_limit=64 data.test_limit=128 float_epochs=1
     trainer.max_epochs=1 quant.calibration_samples=64 trainer.enable_progress_bar=false""".split()  # noqa: SIM905
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

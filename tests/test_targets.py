@@ -17,8 +17,6 @@ from qat.export.bisect import first_divergence
 from qat.export.target import Target
 from qat.export.verify import Comparison, Verdict, check_codes, expected_integer_nodes
 
-torch.set_num_threads(1)
-
 W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}
 TENSOR = {"weight": {"bits": 5, "granularity": "tensor"}, "act": {"bits": 6}}
 SHAPES = [

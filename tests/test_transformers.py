@@ -23,11 +23,6 @@ QUICK = ("GPT-2",)
 MODELS = list(zoo.MODELS)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 @cache
 def quantized(name: str) -> tuple[Any, ...]:
     model, inputs = zoo.build(name)

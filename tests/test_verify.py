@@ -22,8 +22,6 @@ from qat.export.verify import Comparison, Verdict, check_kernels, check_metric
 from qat.insert import Plan
 from qat.lightning.evaluate import verify_file
 
-torch.set_num_threads(1)
-
 SHAPE = Shape(bias=True)
 
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -16,16 +15,6 @@ POLICY: dict[str, Any] = {"weight": {"bits": 4}, "act": {"bits": 4}}
 MINMAX: dict[str, Any] = {
     role: {"bits": 4, "quantizer": "minmax", "symmetric": role == "weight"} for role in ("weight", "act")
 }
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    """One thread, and the same random numbers for every test that imports this."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pl.seed_everything(0, verbose=False)
-    yield
-    torch.set_num_threads(threads)
 
 
 class TinyNet(nn.Module):
