@@ -68,6 +68,7 @@ def _allocations(function: Callable[[], object]) -> list[int]:
     Exact, the same in every run, and blind to what the process imported and to what malloc keeps back, which is what
     resident memory mostly shows. What other allocators do (the scratch space of oneDNN and MKL) is not seen.
     """
+    gc.collect()  # what is released in here shall have been allocated in here
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = function()
     results = profile.profiler.kineto_results  # the public views attribute allocations to operations and lose order

@@ -87,6 +87,20 @@ def test_no_copy_outlives_the_forward_pass():
     loss.backward()
 
 
+def test_activations_die_with_the_step_not_with_the_next_garbage_collection():
+    x = torch.randn(2, 2, 8, 8)
+    model = quantized(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3)), x)
+    seen = []
+    model[1].register_forward_hook(lambda m, args, y: seen.append(weakref.ref(y)))
+    gc.collect()
+    gc.disable()
+    try:
+        model(x).sum().backward()
+        assert seen[0]() is None
+    finally:
+        gc.enable()
+
+
 def test_second_derivatives_pass_through_what_is_made_again(monkeypatch):
     x = torch.randn(4, 6, dtype=torch.float32)
     model = quantized(nn.Linear(6, 5), x)

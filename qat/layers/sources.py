@@ -5,6 +5,7 @@ were made of is kept anyway: by the quantizer's own backward, and by the layer b
 costs one pass over memory and brings the memory of a training step back to that of the float model.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ class sources(saved_tensors_hooks):  # noqa: N801 - used as a context, like torc
     """
 
     def __init__(self, *tensors: Tensor) -> None:
-        super().__init__(self._pack, _unpack)
-        self.made: dict[int, Made] = {t.data_ptr(): t.made for t in tensors if hasattr(t, "made")}  # pyright: ignore[reportAttributeAccessIssue]
+        made: dict[int, Made] = {t.data_ptr(): t.made for t in tensors if hasattr(t, "made")}  # pyright: ignore[reportAttributeAccessIssue]
+        # Not a method of this object, which would keep itself, and the activations, alive until Python collects cycles.
+        super().__init__(partial(_pack, made), _unpack)
 
     def __enter__(self) -> None:
         self.idle = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
@@ -34,11 +36,12 @@ class sources(saved_tensors_hooks):  # noqa: N801 - used as a context, like torc
         if not self.idle:
             super().__exit__(*args)
 
-    def _pack(self, tensor: Tensor) -> Any:
-        made = self.made.get(tensor.data_ptr())
-        if made is None or tensor.numel() != made.tensors[0].numel():
-            return tensor
-        return made, tensor.shape, tensor.stride()
+
+def _pack(made: dict[int, Made], tensor: Tensor) -> Any:
+    source = made.get(tensor.data_ptr())
+    if source is None or tensor.numel() != source.tensors[0].numel():
+        return tensor
+    return source, tensor.shape, tensor.stride()
 
 
 def _unpack(packed: Any) -> Tensor:

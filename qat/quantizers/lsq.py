@@ -5,13 +5,13 @@ With v = x / scale, equation 3 of section 2.1 is
 
     d value / d scale = low | round(v) - v | high        below, inside and above the range
 
-summed over the elements that share a scale and multiplied by 1 / sqrt(N * quant_max) (section 2.2). d value / d x is
-1 inside, else 0 (equation 5).
+summed over the elements that share a scale and multiplied by 1 / sqrt(N * quant_max) (section 2.2), where N is the
+number of a layer's weights or features: one sample's, not a batch's, so that the gradient does not depend on how a
+batch is split over processes. d value / d x is 1 inside, else 0 (equation 5).
 
 Differs from the paper in three ways: the step acts as at least `TINY`, so that it cannot turn negative; it may be
-    shared by a channel or a
-group instead of the tensor, with N counting the elements that share it; and for activations N counts one sample's
-elements rather than a batch's, so that the gradient does not depend on how a batch is split over processes.
+shared by a channel or a group instead of the tensor, with N counting the elements that share it; and a value exactly
+on a limit counts as inside, as clipped straight-through estimators have it, where the paper's inequality is strict.
 """
 
 import torch

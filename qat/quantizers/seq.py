@@ -11,8 +11,11 @@ two-bit `midrise`. With v = w / scale,
 and s starts at max|w|. Binary weights are scale * sign(w), sign(0) = 1, with d value / d w = 1 where |w| <= scale, d
 value / d scale = sign(w), and scale starting at mean|w|. All starts are those of the paper, whatever `spec.range` says.
 
-Differs from the paper: LSQ's factor 1 / sqrt(N * quant_max) counts the N weights that share a scale, not those of the
-whole matrix.
+The paper's formula clips at s; 0.99 s is what its released code (utils_quant.py) clips at, and is taken from there.
+
+Differs from that code: LSQ's factor 1 / sqrt(N * quant_max) counts the N weights that share a scale, not those of the
+whole matrix; and outside the range a ternary weight has d value / d s = +-2/3, the derivative of its value, where the
+code has +-1.
 """
 
 import torch
