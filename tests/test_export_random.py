@@ -14,7 +14,7 @@ from small_models import Drawn, Shape, both, lived
 
 from qat.export.onnx import export_onnx
 
-CASES, PACK = 300, 6
+CASES, PACK = 60, 6
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -110,6 +110,13 @@ CASES = [
     pytest.param(two(nn.Conv1d(4, 8, 3, padding=1), nn.Conv1d(8, 8, 3, 2, bias=False)), (4, 20), W4, A8, id="conv1d"),
     pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), GROUPS, A8, id="groups"),
     pytest.param(two(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)), (4, 8, 8), GROUPS, A4, id="groups-of-a-convolution"),
+    pytest.param(
+        two(nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 4, 3, bias=False)),
+        (4, 8, 8),
+        GROUPS,
+        A8,
+        id="groups-without-a-bias",
+    ),
     pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), AFFINE, A8, id="unsigned-weights-linear"),
     pytest.param(two(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)), (4, 8, 8), AFFINE, A8, id="unsigned-weights-conv"),
     pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), AFFINE | GROUPS, A8, id="unsigned-groups"),

@@ -4,8 +4,8 @@ place and no value of it.
     pool_globally     a mean over all pixels becomes GlobalAveragePool, which has an integer kernel
     clip_codes        ReLU and Clip before QuantizeLinear become a Clip of its codes (rounding is monotone, so they
                       commute), so that it sits right behind the layer
-    keep_float        a float weight behind quantized inputs stays float: left alone, the runtime quantizes it as it
-                      sees fit
+    keep_float        a float weight behind quantized inputs stays float (left alone, the runtime quantizes it as it
+                      sees fit), and so does a convolution with groups of weights
     split_readers     a matrix product that is read both as codes and in float keeps an integer kernel
     pack_weights      int8 codes of at most 4 bits become INT4 initializers, cast back to int8 at load
 
@@ -180,12 +180,14 @@ def _limit(graph: ir.Graph, quantize: ir.Node, low: int, high: int, limits: Any)
 
 def keep_float(model: ir.Model) -> None:
     """Puts a Max of one input (which changes nothing, and which the runtime does not remove) between quantized inputs
-    and a float weight."""
+    and a weight that is float, or in blocks."""
     graph = model.graph
     for node in list(graph):
         if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.inputs[0] is None or node.inputs[1] is None:
             continue
-        reads_float = node.inputs[1].producer() is None
+        weight = node.inputs[1].producer()
+        # The runtime makes an integer kernel of a convolution with blocks of weights, and that then refuses the scales.
+        reads_float = weight is None or (node.op_type != "Gemm" and "block_size" in weight.attributes)
         source = node.inputs[0].producer()
         while source is not None and source.op_type in PASS_THROUGH and source.inputs[0] is not None:
             source = source.inputs[0].producer()
