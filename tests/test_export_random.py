@@ -1,4 +1,4 @@
-"""300 random small models under random policies: the ONNX file holds training's codes, runs on the integer kernels that
+"""Random small models under random policies: the ONNX file holds training's codes, runs on the integer kernels that
 it should, and each of its pieces returns training's codes from the same inputs (see tests/forced.py)."""
 
 import copy
