@@ -232,7 +232,15 @@ def compare(cases: Sequence[Case], path: Path, batch: int = 16) -> Outcome:
     """
     pairs = [both(case.model, case.example(batch, case.seed), case.policy) for case in cases]
     x = cases[0].example(batch, cases[0].seed + 2**20)
-    expected, calls, wrong = _trained(cases, pairs, x)
+    expected, calls, wrong = [], [], []
+    for case, (fake, converted) in zip(cases, pairs, strict=True):
+        output, seen = watch(fake, x)
+        result, problems = forced(converted, x, seen)
+        wrong += [f"draw({case.seed}) converted: {problem}" for problem in problems]
+        if (off := float(_steps(result.numpy(), output.numpy()).max())) > EQUAL:
+            wrong.append(f"draw({case.seed}) converted: outputs deviate by {off:.2g} steps from the same codes")
+        expected.append(output.numpy())
+        calls += seen
     pack = Pack([converted for _, converted in pairs])
     export_onnx(pack, x, path)
     runner, verdict = OnnxRunner(path, threads=1), Verdict()
@@ -241,38 +249,23 @@ def compare(cases: Sequence[Case], path: Path, batch: int = 16) -> Outcome:
     integer, wanted = runner.integer_nodes(), expected_integer_nodes(pack) - float_convolutions(path)
     if integer != wanted:
         wrong.append(f"{integer} integer kernels instead of {wanted}; in float: {runner.float_layers()}")
-    pieces, flipped = cut(onnx.load(path), calls), np.zeros(batch, dtype=int)
+    pieces = cut(onnx.load(path), calls)
+    flipped = np.zeros(batch, dtype=int)
     for optimize in (True, False):
         (output, *codes), kernels = run(pieces.model, {"input": x.numpy(), **pieces.inputs()}, optimize)
         if optimize and kernels != integer:
             wrong.append(f"{kernels} integer kernels in the pieces, {integer} in the whole file")
-        problems = [call.wrong(computed) for computed, call in zip(codes, pieces.calls, strict=True)]
-        if (off := _deviations(output, expected).max()) > EQUAL:
-            problems.append(f"outputs deviate by {off:.2g} steps from the same codes")
-        wrong += [f"{'optimized' if optimize else 'as written'}: {problem}" for problem in problems if problem]
-        if optimize:
-            for computed, call in zip(codes, pieces.calls, strict=True):
-                flipped += (computed != call.codes).reshape(batch, -1).sum(1)
+        how = "optimized" if optimize else "as written"
+        wrong += [f"{how}: {line}" for c, call in zip(codes, pieces.calls, strict=True) if (line := call.wrong(c))]
+        off = _deviations(output, expected)
+        if (off > EQUAL).any():
+            wrong.append(f"{how}: outputs deviate by {off.max():.2g} steps from the same codes")
+        for computed, call in zip(codes, pieces.calls, strict=True) if optimize else ():
+            flipped += (computed != call.codes).reshape(batch, -1).sum(1)
     end = _deviations(runner(x.numpy()), expected)
-    if (off := end[flipped == 0].max(initial=0)) > EQUAL:
-        wrong.append(f"outputs deviate by {off:.2g} steps in samples without a tie")
+    if (end[flipped == 0] > EQUAL).any():
+        wrong.append(f"outputs deviate by {end[flipped == 0].max():.2g} steps in samples without a tie")
     return Outcome(wrong, sum(call.codes.size for call in pieces.calls), int(flipped.sum()), end)
-
-
-def _trained(
-    cases: Sequence[Case], pairs: Sequence[tuple[nn.Module, nn.Module]], x: Tensor
-) -> tuple[list[np.ndarray], list[Call], list[str]]:
-    """What the fake-quantized models return, their codes, and what is wrong with the converted ones."""
-    expected, calls, wrong = [], [], []
-    for case, (fake, converted) in zip(cases, pairs, strict=True):
-        output, seen = watch(fake, x)
-        result, problems = forced(converted, x, seen)
-        if (off := _steps(result.numpy(), output.numpy()).max()) > EQUAL:
-            problems.append(f"outputs deviate by {off:.2g} steps from the same codes")
-        wrong += [f"draw({case.seed}) converted: {problem}" for problem in problems]
-        expected.append(output.numpy())
-        calls += seen
-    return expected, calls, wrong
 
 
 EQUAL = 2.0**-7
