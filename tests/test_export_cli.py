@@ -105,6 +105,10 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def swap(path: Path) -> None:
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph([], "another", [], [])), path)
+
+
 def another_version(path: Path) -> None:
     manifest = path.with_name(f"{path.name}.json")
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 2, "qat": "7.0"}))
@@ -115,6 +119,7 @@ def another_version(path: Path) -> None:
     [
         pytest.param(truncate, "does not match model.onnx.json: damaged, or of another model", id="truncated"),
         pytest.param(flip, "does not match model.onnx.json: damaged, or of another model", id="flipped"),
+        pytest.param(swap, "does not match model.onnx.json: damaged, or of another model", id="swapped"),
         pytest.param(another_version, "has format 2 (made by qat 7.0); this version reads format 1", id="version"),
         pytest.param(lambda p: p.with_name(f"{p.name}.json").unlink(), "model.onnx.json: no such file", id="unstamped"),
         pytest.param(Path.unlink, "model.onnx: no such file", id="gone"),

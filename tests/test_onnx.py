@@ -108,6 +108,13 @@ CASES = [
     pytest.param(two(nn.Conv1d(4, 8, 3, padding=1), nn.Conv1d(8, 8, 3, 2, bias=False)), (4, 20), W4, A8, id="conv1d"),
     pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), GROUPS, A8, id="groups"),
     pytest.param(two(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)), (4, 8, 8), GROUPS, A4, id="groups-of-a-convolution"),
+    pytest.param(
+        two(nn.Conv2d(4, 8, 3, bias=False), nn.Conv2d(8, 4, 3, bias=False)),
+        (4, 8, 8),
+        GROUPS,
+        A8,
+        id="groups-without-a-bias",
+    ),
     pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), AFFINE, A8, id="unsigned-weights-linear"),
     pytest.param(two(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)), (4, 8, 8), AFFINE, A8, id="unsigned-weights-conv"),
     pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), AFFINE | GROUPS, A8, id="unsigned-groups"),
@@ -170,6 +177,58 @@ def test_a_residual_addition_is_an_integer_kernel(tmp_path) -> None:
     kernels = OnnxRunner(path).kernels()
     assert kernels["QLinearAdd"] == 1 and kernels["QLinearGlobalAveragePool"] == 1
     assert kernels["Relu"] == kernels["Conv"] == kernels["Gemm"] == 0
+
+
+def images(conv: nn.Module) -> nn.Module:
+    return nn.Sequential(conv, nn.ReLU(), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+
+
+@pytest.mark.parametrize(
+    ("conv", "weight", "padded"),
+    [
+        pytest.param(nn.Conv2d(3, 8, 3, 2, 1), W8, True, id="three-channels"),
+        pytest.param(nn.Conv2d(3, 8, 3, 1, 1), W4, True, id="packed"),
+        pytest.param(nn.Conv2d(3, 8, 2, 2), W8, False, id="patches"),
+        pytest.param(nn.Conv2d(3, 8, 3), AFFINE, False, id="affine"),
+        pytest.param(nn.Conv2d(4, 8, 3), W8, False, id="four-channels"),
+        pytest.param(nn.Conv2d(3, 3, 3, groups=3), W8, False, id="depthwise"),
+    ],
+)
+def test_images_get_a_fourth_channel_that_changes_nothing(tmp_path, conv, weight, padded) -> None:
+    torch.manual_seed(0)
+    x, path = torch.randn(4, conv.in_channels, 9, 9), tmp_path / "model.onnx"
+    model = images(conv) if conv.out_channels == 8 else nn.Sequential(conv, nn.ReLU())
+    _, converted = both(model, x, {"weight": weight, "act": A8})
+    files = []
+    for pad in (False, True):
+        export_onnx(converted, x, path, pad=pad)
+        assert_same_codes(path, converted)
+        assert_integer_kernels(path, converted)
+        files.append((path.read_bytes(), [OnnxRunner(path, optimize=o, threads=1)(x.numpy()) for o in (False, True)]))
+    (plain, before), (changed, after) = files
+    assert (plain != changed) == padded
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda m, x: m.b(m.a(x)) + m.a(x), id="codes-and-floats"),
+        pytest.param(lambda m, x: m.b(y := m.a(x)) + y, id="one-product"),
+        pytest.param(lambda m, x: torch.cat([m.b(y := m.a(x)), m.c(y)], 1), id="two-grids"),
+    ],
+)
+def test_a_product_that_several_read_stays_an_integer_kernel(tmp_path, call) -> None:
+    torch.manual_seed(0)
+    x, path = torch.randn(8, 16), tmp_path / "model.onnx"
+    model = Calls(call, a=nn.Linear(16, 16), b=nn.Linear(16, 16), c=nn.Linear(16, 16))
+    policy = {"weight": W8, "act": A8, "sites": "off", "rules": {"c": {"match": "c", "act": {"symmetric": False}}}}
+    policy["rules"] = policy["rules"] if "cat" in str(call.__code__.co_names) else {}
+    fake, converted = exported(model, x, policy, path)
+    assert_integer_kernels(path, converted)
+    assert OnnxRunner(path).integer_nodes() == expected_integer_nodes(converted) >= 2
+    assert deviations(path, fake, x, True).max() <= 1e-5
 
 
 def test_integer_tokens_are_an_input_too(tmp_path) -> None:

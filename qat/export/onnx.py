@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir.passes.common as common
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from qat.errors import UserError
 from qat.export import onnx_passes
 from qat.export.files import atomic
+from qat.export.onnx_channels import pad_images
 from qat.export.onnx_slim import slim
 from qat.export.runtime import OnnxRunner, weight_codes
 from qat.export.target import INPUT, OUTPUT, Target
@@ -89,7 +91,7 @@ class _FlatLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
+def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, pad: bool = False) -> None:
     """Writes `model`, a converted or a float one, with a dynamic batch dimension, one input and one output.
 
     Args:
@@ -97,6 +99,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
             mode.
         example: An input of at least two samples (a batch of one would be taken for a constant).
         path: The file; written whole or not at all.
+        pad: Pad images to four channels, for ONNX Runtime (see `qat.export.onnx_channels`).
 
     Raises:
         UserError: if the model takes or returns something else, or cannot be traced, with torch's reason.
@@ -132,7 +135,11 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
         for layer, module in model.named_modules()
         if isinstance(module, IntegerLayer)
     }
-    content = slim(onnx_passes.finish(program.model, weights)).SerializeToString()
+    finished = onnx_passes.finish(program.model, weights)
+    if pad:
+        pad_images(finished)
+        common.RemoveUnusedNodesPass()(finished)
+    content = slim(finished).SerializeToString()
     with atomic(path) as temporary:
         temporary.write_bytes(content)
 
@@ -160,7 +167,7 @@ class OnnxTarget(Target):
     optimizes = True
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
-        export_onnx(model, example, folder / self.file)
+        export_onnx(model, example, folder / self.file, pad=True)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> OnnxRunner:
         return OnnxRunner(path, optimize=optimize, threads=threads)

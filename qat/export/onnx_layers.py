@@ -7,7 +7,7 @@ import onnx
 
 from qat.export.onnx_passes import SHARED_KEY, is_weight
 
-CARRIERS = ("DequantizeLinear", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Max", "Identity")
+CARRIERS = ("DequantizeLinear", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Max", "Identity", "Pad")
 """What may stand between a weight and the node that computes with it."""
 
 

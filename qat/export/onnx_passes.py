@@ -1,11 +1,13 @@
 """What a traced graph still needs before ONNX Runtime turns it into integer kernels. Each pass changes the graph in
 place and no value of it.
 
-pool_globally     a mean over all pixels becomes GlobalAveragePool, which has an integer kernel
-clip_codes        ReLU and Clip before QuantizeLinear become a Clip of its codes (rounding is monotone, so they
-commute), so that it sits right behind the layer keep_float        a float weight behind quantized inputs stays float:
-left alone, the runtime quantizes it as it sees fit pack_weights      int8 codes of at most 4 bits become INT4
-initializers, cast back to int8 at load
+    pool_globally     a mean over all pixels becomes GlobalAveragePool, which has an integer kernel
+    clip_codes        ReLU and Clip before QuantizeLinear become a Clip of its codes (rounding is monotone, so they
+                      commute), so that it sits right behind the layer
+    keep_float        a float weight behind quantized inputs stays float (left alone, the runtime quantizes it as it
+                      sees fit), and so does a convolution with groups of weights
+    split_readers     a matrix product that is read both as codes and in float keeps an integer kernel
+    pack_weights      int8 codes of at most 4 bits become INT4 initializers, cast back to int8 at load
 
 Layers with identical weights (tied ones among them) share one initializer; the model's metadata says which.
 """
@@ -39,6 +41,7 @@ def finish(model: ir.Model, weights: Mapping[str, np.ndarray]) -> ir.Model:
     pool_globally(model)
     clip_codes(model)
     keep_float(model)
+    split_readers(model)
     cleanup = ir.passes.Sequential(
         common.DeduplicateInitializersPass(size_limit=2**20),
         common.CommonSubexpressionEliminationPass(),
@@ -177,12 +180,14 @@ def _limit(graph: ir.Graph, quantize: ir.Node, low: int, high: int, limits: Any)
 
 def keep_float(model: ir.Model) -> None:
     """Puts a Max of one input (which changes nothing, and which the runtime does not remove) between quantized inputs
-    and a float weight."""
+    and a weight that is float, or in blocks."""
     graph = model.graph
     for node in list(graph):
         if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.inputs[0] is None or node.inputs[1] is None:
             continue
-        reads_float = node.inputs[1].producer() is None
+        weight = node.inputs[1].producer()
+        # The runtime makes an integer kernel of a convolution with blocks of weights, and that then refuses the scales.
+        reads_float = weight is None or (node.op_type != "Gemm" and "block_size" in weight.attributes)
         source = node.inputs[0].producer()
         while source is not None and source.op_type in PASS_THROUGH and source.inputs[0] is not None:
             source = source.inputs[0].producer()
@@ -190,6 +195,24 @@ def keep_float(model: ir.Model) -> None:
             kept = ir.node("Max", [node.inputs[0]])
             graph.insert_before(node, kept)
             node.replace_input_with(0, kept.outputs[0])
+
+
+def split_readers(model: ir.Model) -> None:
+    """Puts a Max of one input between a matrix product and the QuantizeLinear behind it where others read the product,
+    too: the runtime has a kernel that returns codes and one that returns floats, and leaves what asks for both float.
+    """
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type not in ("Gemm", "MatMul"):
+            continue
+        output = node.outputs[0]
+        coders = [(reader, i) for reader, i in output.uses() if reader.op_type == "QuantizeLinear"]
+        if not coders or (len(output.uses()) == 1 and output not in graph.outputs):
+            continue
+        kept = ir.node("Max", [output])
+        graph.insert_after(node, kept)
+        for reader, i in coders:
+            reader.replace_input_with(i, kept.outputs[0])
 
 
 def pack_weights(model: ir.Model) -> None:

@@ -14,6 +14,7 @@ import torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decom
 from torch import Tensor, nn
 
 from qat.errors import UserError
+from qat.export.pt2 import load_program
 from qat.export.target import Target
 from qat.export.torch_runner import OneInput
 from qat.insert import Plan
@@ -57,10 +58,7 @@ class ProgramRunner:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.program = torch.export.load(str(path))
-        except Exception as error:  # whatever its readers stumble over
-            raise UserError(f"{path}: torch refuses it: {str(error).strip().splitlines()[0]}") from None
+        self.program = load_program(path)
         self._module: Any = self.program.module()
 
     @torch.no_grad()

@@ -68,6 +68,8 @@ def verdict(report: Mapping[str, Any]) -> Verdict | None:
     facts = []
     if (same := verify.get("codes_identical")) is not None:
         facts.append("weight codes identical" if same else "weight codes differ")
+    if (agreement := verify.get("agreement")) is not None:
+        facts.append(f"{agreement:.2%} of predictions equal")
     if (steps := verify.get("max_deviation_steps")) is not None:
         facts.append(f"outputs within {steps:.3g} step{'' if steps == 1 else 's'}")
     if (nodes := verify.get("integer_nodes")) is not None:

@@ -1,0 +1,57 @@
+"""Reading a `torch.export` program without unpickling anything that could run code.
+
+A `.pt2` file is a zip of JSON and tensors, but its format also has room for pickled objects, which `torch.export.load`
+unpickles unasked: objects among the constants, and weights or sample inputs that the weights-only reader refuses. None
+of them is in a file of ours, so they are refused, and the weights-only reader is the only one.
+"""
+
+import contextlib
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.pt2_archive import constants
+
+from qat.errors import UserError
+
+PICKLED = (constants.CUSTOM_OBJ_FILENAME_PREFIX, constants.OPAQUE_OBJ_FILENAME_PREFIX)
+"""How the names of pickled objects in the archive begin."""
+SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+"""Environment variable with which `torch.load` is weights-only whatever its caller says."""
+
+
+def load_program(path: Path) -> ExportedProgram:
+    """Loads a `.pt2` file.
+
+    Raises:
+        UserError: if it holds pickled objects, or torch refuses it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        raise UserError(f"{path}: is damaged or no program of torch.export") from None
+    if pickled := next((name for name in names if PurePosixPath(name).name.startswith(PICKLED)), None):
+        raise UserError(f"{path}: holds a pickled object ({pickled}), and loading it could run any code")
+    try:
+        with _weights_only():
+            return torch.export.load(str(path))
+    except Exception as error:  # whatever its readers stumble over
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: torch refuses it: {reason}") from None
+
+
+@contextlib.contextmanager
+def _weights_only() -> Iterator[None]:
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[SWITCH]
+        else:
+            os.environ[SWITCH] = before
