@@ -25,6 +25,7 @@ ATEN: Any = torch.ops.aten
 QUANTIZE, DEQUANTIZE = OPS.quantize_per_tensor.default, OPS.dequantize_per_tensor.default
 DEQUANTIZE_CHANNELS = OPS.dequantize_per_channel.default
 PRODUCTS = (ATEN.conv1d.default, ATEN.conv2d.default, ATEN.linear.default, ATEN.matmul.default, ATEN.bmm.default)
+IDENTITIES = ATEN.dropout.default, ATEN.contiguous.default, ATEN.clone.default, ATEN.alias.default
 MOVES = (
     *(ATEN.max_pool1d.default, ATEN.max_pool2d.default, ATEN.flatten.using_ints, ATEN.view.default),
     *(ATEN.reshape.default, ATEN.permute.default, ATEN.transpose.int, ATEN.squeeze.dim, ATEN.unsqueeze.default),
@@ -127,10 +128,19 @@ def int8_program(
         except Exception as error:  # whatever stops a tracer, its first line says it best
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise UserError(f"{name} cannot be traced: {reason}") from error
+    _drop_identities(program.graph)
     _quantize_early(program.graph)
     _merge(program.graph)
     program.graph_module.recompile()
     return program
+
+
+def _drop_identities(graph: fx.Graph) -> None:
+    """Takes out what changes nothing in evaluation, so that a layer's reader is next to it."""
+    for target in IDENTITIES:
+        for node in graph.find_nodes(op="call_function", target=target):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 def _quantize_early(graph: fx.Graph) -> None:
