@@ -65,7 +65,7 @@ class Case:
         return comparison
 
 
-@pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch"])
+@pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch", "litert"])
 @pytest.mark.parametrize(("shape", "policy"), SHAPES)
 def test_a_file_has_the_same_codes_and_outputs_with_and_without_optimizations(name, shape, policy, tmp_path) -> None:
     target, case = target_of(name), Case(shape, policy)
@@ -78,7 +78,7 @@ def test_a_file_has_the_same_codes_and_outputs_with_and_without_optimizations(na
         assert comparison.mean_steps <= limit and comparison.agreement >= 0.9, (optimize, comparison)
 
 
-@pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch"])
+@pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch", "litert"])
 @pytest.mark.parametrize("layer", ["stem", "body", "head"])
 def test_bisection_names_the_layer_whose_scale_is_wrong(name, layer, tmp_path) -> None:
     target, case = target_of(name), Case(Shape(bias=True), W8A8)

@@ -62,7 +62,9 @@ class PteFile:
 
         pte: Any = deserialize_pte_binary(content)
         named = pte.named_data
-        keyed = {key: bytes(named.buffers[entry.buffer_index]) for key, entry in named.pte_data.items()} if named else {}
+        keyed = (
+            {key: bytes(named.buffers[entry.buffer_index]) for key, entry in named.pte_data.items()} if named else {}
+        )
         stored = [*keyed.values(), *_portable(pte.program)]
         blobs = [bytes(delegate.data) for delegate in pte.program.backend_delegate_data]
         nodes = [node for blob in blobs for node in _nodes(blob, keyed)]

@@ -50,7 +50,7 @@ class ExecuTorchRunner:
         try:
             self._program = Runtime.get().load_program(str(path))
             method: Any = self._program.load_method("forward")
-            self.max_batch = method.metadata.input_tensor_meta(0).sizes()[0]
+            self.max_batch, *self.shape = method.metadata.input_tensor_meta(0).sizes()
         except RuntimeError as error:
             raise UserError(f"{path}: executorch refuses it: {str(error).strip().splitlines()[0]}") from None
         self._method = method
@@ -61,6 +61,9 @@ class ExecuTorchRunner:
         Raises:
             UserError: if the file does not take such a batch.
         """
+        if list(x.shape[1:]) != self.shape:
+            wanted = f"[N, {', '.join(map(str, self.shape))}]"
+            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: it takes {wanted}")
         parts = np.split(x, range(self.max_batch, len(x), self.max_batch))
         try:
             # What the method returns is its own memory, which the next call overwrites.
@@ -92,7 +95,7 @@ class ExecuTorchTarget(Target):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_batch < 2:
-            raise UserError(f"max_batch={self.max_batch}: must be at least 2, or the batch would be taken for a constant")
+            raise UserError(f"max_batch={self.max_batch}: must be at least 2, or the batch is taken for a constant")
 
     def unfit(self, plan: Plan) -> str | None:
         return unfit_for_int8(plan, "XNNPACK")

@@ -26,6 +26,7 @@ QUANTIZE, DEQUANTIZE = OPS.quantize_per_tensor.default, OPS.dequantize_per_tenso
 DEQUANTIZE_CHANNELS = OPS.dequantize_per_channel.default
 PRODUCTS = (ATEN.conv1d.default, ATEN.conv2d.default, ATEN.linear.default, ATEN.matmul.default, ATEN.bmm.default)
 IDENTITIES = ATEN.dropout.default, ATEN.contiguous.default, ATEN.clone.default, ATEN.alias.default
+CLIPS = ATEN.relu.default, ATEN.relu6.default, ATEN.hardtanh.default
 MOVES = (
     *(ATEN.max_pool1d.default, ATEN.max_pool2d.default, ATEN.flatten.using_ints, ATEN.view.default),
     *(ATEN.reshape.default, ATEN.permute.default, ATEN.transpose.int, ATEN.squeeze.dim, ATEN.unsqueeze.default),
@@ -62,15 +63,23 @@ class Int8Emitter(Eager):
                 self._write_out(module, module.scale, module.zero_point + offset)
                 module.code_range = module.quant_min + offset, module.quant_max + offset  # pyright: ignore
             elif isinstance(module, IntegerLayer):
-                if module.integer_weight.axis is None:
-                    self._write_out(module.integer_weight, module.integer_weight.scale, module.integer_weight.zero_point)
-                module.integer_weight.zero_point = module.integer_weight.zero_point.long()
+                self._weight(module.integer_weight, getattr(module, "channel_axis", None))
                 if module.integer_bias is not None:
                     self._bias(module, float_bias)
 
     @staticmethod
     def _write_out(module: Any, scale: Tensor, zero_point: Tensor) -> None:
         module.numbers = float(scale), int(zero_point)
+
+    def _weight(self, weight: IntegerTensor, axis: int | None) -> None:
+        """One scale becomes one per output channel, which every runtime has kernels for."""
+        if weight.axis is None and axis is not None:
+            outputs = weight.codes.shape[axis]
+            weight.scale, weight.axis = weight.scale.expand(outputs).contiguous(), axis
+            weight.zero_point = weight.zero_point.expand(outputs).contiguous()
+        elif weight.axis is None:
+            self._write_out(weight, weight.scale, weight.zero_point)
+        weight.zero_point = weight.zero_point.long()
 
     def _bias(self, layer: IntegerLayer, as_float: bool) -> None:
         assert layer.integer_bias is not None
@@ -87,13 +96,10 @@ class Int8Emitter(Eager):
         if tensor.axis is None:
             return DEQUANTIZE(codes, *tensor.numbers, limits.min, limits.max, codes.dtype)  # pyright: ignore
         low = max(limits.min, -limits.max)  # symmetric; XNNPACK takes -8 .. 7 for packed int4
-        return DEQUANTIZE_CHANNELS(
-            codes, tensor.scale, tensor.zero_point, tensor.axis, low, limits.max, codes.dtype
-        )
+        return DEQUANTIZE_CHANNELS(codes, tensor.scale, tensor.zero_point, tensor.axis, low, limits.max, codes.dtype)
 
-    def quantize_dequantize(self, x: Tensor, grid: IntegerActivation) -> Tensor:
-        limits, (scale, zero) = torch.iinfo(self.dtype), grid.numbers  # pyright: ignore
-        low, high = grid.code_range  # pyright: ignore
+    def quantize_dequantize(self, x: Tensor, grid: Any) -> Tensor:
+        limits, (scale, zero), (low, high) = torch.iinfo(self.dtype), grid.numbers, grid.code_range
         if (low, high) != (limits.min, limits.max):
             x = F.hardtanh(x, (low - zero) * scale, (high - zero) * scale)
         arguments = scale, zero, limits.min, limits.max, self.dtype
@@ -129,6 +135,7 @@ def int8_program(
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise UserError(f"{name} cannot be traced: {reason}") from error
     _drop_identities(program.graph)
+    _merge(program.graph)
     _quantize_early(program.graph)
     _merge(program.graph)
     program.graph_module.recompile()
@@ -144,22 +151,22 @@ def _drop_identities(graph: fx.Graph) -> None:
 
 
 def _quantize_early(graph: fx.Graph) -> None:
-    """Quantizes in front of what only moves values, so that the layer before it sees its grid."""
+    """Quantizes (and clips) in front of what only moves values, so that the layer before it sees its grid."""
     for quantize in reversed(graph.find_nodes(op="call_function", target=QUANTIZE)):
-        clip = quantize.args[0] if quantize.args[0].target is ATEN.hardtanh.default else None
-        move = quantize.args[0] if clip is None else clip.args[0]
+        clips, move, grid = [], quantize.args[0], quantize.args[1:]
+        while move.target in CLIPS and len(move.users) == 1:
+            clips.insert(0, move)
+            move = move.args[0]
         while isinstance(move, fx.Node) and move.target in MOVES and len(move.users) == 1:
-            source, grid = move.args[0], quantize.args[1:]
+            source: Any = move.args[0]
+            at = source
             with graph.inserting_before(move):
-                x = source if clip is None else graph.call_function(clip.target, (source, *clip.args[1:]))
-                codes = graph.call_function(QUANTIZE, (x, *grid))
-                values = graph.call_function(DEQUANTIZE, (codes, *grid))
-            for new, meta in ((x, source), (codes, source), (values, source)):
-                new.meta.setdefault("val", meta.meta["val"])
-            codes.meta["val"] = codes.meta["val"].to(grid[-1])
-            move.args = (values, *move.args[1:])
-            quantize.args = (quantize.args[0] if clip is None else clip.args[0], *grid)
-            move = source
+                for target, rest in [*((c.target, c.args[1:]) for c in clips), (QUANTIZE, grid), (DEQUANTIZE, grid)]:
+                    at = graph.call_function(target, (at, *rest))
+                    at.meta["val"] = source.meta["val"].to(grid[-1]) if target is QUANTIZE else source.meta["val"]
+            quantize.args = (move, *grid)
+            move.args, move = (at, *move.args[1:]), source
+    graph.eliminate_dead_code()
 
 
 def _merge(graph: fx.Graph) -> None:
@@ -201,6 +208,6 @@ def _becomes_codes(node: fx.Node) -> bool:
     if len(node.users) != 1:
         return False
     (reader,) = node.users
-    if reader.target in (ATEN.relu.default, ATEN.hardtanh.default):
+    if reader.target in CLIPS:
         return _becomes_codes(reader)
     return reader.target is QUANTIZE

@@ -112,9 +112,7 @@ class Builder:
         quantization.quantizedDimension = axis
         return quantization
 
-    def constant(
-        self, array: np.ndarray, scales: Sequence[float] = (), axis: int = 0, *, zero: int = 0, bits: int = 8
-    ) -> int:
+    def constant(self, array: Any, scales: Any = (), axis: int = 0, *, zero: int = 0, bits: int = 8) -> int:
         """A constant tensor.
 
         Args:

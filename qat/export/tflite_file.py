@@ -1,4 +1,4 @@
-"""What is inside a `.tflite` file: its operations, whose weights they read, and the same file with layers made visible."""
+"""What is inside a `.tflite` file: operations, whose weights they read, and the same file with layers made visible."""
 
 import copy
 import json
@@ -59,7 +59,9 @@ class TfliteFile:
     def is_integer(self, operator: Any) -> bool:
         """Whether it is a product of codes."""
         types = [self.graph.tensors[index].type for index in operator.inputs[:2]]
-        return self.kind(operator) in PRODUCTS and all(t in (self.s.TensorType.INT8, self.s.TensorType.INT4) for t in types)
+        return self.kind(operator) in PRODUCTS and all(
+            t in (self.s.TensorType.INT8, self.s.TensorType.INT4) for t in types
+        )
 
     def unfollowed(self) -> int:
         """How many products of codes are computed in float because their output is not quantized."""

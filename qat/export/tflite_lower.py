@@ -65,11 +65,12 @@ def codes_after(node: fx.Node) -> Codes | None:
         clips.append(at)
     if at.target is not QUANTIZE:
         return None
-    scale, zero, low, high = at.args[1:5]  # pyright: ignore[reportAssignmentType]
+    numbers: Any = at.args[1:5]
+    scale, zero, low, high = numbers
     for below, above in map(bounds, clips):
         low = max(low, _code(below, scale, zero)) if below is not None else low
         high = min(high, _code(above, scale, zero)) if above is not None else high
-    return Codes(at, (scale, zero), low, high, tuple(clips))  # pyright: ignore[reportArgumentType]
+    return Codes(at, (scale, zero), low, high, tuple(clips))
 
 
 def _code(bound: float, scale: Any, zero: Any) -> int:
@@ -89,11 +90,11 @@ class Lowering:
         self, program: ExportedProgram, model: nn.Module, handlers: dict[Any, Callable[["Lowering", fx.Node], Any]]
     ) -> None:
         self.program, self.model, self.handlers, self.build = program, model, handlers, Builder()
-        names = program.graph_signature.inputs_to_parameters | program.graph_signature.inputs_to_buffers
+        names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
         state = {**program.state_dict, **program.constants}
         lifted = program.graph_signature.inputs_to_lifted_tensor_constants
-        self.parameters = {name: state[key] for name, key in (names | lifted).items()}
-        self.owners = {name: key for name, key in names.items()}
+        self.parameters = {name: state[key] for name, key in {**names, **lifted}.items()}
+        self.owners = names
         self.values: dict[fx.Node, Value] = {}
         """What nodes return; of quantize and dequantize nodes, the codes."""
         self.floats: dict[fx.Node, Value] = {}
@@ -186,7 +187,9 @@ class Lowering:
             self.floats[node] = self.float_weight(node, range(self.array(node).ndim))  # pyright: ignore
         elif self.values[node].grid is not None:
             codes = self.values[node]
-            self.floats[node] = self.build.op("DEQUANTIZE", [codes.index], self.build.value(codes.shape, None, codes.last))
+            self.floats[node] = self.build.op(
+                "DEQUANTIZE", [codes.index], self.build.value(codes.shape, None, codes.last)
+            )
         else:
             return self.values[node]
         return self.floats[node]

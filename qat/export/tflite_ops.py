@@ -38,26 +38,37 @@ def _is_weight(low: Lowering, node: Any) -> bool:
 
 
 def _product(
-    low: Lowering, node: fx.Node, kind: str, x: Value, axes: Sequence[int], shape: Sequence[int], last: bool, **options: Any
+    low: Lowering, node: fx.Node, kind: str, x: Value, axes: Sequence[int], last: bool, **options: Any
 ) -> None:
     """A layer: integers where `_weighted` says so, else float, its weight made float as the file runs."""
-    weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+    weight: Any = node.args[1]
+    bias = node.args[2] if len(node.args) > 2 else None
     outputs, after = node.meta["val"].shape[1 if last else -1], _weighted(low, node)
     if after is None:
-        w = low.float_weight(weight, axes) if _is_weight(low, weight) else None
-        if w is None:
-            w = Value(low.build.constant(low.array(weight).transpose(axes)), ())
+        w = _float_weight(low, node, axes)
         b = low.build.constant(np.zeros(outputs, np.float32)) if bias is None else low.float(bias).index
-        low.values[node] = low.build.op(kind, [x.index, w.index, b], low.build.value(shape, None, last), **options)
+        low.values[node] = low.build.op(kind, [x.index, w, b], low.build.value(low.shape(node), None, last), **options)
         return
     assert x.grid is not None
     scales = np.float32(x.grid[0]) * low.scales(weight)[0]
     codes = np.zeros(outputs, np.int32) if bias is None else low.array(bias)
     b = low.build.constant(codes, np.broadcast_to(scales, outputs) if len(scales) > 1 else scales)
-    output = low.build.value(shape, after.grid, last)
+    output = low.build.value(low.shape(node), after.grid, last)
     activation = {"fusedActivationFunction": RELU} if after.relu else {}
     low.build.op(kind, [x.index, low.weight(weight, axes), b], output, **options, **activation)
     low.limited(output, after, relu=True)
+
+
+def _float_weight(low: Lowering, node: fx.Node, axes: Sequence[int]) -> int:
+    weight = node.args[1]
+    if _is_weight(low, weight):
+        return low.float_weight(weight, axes).index  # pyright: ignore[reportArgumentType]
+    array = low.array(weight)
+    if array is None:
+        raise UserError(
+            f"'{layer_of(node)}': its weight is computed, which has no form in this package's .tflite files"
+        )
+    return low.build.constant(array.transpose(axes))
 
 
 def _operand(low: Lowering, node: Any, integer: bool) -> Value:
@@ -65,7 +76,7 @@ def _operand(low: Lowering, node: Any, integer: bool) -> Value:
 
 
 def conv2d(low: Lowering, node: fx.Node) -> None:
-    x, weight, _, stride, padding, dilation, groups = _arguments(node, *[None] * 3, 1, 0, 1, 1)
+    x, _, _, stride, padding, dilation, groups = _arguments(node, *[None] * 3, 1, 0, 1, 1)
     if isinstance(padding, str):
         raise UserError(f"'{layer_of(node)}': padding={padding!r} has no form in .tflite files; write the numbers")
     (stride, padding, dilation), integer = map(_pair, (stride, padding, dilation)), _weighted(low, node) is not None
@@ -80,15 +91,15 @@ def conv2d(low: Lowering, node: fx.Node) -> None:
     options |= {"dilationHFactor": dilation[0], "dilationWFactor": dilation[1]}
     if groups == channels and groups > 1:
         options["depthMultiplier"] = outputs // channels
-        _product(low, node, "DEPTHWISE_CONV_2D", value, (1, 2, 3, 0), low.shape(node), True, **options)
+        _product(low, node, "DEPTHWISE_CONV_2D", value, (1, 2, 3, 0), True, **options)
     else:
-        _product(low, node, "CONV_2D", value, (0, 2, 3, 1), low.shape(node), True, **options)
+        _product(low, node, "CONV_2D", value, (0, 2, 3, 1), True, **options)
 
 
 def linear(low: Lowering, node: fx.Node) -> None:
     value = low.build.ordered(_operand(low, node.args[0], _weighted(low, node) is not None), False)
     options = {"keepNumDims": len(value.shape) > 2}
-    _product(low, node, "FULLY_CONNECTED", value, (0, 1), low.shape(node), False, **options)
+    _product(low, node, "FULLY_CONNECTED", value, (0, 1), False, **options)
 
 
 def _aligned(low: Lowering, values: list[Value]) -> list[Value]:
@@ -108,16 +119,17 @@ def binary(kind: str) -> Handler:
         output = low.build.value(low.shape(node), after and after.grid, last)
         options = {"fusedActivationFunction": RELU} if after is not None and after.relu else {}
         low.build.op(kind, [value.index for value in values], output, **options)
-        _finish(low, node, output, after)
+        _finish(low, node, output, after, relu=True)
 
     return write
 
 
-def _finish(low: Lowering, node: fx.Node, output: Value, after: Codes | None) -> None:
+def _finish(low: Lowering, node: fx.Node, output: Value, after: Codes | None, relu: bool = False) -> None:
+    """What a node returns: floats, or the codes that a quantize node behind it returns."""
     if after is None:
         low.values[node] = output
     else:
-        low.limited(output, after, relu=True)
+        low.limited(output, after, relu)
 
 
 def unary(kind: str, **options: Any) -> Handler:
@@ -173,7 +185,7 @@ def max_pool2d(low: Lowering, node: fx.Node) -> None:
     x, kernel, stride, padding, dilation, ceil = _arguments(node, None, None, [], 0, 1, False)
     kernel, stride = _pair(kernel), _pair(stride or kernel)
     if any(_pair(padding)) or _pair(dilation) != [1, 1] or ceil:
-        raise UserError(f"'{layer_of(node)}': max pooling with padding, dilation or ceil_mode has no form in .tflite files")
+        raise UserError(f"'{layer_of(node)}': max pooling with padding, dilation or ceil_mode has no form here")
     value, after = _moved(low, node, x)
     value = low.build.ordered(value, True)
     output = low.build.value(low.shape(node), value.grid, True)
@@ -195,7 +207,7 @@ def reshape(low: Lowering, node: fx.Node) -> None:
     value = low.build.ordered(value, False)
     output = low.build.value(low.shape(node), value.grid)
     if output.shape.count(-1) > 1:
-        raise UserError(f"'{layer_of(node)}': a shape with two sizes that depend on the batch has no form in .tflite files")
+        raise UserError(f"'{layer_of(node)}': two sizes that depend on the batch have no form in .tflite files")
     shape = low.build.constant(np.array(output.shape, np.int32))
     low.build.op("RESHAPE", [value.index, shape], output, newShape=list(output.shape))
     _finish(low, node, output, after)
@@ -227,10 +239,7 @@ def mean(low: Lowering, node: fx.Node) -> None:
     output = low.build.value(low.shape(node), after and after.grid, value.last and keep)
     index = low.build.constant(np.array(sorted(value.axis(axis) for axis in axes), np.int32))
     low.build.op("MEAN", [value.index, index], output, keepDims=keep)
-    if after is None:
-        low.values[node] = output
-    else:
-        low.limited(output, after)
+    _finish(low, node, output, after)
 
 
 def cat(low: Lowering, node: fx.Node) -> None:
@@ -241,10 +250,7 @@ def cat(low: Lowering, node: fx.Node) -> None:
     values = _aligned(low, [_operand(low, x, after is not None) for x in operands])
     output = low.build.value(low.shape(node), after and after.grid, values[0].last)
     low.build.op("CONCATENATION", [value.index for value in values], output, axis=values[0].axis(axis))
-    if after is None:
-        low.values[node] = output
-    else:
-        low.limited(output, after)
+    _finish(low, node, output, after)
 
 
 def matmul(low: Lowering, node: fx.Node) -> None:
@@ -252,10 +258,7 @@ def matmul(low: Lowering, node: fx.Node) -> None:
     values = [low.build.ordered(_operand(low, x, after is not None), False) for x in node.args[:2]]
     output = low.build.value(low.shape(node), after and after.grid)
     low.build.op("BATCH_MATMUL", [value.index for value in values], output)
-    if after is None:
-        low.values[node] = output
-    else:
-        low.limited(output, after)
+    _finish(low, node, output, after)
 
 
 HANDLERS: dict[Any, Handler] = {
