@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from small_models import POLICY, Shape
+from small_models import POLICY, Shape, both
 from test_targets import TENSOR, W8A8, Case, target_of
 from torch import nn
 
@@ -17,7 +18,7 @@ from qat.errors import UserError
 from qat.export.bisect import first_divergence
 from qat.export.int8_program import DEQUANTIZE, QUANTIZE, float_products, int8_program
 from qat.export.tflite_builder import pack, unpack
-from qat.export.verify import Verdict, check_codes
+from qat.export.verify import Comparison, Verdict, check_codes
 
 torch.set_num_threads(1)
 
@@ -115,6 +116,58 @@ def test_litert_computes_every_layer_that_a_grid_follows_on_integers(tmp_path) -
     assert runner.float_layers() == ["head"]
 
 
+class Shortcuts(nn.Module):
+    """A shortcut that drops pixels and adds channels of zeros, pooling before a ReLU, groups, concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grouped = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, 2, 1, groups=2)
+        self.twice, self.head = nn.Conv2d(16, 8, 1), nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(F.max_pool2d(self.stem(x), 2))
+        y = self.grouped(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        y = torch.cat([torch.relu(y), torch.relu(self.twice(torch.relu(y)))], 1)
+        return self.head(y.mean((2, 3)))
+
+
+class Attending(nn.Module):
+    """Attention written out, with a residual, between linear layers of three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).view(-1, 6, 2, 6).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = torch.softmax(q @ k.transpose(-2, -1) / 6**0.5, -1)
+        y = (weights @ v).transpose(1, 2).flatten(2)
+        return F.silu(self.out(y)) * 0.5 - F.gelu(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "integer"),
+    [
+        pytest.param(Shortcuts, (3, 14, 14), 3, id="convolutions"),
+        pytest.param(Attending, (6, 12), 4, id="attention"),
+    ],
+)
+def test_litert_computes_what_the_converted_model_does(make, shape, integer, tmp_path) -> None:
+    target, x = target_of("litert"), torch.randn(32, *shape, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    converted = both(make(), x, W8A8)[1]
+    target.write(converted, Any, x[:4], tmp_path)  # pyright: ignore[reportArgumentType]
+    path, verdict = tmp_path / target.file, Verdict()
+    runner: Any = target.open(path, converted)
+    check_codes(verdict, converted, target.codes(path))
+    target.check_kernels(verdict, converted, runner)
+    assert verdict.passed and verdict.facts["integer_nodes"] == integer, verdict.checks
+    comparison = Comparison()
+    with torch.no_grad():
+        comparison.update(converted(x).numpy(), runner(x.numpy()))
+    assert comparison.mean_steps <= 0.1, comparison
+
+
 def test_an_operation_that_the_file_has_no_form_for_is_named(tmp_path) -> None:
     class Sorted(nn.Module):
         def __init__(self) -> None:
@@ -123,8 +176,6 @@ def test_an_operation_that_the_file_has_no_form_for_is_named(tmp_path) -> None:
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.head(x.cumsum(1))
-
-    from small_models import both
 
     target, x = target_of("litert"), torch.randn(8, 12)
     with pytest.raises(UserError, match=r"aten.cumsum.default has no form in this package's .tflite files"):

@@ -30,8 +30,9 @@ CLIPS = ATEN.relu.default, ATEN.relu6.default, ATEN.hardtanh.default
 MOVES = (
     *(ATEN.max_pool1d.default, ATEN.max_pool2d.default, ATEN.flatten.using_ints, ATEN.view.default),
     *(ATEN.reshape.default, ATEN.permute.default, ATEN.transpose.int, ATEN.squeeze.dim, ATEN.unsqueeze.default),
+    *(ATEN.slice.Tensor, ATEN.pad.default, ATEN.constant_pad_nd.default),
 )
-"""Operations that pick values, and so commute with quantization."""
+"""Operations that pick values, or add zeros, which every grid of an activation has: they commute with quantization."""
 
 
 def unfit_for_int8(plan: Plan, runtime: str) -> str | None:
@@ -136,8 +137,8 @@ def int8_program(
             raise UserError(f"{name} cannot be traced: {reason}") from error
     _drop_identities(program.graph)
     _merge(program.graph)
-    _quantize_early(program.graph)
-    _merge(program.graph)
+    while _quantize_early(program.graph):
+        _merge(program.graph)
     program.graph_module.recompile()
     return program
 
@@ -150,23 +151,32 @@ def _drop_identities(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _quantize_early(graph: fx.Graph) -> None:
-    """Quantizes (and clips) in front of what only moves values, so that the layer before it sees its grid."""
+def _quantize_early(graph: fx.Graph) -> bool:
+    """Quantizes (and clips) in front of what only moves values, so that the layer before it sees its grid; returns
+    whether there was anything to do."""
+    moved = False
     for quantize in reversed(graph.find_nodes(op="call_function", target=QUANTIZE)):
         clips, move, grid = [], quantize.args[0], quantize.args[1:]
         while move.target in CLIPS and len(move.users) == 1:
             clips.insert(0, move)
             move = move.args[0]
-        while isinstance(move, fx.Node) and move.target in MOVES and len(move.users) == 1:
-            source: Any = move.args[0]
-            at = source
-            with graph.inserting_before(move):
-                for target, rest in [*((c.target, c.args[1:]) for c in clips), (QUANTIZE, grid), (DEQUANTIZE, grid)]:
-                    at = graph.call_function(target, (at, *rest))
-                    at.meta["val"] = source.meta["val"].to(grid[-1]) if target is QUANTIZE else source.meta["val"]
-            quantize.args = (move, *grid)
-            move.args, move = (at, *move.args[1:]), source
+        if not _moves(move) or len(move.users) > 1 or move.args[0].target is DEQUANTIZE:
+            continue
+        source: Any = move.args[0]
+        at, moved = source, True
+        with graph.inserting_before(move):
+            for target, rest in [*((c.target, c.args[1:]) for c in clips), (QUANTIZE, grid), (DEQUANTIZE, grid)]:
+                at = graph.call_function(target, (at, *rest))
+                at.meta["val"] = source.meta["val"].to(grid[-1]) if target is QUANTIZE else source.meta["val"]
+        move.args, quantize.args = (at, *move.args[1:]), (move, *grid)
     graph.eliminate_dead_code()
+    return moved
+
+
+def _moves(node: fx.Node) -> bool:
+    """Whether an operation picks values or adds zeros."""
+    padding = node.target in (ATEN.pad.default, ATEN.constant_pad_nd.default)
+    return node.target in MOVES and not (padding and any(each not in ("constant", None, 0) for each in node.args[2:]))
 
 
 def _merge(graph: fx.Graph) -> None:

@@ -227,6 +227,35 @@ def permute(low: Lowering, node: fx.Node) -> None:
     _finish(low, node, output, after)
 
 
+def slices(low: Lowering, node: fx.Node) -> None:
+    x, axis, start, end, step = _arguments(node, None, 0, None, None, 1)
+    value, after = _moved(low, node, x)
+    rank, at = len(value.shape), value.axis(axis)
+    begins, ends, steps = (np.full(rank, number, np.int32) for number in (0, 0, 1))
+    size, unlimited = value.memory[at], 2**31 - 1
+    begins[at] = start or 0
+    ends[at], steps[at] = unlimited if end is None or end >= unlimited else end, step
+    masked = sum(1 << i for i in range(rank) if i != at or ends[i] == unlimited or ends[i] == size)
+    output = low.build.value(low.shape(node), value.grid, value.last)
+    inputs = [value.index, *map(low.build.constant, (begins, ends, steps))]
+    low.build.op("STRIDED_SLICE", inputs, output, beginMask=masked & ~(1 << at), endMask=masked)
+    _finish(low, node, output, after)
+
+
+def pad(low: Lowering, node: fx.Node) -> None:
+    """Zeros on both sides; torch names the last axis first."""
+    x, amounts, *rest = node.args
+    if any(each not in ("constant", None, 0) for each in rest):
+        raise UserError(f"'{layer_of(node)}': padding with anything but zeros has no form here")
+    value, after = _moved(low, node, x)
+    pads = np.zeros((len(value.shape), 2), np.int32)
+    for i, (before, behind) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):  # pyright: ignore
+        pads[value.axis(-1 - i)] = before, behind
+    output = low.build.value(low.shape(node), value.grid, value.last)
+    low.build.op("PAD", [value.index, low.build.constant(pads)], output)
+    _finish(low, node, output, after)
+
+
 def mean(low: Lowering, node: fx.Node) -> None:
     """A mean over axes; a global average pool is one over pixels."""
     pool = node.target is ATEN.adaptive_avg_pool2d.default
@@ -279,6 +308,8 @@ HANDLERS: dict[Any, Handler] = {
     ATEN.max_pool2d.default: max_pool2d,
     ATEN.adaptive_avg_pool2d.default: mean,
     ATEN.mean.dim: mean,
+    ATEN.slice.Tensor: slices,
+    **dict.fromkeys([ATEN.pad.default, ATEN.constant_pad_nd.default], pad),
     ATEN.cat.default: cat,
     ATEN.matmul.default: matmul,
     ATEN.bmm.default: matmul,
