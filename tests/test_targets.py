@@ -116,10 +116,13 @@ def test_a_program_is_made_of_quantized_decomposed_operations(tmp_path) -> None:
     assert sum("dequantize_per_channel" in n for n in names) >= 3
 
 
-def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "package"), [("openvino", "openvino"), ("executorch", "executorch"), ("litert", "ai_edge_litert")]
+)
+def test_a_missing_package_is_an_error_that_names_the_extra(name, package, monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs openvino: pip install qat\[openvino\]"):
-        build("openvino", {})
+    with pytest.raises(UserError, match=rf"needs {package}: pip install qat\[{name}\]"):
+        build(name, {})
 
 
 def test_every_export_config_but_none_is_a_target() -> None:

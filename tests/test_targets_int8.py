@@ -117,7 +117,7 @@ def test_litert_computes_every_layer_that_a_grid_follows_on_integers(tmp_path) -
 
 
 class Shortcuts(nn.Module):
-    """A shortcut that drops pixels and adds channels of zeros, pooling before a ReLU, groups, concatenation."""
+    """A shortcut that drops pixels and adds channels of zeros, padded pooling before a ReLU, groups, concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class Shortcuts(nn.Module):
         self.twice, self.head = nn.Conv2d(16, 8, 1), nn.Linear(24, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.relu(F.max_pool2d(self.stem(x), 2))
+        x = torch.relu(F.max_pool2d(self.stem(x), 3, 2, 1))
         y = self.grouped(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
         y = torch.cat([torch.relu(y), torch.relu(self.twice(torch.relu(y)))], 1)
         return self.head(y.mean((2, 3)))
@@ -220,7 +220,7 @@ def test_inductor_compiles_every_layer_to_an_int8_kernel_and_a_smaller_batch_to_
     runner: Any = target.load(path, case.float_model)
     comparison = case.compared(runner)
     assert comparison.mean_steps <= 0.05 and comparison.agreement >= 0.9
-    assert np.allclose(runner(case.x[:3].numpy()), runner(case.x.numpy())[:3], atol=comparison.step / 10)
+    assert np.allclose(runner(case.x[:5].numpy()), runner(case.x.numpy())[:5], atol=comparison.step / 10)
     assert runner.batches == [32]
     verdict = proven(target, case, path, runner)
     assert verdict.passed and verdict.facts["integer_nodes"] == 3

@@ -125,16 +125,20 @@ def int8_program(
         max_batch: The largest batch; any, if `None`.
 
     Raises:
-        UserError: if it cannot be traced, with torch's reason.
+        UserError: if it takes or returns something else, or cannot be traced, with torch's reason.
     """
+    if not isinstance(example, Tensor):
+        raise UserError(f"{type(model).__name__} is called with {type(example).__name__}, and not with one tensor")
     name, model = type(model).__name__, copy.deepcopy(model).eval()
     batch = Dim("batch") if max_batch is None else Dim("batch", max=max_batch)
     with emitting(Int8Emitter(model, dtype, float_bias)), torch.no_grad():
         try:
-            program = torch.export.export(OneInput(model), (example,), dynamic_shapes=({0: batch},))
+            program = torch.export.export(OneInput(model), (example.clone(),), dynamic_shapes=({0: batch},))
         except Exception as error:  # whatever stops a tracer, its first line says it best
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise UserError(f"{name} cannot be traced: {reason}") from error
+    if len(program.graph_signature.user_outputs) != 1:
+        raise UserError(f"{name} returns several values: this format needs a forward that returns one tensor")
     _drop_identities(program.graph)
     _merge(program.graph)
     while _quantize_early(program.graph):

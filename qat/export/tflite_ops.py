@@ -9,7 +9,7 @@ from torch import fx
 from qat.errors import UserError
 from qat.export.int8_program import ATEN, QUANTIZE, layer_of
 from qat.export.tflite_builder import Value
-from qat.export.tflite_lower import CLIPS, Codes, Lowering, bounds, codes_after
+from qat.export.tflite_lower import CLIPS, LOW, Codes, Lowering, bounds, codes_after
 
 Handler = Callable[[Lowering, fx.Node], Any]
 VALID = 1
@@ -184,10 +184,19 @@ def quantize(low: Lowering, node: fx.Node) -> None:
 def max_pool2d(low: Lowering, node: fx.Node) -> None:
     x, kernel, stride, padding, dilation, ceil = _arguments(node, None, None, [], 0, 1, False)
     kernel, stride = _pair(kernel), _pair(stride or kernel)
-    if any(_pair(padding)) or _pair(dilation) != [1, 1] or ceil:
-        raise UserError(f"'{layer_of(node)}': max pooling with padding, dilation or ceil_mode has no form here")
+    if _pair(dilation) != [1, 1] or ceil:
+        raise UserError(f"'{layer_of(node)}': max pooling with dilation or ceil_mode has no form here")
     value, after = _moved(low, node, x)
     value = low.build.ordered(value, True)
+    if any(padding := _pair(padding)):  # with the lowest number, which no maximum is
+        n, c, h, w = value.shape
+        pads = low.build.constant(np.array([[0, 0], *([p, p] for p in padding), [0, 0]], np.int32))
+        if value.grid is None:
+            lowest = low.build.constant(np.array(np.finfo(np.float32).min, np.float32))
+        else:
+            lowest = low.build.constant(np.array(LOW, np.int8), [value.grid[0]], zero=value.grid[1])
+        bigger = low.build.value((n, c, h + 2 * padding[0], w + 2 * padding[1]), value.grid, True)
+        value = low.build.op("PADV2", [value.index, pads, lowest], bigger)
     output = low.build.value(low.shape(node), value.grid, True)
     options = {"filterHeight": kernel[0], "filterWidth": kernel[1], "strideH": stride[0], "strideW": stride[1]}
     low.build.op("MAX_POOL_2D", [value.index], output, padding=VALID, **options)

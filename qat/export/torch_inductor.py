@@ -2,7 +2,7 @@
 
 Inductor recognizes uint8 activations with their scales written out, int8 weights with one scale per channel, and float
 biases (oneDNN adds them in float to the int32 accumulator). A layer's result may stay float. The program is compiled
-when a batch of a new size comes, which takes seconds to minutes; smaller batches are filled up instead.
+when a batch of a new size comes, which takes seconds to minutes; a batch that is little smaller is filled up instead.
 """
 
 from pathlib import Path
@@ -20,6 +20,8 @@ from qat.insert import Plan
 
 COUNTS = ("qconv_weight_prepack_matcher_count", "qlinear_weight_prepack_matcher_count")
 """What Inductor counts of the products that it hands to oneDNN's int8 kernels."""
+FILLED = 8
+"""A batch is filled up to one of at most so many times its size, which costs less time than to compile another."""
 
 
 class InductorRunner(ProgramRunner):
@@ -43,7 +45,7 @@ class InductorRunner(ProgramRunner):
     def __call__(self, x: np.ndarray) -> np.ndarray:
         if self._compiled is None:
             return super().__call__(x)
-        size = min((size for size in self.batches if size >= len(x)), default=len(x))
+        size = min((size for size in self.batches if size >= len(x) >= size / FILLED), default=len(x))
         filled = torch.from_numpy(np.concatenate([x, np.zeros((size - len(x), *x.shape[1:]), x.dtype)]))
         return (self._compile(filled) if size not in self.batches else self._compiled(filled)).numpy()[: len(x)]
 
