@@ -10,6 +10,8 @@ import onnx
 import pytest
 
 from qat.cli import main
+from qat.cli.targets import build
+from qat.errors import UserError
 from qat.export.bench import Measured, Timing
 from qat.export.manifest import write_manifest
 from qat.report.bench import warnings
@@ -137,18 +139,41 @@ def test_a_damaged_file_is_refused_in_one_line(damage, said, run, tmp_path, capf
 SNIPPETS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "deploy.md").read_text(), re.S)
 
 
-@pytest.mark.parametrize(
-    ("target", "snippet"), list(zip(["onnx", "openvino", "torch", "packed"], SNIPPETS, strict=True))
-)
+DOCUMENTED = ["onnx", "openvino", "torch", "torch_inductor", "executorch", "litert", "packed"]
+
+
+def needs(target: str) -> None:
+    """Skips where the target's optional package is missing, naming the extra."""
+    try:
+        build(target, {})
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize(("target", "snippet"), list(zip(DOCUMENTED, SNIPPETS, strict=True)))
 def test_the_documented_way_to_load_a_file_works_in_under_15_lines(target, snippet, run, tmp_path, monkeypatch):
-    if target == "openvino":
-        pytest.importorskip("openvino", reason="needs the extra `openvino`")
-    name = {"onnx": "model.onnx", "openvino": "model.xml", "torch": "model.pt2", "packed": "model.safetensors"}[target]
+    needs(target)
+    name = build(target, {}).file
     assert main(["export", str(run), f"target={target}", f"out={tmp_path / name}"]) == 0
     monkeypatch.chdir(tmp_path)
     names: dict[str, np.ndarray] = {}
     exec(snippet, names)
     assert names["logits"].shape[1] == 10 and len(snippet.splitlines()) < 15
+
+
+@pytest.mark.parametrize("target", ["litert", pytest.param("executorch", marks=pytest.mark.slow)])
+def test_an_int8_runtime_verifies_its_file_on_the_test_set_and_refuses_a_damaged_one(target, run, tmp_path, capfd):
+    needs(target)
+    path = tmp_path / build(target, {}).file
+    assert main(["export", str(run), f"target={target}", f"out={path}"]) == 0
+    assert main(["verify", str(path), str(run)]) == 0
+    said = words(capfd)
+    assert f"{path.name}: verified: weight codes identical" in said and "2 of 2 nodes run on integers" in said
+    for damage in (flip, truncate):
+        damage(path)
+        assert main(["verify", str(path), str(run)]) == 2
+        lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("qat")]
+        assert len(lines) == 1 and f"does not match {path.name}.json: damaged, or of another model" in lines[0]
 
 
 # -- bench -----------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ class Case:
         return comparison
 
 
-@pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch"])
+@pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch", "litert"])
 @pytest.mark.parametrize(("shape", "policy"), SHAPES)
 def test_a_file_has_the_same_codes_and_outputs_with_and_without_optimizations(name, shape, policy, tmp_path) -> None:
     target, case = target_of(name), Case(shape, policy)
@@ -76,7 +76,7 @@ def test_a_file_has_the_same_codes_and_outputs_with_and_without_optimizations(na
         assert comparison.mean_steps <= limit and comparison.agreement >= 0.9, (optimize, comparison)
 
 
-@pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch"])
+@pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch", "litert"])
 @pytest.mark.parametrize("layer", ["stem", "body", "head"])
 def test_bisection_names_the_layer_whose_scale_is_wrong(name, layer, tmp_path) -> None:
     target, case = target_of(name), Case(Shape(bias=True), W8A8)
@@ -114,10 +114,13 @@ def test_a_program_is_made_of_quantized_decomposed_operations(tmp_path) -> None:
     assert sum("dequantize_per_channel" in n for n in names) >= 3
 
 
-def test_a_missing_package_is_an_error_that_names_the_extra(monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "package"), [("openvino", "openvino"), ("executorch", "executorch"), ("litert", "ai_edge_litert")]
+)
+def test_a_missing_package_is_an_error_that_names_the_extra(name, package, monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"needs openvino: pip install qat\[openvino\]"):
-        build("openvino", {})
+    with pytest.raises(UserError, match=rf"needs {package}: pip install qat\[{name}\]"):
+        build(name, {})
 
 
 def test_every_export_config_but_none_is_a_target() -> None:

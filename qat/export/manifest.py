@@ -61,6 +61,15 @@ def read_json(path: Path, version: int) -> dict[str, Any]:
     return manifest
 
 
+def made_by(path: Path) -> str | None:
+    """The target that wrote a file, as its manifest says; `None` if there is none that can be read."""
+    try:
+        target = json.loads(path.with_name(f"{path.name}.json").read_text())["target"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return target if isinstance(target, str) else None
+
+
 def check_manifest(path: Path, target: str) -> dict[str, Any]:
     """Holds a file and its companions against the manifest beside it.
 

@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.export.manifest import check_manifest, write_manifest
+from qat.export.manifest import check_manifest, made_by, write_manifest
 from qat.insert import Plan
 
 INPUT, OUTPUT = "input", "output"
@@ -83,8 +83,8 @@ class Target:
 
     @classmethod
     def owns(cls, path: Path) -> bool:
-        """Whether a file of that name is of this format."""
-        return path.suffix == Path(cls.file).suffix
+        """Whether a file is of this format: by its name, and by its manifest where formats share a suffix."""
+        return path.suffix == Path(cls.file).suffix and made_by(path) in (None, cls.__name__)
 
     def unfit(self, plan: Plan) -> str | None:
         """Why a model of this plan has no form in this format; `None` if it has one."""

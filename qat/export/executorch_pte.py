@@ -1,0 +1,148 @@
+"""`model.pte`: the integer model for ExecuTorch, its int8 layers handed to XNNPACK.
+
+XNNPACK computes a convolution or linear layer on integers if its input and its output both lie on grids. A layer that
+no grid follows (as a rule the last one) keeps its codes in the file, which a portable kernel turns into floats for a
+product in float. An application links the runtime's XNNPACK back end, portable kernels and quantized kernels.
+
+The runtime plans memory for batches of up to `max_batch`; the runner here splits what is larger.
+"""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qat.errors import UserError
+from qat.export.executorch_file import PteFile, describe
+from qat.export.int8_program import float_products, int8_program, unfit_for_int8
+from qat.export.target import Target
+from qat.export.verify import Verdict, expected_integer_nodes
+from qat.insert import Plan
+
+
+class ExecuTorchRunner:
+    """A loaded `.pte` file.
+
+    Args:
+        path: The file.
+        threads: Threads of the runtime; 0 lets it choose.
+
+    Raises:
+        UserError: if ExecuTorch refuses it.
+    """
+
+    def __init__(self, path: Path, *, threads: int = 0) -> None:
+        self.path = path
+        with _quiet():
+            from executorch.extension.pybindings import _C  # pyright: ignore[reportMissingImports]
+            from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
+
+            if threads:
+                _C._unsafe_reset_threadpool(threads)
+        try:
+            self._program = Runtime.get().load_program(str(path))
+            method: Any = self._program.load_method("forward")
+            self.max_batch, *self.shape = method.metadata.input_tensor_meta(0).sizes()
+        except RuntimeError as error:
+            raise UserError(f"{path}: executorch refuses it: {str(error).strip().splitlines()[0]}") from None
+        self._method = method
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Runs one batch, in parts where it is larger than the file allows.
+
+        Raises:
+            UserError: if the file does not take such a batch.
+        """
+        if list(x.shape[1:]) != self.shape:
+            wanted = f"[N, {', '.join(map(str, self.shape))}]"
+            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: it takes {wanted}")
+        parts = np.split(x, range(self.max_batch, len(x), self.max_batch))
+        try:
+            # What the method returns is its own memory, which the next call overwrites.
+            return np.concatenate([self._method.execute([torch.tensor(part)])[0].numpy().copy() for part in parts])
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+
+    def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
+        """None: what passes between the layers that XNNPACK took stays inside it."""
+        return {}
+
+    def float_layers(self) -> list[str] | None:
+        return PteFile.read(self.path).float_layers()
+
+
+@dataclass(frozen=True)
+class ExecuTorchTarget(Target):
+    """A program for ExecuTorch's runtime.
+
+    Attributes:
+        max_batch: The largest batch that the file takes; memory is planned for it.
+    """
+
+    max_batch: int = 8
+    file = "model.pte"
+    package = extra = "executorch"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_batch < 2:
+            raise UserError(f"max_batch={self.max_batch}: must be at least 2, or the batch is taken for a constant")
+
+    def unfit(self, plan: Plan) -> str | None:
+        return unfit_for_int8(plan, "XNNPACK")
+
+    def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
+        program = int8_program(model, example[: self.max_batch], max_batch=self.max_batch)
+        floats = float_products(program)
+        with _quiet():
+            import executorch.kernels.quantized  # pyright: ignore # noqa: F401 - registers dequantize_per_channel.out
+            from executorch.backends.xnnpack.partition import xnnpack_partitioner as xnn  # pyright: ignore
+            from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
+
+            rest = xnn.XnnpackPartitioner(
+                config_precisions=xnn.ConfigPrecisionType.FP32, force_non_static_weights_for_f32_linear=True
+            )
+            try:
+                edge = to_edge_transform_and_lower(program, partitioner=[xnn.XnnpackQuantizedPartitioner(), rest])
+                content = edge.to_executorch().buffer
+            except Exception as error:  # whatever its passes stumble over
+                reason = str(error.__cause__ or error).strip().splitlines()[0]
+                raise UserError(f"{type(model).__name__} cannot be lowered for ExecuTorch: {reason}") from error
+        (folder / self.file).write_bytes(content)
+        (folder / "model.layers.json").write_text(describe(content, model, floats))
+
+    def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> ExecuTorchRunner:
+        return ExecuTorchRunner(path, threads=threads)
+
+    def codes(self, path: Path) -> dict[str, np.ndarray]:
+        return PteFile.read(path).codes()
+
+    def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: ExecuTorchRunner) -> None:
+        file = PteFile.read(runner.path)
+        floats = len(file.unfollowed)
+        found, expected = file.integer_nodes(), expected_integer_nodes(converted) - floats
+        verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
+        note = f"; {floats} more in float: their output is not quantized" if floats else ""
+        verdict.add("integer kernels", found >= expected, f"{found} of {expected} products in XNNPACK{note}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ExecuTorch's packages report on libraries that they do not need; errors come as exceptions."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

@@ -1,0 +1,227 @@
+"""Runtimes that have int8 kernels alone: LiteRT, ExecuTorch's XNNPACK, Inductor's oneDNN."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from small_models import POLICY, Shape, both
+from test_targets import TENSOR, W8A8, Case, target_of
+from torch import nn
+
+from qat.cli.targets import of_file
+from qat.errors import UserError
+from qat.export.bisect import first_divergence
+from qat.export.int8_program import DEQUANTIZE, QUANTIZE, float_products, int8_program
+from qat.export.tflite_builder import pack, unpack
+from qat.export.verify import Comparison, Verdict, check_codes
+
+torch.set_num_threads(1)
+
+
+def proven(target: Any, case: Case, path: Any, runner: Any) -> Verdict:
+    """Codes and kernels of a file."""
+    verdict = Verdict()
+    check_codes(verdict, case.converted, target.codes(path))
+    target.check_kernels(verdict, case.converted, runner)
+    return verdict
+
+
+# -- the program -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "policy"),
+    [
+        pytest.param(Shape(max_pool=True), W8A8, id="w8a8-pool"),
+        pytest.param(Shape(kind="linear", activation="relu6", norm=False), TENSOR, id="w5a6-per-tensor"),
+    ],
+)
+def test_moved_and_clipped_codes_have_the_same_values(shape, policy, dtype) -> None:
+    case = Case(shape, policy)
+    program = int8_program(case.converted, case.x[:4], dtype)
+    with torch.no_grad():
+        expected, found = case.converted(case.x), program.module()(case.x)
+    step = (expected.max() - expected.min()) / 255
+    assert (expected - found).abs().mean() <= 0.05 * step, (
+        "torch's quantize multiplies, and may flip a code at a border"
+    )
+    for node in program.graph.find_nodes(op="call_function", target=QUANTIZE):
+        assert node.args[3:] == (torch.iinfo(dtype).min, torch.iinfo(dtype).max, dtype)
+
+
+def test_a_tensor_that_two_layers_read_is_quantized_once_and_before_it_is_pooled() -> None:
+    case = Case(Shape(max_pool=True), W8A8)
+    graph = int8_program(case.converted, case.x[:4]).graph
+    quantized = graph.find_nodes(op="call_function", target=QUANTIZE)
+    assert len({(q.args[0], q.args[1]) for q in quantized}) == len(quantized)
+    [pool] = [node for node in graph.nodes if "max_pool2d" in str(node.target)]
+    assert pool.args[0].target is DEQUANTIZE and all(user.target is QUANTIZE for user in pool.users)
+
+
+def test_a_layer_that_no_grid_follows_is_named() -> None:
+    case = Case(Shape(), W8A8)
+    assert float_products(int8_program(case.converted, case.x[:4])) == ["head"]
+
+
+@pytest.mark.parametrize("name", ["litert", "executorch", "torch_inductor"])
+@pytest.mark.parametrize(
+    ("weight", "said"),
+    [
+        pytest.param({"granularity": "group", "group_size": 4}, "use granularity: channel", id="groups"),
+        pytest.param({"symmetric": False}, "use symmetric: true", id="zero-point"),
+    ],
+)
+def test_weights_without_an_int8_kernel_are_refused_with_what_to_train(name, weight, said, tmp_path) -> None:
+    target, case = target_of(name), Case(Shape(kind="linear"), W8A8 | {"weight": {"bits": 8, **weight}})
+    with pytest.raises(UserError, match=said):
+        case.export(target, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- LiteRT ----------------------------------------------------------------------------------------------------------
+
+
+@given(arrays(np.int8, st.integers(0, 33), elements=st.integers(-8, 7)))
+def test_packed_int4_is_unpacked_to_the_same_codes(codes: np.ndarray) -> None:
+    packed = pack(codes)
+    assert packed.nbytes == (len(codes) + 1) // 2 and np.array_equal(unpack(packed, len(codes)), codes)
+
+
+def test_litert_holds_weights_of_4_bits_in_4_bits_and_computes_with_them(tmp_path) -> None:
+    target = target_of("litert")
+    sizes = []
+    for bits in (8, 4):
+        case = Case(Shape(), POLICY | {"weight": {"bits": bits, "granularity": "channel"}})
+        path = case.export(target, tmp_path)
+        runner = target.load(path, case.float_model)
+        assert proven(target, case, path, runner).passed
+        assert case.compared(runner).mean_steps <= 0.2
+        sizes.append(path.stat().st_size)
+    weights = sum(m.weight.numel() for m in case.float_model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    assert abs(sizes[0] - sizes[1] - weights / 2) < 200, "alignment, and the names of types"
+
+
+def test_litert_computes_every_layer_that_a_grid_follows_on_integers(tmp_path) -> None:
+    target, case = target_of("litert"), Case(Shape(kind="strided"), W8A8)
+    path = case.export(target, tmp_path)
+    runner: Any = target.load(path, case.float_model)
+    verdict = proven(target, case, path, runner)
+    assert verdict.passed and verdict.facts["integer_nodes"] == verdict.facts["expected_integer_nodes"] == 3
+    assert runner.float_layers() == ["head"]
+
+
+class Shortcuts(nn.Module):
+    """A shortcut that drops pixels and adds channels of zeros, padded pooling before a ReLU, groups, concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.grouped = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3, 2, 1, groups=2)
+        self.twice, self.head = nn.Conv2d(16, 8, 1), nn.Linear(24, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(F.max_pool2d(self.stem(x), 3, 2, 1))
+        y = self.grouped(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+        y = torch.cat([torch.relu(y), torch.relu(self.twice(torch.relu(y)))], 1)
+        return self.head(y.mean((2, 3)))
+
+
+class Attending(nn.Module):
+    """Attention written out, with a residual, between linear layers of three dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).view(-1, 6, 2, 6).transpose(1, 2) for f in (self.q, self.k, self.v))
+        weights = torch.softmax(q @ k.transpose(-2, -1) / 6**0.5, -1)
+        y = (weights @ v).transpose(1, 2).flatten(2)
+        return F.silu(self.out(y)) * 0.5 - F.gelu(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "integer"),
+    [
+        pytest.param(Shortcuts, (3, 14, 14), 3, id="convolutions"),
+        pytest.param(Attending, (6, 12), 4, id="attention"),
+    ],
+)
+def test_litert_computes_what_the_converted_model_does(make, shape, integer, tmp_path) -> None:
+    target, x = target_of("litert"), torch.randn(32, *shape, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    converted = both(make(), x, W8A8)[1]
+    target.write(converted, Any, x[:4], tmp_path)  # pyright: ignore[reportArgumentType]
+    path, verdict = tmp_path / target.file, Verdict()
+    runner: Any = target.open(path, converted)
+    check_codes(verdict, converted, target.codes(path))
+    target.check_kernels(verdict, converted, runner)
+    assert verdict.passed and verdict.facts["integer_nodes"] == integer, verdict.checks
+    comparison = Comparison()
+    with torch.no_grad():
+        comparison.update(converted(x).numpy(), runner(x.numpy()))
+    assert comparison.mean_steps <= 0.1, comparison
+
+
+def test_an_operation_that_the_file_has_no_form_for_is_named(tmp_path) -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(12, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x.cumsum(1))
+
+    target, x = target_of("litert"), torch.randn(8, 12)
+    with pytest.raises(UserError, match=r"aten.cumsum.default has no form in this package's .tflite files"):
+        target.write(both(Sorted(), x, W8A8)[1], None, x, tmp_path)  # pyright: ignore[reportArgumentType]
+
+
+# -- ExecuTorch ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_executorch_computes_what_was_trained_on_integers_from_the_same_codes(tmp_path) -> None:
+    target, case = target_of("executorch"), Case(Shape(kind="strided", max_pool=True), W8A8)
+    path = case.export(target, tmp_path)
+    runner: Any = target.load(path, case.float_model)
+    verdict = proven(target, case, path, runner)
+    assert verdict.passed and verdict.facts["integer_nodes"] == verdict.facts["expected_integer_nodes"] == 3
+    assert runner.float_layers() == ["head"]
+    comparison = case.compared(runner)  # 32 samples, in parts of 8
+    assert comparison.mean_steps <= 0.01 and comparison.agreement == 1
+    assert runner(case.x[:3].numpy()).shape == (3, 5)
+    assert "shows no layers" in first_divergence(case.converted, runner, case.x.numpy())
+    with pytest.raises(UserError, match=r"model.pte: cannot run on float32 \[4, 3, 9, 9\]"):
+        runner(np.zeros((4, 3, 9, 9), np.float32))
+
+
+def test_executorch_needs_a_batch_that_can_vary() -> None:
+    target_of("executorch")
+    from qat.export.executorch_pte import ExecuTorchTarget
+
+    with pytest.raises(UserError, match="max_batch=1: must be at least 2"):
+        ExecuTorchTarget(max_batch=1)
+
+
+# -- Inductor --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_inductor_compiles_every_layer_to_an_int8_kernel_and_a_smaller_batch_to_none(tmp_path) -> None:
+    target, case = target_of("torch_inductor"), Case(Shape(), TENSOR)
+    path = case.export(target, tmp_path)
+    assert type(of_file(path, {})) is type(target), "though torch programs end in .pt2, too"
+    runner: Any = target.load(path, case.float_model)
+    comparison = case.compared(runner)
+    assert comparison.mean_steps <= 0.05 and comparison.agreement >= 0.9
+    assert np.allclose(runner(case.x[:5].numpy()), runner(case.x.numpy())[:5], atol=comparison.step / 10)
+    assert runner.batches == [32]
+    verdict = proven(target, case, path, runner)
+    assert verdict.passed and verdict.facts["integer_nodes"] == 3
+    assert case.compared(target.load(path, case.float_model, optimize=False)).mean_steps <= 0.05
