@@ -132,7 +132,9 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
         for layer, module in model.named_modules()
         if isinstance(module, IntegerLayer)
     }
-    content = slim(onnx_passes.finish(program.model, weights)).SerializeToString()
+    names = {id(module): name for name, module in model.named_modules()}
+    paths = {path: names[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
+    content = slim(onnx_passes.finish(program.model, weights, paths)).SerializeToString()
     with atomic(path) as temporary:
         temporary.write_bytes(content)
 

@@ -1,7 +1,8 @@
 """One tensor, one grid, one rounding: readers that share a quantizer share what it made of a tensor.
 
 A residual block's input is read by its first convolution and by its addition. Rounding it for each costs a pass over
-memory there and another in backward, and a range that follows the data would move twice.
+memory there and another in backward, and a range that follows the data would move twice. So in training it is rounded
+once.
 
 What was made is kept while the forward of the owner that the readers belong to runs, until as many have read it as the
 plan has readers of that grid. It is not shared across a change of hooks on saved tensors: a checkpointed part is run
@@ -34,7 +35,7 @@ def read(quantizer: nn.Module, x: Tensor) -> Tensor:
             x = read(one, x)
         return x
     readers = quantizer.__dict__.get("readers", 1)
-    if readers == 1 or not quantizer.on:  # while it observes, every reading counts
+    if readers == 1 or not (quantizer.training and quantizer.on):  # what observes or measures sees every reader
         return quantizer(x)
     kept, key = forwards[-1], (id(quantizer), id(x))
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
