@@ -33,6 +33,7 @@ def finish(model: ir.Model, weights: Mapping[str, np.ndarray], paths: Mapping[st
     Args:
         model: What was traced; the exporter has merged identical weights already.
         weights: The integer codes of each layer's weight, by name (`conv1.weight`).
+        paths: Of every path of a module the first; the exporter may know it by another.
     """
     for name, value in list(model.graph.initializers.items()):
         value.name = _first_path(_short(name), paths, model.graph)
