@@ -8,22 +8,20 @@
 import argparse
 import copy
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 import zoo
+from scale_gradients import scale_gradients, tensors
 from torch import Tensor, nn
 
 from qat.audit import AuditRow, audit, coverage
 from qat.calibrate import calibrate
 from qat.export.files import atomic
-from qat.functions import flat
-from qat.insert import Plan, apply_plan, make_plan, named_quantizers
+from qat.insert import Plan, apply_plan, make_plan
 from qat.policy import QuantPolicy
 
 POLICY = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}, "kinds": "all"}
@@ -40,10 +38,11 @@ class Row:
         gaps: What multiplies and stays float, with the reason.
         layers, sites: How many are quantized.
         scales: How many learned scales there are.
-        dead, idle: Those that one training step gives no gradient; see `dead_scales`.
+        still: Those that one training step gives no gradient, and why.
+        wrong: Those whose gradient is not its closed form.
         error: Largest difference of the outputs with 16-bit grids, relative to the largest output.
-        breaks: Graph breaks of `torch.compile`, of the float and of the quantized model.
-        compiled: Whether the compiled model computes what the eager one does.
+        breaks, breaks_in_training: Graph breaks of `torch.compile`, of the float and of the quantized model.
+        compiled: Whether the compiled model computes what the eager one does, in both modes.
         reloads: Whether a state_dict brings a new model to the same outputs, bit for bit.
         kept: Share of the float model's state_dict keys that the quantized one has.
     """
@@ -55,10 +54,11 @@ class Row:
     layers: int
     sites: int
     scales: int
-    dead: list[str]
-    idle: list[str]
+    still: list[str]
+    wrong: list[str]
     error: float
     breaks: tuple[int, int]
+    breaks_in_training: tuple[int, int]
     compiled: bool
     reloads: bool
     kept: float
@@ -68,13 +68,13 @@ def measure(name: str) -> Row:
     """Everything of one model; seconds on one core, most of them for `torch.compile`."""
     model, inputs = zoo.build(name)
     before = model.state_dict().keys()
-    float_breaks, _ = traced(model, inputs)
+    float_breaks = [traced(model, inputs, train)[0] for train in (False, True)]
     plan, rows = quantize(model, inputs, POLICY)
     macs, params = coverage(rows)
     kept = len(before & model.state_dict().keys()) / len(before)
-    expected = outputs(model, inputs)  # before the training step, which moves the statistics of BatchNorms
-    breaks, compiled = traced(model, inputs)
-    scales, dead, idle = dead_scales(model, inputs)
+    breaks, results = zip(*(traced(model, inputs, train) for train in (False, True)), strict=True)
+    expected = outputs(model, inputs), outputs(copy.deepcopy(model), inputs, train=True)
+    scales = scale_gradients(model, inputs)
     return Row(
         name=name,
         macs=macs,
@@ -82,12 +82,13 @@ def measure(name: str) -> Row:
         gaps=gaps(rows),
         layers=len(plan.layers),
         sites=len(plan.sites),
-        scales=scales,
-        dead=dead,
-        idle=idle,
+        scales=len(scales),
+        still=[f"{s.name}: {s.why}" for s in scales if s.still],
+        wrong=[s.name for s in scales if not s.agrees or (s.still and s.why is None)],
         error=fine_error(name),
-        breaks=(float_breaks, breaks),
-        compiled=same(expected, compiled, 1e-4),
+        breaks=(float_breaks[0], breaks[0]),
+        breaks_in_training=(float_breaks[1], breaks[1]),
+        compiled=all(same(a, b, 1e-4) for a, b in zip(expected, results, strict=True)),
         reloads=same(outputs(model, inputs), reloaded(name, plan, model, inputs), 0),
         kept=kept,
     )
@@ -106,64 +107,34 @@ def quantize(model: nn.Module, inputs: zoo.Inputs, policy: dict[str, Any]) -> tu
     return plan, audit(model, plan, recording)
 
 
-def tensors(output: Any) -> Iterator[Tensor]:
-    """The float tensors of a model's output; a cache of keys and values is none of it."""
-    values = output.values() if isinstance(output, dict) else output
-    return (t for t in flat(values) if isinstance(t, Tensor) and t.is_floating_point())
-
-
 @torch.no_grad()
-def outputs(model: nn.Module, inputs: zoo.Inputs) -> list[Tensor]:
-    return list(tensors(model.eval()(**inputs)))
+def outputs(model: nn.Module, inputs: zoo.Inputs, train: bool = False) -> list[Tensor]:
+    return list(tensors(model.train(train)(**inputs)))
 
 
-def traced(model: nn.Module, inputs: zoo.Inputs) -> tuple[int, list[Tensor]]:
-    """Compiles as far as the graph, which is where a model breaks.
+def traced(model: nn.Module, inputs: zoo.Inputs, train: bool = False) -> tuple[int, list[Tensor]]:
+    """Compiles as far as the graph, which is where a model breaks; in training mode with gradients, on a copy.
 
     Returns:
         The number of breaks, and the outputs of the graphs.
     """
     torch._dynamo.reset()
-    graphs = []
-
-    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
-        graphs.append(graph)
-        return graph.forward
-
-    with torch.no_grad():
-        result = list(tensors(torch.compile(model.eval(), backend=backend)(**inputs)))
-    return len(graphs) - 1, result
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    breaks.clear()
+    compiled = torch.compile((copy.deepcopy(model) if train else model).train(train), backend=_as_it_is)
+    with torch.set_grad_enabled(train):
+        result = [t.detach() for t in tensors(compiled(**inputs))]
+    return sum(breaks.values()), result
 
 
-def dead_scales(model: nn.Module, inputs: zoo.Inputs) -> tuple[int, list[str], list[str]]:
-    """One backward pass in training mode.
+def _as_it_is(graph: torch.fx.GraphModule, _: Any) -> Any:
+    """A backend that runs the graph, out of sight of the modes that were active when it was made: they are in it."""
 
-    Returns:
-        How many learned scales there are; the names of the *dead*, whose gradient is missing, zero or not finite though
-        their tensor is rounded and has a gradient itself, or that did not act at all; and of the *idle*, whose tensor
-        lies on its grid as it is (the zeros and ones of a mask), or has no gradient in the float model either.
-    """
-    learned = {n: q for n, q in named_quantizers(model) if isinstance(q.scale, nn.Parameter)}
-    rounded: dict[str, list[tuple[bool, Tensor]]] = {name: [] for name in learned}
-    hooks = [q.register_forward_hook(partial(_note, rounded[name])) for name, q in learned.items()]
-    generator = torch.Generator().manual_seed(0)
-    model.train().zero_grad()
-    results = [t for t in tensors(model(**inputs)) if t.requires_grad]
-    sum((t * torch.randn(t.shape, generator=generator)).sum() for t in results).backward()  # pyright: ignore
-    for hook in hooks:
-        hook.remove()
-    grads = {name: q.scale.grad for name, q in learned.items()}
-    still = [name for name, grad in grads.items() if grad is None or not grad.isfinite().all() or not grad.any()]
-    active = {
-        n for n in still if not rounded[n] or any(r and y.grad is not None and y.grad.any() for r, y in rounded[n])
-    }
-    return len(learned), [n for n in still if n in active], [n for n in still if n not in active]
+    def run(*args: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return graph.forward(*args)
 
-
-def _note(seen: list[tuple[bool, Tensor]], _: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-    if output.requires_grad:
-        output.retain_grad()
-    seen.append((bool((output != args[0]).any()), output))
+    return run
 
 
 def fine_error(name: str) -> float:
@@ -199,11 +170,11 @@ Nothing in them knows of quantization. tests/test_transformers.py asserts what t
 
 - *MACs*, *parameters*: shares on integers. Float parameters are those of norms, position tables and the like; what
   multiplies in float is named below the table.
-- *scales (idle, dead)*: learned scales. *Dead* ones get no gradient from a training step though their tensor is rounded
-  and has one; *idle* ones have a tensor that lies on its grid exactly (the scalar `logit_scale`), or that has no
-  gradient in the float model either.
+- *scales (still)*: learned scales. The gradient that a training step gives each is its closed form, in every channel;
+  *still* ones have none, for the reason below the table.
 - *16-bit error*: largest difference from the float model's outputs, relative to the largest, with 16-bit grids.
-- *graph breaks*: of `torch.compile`, beside the float model's in parentheses; 0 is `fullgraph=True`.
+- *graph breaks*: of `torch.compile` in evaluation and in training, beside the float model's in parentheses; 0 is
+  `fullgraph=True`.
 - *reload*: whether a new model that loads the plan and the state_dict gives the same bits.
 - *keys*: share of the float state_dict's keys that are still there.
 
@@ -213,18 +184,23 @@ Nothing in them knows of quantization. tests/test_transformers.py asserts what t
 def table(rows: list[Row]) -> str:
     """In Markdown."""
     lines = [
-        "| model | MACs | parameters | layers + sites | scales (idle, dead) | 16-bit error | graph breaks | reload | "
-        "keys |",
+        "| model | MACs | parameters | layers + sites | scales (still) | 16-bit error | graph breaks | reload | keys |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         reload = "same" if r.reloads else "DIFFERENT"
         lines.append(
-            f"| {r.name} | {r.macs:.2%} | {r.params:.1%} | {r.layers} + {r.sites} | {r.scales} ({len(r.idle)}, "
-            f"{len(r.dead)}) | {r.error:.1e} | {r.breaks[1]} ({r.breaks[0]}) | {reload} | {r.kept:.0%} |"
+            f"| {r.name} | {r.macs:.2%} | {r.params:.1%} | {r.layers} + {r.sites} | {r.scales} ({len(r.still)}) | "
+            f"{r.error:.1e} | {_breaks(r.breaks)}, {_breaks(r.breaks_in_training)} | {reload} | {r.kept:.0%} |"
         )
-    named = [f"- {r.name}: {gap}" for r in rows for gap in r.gaps] or ["None."]
-    return "\n".join([*lines, "", "Multiply-accumulates in float:", "", *named]) + "\n"
+    gaps = [f"- {r.name}: {gap}" for r in rows for gap in r.gaps] or ["None."]
+    still = [f"- {r.name}: {scale}" for r in rows for scale in r.still] or ["None."]
+    sections = "Multiply-accumulates in float:", gaps, "Scales without a gradient:", still
+    return "\n".join([*lines, *(f"\n{s}\n" if isinstance(s, str) else "\n".join(s) for s in sections)]) + "\n"
+
+
+def _breaks(pair: tuple[int, int]) -> str:
+    return f"{pair[1]} ({pair[0]})"
 
 
 def main() -> None:
@@ -236,7 +212,7 @@ def main() -> None:
     found = []
     for name in given.names or zoo.MODELS:
         found.append(measure(name))
-        print(name, f"dead: {found[-1].dead}, idle: {found[-1].idle}, compiled: {found[-1].compiled}", file=sys.stderr)
+        print(name, f"wrong: {found[-1].wrong}, compiled: {found[-1].compiled}", file=sys.stderr)
     print(table(found))
     if given.out:
         with atomic(given.out) as temporary:

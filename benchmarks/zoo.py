@@ -176,7 +176,7 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
     """The model in evaluation mode and the arguments of its forward; the same each time.
 
     What initialisation leaves at zero (biases, tables of relative positions) gets small values, and BatchNorms get
-    statistics: zeros would hide mistakes.
+    statistics, frozen ones too: zeros would hide mistakes.
     """
     torch.manual_seed(0)
     model, inputs = MODELS[name]()
@@ -184,6 +184,9 @@ def build(name: str) -> tuple[nn.Module, Inputs]:
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(std=0.02)
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.02)
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         for norm in norms:
             norm.momentum = 0.9

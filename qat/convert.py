@@ -91,7 +91,10 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
             norm = modules[plan.batch_norms[name]] if name in plan.batch_norms else None
             tied = quantizer if norm is None and not is_computed(module) else name
             weight = shared.setdefault(tied, _integer_weight(module, quantizer))
+            left = module.weight if plan.layers[name].get("read") else None
             _install(name, module, weight, norm)
+            if left is not None:
+                module.weight = left
     _give_up_parameters(converted, plan, parameters)
     _freeze_activations(converted)
     return converted
@@ -114,6 +117,7 @@ def _convert_sites(
             parameters[described["parameter"]] = site.weight
             integer: Any = site
             codes = _integer_weight(site, site.weight_quantizer)
+            integer.computes_in = site.weight.dtype
             integer.integer_weight, integer.integer_bias = shared.setdefault(site.weight_quantizer, codes), None
             del integer.weight_quantizer
             become_twin(site, IntegerLayer)
@@ -153,6 +157,7 @@ def _integer_weight(module: QuantizedLayer | Site, quantizer: Quantizer) -> Inte
 def _install(name: str, module: Any, weight: IntegerTensor, norm: nn.Module | None) -> None:
     """Puts codes in the place of a layer's weight, and of its bias where its accumulator has one scale."""
     bias, scale = getattr(module, "bias", None), None
+    module.computes_in = module.weight.dtype
     if weight.group_size is None and module.inputs == 1:
         scale = per_output(module, weight.scale).double()
     if norm is not None:
@@ -165,7 +170,7 @@ def _install(name: str, module: Any, weight: IntegerTensor, norm: nn.Module | No
     del module.weight_quantizer
     module.release()
     module.integer_weight, module.integer_bias = weight, None
-    module.bias = None if bias is None else nn.Parameter(bias.detach().float(), requires_grad=False)
+    module.bias = None if bias is None else nn.Parameter(bias.detach().to(module.computes_in), requires_grad=False)
     grid = input_grid(module.input_quantizer)
     if bias is not None and grid is not None and scale is not None:
         scale = grid.step().double() * scale

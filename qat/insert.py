@@ -4,6 +4,7 @@
 they are. `remove` turns them back.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -51,6 +52,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     _check_fit(model, plan, modules)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     activations = {label: quantizers.create(spec).to(device) for label, spec in plan.activations.items()}
+    for label, count in _readers(plan).items():
+        activations[label].readers = count  # pyright: ignore[reportArgumentType]
     weights = {name: _weight_quantizer(name, model, plan, modules, spec) for name, spec in plan.weights.items()}
     for name, part in parts.items():
         owner, _, leaf = name.rpartition(".")
@@ -75,6 +78,12 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for name, module in modules.items():
         if isinstance(module, FUSED) and any(part.startswith(f"{name}." if name else "") for part in plan.layers):
             become_twin(module, SlowPath)
+
+
+def _readers(plan: Plan) -> Counter[str]:
+    """How many layers and operands of sites read each activation's grid."""
+    layers = ([layer["input"], layer.get("input_1", [])] for layer in plan.layers.values())
+    return Counter(label for operands in (*layers, *plan.sites.values()) for labels in operands for label in labels)
 
 
 def _parts(plan: Plan, modules: dict[str, nn.Module]) -> dict[str, Part]:

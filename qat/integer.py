@@ -126,8 +126,13 @@ def emitting(other: Emitter) -> Iterator[None]:
 
 
 class IntegerLayer(TwinMixin):
-    """On top of a quantized layer: its weight (and bias, where input and weight are quantized) come from codes."""
+    """On top of a quantized layer: its weight (and bias, where input and weight are quantized) come from codes.
 
+    Attributes:
+        computes_in: Type of the layer's arithmetic, as it was in float.
+    """
+
+    computes_in: torch.dtype
     integer_weight: IntegerTensor
     integer_bias: IntegerTensor | None
     bias: Tensor | None
@@ -138,8 +143,8 @@ class IntegerLayer(TwinMixin):
 
     def quantized_weight(self) -> Tensor:
         with ours():
-            return self.integer_weight()
+            return self.integer_weight().to(self.computes_in)
 
     def quantized_bias(self) -> Tensor | None:
         with ours():
-            return self.integer_bias() if self.integer_bias is not None else self.bias
+            return self.integer_bias().to(self.computes_in) if self.integer_bias is not None else self.bias

@@ -38,7 +38,8 @@ class Plan:
         activations: Spec of each activation's grid, by the first place that reads it (`conv1.input`,
             `layer1.0.add_0.input_1`).
         layers: Per layer: `weight`, the owner of its weight's grid (or `None`), and `input`, the activation grids its
-            input passes in turn (`input_1`: its second input; `Bilinear` has one).
+            input passes in turn (`input_1`: its second input; `Bilinear` has one). `read` is there if functions
+            around the layer read its float weight, too.
         sites: Per functional site: for each operand (or for the output), the activation grids it passes in turn.
         parameters: Per functional site whose second operand is a parameter: `parameter`, its path, `axis`, its output
             channels, `weight`, the owner of its grid (or `None`), and `alone`, whether only such sites read it; of
@@ -93,7 +94,14 @@ def computed(module: nn.Module) -> str | None:
 def has_weight(module: Any) -> bool:
     """Whether it is a layer (not a function, a pool or a norm) with a weight that can be quantized."""
     mixin = mixin_for(module) if isinstance(module, nn.Module) else None
-    return mixin is not None and mixin.channel_axis is not None and computed(module) is None
+    real = mixin is not None and mixin.channel_axis is not None and not is_complex(module)
+    return real and computed(module) is None
+
+
+def is_complex(module: nn.Module) -> bool:
+    """Whether its weight is of complex numbers, for which there are no grids."""
+    weight = module._parameters.get("weight")
+    return weight is not None and weight.is_complex()
 
 
 def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
@@ -245,6 +253,8 @@ def _plan_weights(
                 plan.parameters[name].update(axis=0, stacked="out_in" if transposed else "in_out")
         else:
             plan.layers[name] = {"weight": owner, "input": []}
+            if owner and recording.read_by_functions(call.what._parameters.get("weight"), f"{name}.weight"):
+                plan.layers[name]["read"] = True
 
 
 def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:

@@ -6,7 +6,7 @@ from torch import nn
 
 from qat.layers import MIXINS, Composite, Site, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
-from qat.plan import NORMS, Plan, computed, described, has_weight, targets, type_of
+from qat.plan import NORMS, Plan, computed, described, has_weight, is_complex, targets, type_of
 from qat.policy import QuantPolicy
 from qat.probe import Call, Recording
 from qat.quantizers import Quantizer
@@ -65,11 +65,21 @@ class Reasons:
         left = [p for p in parts if self.decisions[name][p][0] is None]
         if not left:
             kind = call.kind or type_name(call.what)
+            if call.weight and self._scales_along_the_sum(name):
+                return "its weight has the scales of a layer that it is tied to, which run along the sum"
             return f"ONNX Runtime has no integer kernel for {kind}" if kind.startswith(NO_KERNEL) else None
         what = "it" if left == parts else "its weight" if left == ["weight"] else "its input"
         by = sorted({self.decisions[name][p][1] for p in left})
         who = " and ".join("policy" if b == "default" else f"rule '{b}'" for b in by)
         return f"{who} {'leaves' if len(by) == 1 else 'leave'} {what} float"
+
+    def _scales_along_the_sum(self, site: str) -> bool:
+        """Whether a product reads a tied weight whose channels are not the product's own."""
+        weight = self.plan.parameters[site]
+        spec, owner = self.plan.weights[weight["weight"]], weight["weight"]
+        if owner in self.plan.parameters or spec.granularity != "channel" or weight.get("stacked"):
+            return False
+        return mixin_for(self.calls[owner][0].what).channel_axis != weight["axis"]  # pyright: ignore
 
     def of_site(self, call: Call) -> str | None:
         if call.site in self.calls:
@@ -115,7 +125,11 @@ class Reasons:
 
     def _unreached(self, name: str, module: nn.Module) -> str:
         if name in self.modules:
-            return f"{computed(module)} is computed by pruning or a hook"
+            return (
+                "its weight is complex"
+                if is_complex(module)
+                else f"{computed(module)} is computed by pruning or a hook"
+            )
         user = self._user(module)
         return f"functional use of its weight ({_spelled(user.kind)})" if user else NOT_REACHED
 

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 Key = tuple[int, int]
 """A tensor at a moment: (id, version)."""
 
@@ -96,6 +98,13 @@ class Recording:
         """Whether every function that took a parameter took it as the weight of a site."""
         calls = [c for c in self.functions if c.weight and c.parameter == parameter]
         return self.readers.get(calls[0].operands[1], 0) == len(calls)
+
+    def read_by_functions(self, weight: Tensor | None, parameter: str) -> bool:
+        """Whether a function outside of layers took a layer's weight, other than as the weight of a site."""
+        if weight is None:
+            return False
+        sites = sum(c.weight and c.parameter == parameter for c in self.functions)
+        return self.readers.get((id(weight), weight._version), 0) > sites
 
     def site_orders(self) -> dict[str, list[list[str]]]:
         """The kinds of the sites that forwards of a module ran: one list, or several if its forwards differ."""

@@ -117,7 +117,7 @@ def test_the_average_is_in_the_checkpoint_and_training_resumes_with_both(tmp_pat
     averaging.fit(first, loader(), loader())
     content = torch.load(tmp_path / "first" / "one.ckpt", weights_only=False)
     name = "net.conv.weight_quantizer.scale"
-    assert not torch.equal(content["state_dict"][name], content["current_model_state"][name])
+    assert not torch.equal(content["qat_state"][name], content["current_model_state"][name])
     second = Tiny()
     trainer(tmp_path, EMAWeightAveraging(decay=0.9), max_epochs=2).fit(
         second, loader(), loader(), ckpt_path=tmp_path / "first" / "one.ckpt", weights_only=False

@@ -3,6 +3,7 @@
 The seven failures of Lightning's removed `QuantizationAwareTraining` callback:
 
     load_from_checkpoint                    test_lightning: a_checkpoint_is_tested_resumed_and_loaded_by_the_plain_class
+                                            strictly: test_compose_module: checkpoints_cross_between_...
     test(ckpt_path) after fit               test_compose_module: the_best_checkpoint_is_tested_after_early_stopping
     forward with several arguments, kwargs  here
     observers fed by validation data        test_lightning: sanity_checks_and_validation_never_move_ranges

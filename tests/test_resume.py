@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from qat.cli import main
+from qat.lightning import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 MODULE = '''
@@ -94,9 +95,7 @@ def test_a_killed_run_resumes_to_the_same_curve_and_weights(die_at, logged, unin
     assert main(["train", "ckpt=last", f"run_dir={run_dir}"]) == 0  # the overrides are those of the run
     for name in ("float/metrics.csv", "csv/metrics.csv"):
         assert _curve(run_dir / name) == _curve(uninterrupted / name)
-    whole, resumed = (
-        torch.load(d / "quantized.ckpt", weights_only=True)["state_dict"] for d in (uninterrupted, run_dir)
-    )
+    whole, resumed = (read_checkpoint(d / "quantized.ckpt")["state_dict"] for d in (uninterrupted, run_dir))
     assert whole.keys() == resumed.keys() and all(torch.equal(whole[k], resumed[k]) for k in whole)
     floats = [load_file(d / "float.safetensors") for d in (uninterrupted, run_dir)]
     assert all(torch.equal(floats[0][k], floats[1][k]) for k in floats[0])

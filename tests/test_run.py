@@ -225,7 +225,7 @@ def test_another_module_metric_and_scale_lr_reach_their_place(tmp_path):
     rows = (tmp_path / "run" / "csv" / "metrics.csv").read_text().splitlines()
     column = rows[0].split(",").index("scale/fc1.input_quantizer")
     logged = [float(row.split(",")[column]) for row in rows[1:] if row.split(",")[column]]
-    state = torch.load(tmp_path / "run" / "quantized.ckpt", weights_only=True)["state_dict"]
+    state = torch.load(tmp_path / "run" / "quantized.ckpt", weights_only=True)["qat_state"]
     assert logged == [pytest.approx(state["fc1.input_quantizer.scale"].item())]
 
 

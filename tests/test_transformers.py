@@ -13,14 +13,26 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import coverage
 import zoo
+from scale_gradients import scale_gradients
 
 from qat.errors import UserError
 from qat.insert import apply_plan, named_quantizers, remove
 from qat.layers import original_class
 
-QUICK = ("GPT-2",)
-"""What is compiled in every run; the others take minutes together."""
 MODELS = list(zoo.MODELS)
+STILL = {
+    "DETR": {  # its queries begin as zeros, which are on every grid; their product with a weight ignores the weight
+        "model.decoder.layers.0.self_attn.v_proj.input_quantizer": "its tensor lies on the grid",
+        "model.decoder.layers.0.self_attn.v_proj.weight_quantizer": "no gradient in float",
+    },
+    "CLIP": {"mul_0.input_quantizer_1": "its tensor lies on the grid"},  # one number: calibration made it the last code
+}
+"""Scales whose gradient is zero because its closed form is."""
+COMPILED = [
+    pytest.param(n, False, marks=[] if n == "GPT-2" else pytest.mark.slow, id=f"{n}-evaluation") for n in MODELS
+]
+COMPILED += [pytest.param(n, True, id=f"{n}-training") for n in ("ResNet", "ViT", "BERT", "GPT-2", "Wav2Vec2")]
+"""The others take minutes together in training; docs/coverage.md has them."""
 
 
 @cache
@@ -51,22 +63,22 @@ def test_a_state_dict_brings_a_new_model_to_the_same_bits(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_one_training_step_gives_every_scale_a_gradient(name):
+def test_one_training_step_gives_every_scale_its_closed_form_gradient_which_is_not_zero_without_a_reason(name):
     model, inputs, *_ = quantized(name)
-    count, dead, idle = coverage.dead_scales(model, inputs)
+    scales = scale_gradients(model, inputs)
     model.zero_grad()
-    assert count > 10 and not dead
-    assert len(idle) < 0.15 * count
+    assert len(scales) > 10 and all(scale.agrees for scale in scales)
+    assert {scale.name: scale.why for scale in scales if scale.still} == STILL.get(name, {})
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in MODELS])
-def test_compilation_breaks_no_more_often_than_the_float_model_and_computes_the_same(name):
+@pytest.mark.parametrize(("name", "train"), COMPILED)
+def test_compilation_breaks_no_more_often_than_the_float_model_and_computes_the_same(name, train):
     model, inputs = zoo.build(name)
-    float_breaks, _ = coverage.traced(model, inputs)
+    float_breaks, _ = coverage.traced(model, inputs, train)
     coverage.quantize(model, inputs, coverage.POLICY)
-    breaks, compiled = coverage.traced(model, inputs)
+    breaks, compiled = coverage.traced(model, inputs, train)
     assert breaks == float_breaks
-    assert coverage.same(coverage.outputs(model, inputs), compiled, 1e-4)
+    assert coverage.same(coverage.outputs(model, inputs, train), compiled, 1e-4)
 
 
 @pytest.mark.parametrize("name", ["Mixtral", "GPT-2", "DETR"])

@@ -135,7 +135,9 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, pad: boo
         for layer, module in model.named_modules()
         if isinstance(module, IntegerLayer)
     }
-    finished = onnx_passes.finish(program.model, weights)
+    names = {id(module): name for name, module in model.named_modules()}
+    paths = {path: names[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
+    finished = onnx_passes.finish(program.model, weights, paths)
     if pad:
         pad_images(finished)
         common.RemoveUnusedNodesPass()(finished)

@@ -29,15 +29,16 @@ PASS_THROUGH = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transp
 """Operations that commute with clipping."""
 
 
-def finish(model: ir.Model, weights: Mapping[str, np.ndarray]) -> ir.Model:
+def finish(model: ir.Model, weights: Mapping[str, np.ndarray], paths: Mapping[str, str]) -> ir.Model:
     """Runs every pass; the initializers of a layer are called after it: `conv1.weight`, `conv1.weight_scale`.
 
     Args:
         model: What was traced; the exporter has merged identical weights already.
         weights: The integer codes of each layer's weight, by name (`conv1.weight`).
+        paths: Of every path of a module the first; the exporter may know it by another.
     """
     for name, value in list(model.graph.initializers.items()):
-        value.name = _short(name)
+        value.name = _first_path(_short(name), paths, model.graph)
     pool_globally(model)
     clip_codes(model)
     keep_float(model)
@@ -55,6 +56,13 @@ def finish(model: ir.Model, weights: Mapping[str, np.ndarray]) -> ir.Model:
     if shared:
         model.metadata_props[SHARED_KEY] = json.dumps(shared)
     return model
+
+
+def _first_path(name: str, paths: Mapping[str, str], graph: ir.Graph) -> str:
+    """The name that a tensor of a module with several paths has under the first of them."""
+    owner, _, leaf = name.rpartition(".")
+    first = f"{paths.get(owner, owner)}.{leaf}".removeprefix(".")
+    return name if first in graph.initializers else first
 
 
 def _short(name: str) -> str:
@@ -180,21 +188,38 @@ def _limit(graph: ir.Graph, quantize: ir.Node, low: int, high: int, limits: Any)
 
 def keep_float(model: ir.Model) -> None:
     """Puts a Max of one input (which changes nothing, and which the runtime does not remove) between quantized inputs
-    and a weight that is float, or in blocks."""
+    and a weight that no integer kernel takes: a float one, one in blocks, or one whose scales run along the sum."""
     graph = model.graph
     for node in list(graph):
-        if node.op_type not in ("Conv", "ConvTranspose", "Gemm") or node.inputs[0] is None or node.inputs[1] is None:
+        computes = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+        if not computes or node.inputs[0] is None or node.inputs[1] is None:
             continue
-        weight = node.inputs[1].producer()
-        # The runtime makes an integer kernel of a convolution with blocks of weights, and that then refuses the scales.
-        reads_float = weight is None or (node.op_type != "Gemm" and "block_size" in weight.attributes)
+        stays_float = _stays_float(node.op_type, node.inputs[1].producer())
         source = node.inputs[0].producer()
         while source is not None and source.op_type in PASS_THROUGH and source.inputs[0] is not None:
             source = source.inputs[0].producer()
-        if reads_float and source is not None and source.op_type == "DequantizeLinear":
+        if stays_float and source is not None and source.op_type == "DequantizeLinear":
             kept = ir.node("Max", [node.inputs[0]])
             graph.insert_before(node, kept)
             node.replace_input_with(0, kept.outputs[0])
+
+
+def _stays_float(op_type: str, weight: ir.Node | None) -> bool:
+    if op_type == "MatMul":
+        return _scales_along_the_sum(weight)
+    # The runtime makes an integer kernel of a convolution with blocks of weights, and that then refuses the scales.
+    return weight is None or (op_type != "Gemm" and "block_size" in weight.attributes)
+
+
+def _scales_along_the_sum(dequantize: ir.Node | None) -> bool:
+    """Whether the right-hand side of a MatMul has a scale for each of its rows: that of a layer that it is tied to."""
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or "block_size" in dequantize.attributes:
+        return False
+    codes, scale = dequantize.inputs[0], dequantize.inputs[1]
+    if codes is None or codes.shape is None or scale is None or scale.shape is None or not len(scale.shape):
+        return False
+    axis, ndim = dequantize.attributes.get_int("axis", 1), len(codes.shape)
+    return axis % ndim != ndim - 1
 
 
 def split_readers(model: ir.Model) -> None:

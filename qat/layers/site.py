@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from qat.functions import Function
 from qat.layers.experts import rows
 from qat.layers.explicit_attention import explicit_attention
+from qat.layers.shared import read
+from qat.layers.sources import sources
 from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
@@ -87,14 +89,18 @@ class Site(TwinMixin, nn.Module):
             return explicit_attention(*args, **kwargs, probabilities=self._probabilities)
         if self.explicit and function.accumulates and all(kwargs.get(factor, 1) == 1 for factor in ("alpha", "beta")):
             return (args[0] if args else kwargs["input"]) + through[0] @ through[1]
-        result = func(*args, **kwargs)
+        if any(hasattr(x, "made") for x in through):
+            with sources(*through):
+                result = func(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
         return original.copy_(result) if function.in_place else result
 
     def _quantized(self, index: int, x: Tensor) -> Tensor:
         if index == 1 and self.holder is not None:
             return self.quantized_weight()
         quantizer = self._modules[self.operands[index]]
-        return x if quantizer is None else quantizer(x)
+        return x if quantizer is None else read(quantizer, x)
 
     def quantized_weight(self) -> Tensor:
         """The parameter on its grid; outside training it is computed once per change of weight or grid."""

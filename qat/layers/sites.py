@@ -18,6 +18,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from qat.errors import UserError
 from qat.functions import FUNCTIONS, MEAN, WEIGHTED, Function
+from qat.layers import shared
 from qat.layers.site import Site
 from qat.layers.twin import TwinMixin, original_class
 
@@ -87,17 +88,24 @@ class SiteOwner(TwinMixin):
     site_owner: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not _running:
-            mode = SiteMode(self)
-            _running.append(mode)
-            try:
-                with mode:
-                    output = super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-            finally:
-                _running.pop()
-            self._check(mode.seen)
-            return output
-        mode = _running[-1]
+        shared.forwards.append({})
+        try:
+            return self._outermost(args, kwargs) if not _running else self._inside(_running[-1], args, kwargs)
+        finally:
+            shared.forwards.pop()
+
+    def _outermost(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        mode = SiteMode(self)
+        _running.append(mode)
+        try:
+            with mode:
+                output = super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            _running.pop()
+        self._check(mode.seen)
+        return output
+
+    def _inside(self, mode: SiteMode, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         outer = mode.owner, mode.seen, mode.learning
         mode.enter(self)
         try:

@@ -3,10 +3,11 @@
 `QATCallback` puts `QuantizedModule` in front of the user's class (re-classing, see `qat.layers.twin`), so nothing has
 to be inherited or overridden by hand:
 
-    on_save_checkpoint     stores the plan as plain containers beside the weights
+    on_save_checkpoint     stores the plan as plain containers beside the weights, and the quantizers' state beside
+                           theirs: `state_dict` has the float model's keys, so the class itself loads it strictly
     on_load_checkpoint     rebuilds the same quantizers before the weights are loaded: resume,
-    `trainer.test(ckpt_path=...)`, `load_from_checkpoint` configure_optimizers   runs the user's own, and splits the
-    scales off every parameter group it makes
+                           `trainer.test(ckpt_path=...)`, `load_from_checkpoint`
+    configure_optimizers   runs the user's own, and splits the scales off every parameter group it makes
 """
 
 from collections.abc import Mapping
@@ -21,7 +22,8 @@ from qat.errors import UserError
 from qat.insert import Plan, apply_plan, named_quantizers, remove
 from qat.layers.twin import TwinMixin, become_twin, twin_of
 from qat.lightning.groups import own_groups
-from qat.lightning.weights import read_checkpoint
+from qat.lightning.weights import join_state, read_checkpoint, split_state
+from qat.quantizers import Quantizer
 
 CHECKPOINT_KEY, INPUT_KEY = "qat", "qat_input"
 Module = TypeVar("Module", bound=pl.LightningModule)
@@ -46,8 +48,14 @@ class QuantizedModule(TwinMixin):
         if self.quantization_plan is not None:
             checkpoint[CHECKPOINT_KEY] = self.quantization_plan.to_dict()
             checkpoint[INPUT_KEY] = self.input_described
+            trainer = self._trainer  # pyright: ignore[reportAttributeAccessIssue]
+            # Sharding strategies save and load what the module has by themselves, past these hooks.
+            if trainer is None or not trainer.strategy.restore_checkpoint_after_setup:
+                modules = self.named_modules(remove_duplicate=False)  # pyright: ignore[reportAttributeAccessIssue]
+                split_state(checkpoint, {name for name, module in modules if isinstance(module, Quantizer)})
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        join_state(checkpoint)
         if CHECKPOINT_KEY in checkpoint:
             plan = Plan.from_dict(checkpoint[CHECKPOINT_KEY])
             self._check_same_policy(plan)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from qat.errors import UserError, nearest
 
+STATE_KEY = "qat_state"
+
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Loads a `.ckpt`/`.pt` file as plain containers and tensors, or a `.safetensors` file as `{"state_dict": ...}`.
@@ -43,7 +45,24 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path}: is damaged or no checkpoint ({type(error).__name__})") from None
     if not isinstance(content, dict):
         raise UserError(f"checkpoint {path}: holds a {type(content).__name__}, not a state_dict")
-    return content if isinstance(content.get("state_dict"), dict) else {"state_dict": content}
+    if not isinstance(content.get("state_dict"), dict):
+        return {"state_dict": content}
+    join_state(content)
+    return content
+
+
+def split_state(checkpoint: dict[str, Any], quantizers: set[str]) -> None:
+    """Moves the state of the modules `quantizers` out of `state_dict`, to `qat_state`, in place."""
+    state: dict[str, Tensor] = checkpoint["state_dict"]
+    own = {key for key in state if key.rpartition(".")[0] in quantizers}
+    checkpoint["state_dict"] = {key: value for key, value in state.items() if key not in own}
+    checkpoint[STATE_KEY] = {key: state[key] for key in state if key in own}
+
+
+def join_state(checkpoint: dict[str, Any]) -> None:
+    """Undoes `split_state` in place; nothing happens to a checkpoint that was not split."""
+    if isinstance(split := checkpoint.pop(STATE_KEY, {}), dict):
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **split}
 
 
 def _check_sums(path: Path) -> None:
