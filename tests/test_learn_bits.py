@@ -263,6 +263,32 @@ def test_a_resumed_training_ends_with_the_same_numbers(tmp_path, until):
     assert resumed.quantization_plan == whole.quantization_plan
 
 
+class Manual(Tiny):
+    """Steps its optimizer itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def test_a_module_that_steps_by_hand_learns_the_same_widths():
+    learned = []
+    for kind in (Tiny, Manual):
+        torch.manual_seed(0)
+        learned.append(LearnBits({"avg_bits": 3}, WIDTHS, WIDTHS, lr=0.2, until=2))
+        fit = trainer(None, learned[-1], policy=POLICY, max_epochs=3)
+        fit.fit(kind(), loader(32))
+    widths = [{tensor: width.at for tensor, width in learn.widths.items()} for learn in learned]
+    assert widths[0] == widths[1] and learned[0].choice == learned[1].choice
+    assert any(at != 4 for at in widths[0].values())
+
+
 def test_a_checkpoint_from_the_middle_loads_as_a_plain_quantized_model(tmp_path):
     _fit(LearnBits({"avg_bits": 2.5}, WIDTHS, WIDTHS, lr=0.2, until=3), ModelCheckpoint(tmp_path, "{epoch}"))
     path = next(tmp_path.glob("*.ckpt"))

@@ -106,7 +106,7 @@ class LearnBits(Callback):
         if self.choice is not None:  # a checkpoint from after they became whole has brought them
             return
         if self.output is not None and not self._saved:
-            outputs(self.output, None)
+            outputs(self.output, None, "LearnBits: output")
         qat = self._qat(trainer)
         source = trainer_source(trainer)
         shell = self._space(qat, pl_module, source)

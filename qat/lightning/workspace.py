@@ -29,8 +29,10 @@ from qat.errors import UserError
 from qat.export.files import atomic
 from qat.export.target import Target
 from qat.insert import Plan, apply_plan, make_plan
+from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
 from qat.lightning.evaluate import test_metric
+from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import run_steps
 from qat.lightning.weights import load_weights
 from qat.networks import NetworkPolicies
@@ -138,7 +140,11 @@ class Workspace:
     def qat_callback(self) -> QATCallback:
         quant = self.cfg.quant
         starts = [instantiate(node) for node in (self.cfg.get("start") or {}).values() if node]
-        return QATCallback(self.policy, quant.calibration_samples, quant.scale_lr, starts=starts)
+        shared = FloatCache(self.cfg, self.progress["start"], self.main).folder
+        ranges = None
+        if shared is not None and not starts:
+            ranges = RangeCache(shared / "ranges", quant.calibration_samples, self.main)
+        return QATCallback(self.policy, quant.calibration_samples, quant.scale_lr, starts=starts, ranges=ranges)
 
     # -- progress ------------------------------------------------------------------------------------------------------
 
