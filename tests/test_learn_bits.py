@@ -334,7 +334,7 @@ def test_a_run_ends_in_a_verified_file_and_a_yaml_that_trains(tmp_path):
     common = ["train", *tiny, f"cache_dir={tmp_path / 'cache'}"]
     first, second = tmp_path / "first", tmp_path / "second"
     learned = ["callbacks=learn_bits", "callbacks.learn_bits.lr=0.5", "trainer.max_epochs=4"]
-    least = "callbacks.learn_bits.least={}"
+    least = "callbacks.learn_bits.least=null"
     assert main([*common, *learned, least, "callbacks.learn_bits.budget.avg_bits=4", f"run_dir={first}"]) == 0
     assert (
         main([*common, "trainer.max_epochs=1", "--config-dir", str(first), "quant=learned", f"run_dir={second}"]) == 0
