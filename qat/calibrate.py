@@ -6,7 +6,7 @@ where they lie.
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,18 +25,22 @@ def needs_calibration(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
+def calibrate(model: nn.Module, run: Callable[[], Any], only: Collection[Quantizer] | None = None) -> None:
     """Sets every range from the weights and from what `run()` lets pass.
 
     Args:
         model: A model with quantizers.
         run: Calls the model on calibration batches.
+        only: The quantizers that get a range, `None` for all; the others keep theirs.
 
     Raises:
         UserError: naming the quantizer that saw nothing (unless one of its kind did, in another member of the same
             list of modules: then it starts with that range, with a warning), or saw NaN or infinity.
     """
     found = list(named_quantizers(model))
+    wanted = {quantizer for _, quantizer in found} if only is None else set(only)
+    if not wanted:
+        return
     borrowers: list[tuple[str, Quantizer, list[Named]]] = []
     for _, quantizer in found:
         quantizer.observe()
@@ -47,6 +51,8 @@ def calibrate(model: nn.Module, run: Callable[[], Any]) -> None:
         weights = {m.weight_quantizer: _whole(m.weight) for m in readers if m.weight_quantizer is not None}
         unseen = [(n, q) for n, q in found if q.static and q not in weights and not q._sample]
         for name, quantizer in found:
+            if quantizer not in wanted:
+                continue
             if (name, quantizer) not in unseen or not (siblings := _siblings(name, quantizer, found, unseen)):
                 with _named(name):
                     quantizer.calibrate(weights.get(quantizer))

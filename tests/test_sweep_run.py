@@ -90,6 +90,8 @@ def test_points_share_one_float_model_of_the_same_parts_only(tmp_path):
         "float_model.lr=0.2",
         "trainer.precision=bf16",
     ]
+    (tmp_path / "weights.safetensors").write_text("weights")
+    other.append(f"float_ckpt={tmp_path / 'weights.safetensors'}")
     key = float_key(config())
     assert [float_key(config(text)) == key for text in same + other] == [True] * len(same) + [False] * len(other)
 
@@ -145,3 +147,19 @@ def test_ray_tune_runs_points_on_a_local_cluster_and_ranks_them_by_their_log(tmp
     assert [r.state for r in read_sweep(folder).results] in (["done", "done"], ["done", "pruned"], ["pruned", "done"])
     logs = [json.loads(line) for path in (folder / "ray" / "tune").glob("*/result.json") for line in path.open()]
     assert {log["config"]["number"] for log in logs if "val/acc" in log} == {0, 1}
+
+
+@pytest.mark.slow
+def test_ray_tune_runs_points_on_a_cluster_that_was_there_before(tmp_path, cache):
+    pytest.importorskip("ray.tune", reason="needs the extra `ray`")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    folder = tmp_path / "sweep"
+    argv = ["train", "sweep=ray_asha", *TINY, "export=none", cache, "model.lr=0.01", "quant.weight.bits=2,4"]
+    try:
+        assert main([*argv, f"sweep.address='{cluster.address}'", "sweep.keep=null", f"sweep.dir={folder}"]) == 0
+        assert [r.state for r in read_sweep(folder).results] == ["done", "done"]
+        assert cluster.head_node.live_processes(), "the cluster outlives the sweep"
+    finally:
+        cluster.shutdown()

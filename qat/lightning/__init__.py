@@ -3,6 +3,7 @@
 from qat.lightning.callback import QATCallback
 from qat.lightning.distill import Distill
 from qat.lightning.health import QuantizerHealth
+from qat.lightning.learn_bits import LearnBits
 from qat.lightning.logs import LogQuantizers
 from qat.lightning.module import load_from_checkpoint
 from qat.lightning.resume import SeedEpochs
@@ -26,6 +27,7 @@ __all__ = [
     "FreezeOscillations",
     "FreezeRanges",
     "GradualEnable",
+    "LearnBits",
     "LogQuantizers",
     "QATCallback",
     "QuantizerHealth",

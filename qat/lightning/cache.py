@@ -39,6 +39,7 @@ def float_key(cfg: DictConfig) -> str:
         "trainer": {k: v for k, v in parts["trainer"].items() if k not in INDIFFERENT},
         "epochs": parts["float_epochs"] if start is None else None,
         "ckpt": sha256(start) if start is not None else None,
+        "float_ckpt": sha256(parts["float_ckpt"]) if parts["float_ckpt"] is not None else None,
         **{key: parts[key] for key in ("seed", "metric")},
         "versions": [__version__, torch.__version__],
     }

@@ -22,6 +22,7 @@ from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calib
 from qat.lightning.compiled import uncompiled
 from qat.lightning.module import QuantizedModule, insert_plan
 from qat.lightning.sharded import average_gradients
+from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import described_input, run_steps, trainer_source
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
@@ -42,6 +43,7 @@ class QATCallback(Callback):
         module: Path of the submodule that the policy is for (`generator`); everything else stays float, unless another
             `QATCallback` is for it. Names in the policy are then relative to that submodule.
         starts: What is done to the model right before and after its first calibration (`qat.starts`).
+        ranges: First ranges that are known from elsewhere; not together with starts, which change what is calibrated.
 
     Raises:
         UserError: (while the trainer sets up) if a rule matches nothing, if nothing can be quantized, if less than
@@ -56,6 +58,7 @@ class QATCallback(Callback):
         scale_lr_factor: float | None = None,
         module: str | None = None,
         starts: Sequence[Start] = (),
+        ranges: RangeCache | None = None,
     ) -> None:
         if calibration_samples < 1:
             raise UserError(f"calibration_samples={calibration_samples}: must be at least 1")
@@ -68,6 +71,9 @@ class QATCallback(Callback):
         self.scale_lr_factor = scale_lr_factor
         self.module = module
         self.starts = list(starts)
+        if ranges is not None and self.starts:
+            raise UserError("ranges: with starts there is no range that could be known from elsewhere")
+        self.ranges = ranges
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_order(trainer)
@@ -143,7 +149,10 @@ class QATCallback(Callback):
                 shown = trainer.global_rank == 0 and trainer.progress_bar_callback is not None
                 title = "Calibrating" if shown else None
                 samples = max(c.calibration_samples for c in callbacks)
-                calibrate(pl_module, run_steps(pl_module, trainer_source(trainer), samples, title))
+                missing = None if self.ranges is None else self.ranges.load(pl_module)
+                calibrate(pl_module, run_steps(pl_module, trainer_source(trainer), samples, title), missing)
+                if self.ranges is not None:
+                    self.ranges.save(pl_module, missing or ())
                 for start in [start for callback in callbacks for start in callback.starts]:
                     run = run_steps(pl_module, trainer_source(trainer), samples)
                     start.refine(pl_module, run, pl_module.quantization_plan)  # pyright: ignore

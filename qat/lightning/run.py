@@ -107,6 +107,16 @@ class Run(Workspace):
                 torch.distributed.destroy_process_group()
             values["metric"] = self.measure()
 
+    def audit_trained(self) -> None:
+        """Accounts for the model once more if training has changed bits for good (`LearnBits`)."""
+        plan = self.module.quantization_plan
+        assert isinstance(plan, Plan)
+        rows = self.audit(plan)
+        if rows != self.audit_rows:
+            self.audit_rows = rows
+            self.console.print(audit_table(rows, coverage(rows)))
+            self.write_json("audit.json", to_dict(rows))
+
     def _resume_from(self, last: Path, *loggers: Any) -> str | None:
         """The checkpoint to go on from, if this run was interrupted after it was written."""
         if not self.resuming or not last.is_file():
@@ -227,4 +237,5 @@ def _stages(this: Run) -> Verdict | None:
     this.write_json("audit.json", to_dict(this.audit_rows))
     this.ptq_stage()
     this.qat_stage()
+    this.audit_trained()
     return this.export_stage() if this.main else None

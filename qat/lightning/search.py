@@ -4,7 +4,6 @@ The folder keeps the float model (`float.safetensors`, as of a run), `sensitivit
 the same command finds it again and measures only what is missing.
 """
 
-import copy
 import hashlib
 import json
 import tempfile
@@ -15,14 +14,12 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
 
-from qat.calibrate import calibrate
 from qat.cli.instantiate import instantiate
-from qat.convert import convert, inconvertible
+from qat.convert import inconvertible
 from qat.errors import UserError
 from qat.export.files import atomic
 from qat.export.onnx import export_onnx
-from qat.export.packed import WEIGHTS, save_packed
-from qat.insert import Plan, apply_plan
+from qat.insert import Plan
 from qat.lightning.cache import float_key
 from qat.lightning.calm import calm
 from qat.lightning.losses import BatchLosses
@@ -40,6 +37,7 @@ from qat.search.measured import Measured
 from qat.search.sensitivity import measure, missing
 from qat.search.settings import Search
 from qat.search.space import Pair, Space, make_space, with_bits
+from qat.search.weigh import converted, packed_bytes
 
 
 def key_of(cfg: DictConfig) -> str:
@@ -105,20 +103,16 @@ class SearchRun(Run):
         return make_problem(space, measured, self.settings.by, files, latencies)
 
     def _converted(self, plan: Plan, losses: BatchLosses) -> Any:
-        model = copy.deepcopy(self.module)
-        apply_plan(model, plan)
-        calibrate(model, lambda: [None for _ in losses(model)])
-        return convert(model, plan)
+        return converted(self.module, plan, lambda model: [None for _ in losses(model)])
 
     def _weigh(self, plan: Plan, losses: BatchLosses, exported: bool) -> dict[str, int]:
         """Bytes of the files that a plan makes of the float model."""
-        converted = self._converted(plan, losses)
-        with tempfile.TemporaryDirectory() as folder:
-            save_packed(converted, plan, folder)
-            sizes = {"packed": (Path(folder) / WEIGHTS).stat().st_size}
-            if exported:
+        integers = self._converted(plan, losses)
+        sizes = {"packed": packed_bytes(integers, plan)}
+        if exported:
+            with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "model.onnx"
-                export_onnx(converted, example_input(self.module, self.data.train_dataloader), path)
+                export_onnx(integers, example_input(self.module, self.data.train_dataloader), path)
                 sizes["size"] = path.stat().st_size
         return sizes
 

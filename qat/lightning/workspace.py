@@ -11,7 +11,7 @@ outside of `trainer.fit`; only the first one writes and prints.
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,17 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
-from qat.audit import audit, check_coverage
+from qat.audit import AuditRow, audit, check_coverage
 from qat.cli.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
 from qat.export.files import atomic
 from qat.export.target import Target
-from qat.insert import apply_plan, make_plan
+from qat.insert import Plan, apply_plan, make_plan
+from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
 from qat.lightning.evaluate import test_metric
+from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import run_steps
 from qat.lightning.weights import load_weights
 from qat.networks import NetworkPolicies
@@ -108,7 +110,8 @@ class Workspace:
             if self.target is not None and (reason := self.target.unfit(plan)):
                 raise UserError(f"export: {self.target.file} cannot hold this quant: {reason}")
             apply_plan(shell, plan)
-            self.audit_rows = audit(shell, plan, recording)
+            self.audit: Callable[[Plan], list[AuditRow]] = lambda plan: audit(shell, plan, recording)
+            self.audit_rows = self.audit(plan)
             check_coverage(self.audit_rows, self.policy.required_coverage)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -137,7 +140,11 @@ class Workspace:
     def qat_callback(self) -> QATCallback:
         quant = self.cfg.quant
         starts = [instantiate(node) for node in (self.cfg.get("start") or {}).values() if node]
-        return QATCallback(self.policy, quant.calibration_samples, quant.scale_lr, starts=starts)
+        shared = FloatCache(self.cfg, self.progress["start"], self.main).folder
+        ranges = None
+        if shared is not None and not starts:
+            ranges = RangeCache(shared / "ranges", quant.calibration_samples, self.main)
+        return QATCallback(self.policy, quant.calibration_samples, quant.scale_lr, starts=starts, ranges=ranges)
 
     # -- progress ------------------------------------------------------------------------------------------------------
 

@@ -269,8 +269,13 @@ class Quantizer(nn.Module):
             factor = (old.quant_max - old.quant_min) / (new.quant_max - new.quant_min)
             zero_point = new.quant_min + (self.zero_point - old.quant_min) / factor
             self.zero_point.copy_(zero_point.round().clamp(new.quant_min, new.quant_max))
-        self.scale.mul_(factor)
-        self.spec, self.quant_min, self.quant_max = new, new.quant_min, new.quant_max
+        self.change_spec(new, self.scale * factor)
+
+    @torch.no_grad()
+    def change_spec(self, spec: QuantSpec, scale: Tensor) -> None:
+        """Gives the grid another spec of the same granularity in place, and another scale."""
+        self.scale.copy_(scale)
+        self.spec, self.quant_min, self.quant_max = spec, spec.quant_min, spec.quant_max
         self.lowest.fill_(self.quant_min)
         self.highest.fill_(self.quant_max)
 

@@ -5,7 +5,7 @@ is weighed once, in files made of the float model at the narrowest and at the wi
 So a file may come out a little smaller than the sum, by as much as headers differ, and not larger.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from qat.cost import bit_operations, code_bytes
@@ -41,6 +41,12 @@ def make_problem(
     space: Space, measured: Measured, by: Measure, files: Files, latencies: Latencies | None = None
 ) -> Problem:
     """Puts harms and costs together; a cost that nothing was measured of is left out."""
+    harms = make_harms(space, lambda tensor, bits: measured.harm(tensor, bits, by))
+    return Problem(space.layers, harms, make_costs(space, files, latencies), space.tied)
+
+
+def make_costs(space: Space, files: Files, latencies: Latencies | None = None) -> dict[str, Cost]:
+    """Every cost that is known."""
     costs = {"avg_bits": _average(space), "bops": _bops(space)}
     for name, found, of in (("packed", files.packed, _packed), ("size", files.size, _exported)):
         if found:
@@ -49,20 +55,20 @@ def make_problem(
             costs[name] = Cost(table, max(found[width] - whole[width] for width in found))
     if latencies is not None:
         costs["latency"] = Cost(latencies.table, latencies.rest)
-    return Problem(space.layers, _harms(space, measured, by), costs, space.tied)
+    return costs
 
 
-def _harms(space: Space, measured: Measured, by: Measure) -> dict[tuple[str, Pair], float]:
-    """Each grid counts once, with the first layer that has it."""
+def make_harms(space: Space, of: Callable[[str, int], float]) -> dict[tuple[str, Pair], float]:
+    """The harm of each pair from those of (grid, width); a grid counts once, with the first layer that has it."""
     first: dict[str, str] = {}
     harms: dict[tuple[str, Pair], float] = {}
     for layer in space.layers:
         for weight, act in layer.options:
             harm = 0.0
             if first.setdefault(layer.weight, layer.name) == layer.name:
-                harm += measured.harm(layer.weight, weight, by)
+                harm += of(layer.weight, weight)
             if layer.act is not None and act is not None and first.setdefault(layer.act, layer.name) == layer.name:
-                harm += measured.harm(layer.act, act, by)
+                harm += of(layer.act, act)
             harms[layer.name, (weight, act)] = harm
     return harms
 

@@ -12,8 +12,13 @@ from qat.policy import QuantPolicy
 from qat.search.space import Pair, with_bit_rules
 
 
-def outputs(output: str, points: int | None) -> list[Path]:
+def outputs(output: str, points: int | None, key: str = "search.output") -> list[Path]:
     """The files that will be written: the one named, or for a front of so many points `NAME_1.yaml` and so on.
+
+    Args:
+        output: The file.
+        points: How many, `None` for one allocation.
+        key: Of the setting, for messages.
 
     Raises:
         UserError: if one exists, or lies where `quant=...` would not find it.
@@ -21,13 +26,13 @@ def outputs(output: str, points: int | None) -> list[Path]:
     path = Path(output)
     if path.suffix != ".yaml" or path.absolute().parent.name != "quant":
         raise UserError(
-            f"search.output={output}: must be a .yaml in a folder named quant (configs/quant/mine.yaml), "
+            f"{key}={output}: must be a .yaml in a folder named quant (configs/quant/mine.yaml), "
             "where quant=mine finds it"
         )
     paths = [path] if points is None else [path.with_name(f"{path.stem}_{i + 1}.yaml") for i in range(points)]
     for each in paths:
         if each.exists():
-            raise UserError(f"search.output={output}: {each} exists; choose another name, or delete it first")
+            raise UserError(f"{key}={output}: {each} exists; choose another name, or delete it first")
     return paths
 
 

@@ -14,7 +14,7 @@ from qat.sweep.objectives import front
 from qat.sweep.point import RECORD
 
 DEFINITION, POINTS = "sweep.json", "points"
-QUANTIZERS = ("scale/", "sqnr/")
+QUANTIZERS = ("scale/", "sqnr/", "bits/")
 """Columns of a log that say how quantizers do; all others are learning curves."""
 
 
