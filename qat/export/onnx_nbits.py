@@ -50,9 +50,7 @@ def rewrite(path: Path) -> None:
             helper.make_node(OPERATION, inputs, node.output, domain=DOMAIN, **made[name]["attributes"])
         )
     if not made:
-        raise UserError(
-            "weight_only=matmulnbits: no layer has a quantized weight and a float input; use qdq"
-        )
+        raise UserError("weight_only=matmulnbits: no layer has a quantized weight and a float input; use qdq")
     _sweep(graph, made)
     model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     with atomic(path) as temporary:
@@ -77,9 +75,7 @@ def _packed(name: str, dequantize: onnx.NodeProto, constants: dict[str, onnx.Ten
     scale, zero = (numpy_helper.to_array(constants[n]) for n in dequantize.input[1:3])
     layer = name.rpartition(".")[0]
     if codes.dtype == np.uint8 or zero.any():
-        raise UserError(
-            f"weight of '{layer}': weight_only=matmulnbits is for signed grids; set symmetric: true"
-        )
+        raise UserError(f"weight of '{layer}': weight_only=matmulnbits is for signed grids; set symmetric: true")
     codes, (rows, width) = codes.astype(np.int16), codes.shape
     bits = next(b for b in (2, 4, 8) if -(2 ** (b - 1)) <= codes.min() and codes.max() < 2 ** (b - 1))
     attributes = {a.name: helper.get_attribute_value(a) for a in dequantize.attribute}
@@ -116,9 +112,7 @@ def _sweep(graph: onnx.GraphProto, made: dict[str, dict[str, Any]]) -> None:
         for node in idle:
             graph.node.remove(node)
     if both := next((n for n in made if any(n in node.input for node in graph.node if node.op_type == "Cast")), None):
-        raise UserError(
-            f"'{both}' is read by a float input and by another: weight_only=matmulnbits cannot be"
-        )
+        raise UserError(f"'{both}' is read by a float input and by another: weight_only=matmulnbits cannot be")
     kept = [tensor for tensor in graph.initializer if tensor.name in read and tensor.name not in fresh]
     del graph.initializer[:]
     graph.initializer.extend([*kept, *(numpy_helper.from_array(array, name) for name, array in fresh.items())])
