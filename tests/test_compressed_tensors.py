@@ -44,7 +44,7 @@ class Case:
         torch.manual_seed(0)
         self.fake = CausalLM(LLAMA | architecture).eval()
         self.x = torch.randint(40, (3, 12))
-        settings = {"weight": weight, "act": act, "sites": None, "rules": FLOAT_ENDS if rules is None else rules}
+        settings = {"weight": weight, "act": act, "sites": "off", "rules": FLOAT_ENDS if rules is None else rules}
         policy = QuantPolicy.from_dict(settings)
         self.plan, _ = make_plan(self.fake, policy, lambda: self.fake(self.x))
         apply_plan(self.fake, self.plan)
