@@ -131,13 +131,14 @@ def _give_up_parameters(model: nn.Module, plan: Plan, parameters: dict[str, nn.P
     where others read them.
     """
     float_readers = {d["parameter"] for d in plan.parameters.values() if d["weight"] is None or not d["alone"]}
+    floating = (model.get_submodule(name) for name, layer in plan.layers.items() if layer["weight"] is None)
+    in_layers = {id(p) for module in floating for p in module.parameters(recurse=False)}
     for path, parameter in parameters.items():
         owner, _, name = path.rpartition(".")
         module = model.get_submodule(owner)
         module._parameters.pop(name, None)
-        left = (
-            torch.zeros((), dtype=parameter.dtype).expand(parameter.shape) if path not in float_readers else parameter
-        )
+        needed = path in float_readers or id(parameter) in in_layers
+        left = parameter if needed else torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
         setattr(module, name, left)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qat.functional import SCALE_FLOOR, TINY, levels, ratio, values
-from qat.scales import snap
+from qat.scales import binade, snap
 from qat.spec import QuantSpec
 
 Range = tuple[Tensor, Tensor]
@@ -23,6 +23,26 @@ ROWS = 256
 def minmax(x: Tensor, spec: QuantSpec) -> Range:
     """The smallest interval that holds everything: nothing is clipped."""
     return x.amin(1).clamp_max(0), x.amax(1).clamp_min(0)
+
+
+def centred(x: Tensor, spec: QuantSpec) -> Range:
+    """`minmax`, of which `scale_and_zero_point` makes the step that compressed-tensors gives a symmetric grid: the
+    largest magnitude over half the number of steps, 127.5 for int8 with all of its codes.
+    """
+    return minmax(x, spec)
+
+
+def even(x: Tensor, spec: QuantSpec) -> Range:
+    """`minmax` for blocks that share a power of two, grown so that this is the next one where the largest magnitude
+    would saturate: from 1.75 of its binade on (ROUND-EVEN of the Microscaling emulations in vLLM, torchao and
+    compressed-tensors; the specification rounds down). For other scales it is `minmax`.
+    """
+    low, high = minmax(x, spec)
+    if spec.scale != "e8m0":
+        return low, high
+    largest = torch.maximum(-low, high)
+    grown = (largest + binade(largest) / 4).clamp_max(torch.finfo(largest.dtype).max)
+    return -grown, torch.where(largest > 0, grown, 0)
 
 
 def percentile(x: Tensor, spec: QuantSpec, share: float = 0.9999) -> Range:
@@ -139,6 +159,8 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
     low, high = low.float(), high.float()
     if spec.scale == "e8m0":
         scale = torch.maximum(-low, high) / 2.0**spec.max_exponent
+    elif spec.symmetric and spec.quant_min < 0 and spec.range == "centred":
+        scale = torch.maximum(-low, high) / ((spec.quant_max - spec.quant_min) / 2)
     elif spec.symmetric:
         scale = high / max(spec.quant_max, 1)
         if spec.quant_min < 0:

@@ -65,7 +65,7 @@ def main(argv: list[str]) -> int:
     if not files:
         raise UserError("write qat bench FILE...")
     for file in files.values():
-        if not file.is_file():
+        if not file.exists():
             raise UserError(f"{file}: no such file")
         of_file(file, {})
     run_dir = Path(settings["run"] or next(iter(files.values())).parent).absolute()

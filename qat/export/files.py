@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,21 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def replace(made: Path, path: Path) -> None:
+    """Puts a new file or folder in the place of an old one; a folder that cannot be put there leaves the old one."""
+    if not path.is_dir():
+        os.replace(made, path)
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as aside:
+        old = Path(aside) / path.name
+        os.replace(path, old)  # a folder can only be renamed to a name that is free
+        try:
+            os.replace(made, path)
+        except OSError:
+            os.replace(old, path)
+            raise
 
 
 def sha256(path: str | Path) -> str:

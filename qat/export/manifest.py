@@ -30,13 +30,22 @@ def write_manifest(path: Path, target: str, files: Sequence[Path], names: Mappin
     Args:
         path: Where to.
         target: The class that made them.
-        files: The files as they are.
+        files: The files, and folders of files, as they are.
         names: What each is going to be called.
     """
-    hashes = {names[file.name]: sha256(file) for file in files}
+    hashes = {name: sha256(file) for made in files for file, name in _inside(made, names[made.name])}
     manifest: dict[str, Any] = {"format": FORMAT, "qat": __version__, "target": target, "sha256": hashes}
     path.write_text(json.dumps(manifest | {"manifest_sha256": digest(manifest)}, indent=1))
     return path
+
+
+def _inside(made: Path, called: str) -> list[tuple[Path, str]]:
+    """The files in a folder with their names below it; a file itself."""
+    if not made.is_dir():
+        return [(made, called)]
+    return [
+        (file, f"{called}/{file.relative_to(made).as_posix()}") for file in sorted(made.rglob("*")) if file.is_file()
+    ]
 
 
 def read_json(path: Path, version: int) -> dict[str, Any]:
@@ -76,16 +85,17 @@ def check_manifest(path: Path, target: str) -> dict[str, Any]:
     Raises:
         UserError: if one of them is missing, damaged, swapped, or of another version or target.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such file")
     beside = path.with_name(f"{path.name}.json")
     manifest = read_json(beside, FORMAT)
     if manifest["target"] != target:
         raise UserError(f"{beside}: is of a file that {manifest['target']} made, not {target}")
-    if path.name not in manifest["sha256"]:
-        raise UserError(f"{beside}: describes {', '.join(manifest['sha256'])}, not {path.name}")
+    present = [name for _, name in _inside(path, path.name)]
+    if unknown := next((name for name in present if name not in manifest["sha256"]), None):
+        raise UserError(f"{beside}: describes {', '.join(manifest['sha256'])}, not {unknown}")
     for name, expected in manifest["sha256"].items():
-        file = path.with_name(name)
+        file = path.parent / name
         if not file.is_file():
             raise UserError(f"{file}: no such file; {beside.name} says that it belongs to {path.name}")
         if sha256(file) != expected:
@@ -94,10 +104,12 @@ def check_manifest(path: Path, target: str) -> dict[str, Any]:
 
 
 def companions(path: Path) -> list[Path]:
-    """An exported file, the files that belong to it, and their manifest (none of them need exist)."""
+    """An exported file, the files that belong to it, and their manifest (none of them need exist); of a folder, the
+    files in it."""
     beside = path.with_name(f"{path.name}.json")
     names = json.loads(beside.read_text())["sha256"] if beside.is_file() else []
-    return [*dict.fromkeys([path, *(path.with_name(name) for name in names)]), beside]
+    files = dict.fromkeys([path, *(path.parent / name for name in names)])
+    return [*(file for file in files if not file.is_dir()), beside]
 
 
 def files_bytes(path: Path) -> int:

@@ -19,8 +19,9 @@ import copy
 import io
 import logging
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir.passes.common as common
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from qat.errors import UserError
-from qat.export import onnx_passes
+from qat.export import onnx_nbits, onnx_passes
 from qat.export.files import atomic
 from qat.export.onnx_channels import pad_images
 from qat.export.onnx_slim import slim
@@ -162,14 +163,23 @@ def _quiet():
             logger.setLevel(level)
 
 
+@dataclass(frozen=True)
 class OnnxTarget(Target):
-    """An ONNX file for ONNX Runtime."""
+    """An ONNX file for ONNX Runtime.
 
+    Attributes:
+        weight_only: What becomes of layers with a quantized weight and a float input: `qdq`, DequantizeLinear and a
+            Gemm, which every runtime has; `matmulnbits`, the operation that ONNX Runtime has for them.
+    """
+
+    weight_only: Literal["qdq", "matmulnbits"] = "qdq"
     file = "model.onnx"
     optimizes = True
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         export_onnx(model, example, folder / self.file, pad=True)
+        if self.weight_only == "matmulnbits":
+            onnx_nbits.rewrite(folder / self.file)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> OnnxRunner:
         return OnnxRunner(path, optimize=optimize, threads=threads)

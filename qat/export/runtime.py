@@ -12,6 +12,7 @@ import onnxruntime as ort
 
 from qat.errors import UserError
 from qat.export.onnx_layers import expose, layer_values, shared_weights
+from qat.export.onnx_nbits import packed_codes
 from qat.export.onnx_passes import PASS_THROUGH, is_weight
 from qat.export.target import INPUT, Runner
 
@@ -98,8 +99,7 @@ class OnnxRunner:
 
 
 def weight_codes(path: str | Path) -> dict[str, np.ndarray]:
-    """The integer weights in an ONNX file, by layer, as int8 or uint8; up to 4 bits they are stored as INT4 and
-    widened here."""
+    """The integer weights in an ONNX file, by layer, as int8 or uint8; those that are packed are widened here."""
     model = onnx.load(str(path))
     integer = (onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
     found = {}
@@ -107,6 +107,7 @@ def weight_codes(path: str | Path) -> dict[str, np.ndarray]:
         if is_weight(tensor.name) and tensor.data_type in integer:
             array = onnx.numpy_helper.to_array(tensor)
             found[tensor.name] = array if array.dtype == np.uint8 else array.astype(np.int8)
+    found |= packed_codes(model)
     for name, same in shared_weights(model).items():
         found[name] = found[same]
     return {name.rpartition(".")[0]: array for name, array in found.items()}

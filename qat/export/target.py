@@ -2,15 +2,20 @@
 
 A target is one file in this package and one YAML in `configs/export`; nothing else lists them. It says
 
-    unfit        why a plan has no form in this format, before anything is trained or written
+    unfit        why a plan has no form in this format, before anything is trained or written; unfit_model, why a
+                 model has none under that plan
     write        the files, below a temporary folder
     open         a runner: the file as a function of arrays, by the runtime that users load it with
     codes        the integer weights in the file, which verification compares bit for bit
+
+Most are written from a converted model; one whose format has more than integers is written from the fake-quantized one
+(`integer = False`). `prepared` makes either. The main file may be a folder.
 
 `export` and `load` around them are the same for all: files appear together or not at all, beside them a manifest with
 their hashes (`qat.export.manifest`), without which no runner is opened.
 """
 
+import copy
 import importlib.util
 import os
 import tempfile
@@ -21,7 +26,9 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import Tensor, nn
 
+from qat.convert import convert, inconvertible
 from qat.errors import UserError
+from qat.export.files import replace
 from qat.export.manifest import check_manifest, made_by, write_manifest
 from qat.insert import Plan
 
@@ -62,6 +69,7 @@ class Target:
         file: Name of the main file.
         extra: The optional dependency that brings `package`; `None` if qat itself depends on it.
         optimizes: Whether its runtime can be told to optimize or not, so that both are verified.
+        integer: Whether it is written from a converted model, and so holds only what `convert` has integers for.
     """
 
     min_agreement: float = 0.98
@@ -71,6 +79,7 @@ class Target:
     package: ClassVar[str | None] = None
     extra: ClassVar[str | None] = None
     optimizes: ClassVar[bool] = False
+    integer: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_agreement <= 1:
@@ -89,6 +98,30 @@ class Target:
     def unfit(self, plan: Plan) -> str | None:
         """Why a model of this plan has no form in this format; `None` if it has one."""
         return None
+
+    def unfit_model(self, model: nn.Module, plan: Plan) -> str | None:
+        """Why this model, with or without the plan's quantizers, has no form in this format; `None` if it has one."""
+        return None
+
+    def why_not(self, model: nn.Module, plan: Plan) -> str | None:
+        """Everything that speaks against an export, before anything is trained: the first of it, or `None`."""
+        reason = inconvertible(plan) if self.integer else None
+        if reason:
+            return f"there is no integer form of this quant: {reason}; use export=none"
+        reason = self.unfit(plan) or self.unfit_model(model, plan)
+        return reason and f"{self.file} cannot hold this quant: {reason}"
+
+    def prepared(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """A copy on the CPU, in evaluation mode, of what `export` and verification start from.
+
+        Args:
+            model: A calibrated model with quantizers.
+            plan: The plan they were made from.
+
+        Raises:
+            UserError: see `convert`.
+        """
+        return convert(model, plan) if self.integer else copy.deepcopy(model).cpu().eval()
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         """Writes `file`, and what belongs to it, into `folder`."""
@@ -115,7 +148,7 @@ class Target:
         """Writes a converted model to `path`, with its companions and the manifest; all of them or none.
 
         Args:
-            model: A converted model on the CPU.
+            model: What `prepared` returned.
             plan: The plan it was made from.
             example: An input of at least two samples.
             path: The main file; companions stand beside it.
@@ -123,19 +156,23 @@ class Target:
         Raises:
             UserError: if the format cannot hold the model, with what to change.
         """
-        if reason := self.unfit(plan):
+        if reason := self.unfit(plan) or self.unfit_model(model, plan):
             raise UserError(f"{path.name}: {reason}")
-        if path.suffix != Path(self.file).suffix:
-            raise UserError(f"{path}: this target writes files called *{Path(self.file).suffix}")
+        main = Path(self.file)
+        if main.suffix and path.suffix != main.suffix:
+            raise UserError(f"{path}: this target writes files called *{main.suffix}")
+        if path.exists() and path.is_dir() == bool(main.suffix):
+            raise UserError(f"{path}: is {'a' if main.suffix else 'no'} folder already; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as temporary:
             folder = Path(temporary)
             self.write(model, plan, example, folder)
+            stem = main.stem, path.stem if main.suffix else path.name
             made = sorted(folder.iterdir())
-            names = {each.name: each.name.replace(Path(self.file).stem, path.stem, 1) for each in made}
+            names = {each.name: each.name.replace(*stem, 1) for each in made}
             manifest = write_manifest(folder / f"{path.name}.json", type(self).__name__, made, names)
             for each in made:
-                os.replace(each, path.parent / names[each.name])
+                replace(each, path.parent / names[each.name])
             os.replace(manifest, path.parent / manifest.name)
 
     def load(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> Runner:

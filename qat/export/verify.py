@@ -18,8 +18,9 @@ from torch import nn
 from qat.errors import UserError
 from qat.export.runtime import OnnxRunner, float_convolutions
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
-from qat.layers import Part, Site, original_class
+from qat.layers import Part, QuantizedLayer, Site, original_class
 from qat.plan import kind_of
+from qat.quantizers import Quantizer
 
 
 @dataclass
@@ -142,13 +143,22 @@ def _is_codes(grid: Any) -> bool:
     return isinstance(grid[-1] if isinstance(grid, nn.Sequential) else grid, IntegerActivation)
 
 
-def check_codes(verdict: Verdict, converted: nn.Module, stored: Mapping[str, np.ndarray]) -> None:
-    """Every weight's codes in the file against those of the converted model, bit for bit."""
-    expected = {
-        name.rpartition(".")[0]: module.integer_weight.codes.numpy()
-        for name, module in ((f"{n}.", m) for n, m in converted.named_modules())
-        if isinstance(module, IntegerLayer)
-    }
+def weight_codes(prepared: nn.Module) -> dict[str, np.ndarray]:
+    """The codes of every quantized weight of a model, converted or fake-quantized, by layer."""
+    found: dict[str, np.ndarray] = {}
+    for name, module in prepared.named_modules():
+        if isinstance(module, IntegerLayer):
+            found[name] = module.integer_weight.codes.numpy()
+        elif isinstance(module, QuantizedLayer | Site):
+            quantizer = module._modules.get("weight_quantizer")
+            if isinstance(quantizer, Quantizer) and quantizer.on:
+                found[name] = quantizer.quantize(module.weight).numpy()
+    return found
+
+
+def check_codes(verdict: Verdict, prepared: nn.Module, stored: Mapping[str, np.ndarray]) -> None:
+    """Every weight's codes in the file against those of the model that was exported, bit for bit."""
+    expected = weight_codes(prepared)
     wrong = [name for name, codes in expected.items() if not _same(stored.get(name), codes)]
     verdict.facts["codes_identical"] = not wrong
     detail = f"of all {len(expected)} layers identical"

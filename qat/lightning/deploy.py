@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from qat.cli.instantiate import instantiate
-from qat.convert import convert
 from qat.errors import UserError
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
@@ -122,7 +121,9 @@ def export(path: Path, target: Target, out: Path | None = None) -> Path:
         if trained.example is None:
             raise UserError(f"checkpoint {trained.checkpoint}: does not say what the model's input looks like")
         out = out or trained.folder / target.file
-        target.export(convert(trained.module, trained.plan), trained.plan, trained.example, out)
+        if reason := target.why_not(trained.module, trained.plan):
+            raise UserError(f"{trained.checkpoint}: {reason}")
+        target.export(target.prepared(trained.module, trained.plan), trained.plan, trained.example, out)
     return out
 
 
@@ -150,19 +151,24 @@ def verify(path: Path, target: Target | None = None, file: Path | None = None) -
         trained = restore(path)
         this = Run(trained.cfg, folder)
         this.module = trained.module
-        converted = convert(trained.module, trained.plan)
         if trained.checkpoint.name != TRAINED:
             this.progress["stages"]["qat"]["metric"] = this.measure()
         if target is not None and file is not None:
-            return _show(this, file, this.verify(target, converted, trained.float_model, file))
+            return _show(this, file, _verdict(this, target, trained, file))
         passed = True
         if this.target is not None:
-            verdict = this.verify(this.target, converted, trained.float_model)
+            verdict = _verdict(this, this.target, trained)
             report = json.loads((folder / "report.json").read_text())
             this.console.print(report_table(report | {"verify": verdict.to_dict()}))
             passed = verdict.passed
         packed = PackedTarget()
-        return _show(this, folder / packed.file, this.verify(packed, converted, trained.float_model)) and passed
+        if packed.why_not(trained.module, trained.plan):
+            return passed
+        return _show(this, folder / packed.file, _verdict(this, packed, trained)) and passed
+
+
+def _verdict(this: Run, target: Target, trained: Trained, file: Path | None = None) -> Verdict:
+    return this.verify(target, target.prepared(trained.module, trained.plan), trained.float_model, file)
 
 
 def _show(this: Run, file: Path, verdict: Verdict) -> bool:

@@ -57,7 +57,7 @@ def _answering(module: pl.LightningModule, runners: dict[Runner, Comparison], ba
 def verify_file(
     path: Path,
     target: Target,
-    converted: nn.Module,
+    prepared: nn.Module,
     float_model: nn.Module,
     trainer: pl.Trainer,
     module: pl.LightningModule,
@@ -71,7 +71,7 @@ def verify_file(
     Args:
         path: The file.
         target: Its format, and thresholds.
-        converted: The converted model that was exported.
+        prepared: What was exported: see `Target.prepared`.
         float_model: A float model of the architecture, for formats that hold no graph.
         trainer: Runs the test loop.
         module: The fake-quantized module.
@@ -87,13 +87,13 @@ def verify_file(
     if target.optimizes:
         runners[target.load(path, float_model, optimize=False)] = Comparison()
     verdict, batches = Verdict(), []
-    check_codes(verdict, converted, target.codes(path))
-    target.check_kernels(verdict, converted, optimized)
+    check_codes(verdict, prepared, target.codes(path))
+    target.check_kernels(verdict, prepared, optimized)
     with _answering(module, runners, batches):
         exported = test_metric(trainer, module, data, metric)
     for comparison, note in zip(runners.values(), ("", " without optimizations"), strict=False):
         check_outputs(verdict, comparison, target.min_agreement, target.max_mean_steps, note)
     check_metric(verdict, metric, trained, exported, target.max_metric_change)
     if any(not check.passed for check in verdict.checks if check.name != "integer kernels"):
-        verdict.add("layers", False, first_divergence(converted, optimized, batches[0]))
+        verdict.add("layers", False, first_divergence(prepared, optimized, batches[0]))
     return verdict

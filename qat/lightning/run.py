@@ -132,17 +132,16 @@ class Run(Workspace):
         with self.stage("exported", "Exported") as values:
             plan = self.module.quantization_plan
             assert isinstance(plan, Plan)
-            if self.target is None and inconvertible(plan):
-                return None
-            converted = convert(self.module, plan)
-            save_packed(converted, plan, self.folder)
-            self.progress["packed_bytes"] = (self.folder / WEIGHTS).stat().st_size
+            if not inconvertible(plan):
+                save_packed(convert(self.module, plan), plan, self.folder)
+                self.progress["packed_bytes"] = (self.folder / WEIGHTS).stat().st_size
             if self.target is None:
                 return None
+            prepared = self.target.prepared(self.module, plan)
             example, path = self._example(), self.folder / self.target.file
-            self.target.export(converted, plan, example, path)
+            self.target.export(prepared, plan, example, path)
             values["bytes"] = files_bytes(path)
-            verdict = self.verify(self.target, converted, self._float())
+            verdict = self.verify(self.target, prepared, self._float())
             values |= {"metric": verdict.facts["metric"], "agreement": verdict.facts["agreement"]}
             runners = {
                 "float": OnnxRunner(self.folder / "float.onnx", threads=1),
@@ -157,11 +156,11 @@ class Run(Workspace):
         """The metric of the module as it is, over the test set."""
         return test_metric(self.measuring(**settings), self.module, self.data, self.cfg.metric)
 
-    def verify(self, target: Target, converted: nn.Module, float_model: nn.Module, file: Path | None = None) -> Verdict:
+    def verify(self, target: Target, prepared: nn.Module, float_model: nn.Module, file: Path | None = None) -> Verdict:
         """Verifies a file (by default the target's, in the run's folder) against the module as it is."""
         trained = self.progress["stages"]["qat"]["metric"]
         return verify_file(
-            file or self.folder / target.file, target, converted, float_model, self.measuring(), self.module, self.data,
+            file or self.folder / target.file, target, prepared, float_model, self.measuring(), self.module, self.data,
             self.cfg.metric, trained,
         )  # fmt: skip
 

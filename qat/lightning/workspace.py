@@ -24,7 +24,6 @@ from rich.console import Console
 
 from qat.audit import AuditRow, audit, check_coverage
 from qat.cli.instantiate import instantiate
-from qat.convert import inconvertible
 from qat.errors import UserError
 from qat.export.files import atomic
 from qat.export.target import Target
@@ -105,10 +104,8 @@ class Workspace:
         test_metric(self.measuring(limit_test_batches=1, enable_progress_bar=False), shell, self.data, self.cfg.metric)
         if not self.policy.is_off:
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
-            if self.target is not None and (reason := inconvertible(plan)):
-                raise UserError(f"export: there is no integer form of this quant: {reason}; use export=none")
-            if self.target is not None and (reason := self.target.unfit(plan)):
-                raise UserError(f"export: {self.target.file} cannot hold this quant: {reason}")
+            if self.target is not None and (reason := self.target.why_not(shell, plan)):
+                raise UserError(f"export: {reason}")
             apply_plan(shell, plan)
             self.audit: Callable[[Plan], list[AuditRow]] = lambda plan: audit(shell, plan, recording)
             self.audit_rows = self.audit(plan)
