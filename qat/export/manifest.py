@@ -84,6 +84,15 @@ def check_manifest(path: Path, target: str) -> dict[str, Any]:
     return manifest
 
 
+def made_by(path: Path) -> str | None:
+    """Name of the class that made a file, as the manifest beside it says, which may be damaged; `None` if nothing does."""
+    try:
+        target = json.loads(path.with_name(f"{path.name}.json").read_text())["target"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return target if isinstance(target, str) else None
+
+
 def companions(path: Path) -> list[Path]:
     """An exported file, the files that belong to it, and their manifest (none of them need exist)."""
     beside = path.with_name(f"{path.name}.json")

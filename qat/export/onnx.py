@@ -20,7 +20,7 @@ import io
 import logging
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from qat.errors import UserError
 from qat.export import onnx_passes
 from qat.export.files import atomic
+from qat.export.onnx_placement import OPSET, ORT, Placement
 from qat.export.onnx_slim import slim
 from qat.export.runtime import OnnxRunner, weight_codes
 from qat.export.target import INPUT, OUTPUT, Target
@@ -39,30 +40,45 @@ from qat.export.verify import check_kernels
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting
 
-OPSET = 21
-
-
 class OnnxEmitter:
     """Writes Q/DQ nodes while a converted model is traced; `prepare` it first, outside the trace."""
 
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+
     def prepare(self, model: nn.Module) -> None:
-        """Gives every activation grid its zero point and limits as uint8 codes."""
+        """Gives every activation grid its zero point and limits as codes, and float biases their values."""
         for grid in model.modules():
             if isinstance(grid, IntegerActivation):
-                offset = 128 if grid.spec.signed else 0
+                kind = self._code_type(grid)
+                offset = 2 ** (torch.iinfo(kind).bits - 1) if grid.spec.signed and not self.placement.signed_codes else 0
                 codes = grid.zero_point.view(()), torch.tensor(grid.quant_min), torch.tensor(grid.quant_max)
                 for name, code in zip(("zero", "low", "high"), codes, strict=True):
-                    grid.register_buffer(f"onnx_{name}", (code + offset).to(torch.uint8))
+                    grid.register_buffer(f"onnx_{name}", (code + offset).to(kind))
+            elif isinstance(grid, IntegerTensor) and grid.codes.dtype == torch.int32 and self.placement.float_biases:
+                grid.register_buffer("onnx_value", grid())
+
+    def _code_type(self, grid: IntegerActivation) -> torch.dtype:
+        wide = grid.spec.width > 8
+        if self.placement.signed_codes:
+            return torch.int16 if wide else torch.int8
+        return torch.uint16 if wide else torch.uint8
 
     def quantize_dequantize(self, x: Tensor, grid: IntegerActivation) -> Tensor:
         zero, low, high = grid.get_buffer("onnx_zero"), grid.get_buffer("onnx_low"), grid.get_buffer("onnx_high")
-        scale = grid.scale.view(())
-        codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=torch.uint8, shape=x.shape)
-        if (grid.quant_max - grid.quant_min) < 255:
-            codes = torch.onnx.ops.symbolic("Clip", (codes, low, high), dtype=torch.uint8, shape=x.shape)
+        scale, kind = grid.scale.view(()), zero.dtype
+        limited = grid.quant_max - grid.quant_min < 2 ** torch.iinfo(kind).bits - 1
+        if limited and not self.placement.clips_codes:
+            zero_code = int(grid.zero_point)
+            x = x.clamp((grid.quant_min - zero_code) * float(scale), (grid.quant_max - zero_code) * float(scale))
+        codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=kind, shape=x.shape)
+        if limited and self.placement.clips_codes:
+            codes = torch.onnx.ops.symbolic("Clip", (codes, low, high), dtype=kind, shape=x.shape)
         return torch.onnx.ops.symbolic("DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=x.shape)
 
     def dequantize(self, tensor: IntegerTensor) -> Tensor:
+        if hasattr(tensor, "onnx_value"):
+            return tensor.get_buffer("onnx_value")
         attributes: dict[str, Any] = {} if tensor.axis is None else {"axis": tensor.axis}
         scale, zero_point = tensor.scale, tensor.zero_point
         if tensor.group_size is not None:
@@ -89,7 +105,7 @@ class _FlatLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
+def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: Placement = ORT) -> None:
     """Writes `model`, a converted or a float one, with a dynamic batch dimension, one input and one output.
 
     Args:
@@ -97,6 +113,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
             mode.
         example: An input of at least two samples (a batch of one would be taken for a constant).
         path: The file; written whole or not at all.
+        placement: Of the engine that is going to read it.
 
     Raises:
         UserError: if the model takes or returns something else, or cannot be traced, with torch's reason.
@@ -109,7 +126,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
             "the example input must hold at least two samples: a batch of one would be taken for a constant"
         )
     model = copy.deepcopy(model).cpu().eval()
-    emitter = OnnxEmitter()
+    emitter = OnnxEmitter(placement)
     emitter.prepare(model)
     with torch.no_grad():
         output = model(example)
@@ -132,7 +149,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path) -> None:
         for layer, module in model.named_modules()
         if isinstance(module, IntegerLayer)
     }
-    content = slim(onnx_passes.finish(program.model, weights)).SerializeToString()
+    content = slim(onnx_passes.finish(program.model, weights, placement)).SerializeToString()
     with atomic(path) as temporary:
         temporary.write_bytes(content)
 
@@ -154,13 +171,20 @@ def _quiet():
 
 
 class OnnxTarget(Target):
-    """An ONNX file for ONNX Runtime."""
+    """An ONNX file for ONNX Runtime.
 
+    Class attributes:
+        placement: Where Q/DQ nodes stand.
+    """
+
+    engine = "ort"
     file = "model.onnx"
     optimizes = True
+    max_bits = 16
+    placement: ClassVar[Placement] = ORT
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
-        export_onnx(model, example, folder / self.file)
+        export_onnx(model, example, folder / self.file, self.placement)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> OnnxRunner:
         return OnnxRunner(path, optimize=optimize, threads=threads)

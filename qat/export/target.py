@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import Tensor, nn
 
+from qat.convert import storage_bits
+from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.manifest import check_manifest, write_manifest
 from qat.insert import Plan
@@ -59,6 +61,9 @@ class Target:
         min_agreement: Smallest share of test samples with the same prediction as the fake-quantized model.
         max_metric_change: Largest difference between the metric computed from the file and the trained one.
         max_mean_steps: Largest mean deviation of the outputs, in steps of an 8-bit grid over their range.
+        engine: Name of the engine whose arithmetic the file is for (`qat.engines`); `None` if it computes whatever is
+            asked.
+        max_bits: The widest codes that the format has.
         file: Name of the main file.
         extra: The optional dependency that brings `package`; `None` if qat itself depends on it.
         optimizes: Whether its runtime can be told to optimize or not, so that both are verified.
@@ -67,6 +72,8 @@ class Target:
     min_agreement: float = 0.98
     max_metric_change: float = 0.01
     max_mean_steps: float = 1.0
+    engine: ClassVar[str | None] = None
+    max_bits: ClassVar[int] = 8
     file: ClassVar[str]
     package: ClassVar[str | None] = None
     extra: ClassVar[str | None] = None
@@ -87,8 +94,14 @@ class Target:
         return path.suffix == Path(cls.file).suffix
 
     def unfit(self, plan: Plan) -> str | None:
-        """Why a model of this plan has no form in this format; `None` if it has one."""
-        return None
+        """Why a model of this plan has no form in this format, or would not be computed as it was trained; `None` if it
+        has one.
+        """
+        for name, spec in (*plan.weights.items(), *plan.activations.items()):
+            if storage_bits(spec) > self.max_bits:
+                return f"'{name}' is {spec.short}: {self.file} holds at most {self.max_bits} bits"
+        trained = engine_of(plan.target)
+        return engine_of(self.engine).mismatch(trained, plan.weights, plan.activations, plan.residuals)
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         """Writes `file`, and what belongs to it, into `folder`."""
