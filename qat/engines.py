@@ -10,9 +10,9 @@ Sources, where an engine's maker documents them; the rest is measured:
                  `qat.export.onnx`
     ort_no_vnni  the same page, "reduce_range": without VNNI (or AMX), AVX2 and AVX512 kernels add two products of u8
                  and s8 in int16, which saturates: 2 * 255 * 127 > 32767, and 2 * 255 * 63 is not
-    openvino     docs.openvino.ai, "Low Precision Transformations". Where both operands of an addition come straight
-                 from convolutions, the CPU plugin computes the first in the accumulator of the sum and forgets its
-                 grid (2026.4, tests/test_rules_openvino.py)
+    openvino     docs.openvino.ai, "Low Precision Transformations". The CPU plugin adds what comes straight from a
+                 convolution in its accumulator and forgets a grid in between (2026.4, measured:
+                 tests/test_rules_openvino.py)
     tensorrt     docs.nvidia.com, "Working with Quantized Types" (TensorRT 10 and 11): symmetric int8 alone, zero points
                  are zero, scales of activations per tensor, float biases; "quantize the residual input in skip
                  connections", not what the convolution before the addition returns, which fuses with it
@@ -32,7 +32,7 @@ from qat.spec import QuantSpec
 Biases = Literal["eval", "train", "never"]
 """When biases are whole accumulator steps."""
 ROUND_BIAS: tuple[Biases, ...] = ("eval", "train", "never")
-Adds = Literal["both", "one of two convolutions", "not products"]
+Adds = Literal["both", "not convolutions", "not products"]
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ class Engine:
         channel_types: Layers whose weights may have a scale per channel, by the beginning of their class's name;
             `None` for all.
         round_bias: When biases are rounded to int32 at s_x * s_w; engines with float biases never need it.
-        adds: Which operands of an addition have a grid: both; all but the first of two that come straight from
-            convolutions; or those that come straight from no product, which is added in its accumulator (of two
-            products, the second has a grid).
+        adds: Which operands of an addition have a grid: both, or those that come straight from no convolution, or from
+            no product, since that is added in its accumulator (of two such operands the second has a grid).
     """
 
     name: str
@@ -116,9 +115,8 @@ class Engine:
         """
         if self.adds == "both" or len(products) != 2:
             return None
-        if self.adds == "one of two convolutions":
-            return 0 if list(products) == ["conv", "conv"] else None
-        return next((index for index, product in enumerate(products) if product), None)
+        kinds = ("conv",) if self.adds == "not convolutions" else ("conv", "linear")
+        return next((index for index, product in enumerate(products) if product in kinds), None)
 
     def mismatch(
         self,
@@ -162,7 +160,7 @@ ENGINES = {
     for engine in (
         Engine("ort"),
         Engine("ort_no_vnni", weight_bits=7),
-        Engine("openvino", act_bits=tuple(range(1, 9)), weight_bits=8, adds="one of two convolutions"),
+        Engine("openvino", act_bits=tuple(range(1, 9)), weight_bits=8, adds="not convolutions"),
         Engine(
             "tensorrt",
             act_bits=(8,),

@@ -36,7 +36,9 @@ class NetworkPolicies(QuantPolicy):
         self.required_coverage = {path: policy.required_coverage[""] for path, policy in networks.items()}
         for key in ("concat", "target", "round_bias"):
             if len(ways := {getattr(policy, key) for policy in networks.values()}) > 1:
-                raise UserError(f"{key}: the networks of one model share a setting, theirs differ; set the same in each")
+                raise UserError(
+                    f"{key}: the networks of one model share a setting, theirs differ; set the same in each"
+                )
             setattr(self, key, next(iter(ways), getattr(self, key)))
 
     @classmethod

@@ -40,6 +40,7 @@ from qat.export.verify import check_kernels
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting
 
+
 class OnnxEmitter:
     """Writes Q/DQ nodes while a converted model is traced; `prepare` it first, outside the trace."""
 
@@ -51,7 +52,9 @@ class OnnxEmitter:
         for grid in model.modules():
             if isinstance(grid, IntegerActivation):
                 kind = self._code_type(grid)
-                offset = 2 ** (torch.iinfo(kind).bits - 1) if grid.spec.signed and not self.placement.signed_codes else 0
+                offset = (
+                    2 ** (torch.iinfo(kind).bits - 1) if grid.spec.signed and not self.placement.signed_codes else 0
+                )
                 codes = grid.zero_point.view(()), torch.tensor(grid.quant_min), torch.tensor(grid.quant_max)
                 for name, code in zip(("zero", "low", "high"), codes, strict=True):
                     grid.register_buffer(f"onnx_{name}", (code + offset).to(kind))

@@ -1,13 +1,13 @@
 """Where Q/DQ nodes stand in an ONNX file and what types they have, by the engine that reads it.
 
-    ort, openvino   as ONNX Runtime's CPU kernels want it (`qat.export.onnx`); OpenVINO reads the same
-    tensorrt        TensorRT, "Working with Quantized Types": Q/DQ at the inputs of quantizable operations, int8 with
-                    zero points of zero (other types and zero points are refused by its parser), ReLU in front of
-                    Q, where it fuses with the convolution, float biases (its parser knows no DequantizeLinear of int32)
-    qnn             ONNX Runtime's QNN execution provider runs *QDQ node units*: every operation, reshapes and pools
-                    among them, stands between DequantizeLinear and QuantizeLinear; uint8 or uint16 activations, int8
-                    weights, int32 biases. A ReLU that an unsigned grid makes superfluous is left out, as
-                    get_qnn_qdq_config's quantizer does
+ort, openvino   as ONNX Runtime's CPU kernels want it (`qat.export.onnx`); OpenVINO reads the same
+tensorrt        TensorRT, "Working with Quantized Types": Q/DQ at the inputs of quantizable operations, int8 with
+                zero points of zero (other types and zero points are refused by its parser), ReLU in front of
+                Q, where it fuses with the convolution, float biases (its parser knows no DequantizeLinear of int32)
+qnn             ONNX Runtime's QNN execution provider runs *QDQ node units*: every operation, reshapes and pools
+                among them, stands between DequantizeLinear and QuantizeLinear; uint8 or uint16 activations, int8
+                weights, int32 biases. A ReLU that an unsigned grid makes superfluous is left out, as
+                get_qnn_qdq_config's quantizer does
 """
 
 from dataclasses import dataclass

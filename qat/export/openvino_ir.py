@@ -146,6 +146,7 @@ def _unpack(packed: np.ndarray) -> np.ndarray:
 class OpenVinoTarget(Target):
     """IR for OpenVINO's runtime."""
 
+    engine = "openvino"
     file = "model.xml"
     package = extra = "openvino"
     optimizes = True
@@ -178,8 +179,13 @@ class OpenVinoTarget(Target):
         return found
 
     def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: OpenVinoRunner) -> None:
-        precisions = [precision for _, precision in runner.precisions()]
-        found = sum(precision in ("i8", "u8") for precision in precisions)
-        expected = expected_integer_nodes(converted)
-        verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
-        verdict.add("integer kernels", found >= expected, f"{found} of {expected} convolutions and matrix products")
+        check_precisions(verdict, converted, runner)
+
+
+def check_precisions(verdict: Verdict, converted: nn.Module, runner: OpenVinoRunner) -> None:
+    """OpenVINO's integer kernels against the layers that should have one; those in float are named."""
+    found = sum(precision in ("i8", "u8") for _, precision in runner.precisions())
+    expected, floats = expected_integer_nodes(converted), runner.float_layers()
+    verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
+    note = f"; in float: {', '.join(floats)}" if floats else ""
+    verdict.add("integer kernels", found >= expected, f"{found} of {expected} convolutions and matrix products{note}")

@@ -167,11 +167,10 @@ def check_kernels(verdict: Verdict, converted: nn.Module, runner: OnnxRunner) ->
     floats = float_convolutions(runner.path)
     expected, found = expected_integer_nodes(converted) - floats, runner.integer_nodes()
     verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
-    note = (
-        f"; {floats} more in float: their output is not quantized, or their input is padded by a separate operation"
-        if floats
-        else ""
-    )
+    names = runner.float_layers()
+    note = f"; in float: {', '.join(names)}" if names else ""
+    if floats:
+        note += f"; {floats} more could not be: their output is not quantized, or a separate operation pads their input"
     verdict.add("integer kernels", found >= expected, f"{found} of {expected} convolutions and matrix products{note}")
 
 
