@@ -20,8 +20,8 @@ winning, like a style sheet:
 (residual additions, matrix products, pooling) whose kind is one of `kinds` (`all` for every kind). Rules reach the
 other kinds only where they name them: by `type: mul`, or by a pattern that ends in such a name (`*.mul_*`).
 `concat: shared` gives all that a concatenation joins one grid. `target` names the engine whose rules hold
-(`qat.engines`), and `round_bias` says when biases are whole accumulator steps, if not as that engine wants. `require_coverage` is the least share of
-multiply-accumulates on integers; less is an error.
+(`qat.engines`), and `round_bias` says when biases are whole accumulator steps, if not as that engine wants.
+`require_coverage` is the least share of multiply-accumulates on integers; less is an error.
 
 `match` is a glob over module paths (`*` crosses dots), or `@first` / `@last`, the first and last layer with weights in
 execution order; `type` narrows it to a class name (`Conv2d`) or a kind of site (`add`). `weight: off` / `act: off`

@@ -85,7 +85,7 @@ def check_manifest(path: Path, target: str) -> dict[str, Any]:
 
 
 def made_by(path: Path) -> str | None:
-    """Name of the class that made a file, as the manifest beside it says, which may be damaged; `None` if nothing does."""
+    """Name of the class that made a file, as the manifest beside it says; `None` if there is none, or a damaged one."""
     try:
         target = json.loads(path.with_name(f"{path.name}.json").read_text())["target"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):

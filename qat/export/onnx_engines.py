@@ -1,7 +1,7 @@
 """ONNX files for engines other than ONNX Runtime's CPU kernels: see `qat.export.onnx_placement` for what each wants.
 
-OpenVINO reads its file itself. TensorRT and QNN need hardware; their files are verified by ONNX Runtime's numbers and by
-checkers that know the documented rules (`qat.export.onnx_checks`).
+OpenVINO runs its file itself. TensorRT and QNN need hardware; their files are verified by ONNX Runtime's numbers and
+by checkers that know the documented rules (`qat.export.onnx_checks`).
 """
 
 from collections.abc import Callable

@@ -19,6 +19,7 @@ from qat.errors import UserError
 from qat.export.runtime import OnnxRunner, float_convolutions
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
 from qat.layers import Part, Site, original_class
+from qat.layers.accumulator import WIDEST
 from qat.plan import kind_of
 
 
@@ -122,6 +123,7 @@ def _is_integer_layer(module: nn.Module) -> bool:
         isinstance(module, IntegerLayer)
         and issubclass(original_class(module), nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Part)
         and module.integer_weight.group_size is None
+        and module.integer_weight.bits <= WIDEST
         and _is_codes(module.input_quantizer)  # pyright: ignore[reportAttributeAccessIssue]
     )
 
@@ -139,7 +141,8 @@ def _site_products(name: str, site: Site) -> int:
 
 
 def _is_codes(grid: Any) -> bool:
-    return isinstance(grid[-1] if isinstance(grid, nn.Sequential) else grid, IntegerActivation)
+    last = grid[-1] if isinstance(grid, nn.Sequential) else grid
+    return isinstance(last, IntegerActivation) and last.spec.width <= WIDEST
 
 
 def check_codes(verdict: Verdict, converted: nn.Module, stored: Mapping[str, np.ndarray]) -> None:
