@@ -27,6 +27,7 @@ from qat.spec import QuantSpec
 
 OUTPUTS = {function.kind for function in FUNCTIONS.values() if function.output}
 """Kinds of sites that quantize what they return."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -186,16 +187,19 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
 def _residuals(
     plan: Plan, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
 ) -> dict[str, list[str]]:
-    """Additions of two tensors with grids, one at least of which is the output of a product (of a BatchNorm that folds
-    into it) that nobody else reads.
+    """Additions of two tensors with grids, one at least of which is the output of a layer that multiplies integers (of
+    a BatchNorm that folds into it) and that nobody else reads.
     """
     norms = {norm: layer for layer, norm in plan.batch_norms.items()}
     products: dict[Any, str] = {}
     for call in recording.modules:
         layer = norms.get(call.name, call.name)
-        quantized = plan.layers.get(layer, {}).get("weight") is not None
-        if quantized and call.output is not None and recording.readers.get(call.output) == 1:
-            products[call.output] = "conv" if type_of(calls[layer][0].what).__name__.startswith("Conv") else "linear"
+        if call.output is None or recording.readers.get(call.output) != 1 or layer not in plan.layers:
+            continue
+        original = type_of(calls[layer][0].what)
+        kind = "conv" if issubclass(original, CONVOLUTIONS) else "linear" if issubclass(original, nn.Linear) else ""
+        if plan.layers[layer]["weight"] is not None and decisions[layer]["act"][0] is not None:
+            products[call.output] = kind
     found = {
         name: [products.get(key, "") for key in first.operands]
         for name, (first, *more) in calls.items()
