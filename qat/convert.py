@@ -18,7 +18,7 @@ from qat.functions import PROBABILITIES
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
 from qat.layers import QuantizedLayer, Site, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for
-from qat.layers.accumulator import bias_codes, folded, input_grid, per_output
+from qat.layers.accumulator import WIDEST, bias_codes, folded, input_grid, per_output
 from qat.layers.adapted import adapted
 from qat.layers.computed import settle
 from qat.plan import kind_of
@@ -40,8 +40,8 @@ def inconvertible(plan: Plan) -> str | None:
         cls = find(spec.quantizer)
         if not spec.integer:
             return f"{name} is {spec.short}: format={spec.format} has no integers"
-        if storage_bits(spec) > 8:
-            return f"{name} is {spec.short}: integer files hold at most 8 bits"
+        if storage_bits(spec) > 16:
+            return f"{name} is {spec.short}: integer files hold at most 16 bits"
         if spec.rounding is round_midrise and name.startswith("'"):
             return f"{name} is {spec.short}: runtimes round activations to whole numbers, and it has odd ones only"
         if spec.scale in ("e8m0", "e4m3"):
@@ -168,12 +168,13 @@ def _install(name: str, module: Any, weight: IntegerTensor, norm: nn.Module | No
         _vanish(norm)
     if is_computed(module):
         settle(module, mixin_for(module))  # pyright: ignore[reportArgumentType]
+    width = module.weight_quantizer.spec.width
     del module.weight_quantizer
     module.release()
     module.integer_weight, module.integer_bias = weight, None
     module.bias = None if bias is None else nn.Parameter(bias.detach().to(module.computes_in), requires_grad=False)
-    grid = input_grid(module.input_quantizer)
-    if bias is not None and grid is not None and scale is not None:
+    grid = None if module.round_bias == "never" else input_grid(module.input_quantizer)
+    if bias is not None and scale is not None and grid is not None and max(width, grid.spec.width) <= WIDEST:
         scale = grid.step().double() * scale
         codes, axis = bias_codes(bias, scale).to(torch.int32), None if len(scale) == 1 else 0
         module.integer_bias = IntegerTensor(codes, scale.float(), torch.zeros_like(scale), 32, axis)

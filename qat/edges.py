@@ -7,6 +7,7 @@ do concatenations, if all that they join is to share one.
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from qat.functions import FUNCTIONS, KV_CACHE, PROBABILITIES
@@ -59,7 +60,11 @@ class _Tensors:
 
 
 def activation_grids(
-    recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any], joined: bool
+    recording: Recording,
+    calls: dict[str, list[Call]],
+    decisions: dict[str, Any],
+    joined: bool,
+    floating: Collection[tuple[str, int]] = (),
 ) -> tuple[dict[str, QuantSpec], Chains]:
     """The activation grids of a plan.
 
@@ -68,6 +73,7 @@ def activation_grids(
         calls: What the policy can address, with its calls.
         decisions: What the policy decided on it.
         joined: Whether inputs and output of a concatenation share a grid.
+        floating: Operands of sites (by their index) that have no grid whatever was decided.
 
     Returns:
         The spec of each grid by its label (the place that reads it first), and the grids of each operand.
@@ -78,6 +84,7 @@ def activation_grids(
         for name, (first, *more) in calls.items()
         if (spec := decisions[name]["act"][0]) is not None
         for edge in _edges(tensors, name, first, more, spec)
+        if (name, edge.operand) not in floating
     ]
     cached = {edge.name for edge in edges if edge.cached}
     edges = [edge for edge in edges if edge.cached or edge.operand == 0 or edge.name not in cached]

@@ -69,6 +69,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         for index in range(1, mixin.inputs):
             module.register_module(f"input_quantizer_{index}", chain(layer.get(f"input_{index}", []), activations))
         module.register_module("weight_quantizer", weights.get(layer["weight"]))
+        if plan.round_bias != mixin.round_bias:
+            module.round_bias = plan.round_bias  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
         if name in plan.batch_norms:
             norm = modules[plan.batch_norms[name]]
             become_twin(norm, FoldingNorm)
@@ -149,7 +151,7 @@ def remove(model: nn.Module) -> None:
                 for index in range(1, module.inputs):
                     delattr(module, f"input_quantizer_{index}")
                 del module.input_quantizer, module.weight_quantizer
-                for name in ("_kept", "folds"):
+                for name in ("_kept", "folds", "round_bias"):
                     module.__dict__.pop(name, None)
             if isinstance(module, FoldingNorm):
                 del module.host

@@ -34,9 +34,12 @@ class NetworkPolicies(QuantPolicy):
         super().__init__({}, (), {KEY: {path: policy.settings for path, policy in networks.items()}})
         self.networks = dict(networks)
         self.required_coverage = {path: policy.required_coverage[""] for path, policy in networks.items()}
-        if len(ways := {policy.concat for policy in networks.values()}) > 1:
-            raise UserError("concat: the networks of one model share a setting, theirs differ; set the same in each")
-        self.concat = next(iter(ways), self.concat)
+        for key in ("concat", "target", "round_bias"):
+            if len(ways := {getattr(policy, key) for policy in networks.values()}) > 1:
+                raise UserError(
+                    f"{key}: the networks of one model share a setting, theirs differ; set the same in each"
+                )
+            setattr(self, key, next(iter(ways), getattr(self, key)))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], where: str = "quant") -> "NetworkPolicies":

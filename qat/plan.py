@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from qat.edges import activation_grids
+from qat.engines import engine_of
 from qat.errors import UserError
 from qat.functions import EXPERTS, FUNCTIONS, KV_CACHE, MEAN, PROBABILITIES
 from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_for, original_class, sites_changed
@@ -26,6 +27,7 @@ from qat.spec import QuantSpec
 
 OUTPUTS = {function.kind for function in FUNCTIONS.values() if function.output}
 """Kinds of sites that quantize what they return."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -47,6 +49,9 @@ class Plan:
         owners: Per module whose forward runs functional sites of quantized kinds: the kinds of those that are its
             own, in order.
         batch_norms: Per layer, the BatchNorm that folds into it.
+        residuals: Per addition whose operands have grids: what each comes straight from (`Engine.accumulated`).
+        target: The engine whose rules hold.
+        round_bias: When biases are rounded; see `QuantPolicy`.
         policy: The policy it was made from.
     """
 
@@ -57,6 +62,9 @@ class Plan:
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
     owners: dict[str, list[str]] = field(default_factory=dict)
     batch_norms: dict[str, str] = field(default_factory=dict)
+    residuals: dict[str, list[str]] = field(default_factory=dict)
+    target: str | None = None
+    round_bias: str = "eval"
     policy: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,23 +167,53 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
             "the probe batch passed no Linear, Conv, Embedding, LSTM or the like"
         )
     decisions = policy.resolve(described(calls))
-    plan = Plan(policy=policy.settings)
+    plan = Plan(policy=policy.settings, target=policy.target, round_bias=policy.round_bias)
     _plan_weights(plan, model, recording, calls, decisions)
-    plan.activations, chains = activation_grids(recording, calls, decisions, policy.concat == "shared")
+    plan.batch_norms = {
+        layer: norm for layer, norm in _batch_norm_pairs(recording).items() if plan.layers[layer]["weight"] is not None
+    }
+    plan.residuals = _residuals(plan, recording, calls, decisions)
+    floating = {
+        (name, operand)
+        for name, products in plan.residuals.items()
+        if (operand := engine_of(policy.target).accumulated(products)) is not None
+    }
+    plan.activations, chains = activation_grids(recording, calls, decisions, policy.concat == "shared", floating)
     for name, operands in chains.items():
         if name in plan.layers:
             plan.layers[name].update(zip(("input", "input_1"), operands, strict=False))
         else:
             plan.sites[name] = operands
     _plan_owners(plan, model, recording)
-    plan.batch_norms = {
-        layer: norm for layer, norm in _batch_norm_pairs(recording).items() if plan.layers[layer]["weight"] is not None
-    }
     if not plan.weights and not plan.activations:
         raise UserError(
             "the policy leaves everything float: give quant.weight or quant.act settings, or a rule that does"
         )
     return plan, recording
+
+
+def _residuals(
+    plan: Plan, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
+) -> dict[str, list[str]]:
+    """Additions of two tensors with grids, one at least of which is the output of a layer that multiplies integers (of
+    a BatchNorm that folds into it) and that nobody else reads.
+    """
+    norms = {norm: layer for layer, norm in plan.batch_norms.items()}
+    products: dict[Any, str] = {}
+    for call in recording.modules:
+        layer = norms.get(call.name, call.name)
+        if call.output is None or recording.readers.get(call.output) != 1 or layer not in plan.layers:
+            continue
+        original = type_of(calls[layer][0].what)
+        kind = "conv" if issubclass(original, CONVOLUTIONS) else "linear" if issubclass(original, nn.Linear) else ""
+        if plan.layers[layer]["weight"] is not None and decisions[layer]["act"][0] is not None:
+            products[call.output] = kind
+    found = {
+        name: [products.get(key, "") for key in first.operands]
+        for name, (first, *more) in calls.items()
+        if first.kind == "add" and not more and decisions[name]["act"][0] is not None
+    }
+    return {name: kinds for name, kinds in found.items() if any(kinds) and len(kinds) == 2}
 
 
 def check_shapes_known(model: nn.Module) -> None:

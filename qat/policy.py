@@ -9,6 +9,8 @@ winning, like a style sheet:
     sites: {bits: 8}
     kinds: [add, avg_pool, cat, matmul, einsum, attention]
     concat: separate
+    target: ort
+    round_bias: eval
     require_coverage: 0.99
     rules:
       stem: {match: "@first", weight: {bits: 8}, act: {bits: 8}}
@@ -17,8 +19,9 @@ winning, like a style sheet:
 `act` is for the inputs of layers with weights; `sites`, on top of it, for the operands of functions between them
 (residual additions, matrix products, pooling) whose kind is one of `kinds` (`all` for every kind). Rules reach the
 other kinds only where they name them: by `type: mul`, or by a pattern that ends in such a name (`*.mul_*`).
-`concat: shared` gives all that a concatenation joins one grid. `require_coverage` is the least share of
-multiply-accumulates on integers; less is an error.
+`concat: shared` gives all that a concatenation joins one grid. `target` names the engine whose rules hold
+(`qat.engines`), and `round_bias` says when biases are whole accumulator steps, if not as that engine wants.
+`require_coverage` is the least share of multiply-accumulates on integers; less is an error.
 
 `match` is a glob over module paths (`*` crosses dots), or `@first` / `@last`, the first and last layer with weights in
 execution order; `type` narrows it to a class name (`Conv2d`) or a kind of site (`add`). `weight: off` / `act: off`
@@ -32,6 +35,7 @@ from importlib import import_module
 from typing import Any
 
 from qat import quantizers, ranges
+from qat.engines import ROUND_BIAS, engine_of
 from qat.errors import UserError, nearest
 from qat.functions import KINDS, KV_CACHE, PROBABILITIES, WEIGHTED
 from qat.rules import ROLES, Rule, Target, merge, read_role
@@ -43,7 +47,7 @@ DEFAULT_KINDS = ("add", "avg_pool", "cat", "matmul", "einsum", "attention")
 """What an engine adds, joins, pools and multiplies as integers between layers."""
 ALL_KINDS = (*(kind for kind in KINDS if kind not in WEIGHTED), PROBABILITIES, KV_CACHE)
 CONCAT = ("separate", "shared")
-KEYS = (*ROLES, "sites", "kinds", "concat", "require_coverage", "rules")
+KEYS = (*ROLES, "sites", "kinds", "concat", "target", "round_bias", "require_coverage", "rules")
 RANGES = tuple(
     name
     for name, f in vars(ranges).items()
@@ -60,6 +64,8 @@ class QuantPolicy:
     Attributes:
         kinds: The kinds of functional sites without weights that are quantized by default.
         concat: Whether what a concatenation joins shares a grid (`shared`) or not (`separate`).
+        target: Name of the engine whose rules hold, or `None`.
+        round_bias: When biases are rounded: in `eval`, in `train` too, or `never`.
         required_coverage: Least share of multiply-accumulates on integers, 0 to 1, by the part of the model that it is
             asked of (`""` for all).
         settings: The policy as plain containers, as given (what checkpoints and manifests store).
@@ -77,6 +83,8 @@ class QuantPolicy:
         self.settings = settings
         self.kinds = tuple(kinds)
         self.concat: str = settings.get("concat") or CONCAT[0]
+        self.target: str | None = settings.get("target")
+        self.round_bias: str = settings.get("round_bias") or engine_of(self.target).round_bias
         self.required_coverage: dict[str, float] = {"": settings.get("require_coverage") or 0.0}
 
     @classmethod
@@ -91,6 +99,7 @@ class QuantPolicy:
         for key in settings:
             if key not in KEYS:
                 raise UserError(f"{where}.{key}: no such setting{nearest(str(key), KEYS)}")
+        engine_of(settings.get("target"), f"{where}.target")
         defaults = {r: read_role(settings[r], f"{where}.{r}") if settings.get(r) is not None else False for r in ROLES}
         own = read_role(settings["sites"], f"{where}.sites") if settings.get("sites") is not None else {}
         defaults["sites"] = defaults["act"] if own == {} else merge(defaults["act"], own)
@@ -102,6 +111,9 @@ class QuantPolicy:
         if policy.concat not in CONCAT:
             hint = nearest(str(policy.concat), CONCAT)
             raise UserError(f"{where}.concat={policy.concat!r}: must be one of {', '.join(CONCAT)}{hint}")
+        if policy.round_bias not in ROUND_BIAS:
+            hint = nearest(str(policy.round_bias), ROUND_BIAS)
+            raise UserError(f"{where}.round_bias={policy.round_bias!r}: must be one of {', '.join(ROUND_BIAS)}{hint}")
         share = policy.required_coverage[""]
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise UserError(f"{where}.require_coverage={share!r}: must be a share between 0 and 1, such as 0.99")
@@ -135,6 +147,7 @@ class QuantPolicy:
         Raises:
             UserError: if a rule matches no target, naming the closest, or sets the weights of targets that have none.
         """
+        engine = engine_of(self.target)
         matched = {rule.name: self._matches(rule, targets) for rule in self.rules}
         result: dict[str, dict[str, tuple[QuantSpec | None, str]]] = {}
         for target in targets:
@@ -147,7 +160,11 @@ class QuantPolicy:
                     if own is None or target.name not in matched[rule.name]:
                         continue
                     by, current = rule.name, merge(base if by == "default" else current, own)
-                result[target.name][role] = _spec(current, f"quant.{role} for {target.name}", role), by
+                spec = _spec(current, f"quant.{role} for {target.name}", role)
+                if spec is not None and (role == "act" or target.has_weight):
+                    where = f"quant.{role}" if by == "default" else f"quant.rules.{by}.{role}"
+                    spec = engine.settle(spec, where, target.type if role == "weight" else None)
+                result[target.name][role] = spec, by
         return result
 
     def _is_on(self, target: Target) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.export.onnx import OPSET, export_onnx
+from qat.export.onnx_placement import OPENVINO, ORT
 from qat.export.runtime import OnnxRunner, float_convolutions, weight_codes
 from qat.export.verify import expected_integer_nodes
 from qat.integer import IntegerLayer
@@ -200,8 +201,8 @@ def test_images_get_a_fourth_channel_that_changes_nothing(tmp_path, conv, weight
     model = images(conv) if conv.out_channels == 8 else nn.Sequential(conv, nn.ReLU())
     _, converted = both(model, x, {"weight": weight, "act": A8})
     files = []
-    for pad in (False, True):
-        export_onnx(converted, x, path, pad=pad)
+    for placement in (OPENVINO, ORT):
+        export_onnx(converted, x, path, placement)
         assert_same_codes(path, converted)
         assert_integer_kernels(path, converted)
         files.append((path.read_bytes(), [OnnxRunner(path, optimize=o, threads=1)(x.numpy()) for o in (False, True)]))

@@ -43,7 +43,8 @@ def target_of(name: str) -> Target:
 class Case:
     """A drawn model: float, fake-quantized, converted."""
 
-    def __init__(self, shape: Shape, policy: dict[str, Any]) -> None:
+    def __init__(self, shape: Shape, policy: dict[str, Any], name: str | None = None) -> None:
+        policy = policy | {"target": target_of(name).engine if name else None}
         torch.manual_seed(0)
         self.float_model: Any = Drawn(shape)
         self.fake: Any = lived(Drawn(shape))
@@ -66,7 +67,7 @@ class Case:
 @pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch", "litert"])
 @pytest.mark.parametrize(("shape", "policy"), SHAPES)
 def test_a_file_has_the_same_codes_and_outputs_with_and_without_optimizations(name, shape, policy, tmp_path) -> None:
-    target, case = target_of(name), Case(shape, policy)
+    target, case = target_of(name), Case(shape, policy, name)
     path, verdict = case.export(target, tmp_path), Verdict()
     check_codes(verdict, case.converted, target.codes(path))
     assert verdict.passed, verdict.checks
@@ -79,7 +80,7 @@ def test_a_file_has_the_same_codes_and_outputs_with_and_without_optimizations(na
 @pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch", "litert"])
 @pytest.mark.parametrize("layer", ["stem", "body", "head"])
 def test_bisection_names_the_layer_whose_scale_is_wrong(name, layer, tmp_path) -> None:
-    target, case = target_of(name), Case(Shape(bias=True), W8A8)
+    target, case = target_of(name), Case(Shape(bias=True), W8A8, name)
     right, weight = case.converted, case.converted.get_submodule(f"{layer}.integer_weight")
     scale = weight.scale.clone()
     weight.scale.mul_(1.5)
@@ -91,7 +92,7 @@ def test_bisection_names_the_layer_whose_scale_is_wrong(name, layer, tmp_path) -
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_the_runtime_computes_every_layer_on_integers(name, tmp_path) -> None:
-    target, case = target_of(name), Case(Shape(), W8A8)
+    target, case = target_of(name), Case(Shape(), W8A8, name)
     runner: Any = target.load(case.export(target, tmp_path), case.float_model)
     verdict = Verdict()
     target.check_kernels(verdict, case.converted, runner)
@@ -102,7 +103,7 @@ def test_the_runtime_computes_every_layer_on_integers(name, tmp_path) -> None:
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
 def test_a_layer_that_stays_float_is_named(name, tmp_path) -> None:
     policy = W8A8 | {"rules": {"head": {"match": "head", "weight": "off", "act": "off"}}}
-    target, case = target_of(name), Case(Shape(), policy)
+    target, case = target_of(name), Case(Shape(), policy, name)
     assert target.load(case.export(target, tmp_path), case.float_model).float_layers() == ["head"]
 
 

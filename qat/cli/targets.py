@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qat.cli.configs import configs_dir
 from qat.cli.instantiate import instantiate
 from qat.errors import UserError, nearest
+from qat.export.manifest import made_by
 
 
 def _configs() -> dict[str, Any]:
@@ -44,14 +45,15 @@ def build(name: str, settings: dict[str, str]) -> Any:
 
 
 def of_file(path: Path, settings: dict[str, str]) -> Any:
-    """The target that writes files like `path`.
+    """The target that writes files like `path`; where several do, the one that its manifest names.
 
     Raises:
         UserError: if none does, and see `build`.
     """
     classes = {name: get_class(cfg["_target_"]) for name, cfg in _configs().items()}
-    for name, cls in classes.items():
-        if cls.owns(path):  # pyright: ignore[reportAttributeAccessIssue]
-            return build(name, settings)
+    owners = [name for name, cls in classes.items() if cls.owns(path)]  # pyright: ignore[reportAttributeAccessIssue]
+    if owners:
+        maker = made_by(path)
+        return build(next((name for name in owners if classes[name].__name__ == maker), owners[0]), settings)
     known = ", ".join(dict.fromkeys(cls.file for cls in classes.values()))  # pyright: ignore[reportAttributeAccessIssue]
     raise UserError(f"{path}: no target writes such a file (they write {known})")

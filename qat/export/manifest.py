@@ -70,15 +70,6 @@ def read_json(path: Path, version: int) -> dict[str, Any]:
     return manifest
 
 
-def made_by(path: Path) -> str | None:
-    """The target that wrote a file, as its manifest says; `None` if there is none that can be read."""
-    try:
-        target = json.loads(path.with_name(f"{path.name}.json").read_text())["target"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return target if isinstance(target, str) else None
-
-
 def check_manifest(path: Path, target: str) -> dict[str, Any]:
     """Holds a file and its companions against the manifest beside it.
 
@@ -101,6 +92,15 @@ def check_manifest(path: Path, target: str) -> dict[str, Any]:
         if sha256(file) != expected:
             raise UserError(f"{file}: does not match {beside.name}: damaged, or of another model")
     return manifest
+
+
+def made_by(path: Path) -> str | None:
+    """Name of the class that made a file, as the manifest beside it says; `None` if there is none, or a damaged one."""
+    try:
+        target = json.loads(path.with_name(f"{path.name}.json").read_text())["target"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return target if isinstance(target, str) else None
 
 
 def companions(path: Path) -> list[Path]:

@@ -21,7 +21,7 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir.passes.common as common
@@ -34,6 +34,7 @@ from qat.errors import UserError
 from qat.export import onnx_nbits, onnx_passes
 from qat.export.files import atomic
 from qat.export.onnx_channels import pad_images
+from qat.export.onnx_placement import OPSET, ORT, Placement
 from qat.export.onnx_slim import slim
 from qat.export.runtime import OnnxRunner, weight_codes
 from qat.export.target import INPUT, OUTPUT, Target
@@ -42,30 +43,48 @@ from qat.export.verify import check_kernels
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting
 
-OPSET = 21
-
 
 class OnnxEmitter:
     """Writes Q/DQ nodes while a converted model is traced; `prepare` it first, outside the trace."""
 
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+
     def prepare(self, model: nn.Module) -> None:
-        """Gives every activation grid its zero point and limits as uint8 codes."""
+        """Gives every activation grid its zero point and limits as codes, and float biases their values."""
         for grid in model.modules():
             if isinstance(grid, IntegerActivation):
-                offset = 128 if grid.spec.signed else 0
+                kind = self._code_type(grid)
+                offset = (
+                    2 ** (torch.iinfo(kind).bits - 1) if grid.spec.signed and not self.placement.signed_codes else 0
+                )
                 codes = grid.zero_point.view(()), torch.tensor(grid.quant_min), torch.tensor(grid.quant_max)
                 for name, code in zip(("zero", "low", "high"), codes, strict=True):
-                    grid.register_buffer(f"onnx_{name}", (code + offset).to(torch.uint8))
+                    grid.register_buffer(f"onnx_{name}", (code + offset).to(kind))
+            elif isinstance(grid, IntegerTensor) and grid.codes.dtype == torch.int32 and self.placement.float_biases:
+                grid.register_buffer("onnx_value", grid())
+
+    def _code_type(self, grid: IntegerActivation) -> torch.dtype:
+        wide = grid.spec.width > 8
+        if self.placement.signed_codes:
+            return torch.int16 if wide else torch.int8
+        return torch.uint16 if wide else torch.uint8
 
     def quantize_dequantize(self, x: Tensor, grid: IntegerActivation) -> Tensor:
         zero, low, high = grid.get_buffer("onnx_zero"), grid.get_buffer("onnx_low"), grid.get_buffer("onnx_high")
-        scale = grid.scale.view(())
-        codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=torch.uint8, shape=x.shape)
-        if (grid.quant_max - grid.quant_min) < 255:
-            codes = torch.onnx.ops.symbolic("Clip", (codes, low, high), dtype=torch.uint8, shape=x.shape)
+        scale, kind = grid.scale.view(()), zero.dtype
+        limited = grid.quant_max - grid.quant_min < 2 ** torch.iinfo(kind).bits - 1
+        if limited and not self.placement.clips_codes:
+            zero_code = int(grid.zero_point)
+            x = x.clamp((grid.quant_min - zero_code) * float(scale), (grid.quant_max - zero_code) * float(scale))
+        codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=kind, shape=x.shape)
+        if limited and self.placement.clips_codes:
+            codes = torch.onnx.ops.symbolic("Clip", (codes, low, high), dtype=kind, shape=x.shape)
         return torch.onnx.ops.symbolic("DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=x.shape)
 
     def dequantize(self, tensor: IntegerTensor) -> Tensor:
+        if hasattr(tensor, "onnx_value"):
+            return tensor.get_buffer("onnx_value")
         attributes: dict[str, Any] = {} if tensor.axis is None else {"axis": tensor.axis}
         scale, zero_point = tensor.scale, tensor.zero_point
         if tensor.group_size is not None:
@@ -92,7 +111,7 @@ class _FlatLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, pad: bool = False) -> None:
+def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: Placement = ORT) -> None:
     """Writes `model`, a converted or a float one, with a dynamic batch dimension, one input and one output.
 
     Args:
@@ -100,7 +119,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, pad: boo
             mode.
         example: An input of at least two samples (a batch of one would be taken for a constant).
         path: The file; written whole or not at all.
-        pad: Pad images to four channels, for ONNX Runtime (see `qat.export.onnx_channels`).
+        placement: Of the engine that is going to read it.
 
     Raises:
         UserError: if the model takes or returns something else, or cannot be traced, with torch's reason.
@@ -113,7 +132,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, pad: boo
             "the example input must hold at least two samples: a batch of one would be taken for a constant"
         )
     model = copy.deepcopy(model).cpu().eval()
-    emitter = OnnxEmitter()
+    emitter = OnnxEmitter(placement)
     emitter.prepare(model)
     with torch.no_grad():
         output = model(example)
@@ -138,8 +157,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, *, pad: boo
     }
     names = {id(module): name for name, module in model.named_modules()}
     paths = {path: names[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
-    finished = onnx_passes.finish(program.model, weights, paths)
-    if pad:
+    finished = onnx_passes.finish(program.model, weights, paths, placement)
+    if placement.pads_images:
         pad_images(finished)
         common.RemoveUnusedNodesPass()(finished)
     content = slim(finished).SerializeToString()
@@ -170,14 +189,28 @@ class OnnxTarget(Target):
     Attributes:
         weight_only: What becomes of layers with a quantized weight and a float input: `qdq`, DequantizeLinear and a
             Gemm, which every runtime has; `matmulnbits`, the operation that ONNX Runtime has for them.
+
+    Class attributes:
+        placement: Where Q/DQ nodes stand.
+
+    Raises:
+        UserError: if the engine has no such operation.
     """
 
     weight_only: Literal["qdq", "matmulnbits"] = "qdq"
+    engine = "ort"
     file = "model.onnx"
     optimizes = True
+    max_bits = 16
+    placement: ClassVar[Placement] = ORT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.weight_only == "matmulnbits" and self.engine != "ort":
+            raise UserError(f"weight_only=matmulnbits: {self.engine} has no such operation; use qdq")
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
-        export_onnx(model, example, folder / self.file, pad=True)
+        export_onnx(model, example, folder / self.file, self.placement)
         if self.weight_only == "matmulnbits":
             onnx_nbits.rewrite(folder / self.file)
 

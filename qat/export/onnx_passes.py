@@ -21,6 +21,9 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from qat.export.onnx_placement import ORT, Placement
+from qat.export.onnx_units import make_units
+
 BITS_KEY = "qat.bits"
 SHARED_KEY = "qat.shared_weights"
 """Metadata of the file: JSON, from the name of each weight that was left out to the identical one that stands for
@@ -29,20 +32,26 @@ PASS_THROUGH = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transp
 """Operations that commute with clipping."""
 
 
-def finish(model: ir.Model, weights: Mapping[str, np.ndarray], paths: Mapping[str, str]) -> ir.Model:
+def finish(
+    model: ir.Model, weights: Mapping[str, np.ndarray], paths: Mapping[str, str], placement: Placement = ORT
+) -> ir.Model:
     """Runs every pass; the initializers of a layer are called after it: `conv1.weight`, `conv1.weight_scale`.
 
     Args:
         model: What was traced; the exporter has merged identical weights already.
         weights: The integer codes of each layer's weight, by name (`conv1.weight`).
         paths: Of every path of a module the first; the exporter may know it by another.
+        placement: Which passes the engine wants.
     """
     for name, value in list(model.graph.initializers.items()):
         value.name = _first_path(_short(name), paths, model.graph)
     pool_globally(model)
-    clip_codes(model)
-    keep_float(model)
-    split_readers(model)
+    clip_codes(model, placement.folds_limits)
+    if placement.guards_fusions:
+        keep_float(model)
+        split_readers(model)
+    if placement.units:
+        make_units(model)
     cleanup = ir.passes.Sequential(
         common.DeduplicateInitializersPass(size_limit=2**20),
         common.CommonSubexpressionEliminationPass(),
@@ -51,7 +60,8 @@ def finish(model: ir.Model, weights: Mapping[str, np.ndarray], paths: Mapping[st
     )
     model = cleanup(model).model
     shared = _shared(model.graph, weights)
-    pack_weights(model)
+    if placement.packs:
+        pack_weights(model)
     model = common.ClearMetadataAndDocStringPass()(model).model
     if shared:
         model.metadata_props[SHARED_KEY] = json.dumps(shared)
@@ -70,6 +80,7 @@ def _short(name: str) -> str:
     for constant in ("weight", "bias"):
         for part, short in (("codes", constant), ("scale", f"{constant}_scale"), ("zero_point", f"{constant}_zero")):
             name = name.replace(f".integer_{constant}.{part}", f".{short}")
+    name = name.replace(".integer_bias.onnx_value", ".bias")
     return name.removeprefix("model.")
 
 
@@ -130,15 +141,17 @@ def pool_globally(model: ir.Model) -> None:
         graph.remove(node, safe=True)
 
 
-def clip_codes(model: ir.Model) -> None:
-    """Turns the ReLU or Clip in front of each QuantizeLinear into limits of its codes."""
+def clip_codes(model: ir.Model, all_limits: bool = True) -> None:
+    """Turns the ReLU or Clip in front of each QuantizeLinear into limits of its codes, or only those that its type has
+    anyway.
+    """
     for node in list(model.graph):
         if node.op_type == "QuantizeLinear":
-            _clip_codes_of(model.graph, node)
+            _clip_codes_of(model.graph, node, all_limits)
     common.RemoveUnusedNodesPass()(model)
 
 
-def _clip_codes_of(graph: ir.Graph, quantize: ir.Node) -> None:
+def _clip_codes_of(graph: ir.Graph, quantize: ir.Node, all_limits: bool) -> None:
     edge, source = _activation_before(graph, quantize)
     scale, zero = _constant(quantize.inputs[1]), _constant(quantize.inputs[2])
     if source is None or scale is None or scale.size != 1:
@@ -153,6 +166,8 @@ def _clip_codes_of(graph: ir.Graph, quantize: ir.Node) -> None:
     ]
     low = limits.min if codes[0] is None else codes[0]
     high = limits.max if codes[1] is None else codes[1]
+    if not all_limits and (low > limits.min or high < limits.max):
+        return
     edge.replace_input_with(0, source.inputs[0])
     _limit(graph, quantize, low, high, limits)
 

@@ -17,6 +17,7 @@ from qat.errors import UserError
 from qat.export.onnx import export_onnx
 from qat.export.onnx_layers import shared_weights
 from qat.export.onnx_passes import SHARED_KEY, is_weight
+from qat.export.onnx_placement import OPENVINO
 from qat.export.target import INPUT, Target
 from qat.export.verify import Verdict, expected_integer_nodes
 from qat.insert import Plan
@@ -146,6 +147,7 @@ def _unpack(packed: np.ndarray) -> np.ndarray:
 class OpenVinoTarget(Target):
     """IR for OpenVINO's runtime."""
 
+    engine = "openvino"
     file = "model.xml"
     package = extra = "openvino"
     optimizes = True
@@ -154,7 +156,7 @@ class OpenVinoTarget(Target):
         import openvino  # pyright: ignore[reportMissingImports]
 
         source = folder / "model.onnx"
-        export_onnx(model, example, source)
+        export_onnx(model, example, source, OPENVINO)
         try:
             model_of_onnx = openvino.Core().read_model(str(source))  # convert_model would lose the constants' names
             model_of_onnx.set_rt_info(json.dumps(shared_weights(onnx.load(str(source)))), SHARED_KEY)
@@ -178,8 +180,13 @@ class OpenVinoTarget(Target):
         return found
 
     def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: OpenVinoRunner) -> None:
-        precisions = [precision for _, precision in runner.precisions()]
-        found = sum(precision in ("i8", "u8") for precision in precisions)
-        expected = expected_integer_nodes(converted)
-        verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
-        verdict.add("integer kernels", found >= expected, f"{found} of {expected} convolutions and matrix products")
+        check_precisions(verdict, converted, runner)
+
+
+def check_precisions(verdict: Verdict, converted: nn.Module, runner: OpenVinoRunner) -> None:
+    """OpenVINO's integer kernels against the layers that should have one; those in float are named."""
+    found = sum(precision in ("i8", "u8") for _, precision in runner.precisions())
+    expected, floats = expected_integer_nodes(converted), runner.float_layers()
+    verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
+    note = f"; in float: {', '.join(floats)}" if floats else ""
+    verdict.add("integer kernels", found >= expected, f"{found} of {expected} convolutions and matrix products{note}")

@@ -26,7 +26,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from qat.convert import convert, inconvertible
+from qat.convert import convert, inconvertible, storage_bits
+from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.files import replace
 from qat.export.manifest import check_manifest, made_by, write_manifest
@@ -66,6 +67,9 @@ class Target:
         min_agreement: Smallest share of test samples with the same prediction as the fake-quantized model.
         max_metric_change: Largest difference between the metric computed from the file and the trained one.
         max_mean_steps: Largest mean deviation of the outputs, in steps of an 8-bit grid over their range.
+        engine: Name of the engine whose arithmetic the file is for (`qat.engines`); `None` if it computes whatever is
+            asked.
+        max_bits: The widest codes that the format has.
         file: Name of the main file.
         extra: The optional dependency that brings `package`; `None` if qat itself depends on it.
         optimizes: Whether its runtime can be told to optimize or not, so that both are verified.
@@ -75,6 +79,8 @@ class Target:
     min_agreement: float = 0.98
     max_metric_change: float = 0.01
     max_mean_steps: float = 1.0
+    engine: ClassVar[str | None] = None
+    max_bits: ClassVar[int] = 8
     file: ClassVar[str]
     package: ClassVar[str | None] = None
     extra: ClassVar[str | None] = None
@@ -95,6 +101,14 @@ class Target:
         """Whether a file is of this format: by its name, and by its manifest where formats share a suffix."""
         return path.suffix == Path(cls.file).suffix and made_by(path) in (None, cls.__name__)
 
+    def mismatch(self, plan: Plan) -> str | None:
+        """Why its engine would not compute a model of this plan as it was trained; `None` if it does."""
+        for name, spec in (*plan.weights.items(), *plan.activations.items()):
+            if storage_bits(spec) > self.max_bits:
+                return f"'{name}' is {spec.short}: {self.file} holds at most {self.max_bits} bits"
+        trained = engine_of(plan.target)
+        return engine_of(self.engine).mismatch(trained, plan.weights, plan.activations, plan.residuals)
+
     def unfit(self, plan: Plan) -> str | None:
         """Why a model of this plan has no form in this format; `None` if it has one."""
         return None
@@ -108,7 +122,7 @@ class Target:
         reason = inconvertible(plan) if self.integer else None
         if reason:
             return f"there is no integer form of this quant: {reason}; use export=none"
-        reason = self.unfit(plan) or self.unfit_model(model, plan)
+        reason = self.mismatch(plan) or self.unfit(plan) or self.unfit_model(model, plan)
         return reason and f"{self.file} cannot hold this quant: {reason}"
 
     def prepared(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -156,7 +170,7 @@ class Target:
         Raises:
             UserError: if the format cannot hold the model, with what to change.
         """
-        if reason := self.unfit(plan) or self.unfit_model(model, plan):
+        if reason := self.mismatch(plan) or self.unfit(plan) or self.unfit_model(model, plan):
             raise UserError(f"{path.name}: {reason}")
         main = Path(self.file)
         if main.suffix and path.suffix != main.suffix:

@@ -19,6 +19,7 @@ from qat.errors import UserError
 from qat.export.runtime import OnnxRunner, float_convolutions
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
 from qat.layers import Part, QuantizedLayer, Site, original_class
+from qat.layers.accumulator import WIDEST
 from qat.plan import kind_of
 from qat.quantizers import Quantizer
 
@@ -123,6 +124,7 @@ def _is_integer_layer(module: nn.Module) -> bool:
         isinstance(module, IntegerLayer)
         and issubclass(original_class(module), nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Part)
         and module.integer_weight.group_size is None
+        and module.integer_weight.bits <= WIDEST
         and _is_codes(module.input_quantizer)  # pyright: ignore[reportAttributeAccessIssue]
     )
 
@@ -140,7 +142,8 @@ def _site_products(name: str, site: Site) -> int:
 
 
 def _is_codes(grid: Any) -> bool:
-    return isinstance(grid[-1] if isinstance(grid, nn.Sequential) else grid, IntegerActivation)
+    last = grid[-1] if isinstance(grid, nn.Sequential) else grid
+    return isinstance(last, IntegerActivation) and last.spec.width <= WIDEST
 
 
 def weight_codes(prepared: nn.Module) -> dict[str, np.ndarray]:
@@ -177,11 +180,10 @@ def check_kernels(verdict: Verdict, converted: nn.Module, runner: OnnxRunner) ->
     floats = float_convolutions(runner.path)
     expected, found = expected_integer_nodes(converted) - floats, runner.integer_nodes()
     verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
-    note = (
-        f"; {floats} more in float: their output is not quantized, or their input is padded by a separate operation"
-        if floats
-        else ""
-    )
+    names = runner.float_layers()
+    note = f"; in float: {', '.join(names)}" if names else ""
+    if floats:
+        note += f"; {floats} more could not be: their output is not quantized, or a separate operation pads their input"
     verdict.add("integer kernels", found >= expected, f"{found} of {expected} convolutions and matrix products{note}")
 
 

@@ -5,6 +5,8 @@ With few bits that scale is coarse: at 4 bits a step of the accumulator is often
 bias rounded to it moves a few percent of the outputs to another code. Evaluation therefore adds rounded biases, as the
 exported file will, and measures what it will do. A BatchNorm behind a layer becomes part of that bias when it folds, so
 its twin adds the rounding error of the folded bias; training keeps the plain layer and the plain BatchNorm.
+`round_bias=train` rounds the biases of layers without a BatchNorm in training, too; `never` is for engines that add
+float biases.
 """
 
 from typing import Any
@@ -31,8 +33,10 @@ def input_grid(input_quantizer: nn.Module | None) -> Quantizer | None:
 
 def accumulator_scale(layer: Any) -> Tensor | None:
     """Scale of the layer's integer accumulator, float64 `(1,)` or `(channels,)`; `None` if it does not accumulate
-    integers of one scale.
+    integers of one scale, or adds a float bias.
     """
+    if layer.round_bias == "never":
+        return None
     grid, weight = input_grid(layer.input_quantizer), layer.weight_quantizer
     if grid is None or weight is None or not weight.on or weight.spec.granularity == "group" or layer.inputs > 1:
         return None
@@ -60,6 +64,18 @@ def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:
     """`bias` in whole accumulator steps, clipped to int32; float64."""
     limit = torch.full_like(scale, INT32_MAX, dtype=torch.float64)
     return levels(bias.double(), scale.double(), -limit - 1, limit)
+
+
+class RoundedBias(torch.autograd.Function):
+    """`bias` in whole accumulator steps, with the gradient of `bias` itself."""
+
+    @staticmethod
+    def forward(ctx: Any, bias: Tensor, scale: Tensor) -> Tensor:
+        return (bias_codes(bias, scale) * scale).to(bias.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def folded(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, bias: Tensor | None) -> tuple[Tensor, Tensor]:

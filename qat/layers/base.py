@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from qat.layers.accumulator import accumulator_scale, bias_codes, grids
+from qat.layers.accumulator import RoundedBias, accumulator_scale, bias_codes, grids
 from qat.layers.shared import read
 from qat.layers.sources import sources
 from qat.layers.twin import TwinMixin, ours
@@ -25,6 +25,7 @@ class QuantizedLayer(TwinMixin):
             with other readers.
         weight_quantizer: Grid of the weight.
         folds: Whether a BatchNorm folds into it.
+        round_bias: When its bias is rounded: in `eval`, in `train` too, or `never`.
 
     Class attributes:
         serves: The layer class; subclasses are served too, unless they have a forward of their own.
@@ -45,10 +46,11 @@ class QuantizedLayer(TwinMixin):
     _modules: dict[str, Any]
     _parameters: dict[str, Tensor | None]
     folds: bool = False
+    round_bias: str = "eval"
 
     def run(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
         """`function(input, weight, bias)` of the quantized tensors."""
-        bias = self.bias if self.training else self.quantized_bias()
+        bias = self.bias if self.training and self.round_bias != "train" else self.quantized_bias()
         x, weight = self.quantized_input(x), self.quantized_weight()
         if hasattr(x, "made") or hasattr(weight, "made"):
             with sources(x, weight):
@@ -75,11 +77,16 @@ class QuantizedLayer(TwinMixin):
             return self.once_per_change("weight", (weight,), (quantizer,), lambda: quantizer(weight))
 
     def quantized_bias(self) -> Tensor | None:
-        """The bias in evaluation: in whole accumulator steps (a BatchNorm behind the layer does that for both)."""
+        """The bias in whole accumulator steps, in evaluation or always (a BatchNorm behind the layer does that for
+        both, and in evaluation alone).
+        """
         bias = self.bias
         if bias is None or self.folds:
             return bias
         with ours():
+            if self.training:
+                scale = accumulator_scale(self)
+                return bias if scale is None else RoundedBias.apply(bias, scale)  # pyright: ignore[reportReturnType]
             return self.once_per_change("bias", (bias,), grids(self), self._rounded_bias)
 
     def release(self) -> None:

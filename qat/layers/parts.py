@@ -35,7 +35,7 @@ class Part(QuantizedLayer, nn.Module):  # pyright: ignore[reportIncompatibleVari
 
     def linear(self, x: Tensor) -> Tensor:
         """The map of an `x` that is on its grid already."""
-        bias = self.bias if self.training else self.quantized_bias()
+        bias = self.bias if self.training and self.round_bias != "train" else self.quantized_bias()
         return F.linear(x, self.quantized_weight(), bias)
 
 

@@ -172,7 +172,9 @@ class _Recurrent(Composite):
             for suffix in (f"l{layer}", f"l{layer}_reverse")[: 1 + this.bidirectional]:
                 ih, hh = self.part(f"ih_{suffix}"), self.part(f"hh_{suffix}")
                 flat += [ih.quantized_weight(), hh.quantized_weight()]
-                flat += [p.bias if p.training else p.quantized_bias() for p in (ih, hh)] if this.bias else []
+                if this.bias:
+                    plain = ih.training and ih.round_bias != "train"
+                    flat += [p.bias if plain else p.quantized_bias() for p in (ih, hh)]
                 flat += [self.part(f"hr_{suffix}").quantized_weight()] if this.proj_size else []
         states = list(state) if len(state) > 1 else state[0]
         options = this.bias, this.num_layers, float(this.dropout), this.training, this.bidirectional

@@ -62,9 +62,11 @@ class Workspace:
             self._recall()
         settings = OmegaConf.to_container(cfg.quant, resolve=True)
         assert isinstance(settings, dict)
+        self.target: Target | None = instantiate(cfg.export) if cfg.export else None
+        if settings.get("target") is None and self.target is not None:
+            settings["target"] = self.target.engine
         policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
         self.policy = NetworkPolicies({cfg.quant.module: policy}) if cfg.quant.module else policy
-        self.target: Target | None = instantiate(cfg.export) if cfg.export else None
         self.callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node]
         self.loggers: list[Any] = [instantiate(cfg.logger)] if cfg.logger else []
         self.trainer(logger=False)

@@ -1,0 +1,48 @@
+"""Where Q/DQ nodes stand in an ONNX file and what types they have, by the engine that reads it.
+
+ort, openvino   as ONNX Runtime's CPU kernels want it (`qat.export.onnx`); OpenVINO reads the same
+tensorrt        TensorRT, "Working with Quantized Types": Q/DQ at the inputs of quantizable operations, int8 with
+                zero points of zero (other types and zero points are refused by its parser), ReLU in front of
+                Q, where it fuses with the convolution, float biases (its parser knows no DequantizeLinear of int32)
+qnn             ONNX Runtime's QNN execution provider runs *QDQ node units*: every operation, reshapes and pools
+                among them, stands between DequantizeLinear and QuantizeLinear; uint8 or uint16 activations, int8
+                weights, int32 biases. A ReLU that an unsigned grid makes superfluous is left out, as
+                get_qnn_qdq_config's quantizer does
+"""
+
+from dataclasses import dataclass
+
+OPSET = 21
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a converted model is written for one engine.
+
+    Attributes:
+        signed_codes: Whether activations are int8 (int16), or uint8 (uint16) with 128 (32768) added to signed codes.
+        clips_codes: Whether the limits of narrow grids are a Clip of the codes; else a float one in front of them.
+        folds_limits: Whether ReLU and Clip become limits of the codes; else only what the codes limit anyway goes.
+        packs: Whether weights of few bits are INT4 initializers, cast to int8.
+        float_biases: Whether biases are float constants.
+        guards_fusions: Whether what ONNX Runtime would fuse wrongly, or not at all, is kept apart.
+        pads_images: Whether images of three channels get a fourth (`qat.export.onnx_channels`).
+        units: Whether operations that only move values stand between Q/DQ nodes of their own.
+    """
+
+    signed_codes: bool = False
+    clips_codes: bool = True
+    folds_limits: bool = True
+    packs: bool = True
+    float_biases: bool = False
+    guards_fusions: bool = True
+    pads_images: bool = False
+    units: bool = False
+
+
+ORT = Placement(pads_images=True)
+OPENVINO = Placement()
+TENSORRT = Placement(
+    signed_codes=True, clips_codes=False, folds_limits=False, packs=False, float_biases=True, guards_fusions=False
+)
+QNN = Placement(clips_codes=False, folds_limits=False, packs=False, guards_fusions=False, units=True)

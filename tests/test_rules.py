@@ -1,0 +1,218 @@
+"""`quant.target`: grids by the rules of an engine, and no file of a model that was trained by another one's."""
+
+from typing import Any
+
+import pytest
+import torch
+from small_models import Drawn, Shape, both, lived, quantized
+from torch import nn
+
+from qat.cli.targets import build, of_file
+from qat.convert import convert
+from qat.engines import ENGINES, Engine
+from qat.errors import UserError
+from qat.insert import Plan, apply_plan, make_plan, remove
+from qat.policy import QuantPolicy
+
+torch.set_num_threads(1)
+
+W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}
+
+
+def planned(target: str | None, shape: Shape = Shape(kind="strided"), **policy: Any) -> Plan:  # noqa: B008
+    model = lived(Drawn(shape))
+    x = model.example(4)
+    settings = QuantPolicy.from_dict(W8A8 | {"target": target} | policy)
+    return make_plan(model, settings, lambda: model(x))[0]
+
+
+@pytest.mark.parametrize(
+    ("target", "signed"),
+    [
+        pytest.param(None, False, id="no-target"),
+        pytest.param("ort", False, id="ort"),
+        pytest.param("openvino", False, id="openvino"),
+        pytest.param("tensorrt", True, id="tensorrt"),
+        pytest.param("qnn", False, id="qnn"),
+    ],
+)
+def test_what_follows_a_relu_is_signed_where_the_engine_has_no_unsigned_codes(target, signed):
+    assert planned(target).activations["body.input"].signed is signed
+
+
+@pytest.mark.parametrize(
+    ("target", "operands"),
+    [
+        pytest.param("ort", [1, 1], id="ort"),
+        pytest.param("openvino", [0, 1], id="openvino"),
+        pytest.param("tensorrt", [0, 1], id="tensorrt"),
+        pytest.param("qnn", [1, 1], id="qnn"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["conv", "strided"])
+def test_what_a_convolution_adds_in_its_accumulator_has_no_grid(target, operands, kind):
+    assert [len(labels) for labels in planned(target, Shape(kind=kind)).sites["add_0"]] == operands
+
+
+def test_openvino_adds_the_output_of_a_linear_layer_on_its_grid_and_tensorrt_does_not():
+    linear = Shape(kind="linear")
+    assert [len(labels) for labels in planned("openvino", linear).sites["add_0"]] == [1, 1]
+    assert [len(labels) for labels in planned("tensorrt", linear).sites["add_0"]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("products", "adds", "left_out"),
+    [
+        pytest.param(["", "conv"], "not convolutions", 1, id="second"),
+        pytest.param(["conv", "conv"], "not convolutions", 0, id="two"),
+        pytest.param(["linear", ""], "not convolutions", None, id="linear"),
+        pytest.param(["", ""], "not products", None, id="none"),
+        pytest.param(["conv", "conv"], "both", None, id="both"),
+    ],
+)
+def test_one_operand_at_most_stays_in_the_accumulator(products, adds, left_out):
+    assert Engine("any", adds=adds).accumulated(products) == left_out
+
+
+def test_scales_per_channel_are_for_convolutions_on_qnn():
+    weights = planned("qnn").weights
+    assert {name: spec.granularity for name, spec in weights.items()} == {
+        "stem": "channel", "body": "channel", "down": "channel", "head": "tensor",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param(
+            {"target": "tensort"}, "quant.target='tensort': no such engine; did you mean 'tensorrt'", id="name"
+        ),
+        pytest.param(
+            {"target": "tensorrt", "act": {"bits": 8, "symmetric": False}},
+            "quant.act.symmetric=False: quant.target=tensorrt cannot compute that; set quant.act.symmetric=true",
+            id="zero-point",
+        ),
+        pytest.param(
+            {"target": "tensorrt", "act": {"bits": 4}}, "set quant.act.bits=8, or another target", id="tensorrt-4-bit"
+        ),
+        pytest.param({"target": "qnn", "act": {"bits": 12}}, "set quant.act.bits=8,", id="qnn-12-bit"),
+        pytest.param({"target": "ort_no_vnni"}, "set quant.weight.bits=7, or another target", id="saturation"),
+        pytest.param(
+            {"target": "tensorrt", "rules": {"stem": {"match": "stem", "act": {"signed": False}}}},
+            "quant.rules.stem.act.signed=False: .* set quant.rules.stem.act.signed=null",
+            id="unsigned-in-a-rule",
+        ),
+        pytest.param(
+            {"round_bias": "always"}, "quant.round_bias='always': must be one of eval, train, never", id="bias"
+        ),
+    ],
+)
+def test_a_setting_that_the_engine_cannot_compute_is_an_error_that_says_what_to_set(settings, message):
+    with pytest.raises(UserError, match=message):
+        planned(settings.get("target"), **{k: v for k, v in settings.items() if k != "target"})
+
+
+def test_seven_bits_of_weights_do_not_saturate_sixteen_bits_of_accumulator():
+    largest = ENGINES["ort_no_vnni"].weight_bits
+    assert 2 * 255 * 2 ** (largest - 1) <= 2**15 - 1 < 2 * 255 * 2**largest
+
+
+def test_the_rules_travel_with_the_plan():
+    plan = planned("tensorrt")
+    again = Plan.from_dict(plan.to_dict())
+    assert (again.target, again.round_bias, again.residuals) == ("tensorrt", "never", {"add_0": ["conv", "conv"]})
+
+
+MISMATCHES = [
+    pytest.param(
+        "onnx_tensorrt",
+        None,
+        "'body.input' is uint8, which tensorrt does not compute: train it with quant.target=tensorrt, and signed=null",
+        id="unsigned-for-tensorrt",
+    ),
+    pytest.param(
+        "onnx_openvino",
+        "ort",
+        "'add_0' was trained with a grid for each operand, and openvino computes it with none for operand 0: "
+        "train it with quant.target=openvino",
+        id="ort-for-openvino",
+    ),
+    pytest.param(
+        "onnx",
+        "openvino",
+        "'add_0' was trained with none for operand 0, and ort computes it with a grid for each operand: "
+        "train it with quant.target=ort",
+        id="openvino-for-ort",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "trained", "message"), MISMATCHES)
+def test_a_model_trained_by_other_rules_is_refused_before_anything_is_written(name, trained, message, tmp_path):
+    model = lived(Drawn(Shape(kind="strided")))
+    x = model.example(4)
+    plan = quantized(model, x, W8A8 | {"target": trained})
+    if "openvino" in name:
+        pytest.importorskip("openvino", reason="needs the extra `openvino`")
+    target = build(name, {})
+    with pytest.raises(UserError, match=message):
+        target.export(convert(model, plan), plan, x, tmp_path / target.file)
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- biases ------------------------------------------------------------------------------------------------------------
+
+
+class Biased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+@pytest.mark.parametrize(
+    ("when", "in_training", "in_evaluation"),
+    [("never", False, False), ("eval", False, True), ("train", True, True)],
+)
+def test_biases_are_whole_accumulator_steps_when_asked(when, in_training, in_evaluation):
+    torch.manual_seed(0)
+    model, x = Biased(), torch.randn(16, 8)
+    quantized(model, x, {"weight": {"bits": 4}, "act": {"bits": 4}, "round_bias": when})
+    layer: Any = model.a
+    step = (layer.input_quantizer.step() * layer.weight_quantizer.step()).double()
+    for training, rounded in ((True, in_training), (False, in_evaluation)):
+        model.train(training)
+        steps = layer(torch.zeros(1, 8)).double() / step  # what a zero input leaves is the bias
+        assert ((steps - steps.round()).abs().max() < 1e-4) == rounded
+    model.train()
+    model(x).sum().backward()
+    assert layer.bias.grad.abs().sum() > 0
+
+
+def test_float_biases_stay_float_in_the_integer_model_and_compute_the_same():
+    torch.manual_seed(0)
+    model, x = Biased(), torch.randn(16, 8)
+    fake, converted = both(model, x, W8A8 | {"target": "tensorrt"})
+    layer: Any = converted.get_submodule("a")
+    assert layer.integer_bias is None and torch.equal(layer.bias, model.a.bias)
+    torch.testing.assert_close(converted(x), fake(x), rtol=1e-6, atol=1e-6)
+
+
+def test_removing_quantizers_forgets_when_biases_are_rounded():
+    model, x = Biased(), torch.randn(4, 8)
+    plan, _ = make_plan(model, QuantPolicy.from_dict(W8A8 | {"round_bias": "train"}), lambda: model(x))
+    apply_plan(model, plan)
+    remove(model)
+    assert "round_bias" not in model.a.__dict__
+
+
+def test_a_file_is_opened_by_the_target_that_its_manifest_names(tmp_path):
+    model = lived(Drawn(Shape()))
+    x = model.example(4)
+    plan = quantized(model, x, W8A8 | {"target": "tensorrt"})
+    target = build("onnx_tensorrt", {})
+    target.export(convert(model, plan), plan, x, tmp_path / "trt.onnx")
+    assert type(of_file(tmp_path / "trt.onnx", {})) is type(target)
+    assert type(of_file(tmp_path / "other.onnx", {})).__name__ == "OnnxTarget"
