@@ -19,7 +19,10 @@ from omegaconf import OmegaConf
 
 DOCS = Path(__file__).parents[1] / "docs"
 LEFT_OUT = ("run_dir", "cache_dir", "seed", "logger", "trainer.enable_progress_bar", "data.cache_dir")
-PLACES = {"data.root": lambda value: "DIR", **dict.fromkeys(("ckpt", "float_ckpt", "data.path"), lambda v: Path(v).name)}
+PLACES = {
+    "data.root": lambda value: "DIR",
+    **dict.fromkeys(("ckpt", "float_ckpt", "data.path"), lambda v: Path(v).name),
+}
 
 
 def collected(folder: Path) -> dict[str, Any]:
@@ -71,7 +74,7 @@ def merged(runs: list[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list[di
     return [by_key[key] for key in sorted(by_key)]
 
 
-# -- tables ----------------------------------------------------------------------------------------------------------------
+# -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def folder_of(run: dict[str, Any]) -> str:
@@ -144,7 +147,9 @@ def written(page: str, runs: list[dict[str, Any]]) -> str:
         own = table([run for run in runs if folder_of(run) == name])
         page, count = re.subn(pattern, lambda m, own=own: f"{m[1]}{own}\n{m[2]}", page, flags=re.DOTALL)
         if not count:
-            raise SystemExit(f"docs/results.md: no '<!-- {name} -->' ... '<!-- end {name} -->' to write a table between")
+            raise SystemExit(
+                f"docs/results.md: no '<!-- {name} -->' ... '<!-- end {name} -->' to write a table between"
+            )
     return page
 
 
