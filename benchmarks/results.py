@@ -84,13 +84,13 @@ def folder_of(run: dict[str, Any]) -> str:
 
 
 def shown(values: list[float | None], percent: bool) -> str:
-    """Mean and, of several, the range."""
+    """Mean and, of values that differ, the range."""
     known = [100 * v if percent else v for v in values if v is not None]
     if not known:
         return "-"
     digits = 2 if percent else 4
     text = f"{statistics.mean(known):.{digits}f}"
-    return text if len(known) == 1 else f"{text} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+    return text if min(known) == max(known) else f"{text} ({min(known):.{digits}f} to {max(known):.{digits}f})"
 
 
 def size(count: int | None) -> str:

@@ -28,10 +28,10 @@ def trained(*callbacks, precision="32-true", model=None):
 
 
 class Watch(pl.Callback):
-    """Notes how each training batch is run, and the format of an activation."""
+    """Notes how an activation lies in memory."""
 
     def __init__(self) -> None:
-        self.compiled, self.formats, self.dtypes = [], set(), set()
+        self.formats, self.dtypes = set(), set()
 
     def on_train_start(self, trainer, pl_module):
         quantizer = pl_module.layer2[0].conv2.input_quantizer
@@ -40,6 +40,13 @@ class Watch(pl.Callback):
     def _note(self, x):
         self.formats.add(x.is_contiguous(memory_format=torch.channels_last))
         self.dtypes.add(x.dtype)
+
+
+class HowRun(pl.Callback):
+    """Notes for each training batch whether it runs compiled."""
+
+    def __init__(self) -> None:
+        self.compiled = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.compiled.append(pl_module._compiled_call_impl is not None)
@@ -70,9 +77,9 @@ def eager_backend(monkeypatch):
 
 
 def test_compiled_training_takes_the_same_steps_bits_changing_included(eager_backend):
-    watch, anneal = Watch(), {0: 8, 1: 4}
-    plain, fast = trained(AnnealBits(anneal)), trained(AnnealBits(anneal), Compile(fullgraph=True), watch)
-    assert watch.compiled == [True, False] * 2  # the second batch is smaller
+    how, anneal = HowRun(), {0: 8, 1: 4}
+    plain, fast = trained(AnnealBits(anneal)), trained(AnnealBits(anneal), Compile(fullgraph=True), how)
+    assert how.compiled == [True, False] * 2  # the second batch is smaller
     assert fast._compiled_call_impl is None
     for name, value in plain.state_dict().items():
         torch.testing.assert_close(fast.state_dict()[name], value, rtol=0.02, atol=2e-3, msg=name)
@@ -88,9 +95,9 @@ def test_a_batch_that_somebody_watches_runs_as_it_is_written(eager_backend):
             if trainer.global_step == 3:
                 self.handle.remove()
 
-    watch = Watch()
-    trained(Hook(), Compile(), watch)
-    assert watch.compiled == [True, False, False, False]
+    how = HowRun()
+    trained(Hook(), Compile(), how)
+    assert how.compiled == [True, False, False, False]
 
 
 def test_grids_stay_in_float32_under_autocast():
