@@ -341,6 +341,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(make, policy, epoch, tmp_p
         pytest.param(lambda: GradualEnable(weights_at=True), "weights_at=True", id="bool"),
         pytest.param(lambda: AnnealBits({}), "must map epochs or shares to bits", id="empty-schedule"),
         pytest.param(lambda: AnnealBits({0: 8, 1: 4.0}), "must map epochs or shares to bits", id="fractional-bits"),
+        pytest.param(lambda: AnnealBits({"0": 8}), "must map epochs or shares to bits", id="no-number"),  # pyright: ignore
         pytest.param(lambda: AnnealBits({1: 8, 2: 4}), "must begin at 0", id="late-schedule"),
         pytest.param(lambda: AnnealBits({-1: 8, 0: 4}), "must begin at 0", id="early-schedule"),
         pytest.param(lambda: AnnealBits({0: 8, 1.5: 4}), "schedule=1.5: must be a share", id="share-above-one"),

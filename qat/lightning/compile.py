@@ -15,7 +15,7 @@ from qat.lightning.steps import batch_size
 
 
 class Compile(Callback):
-    """Runs training batches through `torch.compile(module)`.
+    """Runs training batches through `torch.compile(module)`: what the module's step computes by calling `self(...)`.
 
     Two kinds of batches run as they are written instead of being compiled for: those of another size than the first one
     (the last of an epoch is often smaller), and those for which a callback before this one has set hooks

@@ -39,7 +39,8 @@ class AnnealBits(Callback):
 
     def __init__(self, schedule: Mapping[float, int], match: str | Sequence[str] | None = None) -> None:
         moments, widths = list(schedule), list(schedule.values())
-        if not schedule or any(isinstance(n, bool) or not isinstance(n, int) for n in widths):
+        numbers = all(isinstance(moment, int | float) for moment in moments)
+        if not schedule or not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in widths):
             raise UserError(f"schedule={dict(schedule)}: must map epochs or shares to bits, such as {{0: 8, 2: 4}}")
         if min(moments) != 0:
             raise UserError(f"schedule={dict(schedule)}: must begin at 0")
