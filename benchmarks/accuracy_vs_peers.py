@@ -82,7 +82,9 @@ def with_torch(model: nn.Module, x: Tensor, weight: int, act: int) -> nn.Module:
         parametrize.register_parametrization(layer, "weight", fake)
         layer.input_fake = tq.FakeQuantize(tq.MovingAverageMinMaxObserver, quant_min=0, quant_max=2**a - 1)
         layer.register_forward_pre_hook(lambda m, args: (m.input_fake(args[0]),))
-    return calibrated(model, x)
+    with torch.no_grad():
+        model.eval()(x)
+    return model
 
 
 def with_brevitas(model: nn.Module, x: Tensor, weight: int, act: int) -> nn.Module:
@@ -107,14 +109,17 @@ def with_brevitas(model: nn.Module, x: Tensor, weight: int, act: int) -> nn.Modu
                 twin.bias.copy_(layer.bias)
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, twin)
-    with calibration_mode(model):
-        return calibrated(model, x)
-
-
-def calibrated(model: nn.Module, x: Tensor) -> nn.Module:
-    with torch.no_grad():
-        model.eval()(x)
+    model.eval()
+    with torch.no_grad(), calibration_mode(model):  # which switches what it calibrates to training
+        model(x)
     return model
+
+
+def observe(model: nn.Module, observing: bool) -> None:
+    """torch's fake-quantize modules follow what they see in evaluation, too, unless they are told not to."""
+    for module in model.modules():
+        if hasattr(module, "disable_observer"):
+            module.enable_observer(observing)
 
 
 PREPARE: dict[str, Callable[[nn.Module, Tensor, int, int], nn.Module]] = {
@@ -159,6 +164,7 @@ def fit(
         optimizer, lambda step: cosine_factor(step, total=total, warmup=total // 20)
     )
     model.train()
+    observe(model, True)
     step = 0
     for epoch in range(args.epochs):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(10_000 * args.seed + epoch))
@@ -183,6 +189,7 @@ def groups(model: nn.Module) -> list[dict[str, object]]:
 @torch.no_grad()
 def accuracy(model: nn.Module, test: Images, collate: Callable[..., tuple[Tensor, Tensor]]) -> float:
     model.eval()
+    observe(model, False)
     right = 0
     for indices in torch.arange(len(test.labels)).split(500):
         x, y = collate(test.take(indices))
