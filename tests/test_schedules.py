@@ -210,6 +210,11 @@ def test_bits_go_down_by_the_schedule_and_end_at_the_policy(tmp_path):
     assert codes.min() >= -2 and codes.max() <= 1
 
 
+def test_bits_go_down_after_shares_of_training_in_the_middle_of_an_epoch(tmp_path):
+    seen = watched(tmp_path, lambda m: m.stem.weight_quantizer.spec.bits, AnnealBits({0: 8, 0.125: 6, 0.5: 4}))
+    assert seen == [8] * 2 + [6] * 6 + [4] * 8
+
+
 @pytest.mark.parametrize(
     "match", ["@act", "*.input_quantizer*", ["stem.input_quantizer", "head.input_quantizer"]], ids=str
 )
@@ -272,6 +277,7 @@ RESUMED = [
     pytest.param(lambda: [FreezeRanges(1, scales=True)], LSQ, id="scales"),
     pytest.param(lambda: [FreezeBatchNorm(0.4)], LSQ, id="batch-norm"),
     pytest.param(lambda: [AnnealBits({0: 8, 1: 6, 3: 4})], LSQ, id="anneal"),
+    pytest.param(lambda: [AnnealBits({0: 8, 0.4: 6, 0.7: 4})], LSQ, id="anneal-by-shares"),
     pytest.param(
         lambda: [AnnealBits({0: 8, 1: 6, 3: 4}, "@weight"), AnnealBits({0: 8, 2: 5, 3: 4}, "@act")],
         LSQ,
@@ -325,10 +331,13 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(make, policy, epoch, tmp_p
         pytest.param(lambda: FreezeBatchNorm(-1), r"at=-1: must be a share", id="negative-epoch"),
         pytest.param(lambda: GradualEnable(activations_at=float("nan")), "activations_at=nan", id="nan"),
         pytest.param(lambda: GradualEnable(weights_at=True), "weights_at=True", id="bool"),
-        pytest.param(lambda: AnnealBits({}), "must map epochs to bits", id="empty-schedule"),
-        pytest.param(lambda: AnnealBits({0: 8, 1: 4.0}), "must map epochs to bits", id="fractional-bits"),
-        pytest.param(lambda: AnnealBits({1: 8, 2: 4}), "must begin at epoch 0", id="late-schedule"),
-        pytest.param(lambda: AnnealBits({-1: 8, 0: 4}), "must begin at epoch 0", id="early-schedule"),
+        pytest.param(lambda: AnnealBits({}), "must map epochs or shares to bits", id="empty-schedule"),
+        pytest.param(lambda: AnnealBits({0: 8, 1: 4.0}), "must map epochs or shares to bits", id="fractional-bits"),
+        pytest.param(lambda: AnnealBits({"0": 8}), "must map epochs or shares to bits", id="no-number"),  # pyright: ignore
+        pytest.param(lambda: AnnealBits({1: 8, 2: 4}), "must begin at 0", id="late-schedule"),
+        pytest.param(lambda: AnnealBits({-1: 8, 0: 4}), "must begin at 0", id="early-schedule"),
+        pytest.param(lambda: AnnealBits({0: 8, 1.5: 4}), "schedule=1.5: must be a share", id="share-above-one"),
+        pytest.param(lambda: AnnealBits({0: 8, 0.5: 6, 2: 4}), "epochs and shares", id="epochs-and-shares"),
         pytest.param(lambda: ReestimateBatchNorm(0), "batches=0", id="no-batches"),
         pytest.param(lambda: DampenOscillations(0), "strength=0", id="no-strength"),
         pytest.param(lambda: DampenOscillations(max_bits=0), "max_bits=0", id="dampen-no-bits"),

@@ -1,6 +1,8 @@
 """Lightning: the callbacks that insert, calibrate, train and log, and what checkpoints need."""
 
 from qat.lightning.callback import QATCallback
+from qat.lightning.channels_last import ChannelsLast
+from qat.lightning.compile import Compile
 from qat.lightning.distill import Distill
 from qat.lightning.health import QuantizerHealth
 from qat.lightning.learn_bits import LearnBits
@@ -21,6 +23,8 @@ from qat.lightning.weights import load_weights, read_checkpoint
 
 __all__ = [
     "AnnealBits",
+    "ChannelsLast",
+    "Compile",
     "DampenOscillations",
     "Distill",
     "FreezeBatchNorm",

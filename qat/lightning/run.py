@@ -41,6 +41,7 @@ from qat.lightning.cache import FloatCache
 from qat.lightning.calm import calm
 from qat.lightning.evaluate import test_metric, verify_file
 from qat.lightning.logs import finish, log_results
+from qat.lightning.module import CHECKPOINT_KEY
 from qat.lightning.resume import SeedEpochs, continue_csv
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights, read_checkpoint
@@ -106,6 +107,27 @@ class Run(Workspace):
             ):  # the first process is alone from here on: nothing may wait for the others
                 torch.distributed.destroy_process_group()
             values["metric"] = self.measure()
+            if (best := self._best(trainer)) is not None:
+                values["best"] = best
+
+    def _best(self, trainer: pl.Trainer) -> float | None:
+        """The metric of the checkpoint that was best in validation (not on the test set), if it has the grids of the
+        policy: an annealed run's may be from before they were reached.
+        """
+        kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
+        if not kept or not Path(kept[0].best_model_path).is_file():
+            return None
+        checkpoint = read_checkpoint(kept[0].best_model_path)
+        plan = self.module.quantization_plan
+        assert isinstance(plan, Plan)
+        if Plan.from_dict(checkpoint[CHECKPOINT_KEY]) != plan:
+            return None
+        last = {key: value.clone() for key, value in self.module.state_dict().items()}
+        self.module.load_state_dict(checkpoint["state_dict"])
+        try:
+            return self.measure()
+        finally:
+            self.module.load_state_dict(last)
 
     def audit_trained(self) -> None:
         """Accounts for the model once more if training has changed bits for good (`LearnBits`)."""

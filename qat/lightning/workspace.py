@@ -120,7 +120,12 @@ class Workspace:
         return instantiate(self.cfg.trainer, **{"logger": False, "enable_checkpointing": False, **settings})
 
     def measuring(self, **settings: Any) -> pl.Trainer:
-        """A trainer on one device for this process alone: a distributed sampler would count some samples twice."""
+        """A trainer on one device for this process alone: a distributed sampler would count some samples twice.
+
+        In float32 where training is in mixed precision: what is reported is what the exported file computes.
+        """
+        if str(self.cfg.trainer.get("precision", "")).endswith("-mixed"):
+            settings = {"precision": "32-true", **settings}
         if self.cfg.trainer.get("devices") == 1 and self.cfg.trainer.get("num_nodes", 1) == 1:
             return self.trainer(**settings)
         environment = LightningEnvironment()

@@ -16,17 +16,19 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.insert import Plan
+from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.schedules.which import quantized_weights, quantizers_of, select
 from qat.quantizers import Quantizer, create
 
 
 class AnnealBits(Callback):
-    """Changes bit-widths at the start of epochs.
+    """Changes bit-widths at the start of epochs, or after shares of training.
 
     A monitored "best" checkpoint may have the wider grids of the beginning; what training ends with has the policy's.
 
     Args:
-        schedule: Bits from each epoch on: `{0: 8, 2: 4, 5: 2}`. It begins at epoch 0 and ends at the policy's bits.
+        schedule: Bits from each epoch on, `{0: 8, 2: 4, 5: 2}`, or from each share of training on, `{0: 8, 0.1: 4}`. It
+            begins at 0 and ends at the policy's bits.
         match: Which quantizers: a glob over their names, `@weight`, `@act`, or a list of these; `None` for all whose
             bits in the policy are the schedule's last.
 
@@ -35,13 +37,21 @@ class AnnealBits(Callback):
             policy, if training ends before it does, or if a quantizer cannot have the bits.
     """
 
-    def __init__(self, schedule: Mapping[int, int], match: str | Sequence[str] | None = None) -> None:
-        if not schedule or any(isinstance(n, bool) or not isinstance(n, int) for n in (*schedule, *schedule.values())):
-            raise UserError(f"schedule={dict(schedule)}: must map epochs to bits, such as {{0: 8, 2: 4}}")
-        if min(schedule) != 0:
-            raise UserError(f"schedule={dict(schedule)}: must begin at epoch 0")
+    def __init__(self, schedule: Mapping[float, int], match: str | Sequence[str] | None = None) -> None:
+        moments, widths = list(schedule), list(schedule.values())
+        numbers = all(isinstance(moment, int | float) for moment in moments)
+        if not schedule or not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in widths):
+            raise UserError(f"schedule={dict(schedule)}: must map epochs or shares to bits, such as {{0: 8, 2: 4}}")
+        if min(moments) != 0:
+            raise UserError(f"schedule={dict(schedule)}: must begin at 0")
+        for moment in moments:
+            check_moment("AnnealBits: schedule", moment)
+        self.shares = any(isinstance(moment, float) for moment in moments)
+        if self.shares and any(isinstance(moment, int) and moment for moment in moments):
+            raise UserError(f"schedule={dict(schedule)}: has epochs and shares of training; give all as one of them")
         self.schedule, self.match = dict(sorted(schedule.items())), match
         self._final: dict[str, int] = {}
+        self._now: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -49,10 +59,7 @@ class AnnealBits(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         last, bits = list(self.schedule.items())[-1]
-        if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= last:
-            raise UserError(
-                f"AnnealBits: schedule={self.schedule}: training ends before, after max_epochs={trainer.max_epochs}"
-            )
+        check_reached(trainer, "AnnealBits: schedule", last)
         if not self._final:  # else a checkpoint from the middle of the schedule has brought it
             self._final = self._chosen(pl_module, bits)
         for name, policy in self._final.items():
@@ -62,6 +69,7 @@ class AnnealBits(Callback):
                     f"{policy}; end it there, or leave that quantizer out with match"
                 )
         self._check(pl_module)
+        self._now = None
 
     def _chosen(self, pl_module: pl.LightningModule, last: int) -> dict[str, int]:
         """The policy's bits of every quantizer that the schedule is for."""
@@ -80,8 +88,8 @@ class AnnealBits(Callback):
         weights = dict(quantized_weights(pl_module).values())
         for name, quantizer in self._quantizers(pl_module).items():
             shape = weights[quantizer].shape if quantizer.is_weight else None
-            for epoch, bits in self.schedule.items():
-                where = f"AnnealBits: schedule[{epoch}]={bits} for '{name}'"
+            for moment, bits in self.schedule.items():
+                where = f"AnnealBits: schedule[{moment}]={bits} for '{name}'"
                 try:
                     trial = create(dataclasses.replace(quantizer.spec, bits=bits), shape, quantizer.axis)
                 except UserError as error:
@@ -96,7 +104,20 @@ class AnnealBits(Callback):
         return {name: q for name, q in quantizers_of(pl_module, "AnnealBits").items() if name in self._final}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        bits = next(b for epoch, b in reversed(self.schedule.items()) if epoch <= trainer.current_epoch)
+        if not self.shares:
+            self._follow(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.shares:
+            self._follow(trainer, pl_module)
+
+    def _follow(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        bits = next(b for moment, b in reversed(self.schedule.items()) if reached(trainer, moment))
+        if bits == self._now:
+            return
+        self._now = bits
         for quantizer in self._quantizers(pl_module).values():
             if quantizer.spec.bits != bits:
                 quantizer.change_bits(bits)

@@ -1,0 +1,166 @@
+"""Collects finished runs into docs/results.json, and writes the tables of docs/results.md from it.
+
+    python benchmarks/results.py [RUN_DIR ...]
+
+A run is known by its command and seed: the same one again replaces what is there. Without folders, only the tables are
+written. They stand between `<!-- NAME -->` and `<!-- end NAME -->`, NAME being a folder of configs/experiment; all else
+in docs/results.md is written by hand.
+"""
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+DOCS = Path(__file__).parents[1] / "docs"
+LEFT_OUT = ("run_dir", "cache_dir", "seed", "logger", "trainer.enable_progress_bar", "data.cache_dir")
+PLACES = {
+    "data.root": lambda value: "DIR",
+    **dict.fromkeys(("ckpt", "float_ckpt", "data.path"), lambda v: Path(v).name),
+}
+
+
+def collected(folder: Path) -> dict[str, Any]:
+    """What docs/results.json keeps of a run.
+
+    Raises:
+        SystemExit: if the folder holds no finished run.
+    """
+    if not (folder / "report.json").is_file():
+        raise SystemExit(f"{folder}: no report.json, so no finished run")
+    report = json.loads((folder / "report.json").read_text())
+    overrides = [str(text) for text in OmegaConf.load(folder / ".hydra" / "overrides.yaml")]
+    cfg: Any = OmegaConf.load(folder / ".hydra" / "config.yaml")
+    stages, verify = report["stages"], report.get("verify") or {}
+    floats, exported = stages["float"], stages.get("exported", {})
+    return {
+        "command": command(overrides),
+        "seed": cfg.seed,
+        "name": report["name"],
+        "lower_is_better": not report["higher_is_better"],
+        "epochs": cfg.trainer.max_epochs if "qat" in stages else cfg.float_epochs,
+        "float": floats["metric"],
+        "ptq": stages.get("ptq", {}).get("metric"),
+        "qat": stages.get("qat", {}).get("metric"),
+        "best": stages.get("qat", {}).get("best"),
+        "exported": exported.get("metric"),
+        "agreement": exported.get("agreement"),
+        "verified": verify.get("passed"),
+        "float_bytes": floats.get("bytes"),
+        "bytes": exported.get("bytes"),
+        "packed_bytes": report.get("packed_bytes"),
+        "seconds": report["seconds"].get("qat"),
+    }
+
+
+def command(overrides: Iterable[str]) -> str:
+    """The command of a run, without what says only where on a machine things are, and the seed."""
+    words = []
+    for text in overrides:
+        key, _, value = text.partition("=")
+        if key not in LEFT_OUT:
+            words.append(f"{key}={PLACES[key](value)}" if key in PLACES else text)
+    return " ".join(["qat train", *words])
+
+
+def merged(runs: list[dict[str, Any]], new: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`runs` with `new` ones added, or in the place of those with the same command and seed."""
+    by_key = {(run["command"], run["seed"]): run for run in (*runs, *new)}
+    return [by_key[key] for key in sorted(by_key)]
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def folder_of(run: dict[str, Any]) -> str:
+    """The folder of the run's experiment."""
+    found = re.search(r"experiment=\[?(\w+)/", run["command"])
+    return found[1] if found else ""
+
+
+def shown(values: list[float | None], percent: bool) -> str:
+    """Mean and, of values that differ, the range."""
+    known = [100 * v if percent else v for v in values if v is not None]
+    if not known:
+        return "-"
+    digits = 2 if percent else 4
+    text = f"{statistics.mean(known):.{digits}f}"
+    return text if min(known) == max(known) else f"{text} ({min(known):.{digits}f} to {max(known):.{digits}f})"
+
+
+def size(count: int | None) -> str:
+    return "-" if count is None else f"{count / 1000:.0f} kB"
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """One row per command. Of metrics where less is better, training the float model as long is what counts as float,
+    and the share of the loss of calibration that training wins back is shown.
+    """
+    lower = any(run["lower_is_better"] for run in runs)
+    equal = [run["float"] for run in runs if run["qat"] is None]
+    base = statistics.mean(equal) if lower and equal else None
+    head = ["recipe", "epochs", "float", "PTQ", "QAT, last epoch", "QAT, best in validation", "exported", "agreement"]
+    head += ["file", "packed", "seeds", "QAT takes"] + (["recovered"] if base is not None else [])
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    commands = []
+    for text in dict.fromkeys(run["command"] for run in runs):
+        same = [run for run in runs if run["command"] == text]
+        first = same[0]
+
+        def mean(key: str, same: list[dict[str, Any]] = same) -> str:
+            return shown([run[key] for run in same], percent=not lower)
+
+        row = [f"`{first['name']}`", str(first["epochs"]), *map(mean, ("float", "ptq", "qat", "best", "exported"))]
+        agreements = [run["agreement"] for run in same if run["agreement"] is not None]
+        row.append(f"{100 * min(agreements):.2f}%" if agreements else "-")
+        row += [size(first["bytes"]), size(first["packed_bytes"]), str(len(same))]
+        seconds = [run["seconds"] for run in same if run["seconds"] is not None]
+        row.append(f"{statistics.mean(seconds) / 60:.1f} min" if seconds else "-")
+        if base is not None:
+            row.append(recovered(same, base))
+        lines.append("| " + " | ".join(row) + " |")
+        commands.append(f"    {text}")
+    return "\n".join([*lines, "", "with", "", *commands])
+
+
+def recovered(runs: list[dict[str, Any]], base: float) -> str:
+    """(PTQ - QAT) / (PTQ - float trained as long), of the means."""
+    ptq, qat = ([run[key] for run in runs if run[key] is not None] for key in ("ptq", "qat"))
+    if not ptq or not qat:
+        return "-"
+    return f"{100 * (statistics.mean(ptq) - statistics.mean(qat)) / (statistics.mean(ptq) - base):.0f}%"
+
+
+def written(page: str, runs: list[dict[str, Any]]) -> str:
+    """`page` with its tables replaced.
+
+    Raises:
+        SystemExit: if it has no place for an experiment folder.
+    """
+    for name in sorted({folder_of(run) for run in runs}):
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+        own = table([run for run in runs if folder_of(run) == name])
+        page, count = re.subn(pattern, lambda m, own=own: f"{m[1]}{own}\n{m[2]}", page, flags=re.DOTALL)
+        if not count:
+            raise SystemExit(
+                f"docs/results.md: no '<!-- {name} -->' ... '<!-- end {name} -->' to write a table between"
+            )
+    return page
+
+
+def main() -> None:
+    data, page = DOCS / "results.json", DOCS / "results.md"
+    runs = json.loads(data.read_text()) if data.is_file() else []
+    runs = merged(runs, [collected(Path(folder)) for folder in sys.argv[1:]])
+    text = written(page.read_text(), runs)
+    data.write_text(json.dumps(runs, indent=1) + "\n")
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

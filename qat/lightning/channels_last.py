@@ -1,0 +1,28 @@
+"""Channels last: the memory format that convolutions are fastest in, on CPUs with matrix instructions and on GPUs with
+tensor cores.
+
+Only the order in memory changes, not shapes, keys or results. Weights are enough: a convolution answers in the format
+of its weight, and what follows, quantizers included, keeps the format of what it is given.
+"""
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from qat.errors import UserError
+
+
+class ChannelsLast(Callback):
+    """Puts the module's four-dimensional parameters and buffers in channels-last order when fit starts.
+
+    Raises:
+        UserError: (when fit starts) if there is none.
+    """
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not any(parameter.ndim == 4 for parameter in pl_module.parameters()):
+            raise UserError(
+                f"ChannelsLast: {type(pl_module).__name__} has no parameter of four dimensions (a two-dimensional "
+                "convolution's weight), so the memory format would change nothing; leave the callback out"
+            )
+        pl_module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -1,0 +1,61 @@
+"""Training compiled: the whole forward and backward pass, quantizers fused with what is around them.
+
+Compiling takes from half a minute to minutes, and again for each new set of bit-widths (`AnnealBits`); torch keeps the
+result on disk for the next run. Evaluation runs as it is written: it is what exported files are compared with.
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import nn
+
+from qat.lightning.steps import batch_size
+
+
+class Compile(Callback):
+    """Runs training batches through `torch.compile(module)`: what the module's step computes by calling `self(...)`.
+
+    Two kinds of batches run as they are written instead of being compiled for: those of another size than the first one
+    (the last of an epoch is often smaller), and those for which a callback before this one has set hooks
+    (`QuantizerHealth`, every so often).
+
+    Args:
+        fullgraph: Whether a part that cannot be compiled is an error.
+    """
+
+    def __init__(self, fullgraph: bool = False) -> None:
+        self.fullgraph = fullgraph
+        self._size: int | None = None
+        self._compiled: Any = None
+        self._hooks = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._size, self._hooks = None, _hooks(pl_module)
+        self._compiled = torch.compile(pl_module._call_impl, fullgraph=self.fullgraph)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        size = batch_size(batch)
+        self._size = self._size or size
+        usual = size == self._size and _hooks(pl_module) == self._hooks
+        _call(pl_module, self._compiled if usual else None)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        _call(pl_module, None)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        _call(pl_module, None)
+
+
+def _call(module: nn.Module, how: Any) -> None:
+    """What calling `module` runs: `how`, as `nn.Module.compile` sets it, or (`None`) the module as it is written."""
+    module._compiled_call_impl = how  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _hooks(module: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
