@@ -5,7 +5,7 @@ they are. `remove` turns them back.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -80,6 +80,16 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for name, module in modules.items():
         if isinstance(module, FUSED) and any(part.startswith(f"{name}." if name else "") for part in plan.layers):
             become_twin(module, SlowPath)
+    _adopt_modes(modules.values())
+
+
+def _adopt_modes(modules: Iterable[nn.Module]) -> None:
+    """What was inserted is in training or evaluation as the module that it is in."""
+    before = {id(module) for module in modules}
+    for module in modules:
+        for child in module.children():
+            if id(child) not in before:
+                child.train(module.training)
 
 
 def _readers(plan: Plan) -> Counter[str]:

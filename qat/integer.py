@@ -143,8 +143,12 @@ class IntegerLayer(TwinMixin):
 
     def quantized_weight(self) -> Tensor:
         with ours():
-            return self.integer_weight().to(self.computes_in)
+            return self._typed(self.integer_weight())
 
     def quantized_bias(self) -> Tensor | None:
         with ours():
-            return self.integer_bias().to(self.computes_in) if self.integer_bias is not None else self.bias
+            return self._typed(self.integer_bias()) if self.integer_bias is not None else self.bias
+
+    def _typed(self, x: Tensor) -> Tensor:
+        # A cast to the type that it has is an operation in a traced program all the same.
+        return x if x.dtype == self.computes_in else x.to(self.computes_in)

@@ -454,6 +454,15 @@ def test_every_float_key_is_kept_bit_for_bit_and_only_quantizers_come_in_between
     assert own <= set(after)
 
 
+def test_what_is_inserted_is_in_the_mode_of_the_module_that_it_is_in():
+    model, x = resnet().train(), torch.randn(IMAGE)
+    model[0].eval()
+    apply_plan(model, planned(model, x))
+    modes = {name: quantizer.training for name, quantizer in named_quantizers(model)}
+    assert {training for name, training in modes.items() if name.startswith("0.")} == {False}
+    assert any(training for name, training in modes.items() if name.endswith("weight_quantizer"))
+
+
 def test_removal_gives_back_classes_keys_and_outputs():
     model, x = resnet().eval(), torch.randn(IMAGE)
     keys, classes, attributes = list(model.state_dict()), [type(m) for m in model.modules()], attributes_of(model)

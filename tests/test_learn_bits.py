@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
-from tiny_module import Tiny, loader, seeded, trainer  # noqa: F401 - seeded is a fixture for every test here
+from tiny_module import Tiny, loader, trainer
 from torch import nn
 
 from qat.calibrate import calibrate

@@ -62,7 +62,7 @@ def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
 def test_the_installed_command_finds_its_configs_from_another_folder(qat_command, tmp_path):
     done = _qat(qat_command, tmp_path, "train", "--help")
     assert done.returncode == 0, done.stderr
-    assert "usage: qat train" in done.stdout and "model: chargpt, cnn, mlp" in done.stdout
+    assert "usage: qat train" in done.stdout and "model: causal_lm, chargpt, cnn, mlp" in done.stdout
     source = _qat(qat_command, tmp_path, "train", "--info", "searchpath").stdout
     assert str(qat_command.parents[1]) in source and str(ROOT / "configs") not in source
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from tiny_module import Tiny, images, quantizer_state, same, seeded  # noqa: F401 - seeded is a fixture for every test here
+from tiny_module import Tiny, images, quantizer_state, same
 
 from qat.calibrate import calibrate
 from qat.cli import main

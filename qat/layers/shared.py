@@ -6,7 +6,8 @@ once.
 
 What was made is kept while the forward of the owner that the readers belong to runs, until as many have read it as the
 plan has readers of that grid. It is not shared across a change of hooks on saved tensors: a checkpointed part is run
-again on its own and has to find the same operations. Compilers find common work themselves.
+again on its own and has to find the same operations. Compilers find common work themselves; of a range they only have to
+be told that it has followed this tensor already.
 """
 
 from typing import Any
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 Kept = dict[tuple[int, int], tuple[Tensor, tuple[Any, ...], Tensor, int]]
 """By quantizer and tensor: the tensor, its state, what was made of it, and how many readers are left."""
 
-forwards: list[Kept] = []
+Followed = list[tuple[nn.Module, Tensor]]
+"""The quantizers whose range has followed a tensor, where a compiler is at work."""
+
+forwards: list[tuple[Kept, Followed]] = []
 """What is kept of each running forward of an owner, the innermost last."""
 
 
@@ -28,16 +32,23 @@ def read(quantizer: nn.Module, x: Tensor) -> Tensor:
         quantizer: A `Quantizer`, or several in a row.
         x: What it reads.
     """
-    if not forwards or torch.compiler.is_compiling() or x.is_inference():  # those have no version
+    if not forwards:
         return quantizer(x)
     if isinstance(quantizer, nn.Sequential):
         for one in quantizer:
             x = read(one, x)
         return x
-    readers = quantizer.__dict__.get("readers", 1)
+    readers = getattr(quantizer, "readers", 1)
     if readers == 1 or not (quantizer.training and quantizer.on):  # what observes or measures sees every reader
         return quantizer(x)
-    kept, key = forwards[-1], (id(quantizer), id(x))
+    kept, followed = forwards[-1]
+    if torch.compiler.is_compiling():
+        known = any(other is quantizer and tensor is x for other, tensor in followed)
+        followed.append((quantizer, x))
+        return quantizer(x, follow=not known)
+    if x.is_inference():  # it has no version
+        return quantizer(x)
+    key = id(quantizer), id(x)
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
     state = x._version, torch.is_grad_enabled(), hooks
     known = kept.pop(key, None)

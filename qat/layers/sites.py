@@ -88,7 +88,7 @@ class SiteOwner(TwinMixin):
     site_owner: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        shared.forwards.append({})
+        shared.forwards.append(({}, []))
         try:
             return self._outermost(args, kwargs) if not _running else self._inside(_running[-1], args, kwargs)
         finally:

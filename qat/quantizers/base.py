@@ -221,10 +221,11 @@ class Quantizer(nn.Module):
         """`dequantize(quantize(x))` with this quantizer's gradient; the grid broadcasts against `x`."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, follow: bool = True) -> Tensor:
+        """`x` on its grid; `follow` is false for a tensor that a moving range has followed already."""
         if not self.on:
             return self._pass(x)
-        if self._follows and self.training:
+        if follow and self._follows and self.training:
             self.follow(x.detach())
         inner, grid = self._grouped(self.transform(x)) if self._moves else x, self.grid(x)
         if self._dithers and self.training:

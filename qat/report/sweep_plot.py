@@ -27,7 +27,8 @@ def save_sweep_plot(sweep: Sweep, path: Path) -> None:
     figure = Figure(figsize=(WIDTH, TOP + PANEL + 0.6 + body), dpi=DPI, facecolor="white")
     height = figure.get_figheight()
     figure.text(0.03, 1 - 0.3 / height, sweep.folder.name, fontsize=14, fontweight="bold", color=INK, parse_math=False)
-    for i, cost in enumerate(AXES):
+    measured = [cost for cost in AXES if any(cost in r.values for r in sweep.done)]
+    for i, cost in enumerate(measured or AXES):
         place = (0.07 + i * 0.32, 1 - (TOP + PANEL) / height, 0.26, PANEL / height)
         _scatter(figure.add_axes(place), sweep, cost, first=i == 0)
     if done:
