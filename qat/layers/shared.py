@@ -6,8 +6,8 @@ once.
 
 What was made is kept while the forward of the owner that the readers belong to runs, until as many have read it as the
 plan has readers of that grid. It is not shared across a change of hooks on saved tensors: a checkpointed part is run
-again on its own and has to find the same operations. Compilers find common work themselves; of a range they only have to
-be told that it has followed this tensor already.
+again on its own and has to find the same operations. Compilers find common work themselves; they only have to be told
+that a range has followed this tensor already.
 """
 
 from typing import Any
