@@ -208,3 +208,22 @@ def test_a_layer_without_bias_stays_without() -> None:
     assert converted[0].integer_bias is None and converted[0].bias is None
     codes = converted[0].integer_weight
     torch.testing.assert_close(converted(x), F.linear(converted[0].input_quantizer(x), dequantized(codes).float()))
+
+
+class Tied(nn.Module):
+    """A language model's head: the embedding's weight again, in a function of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.body = nn.Embedding(12, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(self.body(self.tokens(x))), self.tokens.weight)
+
+
+def test_a_float_embedding_keeps_its_weight_where_a_quantized_product_reads_it_too():
+    model, x = Tied(), torch.randint(12, (4, 5))
+    policy = {"weight": {"bits": 8}, "act": {"bits": 8}, "rules": {"tokens": {"match": "tokens", "weight": False}}}
+    fake, converted = both(model, x, policy)
+    assert torch.equal(converted.tokens.weight, model.tokens.weight)
+    torch.testing.assert_close(converted(x), fake(x), rtol=0, atol=1e-6)
