@@ -209,6 +209,13 @@ class OnnxTarget(Target):
         if self.weight_only == "matmulnbits" and self.engine != "ort":
             raise UserError(f"weight_only=matmulnbits: {self.engine} has no such operation; use qdq")
 
+    def unfit(self, plan: Plan) -> str | None:
+        alone = [layer for layer in plan.layers.values() if layer["weight"] is not None and not layer["input"]]
+        alone += [site for name, site in plan.parameters.items() if not any(plan.sites.get(name, [])[:1])]
+        if self.weight_only == "matmulnbits" and not alone:
+            return "weight_only=matmulnbits is for quantized weights with a float input; set quant.act=off, or use qdq"
+        return None
+
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         export_onnx(model, example, folder / self.file, self.placement)
         if self.weight_only == "matmulnbits":
