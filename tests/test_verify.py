@@ -198,6 +198,14 @@ def test_float_kernels_are_counted_against_the_model(trained) -> None:
     assert not verdict.passed and verdict.checks[0].detail == f"0 of 3 convolutions and matrix products; {floats}"
 
 
+def test_each_position_of_a_sequence_is_a_prediction() -> None:
+    comparison, expected = Comparison(), np.eye(4, dtype=np.float32)[None].repeat(2, 0)
+    actual = expected.copy()
+    actual[1, 3] = [1, 0, 0, 0]
+    comparison.update(expected, actual)
+    assert comparison.samples == 8 and comparison.agreement == 7 / 8
+
+
 @pytest.mark.parametrize(("change", "passed"), [(0.01, True), (0.02, False), (-0.02, False), (float("nan"), False)])
 def test_the_metric_may_move_by_so_much_and_no_more(change, passed) -> None:
     verdict = Verdict()

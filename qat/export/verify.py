@@ -37,7 +37,7 @@ class Comparison:
     high: float = -np.inf
 
     def update(self, expected: np.ndarray, actual: np.ndarray) -> None:
-        """Adds a batch `[N, ...]` of the fake-quantized model's outputs and the file's.
+        """Adds a batch (`[N, C]`, `[N, T, C]` or `[N, ...]`) of the fake-quantized model's outputs and the file's.
 
         Raises:
             UserError: if the shapes differ.
@@ -48,19 +48,17 @@ class Comparison:
             )
         if not expected.size:
             return
-        self.samples += len(expected)
         self.low, self.high = min(self.low, float(expected.min())), max(self.high, float(expected.max()))
         # NaN compares false with everything, and would slip through a maximum.
         difference = np.nan_to_num(np.abs(expected.astype(np.float64) - actual), nan=np.inf)
         self.deviation = max(self.deviation, float(difference.max()))
         self.total += float(difference.sum())
         self.values += difference.size
-        classes = expected.ndim == 2 and expected.shape[1] > 1
-        same = (
-            expected.argmax(1) == actual.argmax(1)
-            if classes
-            else (difference <= self.step).reshape(len(expected), -1).all(1)
-        )
+        if expected.ndim in (2, 3) and expected.shape[-1] > 1:  # classes; of a sequence, at each position
+            same = (expected.argmax(-1) == actual.argmax(-1)).reshape(-1)
+        else:
+            same = (difference <= self.step).reshape(len(expected), -1).all(1)
+        self.samples += same.size
         self.agreeing += int(same.sum())
 
     @property
@@ -70,8 +68,8 @@ class Comparison:
 
     @property
     def agreement(self) -> float:
-        """Share of samples with the same prediction: the same largest class, or every value within one step where
-        outputs are no classes."""
+        """Share of equal predictions: the same largest class, of each sample or (outputs `[N, T, C]`) of each position of
+        each sample; or every value of a sample within one step where outputs are no classes."""
         return self.agreeing / self.samples if self.samples else 0.0
 
     @property
