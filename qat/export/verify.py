@@ -68,8 +68,8 @@ class Comparison:
 
     @property
     def agreement(self) -> float:
-        """Share of equal predictions: the same largest class, of each sample or (outputs `[N, T, C]`) of each position of
-        each sample; or every value of a sample within one step where outputs are no classes."""
+        """Share of equal predictions: the same largest class, of each sample or (outputs `[N, T, C]`) of each position
+        in it; or every value of a sample within one step where outputs are no classes."""
         return self.agreeing / self.samples if self.samples else 0.0
 
     @property
