@@ -5,7 +5,7 @@ they are. `remove` turns them back.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ from qat.plan import Plan, check_shapes_known, has_weight, make_plan
 from qat.quantizers import Quantizer
 from qat.spec import QuantSpec
 
-__all__ = ["Plan", "apply_plan", "make_plan", "named_quantizers", "remove"]
+__all__ = ["Plan", "adopt_modes", "apply_plan", "make_plan", "named_quantizers", "remove"]
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
@@ -80,16 +80,17 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for name, module in modules.items():
         if isinstance(module, FUSED) and any(part.startswith(f"{name}." if name else "") for part in plan.layers):
             become_twin(module, SlowPath)
-    _adopt_modes(modules.values())
+    adopt_modes(model)
 
 
-def _adopt_modes(modules: Iterable[nn.Module]) -> None:
-    """What was inserted is in training or evaluation as the module that it is in."""
-    before = {id(module) for module in modules}
-    for module in modules:
-        for child in module.children():
-            if id(child) not in before:
-                child.train(module.training)
+def adopt_modes(model: nn.Module) -> None:
+    """Puts what was inserted in training or evaluation as the module that it is in."""
+    for module in model.modules():
+        if isinstance(module, TwinMixin):
+            for child in module.children():
+                inserted = child[0] if isinstance(child, nn.Sequential) and len(child) else child
+                if isinstance(inserted, Quantizer | Site | Part):
+                    child.train(module.training)
 
 
 def _readers(plan: Plan) -> Counter[str]:

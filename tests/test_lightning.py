@@ -304,7 +304,12 @@ def test_a_stage_before_fit_calibrates_and_fit_then_trains_what_it_made(stage, t
 
         val_dataloader = test_dataloader = predict_dataloader = train_dataloader
 
+    seen = []
+    hook = "on_validation_end" if stage == "validate" else f"on_{stage}_end"
+    during = {hook: lambda *_: seen.extend(q.training for _, q in named_quantizers(net))}
+    trainer.callbacks.append(type("Modes", (pl.Callback,), during)())
     getattr(trainer, stage)(net, datamodule=Data())
+    assert seen and not any(seen) and all(m.training for m in net.modules()), "in evaluation, and back in training"
     before = _scales(net)
     assert len(before) == 4 and all(q.initialised for _, q in named_quantizers(net))
     assert not any(t.is_inference() for t in net.state_dict().values())

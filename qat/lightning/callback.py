@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import BatchSizeFinder, Callback, LearningRateF
 from qat.audit import audit, check_coverage
 from qat.calibrate import calibrate, needs_calibration
 from qat.errors import UserError, nearest
-from qat.insert import Plan, make_plan, named_quantizers
+from qat.insert import Plan, adopt_modes, make_plan, named_quantizers
 from qat.layers.twin import become_twin, original_class
 from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion
 from qat.lightning.compiled import uncompiled
@@ -112,6 +112,10 @@ class QATCallback(Callback):
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ready(trainer, pl_module)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        # Lightning puts modules back into training after an evaluation, but not those that it did not find before.
+        adopt_modes(pl_module)
 
     def plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
         """What would be inserted for all `QATCallback`s of the trainer, from one probe batch; the module is left as it
