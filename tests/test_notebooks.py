@@ -1,6 +1,5 @@
 """Every notebook runs from top to bottom, and is kept without outputs."""
 
-import time
 from pathlib import Path
 
 import nbformat
@@ -26,7 +25,5 @@ def test_a_notebook_is_stored_without_outputs(path) -> None:
 def test_a_notebook_runs(path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(path, as_version=4)
-    start = time.perf_counter()
-    nbclient.NotebookClient(notebook, timeout=180, kernel_name="python3").execute()
+    nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     assert any("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", []))
-    assert time.perf_counter() - start < 180
