@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from qat.layers.accumulator import RoundedBias, accumulator_scale, bias_codes, grids
-from qat.layers.shared import read
+from qat.layers.shared import forwards, read
 from qat.layers.sources import sources
 from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
@@ -62,7 +62,7 @@ class QuantizedLayer(TwinMixin):
         if quantizer is None:
             return x
         with ours():
-            return read(quantizer, x)
+            return read(quantizer, x) if forwards else quantizer(x)  # a call less where nothing is shared
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid; outside training it is computed once per change of weight or grid."""
