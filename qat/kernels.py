@@ -5,9 +5,9 @@ tensor; fused by torch.compile they read it once and write it once. A `Kernel` i
 run it:
 
     inside somebody's torch.compile   inlined, so that it fuses with their code too
-    small tensors                     plain torch: calling a compiled region costs 25-50 microseconds
-    large tensors                     compiled once for all shapes; where no compiler is found, plain torch, with one
-                                      warning
+    small tensors                     plain torch, which is as fast there
+    large tensors                     compiled once for all shapes (`qat.launch`); where no compiler is found, plain
+                                      torch, with one warning
 
 Compiling costs seconds, which a run of a minute never earns back, so it starts once `PATIENCE` elements have passed
 (see `configure`). torch keeps the result on disk: the next process loads it.
@@ -17,13 +17,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from types import FunctionType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from qat.formats import Rounding
+from qat.launch import launchable, program, signature
 from qat.layout import layout_of
 
 SMALL = 1 << 16
@@ -46,7 +46,7 @@ def configure(mode: Mode = "auto", patience: int = 4_000_000_000) -> None:
 
 def _worth(x: Tensor) -> bool:
     """Whether a kernel should run compiled on the large tensor `x`; counts down the patience."""
-    if _settings["broken"] or _settings["mode"] == "never" or torch.compiler.is_compiling():
+    if _settings["broken"] or _settings["mode"] == "never" or torch.compiler.is_compiling() or not launchable(x):
         return False
     if _settings["mode"] == "auto" and _settings["patience"] > 0:
         _settings["patience"] -= x.numel()
@@ -55,44 +55,33 @@ def _worth(x: Tensor) -> bool:
 
 
 class Kernel:
-    """A pure function of tensors and its compiled form, made when first asked for.
+    """A pure function of tensors and its compiled forms, each made when first asked for.
 
     Args:
         function: Positional tensors in, a tensor or a tuple of tensors out; it may work in place on tensors it
             made itself.
+        tensors: How many of its arguments are large; the others are parameters.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self._compiled: Callable[..., Any] | None = None
+    def __init__(self, function: Callable[..., Any], tensors: int) -> None:
+        self.function, self.tensors = function, tensors
+        self._programs: dict[Any, Callable[..., Any]] = {}
 
     def compiled(self, *args: Tensor) -> Any:
-        """Runs compiled, or where that fails, and from then on, in plain torch."""
-        try:
-            if self._compiled is None:
-                self._compiled = torch.compile(_own_code(self.function), dynamic=True, fullgraph=True)
-            # Part of what torch guards compiled code by: a layer's forward has switched it off already, its backward
-            # not.
-            with torch._C.DisableTorchFunction():
-                return self._compiled(*args)
-        except Exception as error:  # a missing compiler surfaces as whatever its build step raises
-            _settings["broken"] = True
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warnings.warn(
-                f"quantizers run uncompiled, several times slower: torch.compile failed ({reason})", stacklevel=2
-            )
-            return self.function(*args)
-
-
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under a code object of its own: torch counts recompilations by code object, and kernels must not use
-    up each other's.
-    """
-
-    def run(*args: Tensor) -> Any:
-        return function(*args)
-
-    return FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)
+        """Runs compiled, or where compiling fails, and from then on, in plain torch."""
+        key = signature(self.tensors, args)
+        run = self._programs.get(key)
+        if run is None:
+            try:
+                run = self._programs[key] = program(self.function, self.tensors, args)
+            except Exception as error:  # a missing compiler surfaces as whatever its build step raises
+                _settings["broken"] = True
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                warnings.warn(
+                    f"quantizers run uncompiled, several times slower: torch.compile failed ({reason})", stacklevel=2
+                )
+                return self.function(*args)
+        return run(*args)
 
 
 class Gradient:
@@ -102,7 +91,7 @@ class Gradient:
 
     def __init__(self, forward: Callable[..., Tensor], backward: Callable[..., Grads], rounding: Rounding) -> None:
         self.parts = forward, backward, rounding
-        self.forward, self.backward = Kernel(partial(forward, rounding)), Kernel(partial(backward, rounding))
+        self.forward, self.backward = Kernel(partial(forward, rounding), 1), Kernel(partial(backward, rounding), 2)
 
     def __call__(
         self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *extra: Tensor, grad_scale: float = 1.0
@@ -125,6 +114,8 @@ class Gradient:
         if not _worth(tensors[0]):
             return self.forward.function(*tensors)
         layout = layout_of(tensors[0].shape, tensors[0].stride(), tensors[1].shape)
+        if layout is None:
+            return self.forward.function(*tensors)
         return layout.restore(self.forward.compiled(*layout.all(tensors)))
 
     def __reduce__(self) -> Any:
@@ -170,11 +161,11 @@ class _Large(_Plain):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
+        layout = layout_of(tensors[0].shape, tensors[0].stride(), tensors[1].shape)
         # With a graph of its own (a second derivative), backward is made of operations that torch can differentiate.
-        if torch.is_grad_enabled() or not _worth(tensors[0]):
+        if layout is None or torch.is_grad_enabled() or not _worth(tensors[0]):
             grad_x, *others = ctx.gradient.backward.function(grads[0], *tensors)
             return _returned(ctx.grad_scale, grad_x, others)
-        layout = layout_of(tensors[0].shape, tensors[0].stride(), tensors[1].shape)
         grad_x, *others = ctx.gradient.backward.compiled(layout.rows(grads[0]), *layout.all(tensors))
         parameters = (tensors[1], *tensors[4:])
         others = [g if g is None else g.view(p.shape) for g, p in zip(others, parameters, strict=True)]

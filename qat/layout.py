@@ -1,8 +1,4 @@
-"""Seeing a tensor of any shape as one that compiled kernels know.
-
-torch compiles for the number of axes, for strides and for what a view is of; kernels that always see `[N]` or
-`[rows, N]` are compiled once.
-"""
+"""Seeing a tensor of any shape as one that compiled kernels know: `[N]` or `[rows, N]`, whatever lies behind."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,59 +13,46 @@ class Layout:
     it lies in memory.
 
     So a kernel is compiled once for all shapes, channels_last costs no copy, and per-channel runs like per-tensor.
-    Scales along other axes broadcast as they are.
 
     Attributes:
         shape, strides: Of the tensor; the strides are dense.
-        view: The shape that kernels see, `None` for that of the tensor itself.
+        view: The shape that kernels see.
     """
 
     shape: torch.Size
     strides: tuple[int, ...]
-    view: tuple[int, ...] | None
+    view: tuple[int, ...]
 
     def rows(self, x: Tensor) -> Tensor:
-        if self.view is None:
-            return x
         if x.stride() != self.strides:
             x = torch.empty_strided(self.shape, self.strides, dtype=x.dtype, device=x.device).copy_(x)
-        return _alias(x, self.view, (self.view[1], 1) if len(self.view) == 2 else (1,))
+        return x.as_strided(self.view, (self.view[1], 1) if len(self.view) == 2 else (1,))
 
     def per_row(self, parameter: Tensor) -> Tensor:
-        count = parameter.numel()
-        if self.view is None or (count == 1 and parameter.ndim == 1 and not parameter.requires_grad):
+        if parameter.ndim == 1 and len(self.view) == 1:
             return parameter
-        rows = len(self.view) == 2 and count > 1
-        return _alias(parameter.contiguous(), (count, 1) if rows else (count,), (1, 1) if rows else (1,))
+        return parameter.reshape((-1, 1) if len(self.view) == 2 and parameter.numel() > 1 else -1)
 
     def all(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         """`x, scale, low, high, *extra` as kernels see them."""
         return [self.rows(tensors[0]), *map(self.per_row, tensors[1:])]
 
     def restore(self, x: Tensor) -> Tensor:
-        return x if self.view is None else _alias(x, self.shape, self.strides)
+        """What a kernel made, as the tensor it stands for: no view, which in-place operations would refuse."""
+        return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), self.shape, self.strides)  # pyright: ignore
 
 
 @lru_cache(4096)
-def layout_of(shape: torch.Size, strides: tuple[int, ...], scale: torch.Size) -> Layout:
-    """The layout of a tensor of this shape whose scale has the shape `scale`."""
+def layout_of(shape: torch.Size, strides: tuple[int, ...], scale: torch.Size) -> Layout | None:
+    """The layout of a tensor of this shape whose scale has the shape `scale`; `None` if its scales lie across it."""
     strides, count = _dense_strides(shape, strides), shape.numel()
     leading = next((d for d in range(len(scale), 0, -1) if scale[d - 1] != 1), 0)
     if leading == 0:
-        view = (count,)
-    elif len(scale) == len(shape) and shape[:leading] == scale[:leading] and _outermost(shape, strides, leading):
-        rows = scale.numel()
-        view = (rows, count // rows)
-    else:
-        view = None
-    return Layout(shape, strides, view)
-
-
-def _alias(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
-    """The memory of `x` as another tensor, which is no view: compiled code is guarded by what a view is of, and in-
-    place operations refuse views made here.
-    """
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), shape, strides)  # pyright: ignore
+        return Layout(shape, strides, (count,))
+    rows = scale.numel()
+    if len(scale) == len(shape) and shape[:leading] == scale[:leading] and _outermost(shape, strides, leading):
+        return Layout(shape, strides, (rows, count // rows)) if rows < count else None
+    return None
 
 
 def _dense_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,6 +8,8 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat import kernels
 from qat.quantizers import create
@@ -75,6 +77,38 @@ def test_channels_last_and_channels_give_the_same_as_plain_torch(monkeypatch):
         torch.testing.assert_close(found[2], expected[2], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_a_program_made_for_equal_sizes_serves_unequal_ones(dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    for rows, columns in ((8, 8), (8, 12), (12, 8), (8, 1), (2, 1000)):
+        weight, x = lsq(granularity="channel", shape=torch.Size((rows, columns))), torch.randn(rows, columns)
+        found = []
+        for mode in ("always", "never"):
+            kernels.configure(mode)
+            leaf = x.to(dtype, copy=True).requires_grad_()
+            weight.scale.grad = None
+            weight(leaf).square().sum().backward()
+            found.append((leaf.grad, weight.scale.grad))
+        assert torch.equal(found[0][0], found[1][0])
+        torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_modes_that_see_each_operation_see_those_of_a_quantizer():
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    kernels.configure("always")
+    quantizer, seen = lsq(), []
+    expected = train_on(quantizer, 32, 4096)
+    with Names():
+        found = train_on(quantizer, 32, 4096)
+    assert torch.equal(found[0], expected[0]) and seen.count("round_") == 2
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert quantizer(torch.randn(32, 4096)).shape == (32, 4096)
+
+
 def test_without_a_compiler_it_warns_once_and_computes_the_same(monkeypatch):
     monkeypatch.setattr(kernels, "SMALL", 0)
     kernels.configure("never")
@@ -108,6 +142,8 @@ def test_short_runs_never_compile(monkeypatch):
 SECOND_PROCESS = """
 import torch
 from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from qat import kernels
 from qat.quantizers import create
 from qat.spec import QuantSpec
