@@ -26,8 +26,10 @@ from qat.formats import Rounding
 from qat.launch import launchable, program, signature
 from qat.layout import layout_of
 
-SMALL = 1 << 16
-"""Tensors below this many elements run in plain torch."""
+SMALL = 1 << 15
+"""Tensors below this many elements run in plain torch: a program costs as much to launch as it saves."""
+SMALL_FORWARD = 1 << 17
+"""The same where there is no backward pass, most of what is saved."""
 
 Grads = tuple[Tensor | None, ...]
 Mode = Literal["auto", "always", "never"]
@@ -101,7 +103,7 @@ class Gradient:
         if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
             return _Plain.apply(self, grad_scale, *tensors)  # pyright: ignore[reportReturnType]
         count, learning = x.numel(), torch.is_grad_enabled()
-        if type(count) is not int or count < SMALL:  # symbolic, while somebody exports
+        if type(count) is not int or count < (SMALL if learning else SMALL_FORWARD):  # symbolic, while somebody exports
             return _plain(self, grad_scale, *tensors) if learning else self.forward.function(*tensors)
         if not learning:
             return self.fake_quantize(tensors)
