@@ -1,5 +1,6 @@
 """Ways to optimize: manual, several optimizers and policies (a GAN), accumulation, clipping, tuners."""
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.lightning import QATCallback, load_from_checkpoint
+from qat.lightning.groups import own_groups
 
 
 class ByHand(Tiny):
@@ -114,7 +116,7 @@ def test_each_network_of_a_gan_has_its_own_policy_optimizer_and_factor(tmp_path)
         "discriminator.0.weight_quantizer": 8,
         "discriminator.2.weight_quantizer": 8,
     }
-    for optimizer, net, factor in zip(fitted.optimizers, (gan.generator, gan.discriminator), (0.01, 0.02), strict=True):
+    for optimizer, net, factor in zip(fitted.optimizers, (gan.generator, gan.discriminator), (3.0, 0.02), strict=True):
         rest, own = optimizer.param_groups
         assert {id(p) for p in own["params"]} == {id(q.scale) for _, q in named_quantizers(net)}
         assert own["lr"] == pytest.approx(rest["lr"] * factor)
@@ -127,6 +129,26 @@ def test_each_network_of_a_gan_has_its_own_policy_optimizer_and_factor(tmp_path)
     resumed = trainer(tmp_path, *_gan_callbacks(), policy=None, max_epochs=2)
     resumed.fit(again, loader(), ckpt_path=tmp_path / "gan.ckpt")
     assert not same(quantizer_state(again), quantizer_state(gan))
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        pytest.param(torch.optim.SGD, lambda scale, lr: scale - 0.1 * lr, id="sgd"),
+        pytest.param(torch.optim.Adam, lambda scale, lr: scale * math.exp(-min(3 * lr, math.log(2))), id="adam"),
+    ],
+)
+@pytest.mark.parametrize("lr", [1e-3, 10.0])
+def test_adaptive_optimizers_move_a_scale_by_a_share_of_itself(cls, expected, lr):
+    scales, weight = [nn.Parameter(torch.tensor([s])) for s in (1e-4, 0.5)], nn.Parameter(torch.tensor([1.0]))
+    with own_groups([(scale, None) for scale in scales]):
+        optimizer = cls([*scales, weight], lr=lr)
+    for parameter in (*scales, weight):
+        parameter.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() == pytest.approx(1.0 - lr)
+    for scale, before in zip(scales, (1e-4, 0.5), strict=True):
+        assert scale.item() == pytest.approx(expected(before, lr), rel=1e-4)
 
 
 def test_trying_a_manual_step_out_moves_nothing(tmp_path):

@@ -183,8 +183,8 @@ def _split(net: Net, groups) -> tuple[list[dict], list[dict]]:
     ("cls", "factor", "expected"),
     [
         pytest.param(SGD, None, 0.1, id="sgd-decides"),
-        pytest.param(AdamW, None, 0.01, id="adamw-decides"),
-        pytest.param(torch.optim.RMSprop, None, 0.01, id="rmsprop-decides"),
+        pytest.param(AdamW, None, 3.0, id="adamw-decides"),
+        pytest.param(torch.optim.RMSprop, None, 3.0, id="rmsprop-decides"),
         pytest.param(AdamW, 0.5, 0.5, id="given"),
     ],
 )
@@ -209,7 +209,7 @@ def test_each_of_several_groups_and_optimizers_is_split(tmp_path):
     groups = [g for optimizer in _optimizers(net, configure, tmp_path) for g in optimizer]
     rest, own = _split(net, groups)
     assert [g["lr"] for g in rest] == [0.2, 0.1, 0.1]
-    assert [g["lr"] for g in own] == pytest.approx([0.02, 0.001])
+    assert [g["lr"] for g in own] == pytest.approx([0.02, 0.3])
 
 
 def _warm(optimizer):

@@ -38,8 +38,8 @@ class QATCallback(Callback):
         policy: Which grids go where: a `QuantPolicy`, or its settings as plain containers.
         calibration_samples: How many training samples set the first ranges.
         scale_lr_factor: Learning rate of the scales relative to that of the weights beside them; `None` for 0.1 under
-            SGD and 0.01 under other optimizers (`qat.lightning.groups` says why). Schedulers that take one function per
-            group (`LambdaLR`) need one for the scales, too.
+            SGD and 3 under other optimizers, where it is a share of the scale (`qat.lightning.groups` says why).
+            Schedulers that take one function per group (`LambdaLR`) need one for the scales, too.
         module: Path of the submodule that the policy is for (`generator`); everything else stays float, unless another
             `QATCallback` is for it. Names in the policy are then relative to that submodule.
         starts: What is done to the model right before and after its first calibration (`qat.starts`).

@@ -3,8 +3,9 @@ beside them.
 
 LSQ scales the gradient of a step size so that, under SGD, it moves as fast as the weights do; with one step per channel
 that is noisier than with one per tensor, and a tenth is safer (2 bits at a high learning rate can collapse without it).
-Adaptive optimizers divide any such factor out again: under Adam a step size of 0.01 would move by the whole learning
-rate each step. So the factor is `SGD_FACTOR` for SGD and `ADAPTIVE_FACTOR` for all others.
+Adaptive optimizers divide any such factor out again: under Adam a step size moves by the whole learning rate each step,
+whether it is 0.1 or 0.0001. So there it moves in proportion to itself: by that share, as if its logarithm were trained.
+The factor is `SGD_FACTOR` for SGD and `ADAPTIVE_FACTOR` for all others.
 
 The split happens while the optimizer is constructed, not afterwards: schedulers copy the groups' learning rates when
 they are made, and so see the final groups. Two of them overwrite those rates (OneCycleLR, CyclicLR); what they are
@@ -22,9 +23,13 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 SGD_FACTOR = 0.1
-ADAPTIVE_FACTOR = 0.01
+ADAPTIVE_FACTOR = 3.0
 FACTOR = "scale_lr_factor"
 """Key under which a group of scales keeps its factor; checkpoints carry it."""
+BEFORE = "_scales_before"
+"""Attribute under which an optimizer keeps them during a step."""
+LARGEST_CHANGE = 0.6931471805599453
+"""Of a scale's logarithm in one step; a learning rate finder goes up to rates at which it would overflow."""
 
 
 def auto_factor(optimizer: torch.optim.Optimizer) -> float:
@@ -60,6 +65,9 @@ def own_groups(scales: list[tuple[nn.Parameter, float | None]]) -> Iterator[None
             add(self, {**group, **own})
         if split and rest and keep_ratio not in self._optimizer_step_pre_hooks.values():
             self.register_step_pre_hook(keep_ratio)
+        if split and not isinstance(self, torch.optim.SGD) and remember not in self._optimizer_step_pre_hooks.values():
+            self.register_step_pre_hook(remember)
+            self.register_step_post_hook(in_proportion)
 
     def format_scaled(name: str, optimizer: torch.optim.Optimizer, param: Any) -> list[Any]:
         factors = [group.get(FACTOR) for group in optimizer.param_groups]
@@ -85,6 +93,22 @@ def keep_ratio(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
             beside = group["lr"]
         elif beside is not None:
             group["lr"] = beside * group[FACTOR]
+
+
+def _scales(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    return (scale for group in optimizer.param_groups if FACTOR in group for scale in group["params"])
+
+
+def remember(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Before a step: keeps the scales for `in_proportion`."""
+    vars(optimizer)[BEFORE] = [scale.detach().clone() for scale in _scales(optimizer)]
+
+
+@torch.no_grad()
+def in_proportion(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """After a step: makes each scale's change one of its logarithm, so that it stays positive; at most it doubles."""
+    for scale, before in zip(_scales(optimizer), vars(optimizer).pop(BEFORE), strict=True):
+        scale.copy_(before * (scale - before).clamp(-LARGEST_CHANGE, LARGEST_CHANGE).exp())
 
 
 def _spread(values: list[Any] | tuple[Any, ...], factors: list[float | None]) -> list[Any]:
