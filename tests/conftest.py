@@ -7,6 +7,7 @@ import os
 import random
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch as it is imported
+os.environ["WANDB_CONSOLE"] = "off"  # it would wrap a stream of pytest's and write to it after the test
 
 import numpy as np
 import pytest
