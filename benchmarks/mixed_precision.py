@@ -169,7 +169,8 @@ def main() -> None:
     found = {"uniform": this.uniform()}
     found |= {kind: this.chosen(kind, found["uniform"]) for kind in given.kinds}
     lines = [row(name, kind, runs[name]) for name in UNIFORM for kind, runs in found.items()]
-    arguments = f"{given.task} OUT_DIR" + (" --data DIR" if given.data else "")
+    kinds = "" if list(given.kinds) == list(KINDS[1:]) else f" --kinds {' '.join(given.kinds)}"
+    arguments = f"{given.task} OUT_DIR" + (" --data DIR" if given.data else "") + kinds
     head = HEAD.replace("ARGUMENTS", arguments).replace("TITLE", this.task.title).replace("FLOAT", f"{reference:.4f}")
     text = head + "\n".join(lines) + "\n"
     print(text)
