@@ -94,10 +94,11 @@ def _folded(conv: ir.Node, image: ir.Node) -> list[Folded] | None:
     if strides != (2, 2) or dilations != (1, 1) or attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
         return None
     assert shape is not None
-    pads, sizes = attributes.get_ints("pads", (0, 0, 0, 0)), [shape[axis] for axis in (2, 3)]
+    sizes, kernels = [shape[axis] for axis in (2, 3)], attributes.get_ints("kernel_shape", ())
+    pads = attributes.get_ints("pads", (0, 0, 0, 0))
     axes = [
         Folded.of(size, kernel, before, after) if isinstance(size, int) else None
-        for size, kernel, before, after in zip(sizes, attributes.get_ints("kernel_shape", ()), pads, pads[2:])
+        for size, kernel, before, after in zip(sizes, kernels, pads[:2], pads[2:], strict=True)
     ]
     found = [axis for axis in axes if axis is not None]
     return found if len(found) == 2 else None
@@ -131,9 +132,7 @@ def _constant(graph: ir.Graph, name: str, values: tuple[int, ...]) -> ir.Value:
     if name not in graph.initializers:
         tensor = ir.tensor(np.array(values, np.int64), name=name)
         graph.register_initializer(
-            ir.Value(
-                name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape((len(values),))
-            )
+            ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape((len(values),)))
         )
     return graph.initializers[name]
 
