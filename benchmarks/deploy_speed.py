@@ -2,14 +2,16 @@
 
     python benchmarks/deploy_speed.py [--targets onnx,openvino,torch_inductor] [--threads 1,2] [--seconds 20] [--write]
 
-All files run in turn. The ratio is given for medians and, for machines on which others work, of the fastest tenth of
-the calls. Weights are random: speed does not depend on them. `torch_inductor` compiles for some minutes.
+All files run in turn. The ratio is given for medians and of the fastest tenth of the calls; on one thread of processor
+time, which does not pass while others have the processor. Weights are random: speed does not depend on them.
+`torch_inductor` compiles for some minutes.
 """
 
 import argparse
 import copy
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,8 @@ def main() -> None:
             runners = files.open(threads)
             if isinstance(runners.get("onnx"), OnnxRunner):
                 print(f"kernels of onnx: {dict(runners['onnx'].kernels())}; float: {runners['onnx'].float_layers()}")
-            times = time_interleaved(runners, x, given.seconds)
+            clock = time.process_time if threads == 1 else time.perf_counter
+            times = time_interleaved(runners, x, given.seconds, clock)
             half, tenth = ({name: np.percentile(v, q) * 1e3 for name, v in times.items()} for q in (50, 10))
             for name in times:
                 shown = (f"{t[name]:.2f} ms, {t['float'] / t[name]:.2f}x" for t in (half, tenth))
