@@ -1,6 +1,6 @@
 """Perplexity of a small language model before and after quantization, preset by preset: docs/language-models.md.
 
-    python benchmarks/language_models.py TEXT_FILE [--steps 600] [--out docs/language-models.md]
+    python benchmarks/language_models.py TEXT_FILE [--steps 600] [--qat-steps 60] [--write]
 
 A two-layer Llama of `transformers` learns the bytes of a text; each preset `lm_*` then quantizes a copy of it,
 calibrated on training text and nothing more (PTQ), and again after some steps of training (QAT). The perplexity is per
@@ -12,21 +12,17 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from pages import put
+from presets import policy
 from torch import Tensor, nn
 
 from qat.calibrate import calibrate
 from qat.cli.configs import configs_dir
-from qat.cli.train import VERSION
-from qat.export.files import atomic
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.lightning.groups import own_groups
-from qat.lightning.workspace import OTHER_KEYS
 from qat.policy import QuantPolicy
 
 LENGTH, BATCH = 64, 16
@@ -84,14 +80,6 @@ def presets() -> list[str]:
     return sorted(path.stem for path in (configs_dir() / "quant").glob("lm_*.yaml"))
 
 
-def policy(preset: str, *overrides: str) -> QuantPolicy:
-    """A preset as `qat train quant=<preset>` reads it."""
-    with initialize_config_dir(str(configs_dir()), **VERSION):
-        cfg = compose("train", overrides=[f"quant={preset}", *overrides])
-    settings: Any = OmegaConf.to_container(cfg.quant, resolve=True)
-    return QuantPolicy.from_dict({k: v for k, v in settings.items() if k not in OTHER_KEYS})
-
-
 def quantize(model: nn.Module, how: QuantPolicy, tokens: Tensor, steps: int = 4) -> None:
     """Inserts in place, and calibrates on some batches of `tokens`."""
     first = next(batches(tokens, 1))
@@ -106,22 +94,10 @@ def continued(model: nn.Module, prompt: Tensor, count: int, use_cache: bool) -> 
     return model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)[:, prompt.shape[1] :]  # pyright: ignore
 
 
-HEAD = """# Language models
-
-Presets for causal models of `transformers`: `quant=<preset>` on the command line, or its settings for `QATCallback`.
-Matrices of the blocks are quantized, embeddings and the head are not, as in the literature. `kv_cache` is a kind of
-site: the keys and values that an attention reads, on a grid as they are read, so `generate` computes with what a
-quantized cache would hold, whatever class the cache is of. `generate` works while fake-quantized as it does in float.
-
-    qat train quant=lm_w4a8kv4 model=mine data=mine
-    qat train quant=lm_kv8 quant.rules.kv_cache.act.bits=4 model=mine data=mine
-
-Perplexity per byte on the last tenth of Tiny Shakespeare, of a Llama with 2 layers and width 128 trained for STEPS
-steps (`python benchmarks/language_models.py FILE`); QAT is after QSTEPS more steps, and so is the float model in that
-column. A model this small shows that the presets work and what they cost beside each other, nothing about large ones.
-
-| preset | PTQ | QAT |
-|---|---|---|
+TEXT = """Perplexity per byte on the last tenth of Tiny Shakespeare, of a Llama with 2 layers and width 128 trained for
+{steps} steps (`python benchmarks/language_models.py FILE {command}`); QAT is after {qat_steps} more
+steps, and so is the float model in that column. A model this small shows that the presets work and what they cost
+beside each other, nothing about large ones.
 """
 
 
@@ -130,7 +106,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--qat-steps", type=int, default=60)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--write", action="store_true", help="into docs/language-models.md")
     given = parser.parse_args()
     torch.set_num_threads(1)
     learn, held = split(given.text.read_bytes())
@@ -148,11 +124,11 @@ def main() -> None:
         train(copied, learn, given.qat_steps, 2e-4, seed=1)
         rows.append(f"| {name} | {before:.3f} | {perplexity(copied, held):.3f} |")
         print(rows[-1], flush=True)
-    head = HEAD.replace("QSTEPS", str(given.qat_steps)).replace("STEPS", str(given.steps))
     print("\n".join(rows))
-    if given.out:
-        with atomic(given.out) as temporary:
-            temporary.write_text(head + "\n".join(rows) + "\n")
+    if given.write:
+        command = f"--steps {given.steps} --qat-steps {given.qat_steps}"
+        text = TEXT.format(steps=given.steps, qat_steps=given.qat_steps, command=command)
+        put("language-models.md", "perplexity", "\n".join([text, "| preset | PTQ | QAT |", "|---|---|---|", *rows]))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The four networks that benchmarks train: a GPT, ResNet-20, ResNet-18 and a MobileNetV2, written as plainly as they
-come.
+"""The networks of the benchmarks, written as plainly as they come: a GPT, ResNet-20, ResNet-18 and a MobileNetV2, which
+they train, and a ViT, which they only export.
 """
 
 import torch
@@ -108,6 +108,37 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.features(x).mean((2, 3)))
+
+
+class ViTBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.heads = heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, patches, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, patches, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.out(y.transpose(1, 2).reshape(batch, patches, width))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """For images of 32x32: patches of 4x4, width 192, 6 layers, 3 heads, the mean of the patches."""
+
+    def __init__(self, width: int = 192, layers: int = 6, heads: int = 3, classes: int = 10) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.positions = nn.Parameter(0.02 * torch.randn(64, width))
+        self.blocks = nn.Sequential(*(ViTBlock(width, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return self.head(self.norm(self.blocks(x)).mean(1))
 
 
 def workload(name: str) -> tuple[nn.Module, Tensor, Tensor]:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from pages import DOCS, between
 
-DOCS = Path(__file__).parents[1] / "docs"
 LEFT_OUT = ("run_dir", "cache_dir", "seed", "logger", "trainer.enable_progress_bar", "data.cache_dir")
 PLACES = {
     "data.root": lambda value: "DIR",
@@ -143,13 +143,7 @@ def written(page: str, runs: list[dict[str, Any]]) -> str:
         SystemExit: if it has no place for an experiment folder.
     """
     for name in sorted({folder_of(run) for run in runs}):
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
-        own = table([run for run in runs if folder_of(run) == name])
-        page, count = re.subn(pattern, lambda m, own=own: f"{m[1]}{own}\n{m[2]}", page, flags=re.DOTALL)
-        if not count:
-            raise SystemExit(
-                f"docs/results.md: no '<!-- {name} -->' ... '<!-- end {name} -->' to write a table between"
-            )
+        page = between(page, name, table([run for run in runs if folder_of(run) == name]), "results.md")
     return page
 
 

@@ -3,22 +3,32 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
+from small_models import quantized
 
 from qat.cli import main
+from qat.cli.bench import Opener
 from qat.cli.targets import build
 from qat.errors import UserError
 from qat.export.bench import Measured, Timing
 from qat.export.manifest import write_manifest
+from qat.models import MLP, CausalLM
 from qat.report.bench import warnings
 
 TINY = """model=mlp model.width=16 data.train_limit=64 data.val_limit=32 data.test_limit=64 float_epochs=1
     trainer.max_epochs=1 trainer.limit_train_batches=1 trainer.enable_progress_bar=false quant.calibration_samples=64
     export.min_agreement=0 export.max_metric_change=1""".split()  # noqa: SIM905 - as one writes it on the command line
+LLAMA = {
+    "model_type": "llama", "vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +146,7 @@ def test_a_damaged_file_is_refused_in_one_line(damage, said, run, tmp_path, capf
     assert len(lines) == 1 and said in lines[0], lines
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "deploy.md").read_text(), re.S)
-
-
-DOCUMENTED = ["onnx", "openvino", "torch", "torch_inductor", "executorch", "litert", "packed"]
+# -- every runtime -----------------------------------------------------------------------------------------------------
 
 
 def needs(target: str) -> None:
@@ -150,22 +157,85 @@ def needs(target: str) -> None:
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize(("target", "snippet"), list(zip(DOCUMENTED, SNIPPETS, strict=True)))
-def test_the_documented_way_to_load_a_file_works_in_under_15_lines(target, snippet, run, tmp_path, monkeypatch):
-    needs(target)
-    name = build(target, {}).file
-    assert main(["export", str(run), f"target={target}", f"out={tmp_path / name}"]) == 0
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, np.ndarray] = {}
-    exec(snippet, names)
-    assert names["logits"].shape[1] == 10 and len(snippet.splitlines()) < 15
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory) -> Callable[[str], Path]:
+    """Exports the run to a target, once."""
+    made: dict[str, Path] = {}
+
+    def export(target: str) -> Path:
+        needs(target)
+        if target not in made:
+            out = tmp_path_factory.mktemp(target) / build(target, {}).file
+            assert main(["export", str(run), f"target={target}", f"out={out}"]) == 0
+            made[target] = out
+        return made[target]
+
+    return export
+
+
+@pytest.fixture
+def exported_weights(tmp_path) -> Callable[[str], Path]:
+    """Models with quantized weights and float inputs, for the formats that are for these."""
+
+    def export(target: str, **settings: str) -> Path:
+        needs(target)
+        weight = {"bits": 4, "granularity": "group", "group_size": 32}
+        if target == "compressed_tensors":
+            model: Any = CausalLM(LLAMA)
+            x, rules = torch.zeros(2, 8, dtype=torch.long), {"ends": {"match": ["*embed*", "@last"], "weight": "off"}}
+        else:
+            model, x, rules = MLP(width=32), torch.zeros(2, 1, 8, 8), {}
+        if target == "gguf":
+            weight |= {"scale": "float16", "narrow": False}
+        plan = quantized(model, x, {"weight": weight, "act": None, "sites": None, "rules": rules})
+        to = build(target, settings)
+        to.export(to.prepared(model, plan), plan, x, tmp_path / to.file)
+        return tmp_path / to.file
+
+    return export
+
+
+RUNNERS = ["onnx", "openvino", "torch", "executorch", "litert", "packed"]
+WEIGHTS = [("onnx", {"weight_only": "matmulnbits"}), ("gguf", {}), ("compressed_tensors", {})]
+SNIPPETS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs" / "deploy.md").read_text(), re.S)
+
+
+def snippet(target: str, **settings: str) -> str:
+    """How docs/deploy.md opens a file."""
+    named = "load_packed" if target == "packed" else f'"{build(target, settings).file}"'
+    [found] = [code for code in SNIPPETS if named in code]
+    return found
+
+
+def assert_it_loads(code: str) -> None:
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert np.isfinite(np.asarray(names["logits"])).all() and names["logits"].shape[-1] in (10, 40)
+    assert len(code.splitlines()) < 15
+
+
+@pytest.mark.parametrize("target", [*RUNNERS, "torch_inductor"])
+def test_the_documented_way_to_load_a_file_works_in_under_15_lines(target, exported, monkeypatch):
+    monkeypatch.chdir(exported(target).parent)
+    assert_it_loads(snippet(target))
+
+
+@pytest.mark.parametrize(("target", "settings"), WEIGHTS, ids=[target for target, _ in WEIGHTS])
+def test_the_documented_way_to_load_weights_works_in_under_15_lines(target, settings, exported_weights, monkeypatch):
+    monkeypatch.chdir(exported_weights(target, **settings).parent)
+    assert_it_loads(snippet(target, **settings))
+
+
+def test_every_snippet_of_the_page_is_run():
+    assert {snippet(name) for name in [*RUNNERS, "torch_inductor", *(name for name, _ in WEIGHTS)]} == set(SNIPPETS)
 
 
 @pytest.mark.parametrize("target", ["litert", pytest.param("executorch", marks=pytest.mark.slow)])
-def test_an_int8_runtime_verifies_its_file_on_the_test_set_and_refuses_a_damaged_one(target, run, tmp_path, capfd):
-    needs(target)
-    path = tmp_path / build(target, {}).file
-    assert main(["export", str(run), f"target={target}", f"out={path}"]) == 0
+def test_an_int8_runtime_verifies_its_file_on_the_test_set_and_refuses_a_damaged_one(
+    target, run, exported, tmp_path, capfd
+):
+    shutil.copytree(exported(target).parent, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / exported(target).name
     assert main(["verify", str(path), str(run)]) == 0
     said = words(capfd)
     assert f"{path.name}: verified: weight codes identical" in said and "2 of 2 nodes run on integers" in said
@@ -177,6 +247,18 @@ def test_an_int8_runtime_verifies_its_file_on_the_test_set_and_refuses_a_damaged
 
 
 # -- bench -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", RUNNERS)
+def test_every_runtime_can_be_benchmarked(target, run, exported):
+    path, opener = exported(target), Opener(run)
+    opener.prepare(path)
+    for threads in (1, 2):
+        runner = opener.open(path, threads)
+        outputs = [runner(opener.sample(batch)) for batch in (1, 16)]
+        assert [y.shape for y in outputs] == [(1, 10), (16, 10)]
+        assert set(runner.float_layers()) <= {"fc1", "fc2", "linear"}
+    torch.set_num_threads(1)
 
 
 @pytest.mark.slow

@@ -185,19 +185,42 @@ def images(conv: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("conv", "weight", "padded"),
+    ("conv", "weight", "operation"),
     [
-        pytest.param(nn.Conv2d(3, 8, 3, 2, 1), W8, True, id="three-channels"),
-        pytest.param(nn.Conv2d(3, 8, 3, 1, 1), W4, True, id="packed"),
-        pytest.param(nn.Conv2d(3, 8, 2, 2), W8, False, id="patches"),
-        pytest.param(nn.Conv2d(3, 8, 3), AFFINE, False, id="affine"),
-        pytest.param(nn.Conv2d(4, 8, 3), W8, False, id="four-channels"),
-        pytest.param(nn.Conv2d(3, 3, 3, groups=3), W8, False, id="depthwise"),
+        pytest.param(nn.Conv2d(3, 8, 3, 2, 1), W8, "Pad", id="odd-size"),
+        pytest.param(nn.Conv2d(3, 8, 3, 1, 1), W4, "Pad", id="packed"),
+        pytest.param(nn.Conv2d(3, 8, 3, (2, 1), 1), W8, "Pad", id="one-stride"),
+        pytest.param(nn.Conv2d(3, 8, 2, 2), W8, None, id="patches"),
+        pytest.param(nn.Conv2d(3, 8, 3), AFFINE, None, id="affine"),
+        pytest.param(nn.Conv2d(4, 8, 3), W8, None, id="four-channels"),
+        pytest.param(nn.Conv2d(3, 3, 3, groups=3), W8, None, id="depthwise"),
     ],
 )
-def test_images_get_a_fourth_channel_that_changes_nothing(tmp_path, conv, weight, padded) -> None:
+def test_images_get_a_fourth_channel_that_changes_nothing(tmp_path, conv, weight, operation) -> None:
+    assert_a_form_changes_nothing(tmp_path, conv, weight, (9, 9), operation)
+
+
+@pytest.mark.parametrize("weight", [pytest.param(W8, id="int8"), pytest.param(W4, id="packed")])
+@pytest.mark.parametrize(
+    ("kernel", "padding", "size"),
+    [
+        pytest.param(7, 3, (16, 16), id="resnet"),
+        pytest.param(3, 1, (8, 12), id="mobilenet"),
+        pytest.param(3, 0, (8, 8), id="unpadded"),
+        pytest.param((5, 4), (2, 1), (10, 8), id="oblong"),
+        pytest.param(3, 2, (6, 6), id="wide-padding"),
+    ],
+)
+def test_convolutions_of_stride_two_read_squares_of_pixels_that_change_nothing(
+    tmp_path, kernel, padding, size, weight
+) -> None:
+    assert_a_form_changes_nothing(tmp_path, nn.Conv2d(3, 8, kernel, 2, padding), weight, size, "SpaceToDepth")
+
+
+def assert_a_form_changes_nothing(tmp_path, conv, weight, size, operation) -> None:
+    """Against the file without it; `operation` is the one that makes the form, `None` if there is to be none."""
     torch.manual_seed(0)
-    x, path = torch.randn(4, conv.in_channels, 9, 9), tmp_path / "model.onnx"
+    x, path = torch.randn(4, conv.in_channels, *size), tmp_path / "model.onnx"
     model = images(conv) if conv.out_channels == 8 else nn.Sequential(conv, nn.ReLU())
     _, converted = both(model, x, {"weight": weight, "act": A8})
     files = []
@@ -207,7 +230,8 @@ def test_images_get_a_fourth_channel_that_changes_nothing(tmp_path, conv, weight
         assert_integer_kernels(path, converted)
         files.append((path.read_bytes(), [OnnxRunner(path, optimize=o, threads=1)(x.numpy()) for o in (False, True)]))
     (plain, before), (changed, after) = files
-    assert (plain != changed) == padded
+    operations = {node.op_type for node in onnx.load_from_string(changed).graph.node}
+    assert operations & {"Pad", "SpaceToDepth"} >= {operation} - {None} and (plain != changed) == bool(operation)
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
 

@@ -146,6 +146,10 @@ def test_torch_itself_would_have_run_it(hide, program, tmp_path):
     assert mark.exists()
 
 
+def test_a_program_does_not_say_where_on_a_machine_it_was_written(program):
+    assert str(QAT).encode() not in program.read_bytes() and b"stack_trace" not in program.read_bytes()
+
+
 def test_an_archive_that_was_only_rewritten_is_loaded(program, tmp_path):
     path = rewritten(program, tmp_path / "model.pt2", lambda name, content: content, {})
     assert ProgramRunner(path)(torch.zeros(2, 12).numpy()).shape == (2, 5)

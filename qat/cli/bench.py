@@ -86,14 +86,15 @@ def main(argv: list[str]) -> int:
 
 
 def numbers(key: str, text: str) -> list[int]:
-    """`1,2` as whole numbers, each at least 1."""
+    """`1,2` as whole numbers, each at least 1, in rising order: Inductor fills a batch up to a larger one that it has
+    compiled already."""
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{key}={text}: must be whole numbers, {key}=1,2") from None
     if min(found) < 1:
         raise UserError(f"{key}={text}: must be at least 1")
-    return found
+    return sorted(set(found))
 
 
 def _measure(opener: Opener, files: dict[str, Path], threads: list[int], batches: list[int], seconds: float) -> Any:

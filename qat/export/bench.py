@@ -7,7 +7,7 @@ memory is that of a process of its own per file, above what it needed before it 
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,13 +55,16 @@ class Measured:
     float_nodes: list[str] | None = None
 
 
-def time_interleaved(runners: Mapping[str, Runner], x: np.ndarray, seconds: float) -> dict[str, np.ndarray]:
+def time_interleaved(
+    runners: Mapping[str, Runner], x: np.ndarray, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, np.ndarray]:
     """Seconds of every call on `x`, by runner, all of them called in turn.
 
     Args:
         runners: The files.
         x: The batch.
         seconds: How long to measure, for all of them together; at least 20 rounds.
+        clock: In seconds.
     """
     start = time.perf_counter()
     for runner in runners.values():
@@ -70,10 +73,10 @@ def time_interleaved(runners: Mapping[str, Runner], x: np.ndarray, seconds: floa
     times: dict[str, list[float]] = {name: [] for name in runners}
     for step in range(rounds + int(rounds * WARM_UP)):
         for name, runner in runners.items():
-            start = time.perf_counter()
+            start = clock()
             runner(x)
             if step >= rounds * WARM_UP:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return {name: np.array(values) for name, values in times.items()}
 
 

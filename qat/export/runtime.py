@@ -44,6 +44,8 @@ class OnnxRunner:
         options = ort.SessionOptions()
         options.log_severity_level = 4  # what is wrong comes as an exception
         options.intra_op_num_threads = self.threads
+        # Idle threads would wait for the next call at full speed, on the cores of whatever is measured in turn.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         if optimized_copy is not None:

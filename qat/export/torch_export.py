@@ -14,7 +14,7 @@ import torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decom
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.export.pt2 import load_program
+from qat.export.pt2 import load_program, save_program
 from qat.export.target import Target
 from qat.export.torch_runner import OneInput
 from qat.insert import Plan
@@ -115,7 +115,7 @@ class TorchTarget(Target):
             except Exception as error:  # whatever stops a tracer, its first line says it best
                 reason = str(error.__cause__ or error).strip().splitlines()[0]
                 raise UserError(f"{type(model).__name__} cannot be traced: {reason}") from error
-        torch.export.save(program, folder / self.file)
+        save_program(program, folder / self.file)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> ProgramRunner:
         return ProgramRunner(path)

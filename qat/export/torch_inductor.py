@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.export.int8_program import int8_program, unfit_for_int8
+from qat.export.pt2 import save_program
 from qat.export.torch_export import ProgramRunner, TorchTarget
 from qat.export.verify import Verdict, expected_integer_nodes
 from qat.insert import Plan
@@ -81,7 +82,7 @@ class InductorTarget(TorchTarget):
         return unfit_for_int8(plan, "Inductor")
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
-        torch.export.save(int8_program(model, example, torch.uint8), folder / self.file)
+        save_program(int8_program(model, example, torch.uint8), folder / self.file)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> InductorRunner:
         return InductorRunner(path, optimize=optimize)
