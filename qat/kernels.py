@@ -26,12 +26,16 @@ from qat.formats import Rounding
 from qat.launch import launchable, program, signature
 from qat.layout import layout_of
 
-SMALL = 1 << 16
-"""Tensors below this many elements run in plain torch."""
+SMALL = 1 << 15
+"""Tensors below this many elements run in plain torch: a program costs as much to launch as it saves."""
+SMALL_FORWARD = 1 << 17
+"""The same where there is no backward pass, most of what is saved."""
 
 Grads = tuple[Tensor | None, ...]
 Mode = Literal["auto", "always", "never"]
-_settings: dict[str, Any] = {"mode": "auto", "patience": 4_000_000_000, "broken": False}
+NEVER = float("inf")
+_settings = {"patience": 4e9}
+"""`patience`: how many elements pass through plain torch before kernels are compiled."""
 
 
 def configure(mode: Mode = "auto", patience: int = 4_000_000_000) -> None:
@@ -41,17 +45,15 @@ def configure(mode: Mode = "auto", patience: int = 4_000_000_000) -> None:
         mode: `auto`: after `patience` elements; `always`: from the first large tensor; `never`.
         patience: Elements that pass through plain torch first (about half a minute of work on two cores).
     """
-    _settings.update(mode=mode, patience=patience)
+    _settings["patience"] = {"auto": patience, "always": 0, "never": NEVER}[mode]
 
 
 def _worth(x: Tensor) -> bool:
     """Whether a kernel should run compiled on the large tensor `x`; counts down the patience."""
-    if _settings["broken"] or _settings["mode"] == "never" or torch.compiler.is_compiling() or not launchable(x):
-        return False
-    if _settings["mode"] == "auto" and _settings["patience"] > 0:
+    if _settings["patience"] > 0:
         _settings["patience"] -= x.numel()
         return False
-    return True
+    return launchable(x)
 
 
 class Kernel:
@@ -75,7 +77,7 @@ class Kernel:
             try:
                 run = self._programs[key] = program(self.function, self.tensors, args)
             except Exception as error:  # a missing compiler surfaces as whatever its build step raises
-                _settings["broken"] = True
+                _settings["patience"] = NEVER
                 reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
                 warnings.warn(
                     f"quantizers run uncompiled, several times slower: torch.compile failed ({reason})", stacklevel=2
@@ -101,7 +103,7 @@ class Gradient:
         if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
             return _Plain.apply(self, grad_scale, *tensors)  # pyright: ignore[reportReturnType]
         count, learning = x.numel(), torch.is_grad_enabled()
-        if type(count) is not int or count < SMALL:  # symbolic, while somebody exports
+        if type(count) is not int or count < (SMALL if learning else SMALL_FORWARD):  # symbolic, while somebody exports
             return _plain(self, grad_scale, *tensors) if learning else self.forward.function(*tensors)
         if not learning:
             return self.fake_quantize(tensors)

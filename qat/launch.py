@@ -33,9 +33,8 @@ def launchable(x: Tensor) -> bool:
 
 def signature(tensors: int, args: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a program is made for; see `program`."""
-    return (
-        args[0].device, args[0].ndim, *[x.dtype for x in args], *[p.shape if p.ndim == 1 else None for p in args[tensors:]]
-    )  # fmt: skip
+    x, parameters = args[0], args[tensors:]
+    return x.device, x.ndim, *[a.dtype for a in args], *[p.shape if p.ndim == 1 else None for p in parameters]
 
 
 def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) -> Callable[..., Any]:
@@ -59,7 +58,7 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         return captured[0][1]
 
     examples = _examples(tensors, args)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
         results = torch.compile(_own_code(function), dynamic=True, fullgraph=True, backend=capture)(*examples)
     [(graph, run)] = captured
     takes = _arguments(graph)

@@ -28,18 +28,20 @@ class Layout:
             x = torch.empty_strided(self.shape, self.strides, dtype=x.dtype, device=x.device).copy_(x)
         return x.as_strided(self.view, (self.view[1], 1) if len(self.view) == 2 else (1,))
 
-    def per_row(self, parameter: Tensor) -> Tensor:
-        if parameter.ndim == 1 and len(self.view) == 1:
-            return parameter
-        return parameter.reshape((-1, 1) if len(self.view) == 2 and parameter.numel() > 1 else -1)
-
     def all(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
         """`x, scale, low, high, *extra` as kernels see them."""
-        return [self.rows(tensors[0]), *map(self.per_row, tensors[1:])]
+        flat = len(self.view) == 1
+        return [
+            self.rows(tensors[0]),
+            *[p if p.ndim == 1 and (flat or p.shape[0] == 1) else self._per_row(p) for p in tensors[1:]],
+        ]
+
+    def _per_row(self, parameter: Tensor) -> Tensor:
+        return parameter.reshape((-1, 1) if len(self.view) == 2 and parameter.numel() > 1 else -1)
 
     def restore(self, x: Tensor) -> Tensor:
-        """What a kernel made, as the tensor it stands for: no view, which in-place operations would refuse."""
-        return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), self.shape, self.strides)  # pyright: ignore
+        """What a kernel made, in place, as the tensor it stands for: no view, which in-place operations would refuse."""
+        return x.as_strided_(self.shape, self.strides)
 
 
 @lru_cache(4096)

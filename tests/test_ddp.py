@@ -15,7 +15,7 @@ import sys
 import pytorch_lightning as pl, torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from qat.lightning import QATCallback
+from qat.lightning import LearnBits, QATCallback
 
 class Net(pl.LightningModule):
     def __init__(self):
@@ -25,16 +25,27 @@ class Net(pl.LightningModule):
     def training_step(self, batch, batch_idx): return nn.functional.cross_entropy(self(batch[0]), batch[1])
     def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
-def main(folder, devices):
+class Widths(pl.Callback):
+    def __init__(self, learn):
+        self.learn, self.seen = learn, []
+    def on_train_batch_end(self, trainer, *_):
+        if self.learn.choice is None:
+            self.seen.append({name: width.at for name, width in self.learn.widths.items()})
+
+def main(folder, devices, learned):
     torch.set_num_threads(1)
     pl.seed_everything(0)
     net = Net()
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     # One global batch: its order does not matter.
     loader = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=64 // devices)
-    spec = {"bits": 8, "range": "minmax"}
+    spec = {"bits": 4 if learned else 8, "range": "minmax"}
+    callbacks = [QATCallback({"weight": spec, "act": spec}, 64)]
+    if learned:
+        callbacks.append(LearnBits({"avg_bits": 4}, weight_bits=[2, 4, 8], act_bits=[4, 8], least={}, lr=0.3, until=8))
+        callbacks.append(Widths(callbacks[-1]))
     trainer = pl.Trainer(
-        callbacks=[QATCallback({"weight": spec, "act": spec}, 64)], max_epochs=2, devices=devices, accelerator="cpu",
+        callbacks=callbacks, max_epochs=12 if learned else 2, devices=devices, accelerator="cpu",
         strategy="ddp" if devices > 1 else "auto", enable_progress_bar=False, enable_checkpointing=False, logger=False,
         default_root_dir=folder,
     )
@@ -44,9 +55,12 @@ def main(folder, devices):
             before.update({k: v.clone() for k, v in module.state_dict().items()})
     trainer.callbacks.append(Look())
     trainer.fit(net, loader)
-    torch.save({"before": before, "after": net.state_dict()}, f"{folder}/{devices}_{trainer.global_rank}.pt")
+    found = {"before": before, "after": net.state_dict()}
+    if learned:
+        found |= {"choice": callbacks[1].choice, "widths": callbacks[2].seen}
+    torch.save(found, f"{folder}/{devices}_{trainer.global_rank}.pt")
 
-main(sys.argv[1], int(sys.argv[2]))
+main(sys.argv[1], int(sys.argv[2]), len(sys.argv) > 3)
 """
 
 
@@ -62,13 +76,17 @@ def _run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.fixture(scope="module")
-def states(tmp_path_factory) -> dict[str, dict]:
-    folder = tmp_path_factory.mktemp("ddp")
+def _states(folder: Path, *words: str) -> dict[str, dict]:
+    """What each process of one and of two found, as `DEVICES_RANK`."""
     (folder / "script.py").write_text(SCRIPT)
     for devices in ("1", "2"):
-        _run("script.py", str(folder), devices, cwd=folder)
+        _run("script.py", str(folder), devices, *words, cwd=folder)
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory) -> dict[str, dict]:
+    return _states(tmp_path_factory.mktemp("ddp"))
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -85,6 +103,17 @@ def test_two_processes_do_what_one_does_with_the_same_global_batch(when, states)
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
     assert any(not torch.equal(states["1_0"]["before"][key], one[key]) for key in one) == (when == "after")
+
+
+def test_learned_widths_are_the_same_in_both_processes_and_those_of_one(tmp_path):
+    states = _states(tmp_path, "learned")
+    one, first, second = states["1_0"], states["2_0"], states["2_1"]
+    assert len(one["widths"]) == 8 and one["widths"][0] != one["widths"][-1]
+    assert first["widths"] == second["widths"] and first["choice"] == second["choice"]
+    assert all(torch.equal(first["after"][key], second["after"][key]) for key in first["after"])
+    for a, b in zip(one["widths"], first["widths"], strict=True):
+        assert b == pytest.approx(a, rel=1e-3)
+    assert first["choice"] == one["choice"]
 
 
 def test_a_distributed_run_from_the_command_line_writes_one_folder_and_prints_once(tmp_path):

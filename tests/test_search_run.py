@@ -1,6 +1,7 @@
 """`qat sensitivity` and `qat search` as they are typed, and what training makes of the YAML."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -67,6 +68,35 @@ def test_the_yaml_trains_as_it_is_to_the_costs_that_were_predicted(search, tmp_p
     assert predicted["size"] - 600 < exported <= predicted["size"] + 100 and exported <= 4200
     shown = " ".join(capsys.readouterr().out.split())
     assert f"bops {report['bops'] / 1000:.3g}k (predicted {report['bops'] / 1000:.3g}k)" in shown
+
+
+def losses_shown(text: str) -> list[float]:
+    numbers = re.search(r"float ([\d.]+), predicted ([\d.]+), measured ([\d.]+)", " ".join(text.split()))
+    assert numbers is not None
+    return [float(number) for number in numbers.groups()]
+
+
+def test_the_loss_is_predicted_from_what_was_measured_and_measured_of_the_whole_choice(measured, search, capsys):
+    content = json.loads((measured / "sensitivity.json").read_text())
+    found = {}
+    for bits in (3, 8):
+        assert (
+            search(
+                f"avg_bits={bits}",
+            )
+            == 0
+        )
+        found[bits] = losses_shown(capsys.readouterr().out)
+        choice = json.loads((measured / "search.json").read_text())["choices"][0]["pairs"]
+        harm = sum(
+            content["tensors"][f"{layer}.{part}"]["bits"][str(width)]["loss_increase"]
+            for layer, pair in choice.items()
+            for part, width in zip(("weight", "input"), pair, strict=True)
+            if width is not None
+        )
+        assert found[bits][:2] == pytest.approx([content["loss"], content["loss"] + harm], rel=1e-3)
+    lost = {bits: abs(losses[2] - content["loss"]) for bits, losses in found.items()}
+    assert lost[3] > 0 and lost[8] < lost[3] / 2
 
 
 def test_a_searched_config_can_be_searched_again(search, tmp_path):

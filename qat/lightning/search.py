@@ -4,6 +4,7 @@ The folder keeps the float model (`float.safetensors`, as of a run), `sensitivit
 the same command finds it again and measures only what is missing.
 """
 
+import copy
 import hashlib
 import json
 import tempfile
@@ -14,18 +15,20 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
 
+from qat.calibrate import calibrate
 from qat.cli.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
 from qat.export.files import atomic
 from qat.export.onnx import export_onnx
-from qat.insert import Plan
+from qat.insert import Plan, apply_plan
 from qat.lightning.cache import float_key
 from qat.lightning.calm import calm
 from qat.lightning.losses import BatchLosses
 from qat.lightning.run import Run
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.workspace import OTHER_KEYS
+from qat.modes import evaluating
 from qat.plan import make_plan
 from qat.policy import QuantPolicy
 from qat.report.search import front_table, save_front, save_sensitivity, search_table, sensitivity_table
@@ -34,7 +37,7 @@ from qat.search.costs import Files, Latencies, make_problem, predict
 from qat.search.emit import outputs, write
 from qat.search.latency import layer_latencies
 from qat.search.measured import Measured
-from qat.search.sensitivity import measure, missing
+from qat.search.sensitivity import mean_loss, measure, missing
 from qat.search.settings import Search
 from qat.search.space import Pair, Space, make_space, with_bits
 from qat.search.weigh import converted, packed_bytes
@@ -146,18 +149,30 @@ class SearchRun(Run):
         policy = with_bits(space.policy, {name: w for name, (w, _) in choice.items()}, acts)
         return make_plan(self.module, policy, run_steps(self.module, self.data.train_dataloader, samples=1))[0]
 
-    def choose(self, space: Space, problem: Problem) -> list[dict[str, Pair]]:
+    def choose(self, space: Space, problem: Problem, losses: BatchLosses) -> list[dict[str, Pair]]:
         """Solves, shows and writes: one allocation, or those of the front from the cheapest on."""
         settings = self.settings
         if settings.front is None:
             choices = [solve(problem, settings.budget)]
             self.console.print(search_table(space, problem, choices[0], settings.budget))
+            self.console.print(self._losses(space, problem, choices[0], losses), highlight=False)
         else:
             choices = front(problem, settings.front, settings.budget, settings.points)
             self.console.print(front_table(problem, choices))
             save_front(problem, choices, settings.front, settings.by, self.folder / "front.png")
         self._write(space, problem, choices)
         return choices
+
+    def _losses(self, space: Space, problem: Problem, choice: dict[str, Pair], losses: BatchLosses) -> str:
+        """What was predicted, one grid at a time, beside what all of them together do before any training."""
+        model, before = copy.deepcopy(self.module), self.measured.loss or 0.0
+        apply_plan(model, self._plan(space, choice))
+        calibrate(model, lambda: mean_loss(model, losses))
+        with evaluating(model):
+            after = mean_loss(model, losses)
+        harm = sum(problem.harm[pair] for pair in choice.items())
+        predicted = "" if self.settings.by == "sqnr" else f"predicted {before + harm:.5g}, "
+        return f"loss before training: float {before:.5g}, {predicted}measured {after:.5g}"
 
     def _write(self, space: Space, problem: Problem, choices: list[dict[str, Pair]]) -> None:
         settings = self.settings
@@ -201,5 +216,5 @@ def search(cfg: DictConfig, folder: Path, command: str, only_measure: bool = Fal
         space = this.space()
         measured = this.sensitivities(space, losses)
         if not only_measure:
-            this.choose(space, this.problem(space, measured, losses))
+            this.choose(space, this.problem(space, measured, losses), losses)
         this.console.print(f"in {folder}", style="dim", highlight=False, soft_wrap=True)
