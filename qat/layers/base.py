@@ -78,8 +78,7 @@ class QuantizedLayer(TwinMixin):
         """The bias as it is added: in whole accumulator steps in evaluation, or always (`round_bias`); a BatchNorm
         behind the layer does that for both, and in evaluation alone.
         """
-        parameters = self._parameters
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        bias = self.bias
         if bias is None or self.folds or (self.training and self.round_bias != "train"):
             return bias
         with ours():
