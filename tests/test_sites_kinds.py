@@ -115,6 +115,26 @@ def test_a_functional_layer_has_a_weight_grid_and_is_addressed_like_a_layer():
     assert [k for k in model.state_dict() if "quantizer" not in k] == keys
 
 
+@pytest.mark.parametrize(
+    ("function", "dimensions", "axis"),
+    [
+        pytest.param(F.conv1d, 1, 0, id="conv1d"),
+        pytest.param(F.conv2d, 2, 0, id="conv2d"),
+        pytest.param(F.conv3d, 3, 0, id="conv3d"),
+        pytest.param(F.conv_transpose2d, 2, 1, id="conv-transpose2d"),
+    ],
+)
+def test_a_functional_convolution_reads_its_input_and_its_parameter_on_grids(function, dimensions, axis):
+    model, x = Model(lambda m, x: function(m.a(x), m.w, padding=1)), torch.randn(2, 4, *[5] * dimensions)
+    model.a = nn.ReLU()
+    model.w = nn.Parameter(torch.randn(*((6, 4) if axis == 0 else (4, 6)), *[3] * dimensions))
+    inserted(model, x)
+    site = model.get_submodule(f"{function.__name__}_0")
+    assert site.weight is model.w and site.weight_quantizer.scale.shape == (6,)
+    expected = function(site.input_quantizer_0(F.relu(x)), site.weight_quantizer(model.w), padding=1)
+    assert torch.equal(model(x), expected) and not torch.equal(expected, function(F.relu(x), model.w, padding=1))
+
+
 def test_other_orientations_of_a_weight_keep_one_scale_per_output_channel():
     model = Model(lambda m, x: torch.addmm(m.b, m.a(x), m.w), a=linear())
     model.w, model.b = nn.Parameter(torch.randn(8, 3)), nn.Parameter(torch.randn(3))
