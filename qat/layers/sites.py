@@ -62,7 +62,7 @@ class SiteMode(TorchFunctionMode):
 
 # Between two graphs of a model that breaks, torch calls the mode as it stands, and a compiler would take each such call
 # for a program of its own; where the mode is part of a graph, it is traced as ever.
-_frames: Any = torch._C._dynamo.eval_frame
+_frames: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
 _frames.set_code_exec_strategy(
     SiteMode.__torch_function__.__code__,
     _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qat.kernels import Made
 
-_hooks: Any = torch._C._autograd
+_hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 """torch's stack of hooks on saved tensors, without the objects that `torch.autograd.graph` puts around it."""
 
 
