@@ -223,6 +223,42 @@ def test_it_compiles_without_a_graph_break(everything, training):
     assert torch.allclose(compiled(x), model(x), atol=1e-6)
 
 
+class Branches(nn.Module):
+    """Decides by its data what to do, which no compiler can follow, between two sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(x)
+        if x.abs().max() > 100:
+            x = x / 2
+        return x + self.b(x)
+
+
+def test_a_forward_that_breaks_the_graph_breaks_it_no_more_often_with_sites():
+    def as_it_is(graph, _):  # the modes that it was traced under are in it
+        def run(*args):
+            with torch._C.DisableTorchFunction():
+                return graph.forward(*args)
+
+        return run
+
+    torch.manual_seed(0)
+    model, x, found = nn.Sequential(Branches(), linear()), torch.randn(X), []
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    for quantize in (False, True):
+        if quantize:
+            inserted(model, x, act={"bits": 8}, weight={"bits": 8})
+        torch._dynamo.reset()
+        breaks.clear()
+        y = torch.compile(model.train(), backend=as_it_is)(x)
+        assert torch.allclose(y, model(x), atol=1e-6)
+        found.append(sum(breaks.values()))
+    assert found[0] == found[1] > 0
+
+
 @pytest.mark.parametrize("strict", [pytest.param(False, id="non-strict"), pytest.param(True, id="strict")])
 def test_export_keeps_every_site(everything, strict):
     model, x = everything
