@@ -26,6 +26,10 @@ from qat.policy import QuantPolicy
 
 POLICY = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}, "kinds": "all"}
 """Of configs/quant/integer_only.yaml: every layer, and every function between them."""
+MORE_BREAKS = {
+    "DETR": "its encoder's layers look at their data in training and break in float, too; transformers wraps the twin "
+    "of such a layer once more (for gradient checkpointing), and a break counts in every wrapper that it passes"
+}
 FINE = {role: {"bits": 16, "range": "minmax", **POLICY[role]} | {"bits": 16} for role in ("weight", "act")}
 
 
@@ -195,7 +199,13 @@ def table(rows: list[Row]) -> str:
         )
     gaps = [f"- {r.name}: {gap}" for r in rows for gap in r.gaps] or ["None."]
     still = [f"- {r.name}: {scale}" for r in rows for scale in r.still] or ["None."]
-    sections = "Multiply-accumulates in float:", gaps, "Scales without a gradient:", still
+    more = [
+        f"- {r.name}: {MORE_BREAKS.get(r.name, 'not known')}"
+        for r in rows
+        if r.breaks[1] > r.breaks[0] or r.breaks_in_training[1] > r.breaks_in_training[0]
+    ] or ["None."]
+    titles = "Multiply-accumulates in float:", "Scales without a gradient:", "More graph breaks than in float:"
+    sections = (part for pair in zip(titles, (gaps, still, more), strict=True) for part in pair)
     return "\n".join([*lines, *(f"\n{s}\n" if isinstance(s, str) else "\n".join(s) for s in sections)]) + "\n"
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from qat import quantizers
+from qat.addressable import check_shapes_known, has_weight
 from qat.errors import UserError, nearest
 from qat.insert_sites import chain, insert_sites
 from qat.layers import (
@@ -30,7 +31,8 @@ from qat.layers import (
     mixin_for,
 )  # fmt: skip
 from qat.layers.experts import QuantExperts, rows
-from qat.plan import Plan, check_shapes_known, has_weight, make_plan
+from qat.plan import Plan
+from qat.planning import make_plan
 from qat.quantizers import Quantizer
 from qat.spec import QuantSpec
 

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from qat.addressable import NORMS, computed, described, has_weight, is_complex, targets, type_of
 from qat.layers import MIXINS, Composite, Site, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
-from qat.plan import NORMS, Plan, computed, described, has_weight, is_complex, targets, type_of
+from qat.plan import Plan
 from qat.policy import QuantPolicy
 from qat.probe import Call, Recording
 from qat.quantizers import Quantizer

@@ -15,6 +15,7 @@ from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.export.packed import load_packed, save_packed
 from qat.insert import Plan, apply_plan, make_plan, named_quantizers, remove
+from qat.layers import Part
 from qat.policy import QuantPolicy
 
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}
@@ -161,6 +162,28 @@ def test_the_packed_file_holds_it_bit_for_bit(make, tmp_path):
     loaded = load_packed(make(), tmp_path)
     with torch.no_grad():
         assert all(torch.equal(a, b) for a, b in zip(tensors(loaded(x)), tensors(converted(x)), strict=True))
+
+
+@pytest.mark.parametrize("make_input", INPUTS[:2])
+@pytest.mark.parametrize("make", LAYERS)
+def test_a_weight_is_rounded_once_for_all_steps_and_its_gradient_is_the_sum_over_them(make, make_input, monkeypatch):
+    torch.manual_seed(0)
+    layer = make()
+    x, seen, gradients = make_input(layer), [], []
+    quantized(layer, x)
+    for name, quantizer in named_quantizers(layer):
+        if name.endswith("weight_quantizer"):
+            quantizer.register_forward_hook(lambda *_, name=name: seen.append(name))
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr(Part, "held", lambda part: part)
+        layer.train().zero_grad()
+        sum(t.square().sum() for t in tensors(layer(x)) if t.requires_grad).backward()
+        gradients.append([p.grad.clone() for p in layer.parameters()])
+        if once:
+            assert len(seen) == len(set(seen)) == sum(n.startswith("weight") for n in layer._flat_weights_names)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # sums in another order
 
 
 def test_float_keys_stay_and_removal_restores_the_layer():

@@ -115,6 +115,26 @@ def test_a_functional_layer_has_a_weight_grid_and_is_addressed_like_a_layer():
     assert [k for k in model.state_dict() if "quantizer" not in k] == keys
 
 
+@pytest.mark.parametrize(
+    ("function", "dimensions", "axis"),
+    [
+        pytest.param(F.conv1d, 1, 0, id="conv1d"),
+        pytest.param(F.conv2d, 2, 0, id="conv2d"),
+        pytest.param(F.conv3d, 3, 0, id="conv3d"),
+        pytest.param(F.conv_transpose2d, 2, 1, id="conv-transpose2d"),
+    ],
+)
+def test_a_functional_convolution_reads_its_input_and_its_parameter_on_grids(function, dimensions, axis):
+    model, x = Model(lambda m, x: function(m.a(x), m.w, padding=1)), torch.randn(2, 4, *[5] * dimensions)
+    model.a = nn.ReLU()
+    model.w = nn.Parameter(torch.randn(*((6, 4) if axis == 0 else (4, 6)), *[3] * dimensions))
+    inserted(model, x)
+    site = model.get_submodule(f"{function.__name__}_0")
+    assert site.weight is model.w and site.weight_quantizer.scale.shape == (6,)
+    expected = function(site.input_quantizer_0(F.relu(x)), site.weight_quantizer(model.w), padding=1)
+    assert torch.equal(model(x), expected) and not torch.equal(expected, function(F.relu(x), model.w, padding=1))
+
+
 def test_other_orientations_of_a_weight_keep_one_scale_per_output_channel():
     model = Model(lambda m, x: torch.addmm(m.b, m.a(x), m.w), a=linear())
     model.w, model.b = nn.Parameter(torch.randn(8, 3)), nn.Parameter(torch.randn(3))
@@ -201,6 +221,42 @@ def test_it_compiles_without_a_graph_break(everything, training):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(x), model(x), atol=1e-6)
+
+
+class Branches(nn.Module):
+    """Decides by its data what to do, which no compiler can follow, between two sites."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = linear(), linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.a(x)
+        if x.abs().max() > 100:
+            x = x / 2
+        return x + self.b(x)
+
+
+def test_a_forward_that_breaks_the_graph_breaks_it_no_more_often_with_sites():
+    def as_it_is(graph, _):  # the modes that it was traced under are in it
+        def run(*args):
+            with torch._C.DisableTorchFunction():
+                return graph.forward(*args)
+
+        return run
+
+    torch.manual_seed(0)
+    model, x, found = nn.Sequential(Branches(), linear()), torch.randn(X), []
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    for quantize in (False, True):
+        if quantize:
+            inserted(model, x, act={"bits": 8}, weight={"bits": 8})
+        torch._dynamo.reset()
+        breaks.clear()
+        y = torch.compile(model.train(), backend=as_it_is)(x)
+        assert torch.allclose(y, model(x), atol=1e-6)
+        found.append(sum(breaks.values()))
+    assert found[0] == found[1] > 0
 
 
 @pytest.mark.parametrize("strict", [pytest.param(False, id="non-strict"), pytest.param(True, id="strict")])

@@ -53,11 +53,11 @@ def per_output(layer: Any, scale: Tensor) -> Tensor:
     return scale.repeat(layer.groups) if shared else scale
 
 
-def grids(layer: Any) -> tuple[Quantizer, ...]:
+def grids(layer: Any) -> tuple[Quantizer | None, Quantizer | None]:
     """The grids that `accumulator_scale(layer)` is made of; a converted layer's are frozen, and none of them."""
-    last = layer._modules["input_quantizer"]
+    last, weight = layer._modules["input_quantizer"], layer._modules["weight_quantizer"]
     last = last[-1] if isinstance(last, nn.Sequential) else last
-    return tuple(grid for grid in (last, layer._modules["weight_quantizer"]) if isinstance(grid, Quantizer))
+    return last if isinstance(last, Quantizer) else None, weight if isinstance(weight, Quantizer) else None
 
 
 def bias_codes(bias: Tensor, scale: Tensor) -> Tensor:

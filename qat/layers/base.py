@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qat.layers.accumulator import RoundedBias, accumulator_scale, bias_codes, grids
 from qat.layers.shared import forwards, read
-from qat.layers.sources import sources
+from qat.layers.sources import from_sources
 from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
@@ -50,11 +50,9 @@ class QuantizedLayer(TwinMixin):
 
     def run(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
         """`function(input, weight, bias)` of the quantized tensors."""
-        bias = self.bias if self.training and self.round_bias != "train" else self.quantized_bias()
-        x, weight = self.quantized_input(x), self.quantized_weight()
+        x, weight, bias = self.quantized_input(x), self.quantized_weight(), self.quantized_bias()
         if hasattr(x, "made") or hasattr(weight, "made"):
-            with sources(x, weight):
-                return function(x, weight, bias)
+            return from_sources((x, weight), function, x, weight, bias)
         return function(x, weight, bias)
 
     def quantized_input(self, x: Tensor) -> Tensor:
@@ -77,11 +75,11 @@ class QuantizedLayer(TwinMixin):
             return self.once_per_change("weight", (weight,), (quantizer,), lambda: quantizer(weight))
 
     def quantized_bias(self) -> Tensor | None:
-        """The bias in whole accumulator steps, in evaluation or always (a BatchNorm behind the layer does that for
-        both, and in evaluation alone).
+        """The bias as it is added: in whole accumulator steps in evaluation, or always (`round_bias`); a BatchNorm
+        behind the layer does that for both, and in evaluation alone.
         """
         bias = self.bias
-        if bias is None or self.folds:
+        if bias is None or self.folds or (self.training and self.round_bias != "train"):
             return bias
         with ours():
             if self.training:

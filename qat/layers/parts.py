@@ -12,6 +12,7 @@ The float layer is one call, whose inside nobody sees; so the twin itself tells 
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.layers.base import QuantizedLayer
+from qat.layers.sources import from_sources
 from qat.layers.twin import TwinMixin
 from qat.macs import layer_macs
 from qat.recording import Call, Key
@@ -35,8 +37,36 @@ class Part(QuantizedLayer, nn.Module):  # pyright: ignore[reportIncompatibleVari
 
     def linear(self, x: Tensor) -> Tensor:
         """The map of an `x` that is on its grid already."""
-        bias = self.bias if self.training and self.round_bias != "train" else self.quantized_bias()
-        return F.linear(x, self.quantized_weight(), bias)
+        return F.linear(x, self.quantized_weight(), self.quantized_bias())
+
+    def held(self) -> "HeldPart":
+        """The map with weight and bias put on their grids now, for several steps."""
+        return HeldPart(self, self.quantized_weight(), self.quantized_bias())
+
+
+@dataclass(frozen=True)
+class HeldPart:
+    """A part whose weight and bias are on their grids already.
+
+    Attributes:
+        part: Whose they are; it has the grid of the input.
+        weight, bias: Its own, quantized. Each step saves the same weight for backward, so it is kept, and not made
+            again for each.
+    """
+
+    part: Part
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.part.quantized_input(x)
+        return from_sources((x,), F.linear, x, self.weight, self.bias) if hasattr(x, "made") else self.linear(x)
+
+    def quantized_input(self, x: Tensor) -> Tensor:
+        return self.part.quantized_input(x)
+
+    def linear(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
 
 Rows = tuple[str, int, int | None]

@@ -6,7 +6,7 @@ grid, in both directions. Sums of gates, sigmoid and tanh and the cell state sta
 cells.
 
 Where no state is quantized, torch's fused kernels run on the quantized weights; otherwise the twin steps through time
-itself, since a state has to be rounded before the next step reads it.
+itself, since a state has to be rounded before the next step reads it. Weights are rounded once for all steps.
 
 Shapes: T steps, N sequences, F features, G gates; a packed batch has its rows `[R, F]` step by step,
 `sizes[t]` of them.
@@ -20,15 +20,16 @@ import torch.nn.functional as F
 from torch import _VF, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from qat.layers.parts import BoundPart, Composite, Part, Watch, part_call
+from qat.layers.parts import BoundPart, Composite, HeldPart, Part, Watch, part_call
 from qat.layers.twin import ours
 from qat.recording import Call, Key
 
 State = Any
 """A tuple: `(h,)`, or `(h, c)` of an LSTM."""
+Linear = Part | HeldPart
 
 
-def lstm_step(gates: Tensor, hh: Part, state: State, hr: Part | None = None) -> State:
+def lstm_step(gates: Tensor, hh: Linear, state: State, hr: Linear | None = None) -> State:
     """One step from `gates = W_ih x + b_ih`; Hochreiter & Schmidhuber 1997, with projection as of Sak et al. 2014."""
     h, c = state
     i, f, g, o = (gates + hh(h)).chunk(4, -1)
@@ -37,7 +38,7 @@ def lstm_step(gates: Tensor, hh: Part, state: State, hr: Part | None = None) -> 
     return (h if hr is None else hr(h)), c
 
 
-def gru_step(gates: Tensor, hh: Part, state: State) -> State:
+def gru_step(gates: Tensor, hh: Linear, state: State) -> State:
     """One step of a gated recurrent unit (Cho et al. 2014), which carries its state on the grid, too."""
     h = hh.quantized_input(state[0])
     r_x, z_x, n_x = gates.chunk(3, -1)
@@ -46,7 +47,7 @@ def gru_step(gates: Tensor, hh: Part, state: State) -> State:
     return (n + (z_x + z_h).sigmoid() * (h - n),)
 
 
-def rnn_step(gates: Tensor, hh: Part, state: State, nonlinearity: str = "tanh") -> State:
+def rnn_step(gates: Tensor, hh: Linear, state: State, nonlinearity: str = "tanh") -> State:
     """One step of an Elman network."""
     y = gates + hh(state[0])
     return (y.relu() if nonlinearity == "relu" else y.tanh(),)
@@ -84,7 +85,7 @@ class _Recurrent(Composite):
         super().drop_parameter(name)
         self._flat_weights: list[Any] = []
 
-    def step(self, gates: Tensor, state: State, suffix: str) -> State:
+    def step(self, gates: Tensor, state: State, hh: Linear, hr: Linear | None) -> State:
         raise NotImplementedError
 
     def forward(self, input: Any, hx: Any = None) -> Any:
@@ -144,10 +145,13 @@ class _Recurrent(Composite):
         """One direction of one layer: all outputs, and the last state."""
         steps = gates.unbind(0) if sizes is None else gates.split(sizes.tolist())
         direction = -1 if suffix.endswith("_reverse") else 1
+        # Once for all steps: neither weights nor their grids change meanwhile.
+        hh, hr = self.part(f"hh_{suffix}").held(), self._modules.get(f"hr_{suffix}")  # pyright: ignore
+        hr = hr.held() if isinstance(hr, Part) else None
         outputs = []
         for step in steps[::direction]:
             # Sequences come longest first; those that are over, or not begun yet from their end, keep their state.
-            new = self.step(step, state if sizes is None else tuple(s[: len(step)] for s in state), suffix)
+            new = self.step(step, state if sizes is None else tuple(s[: len(step)] for s in state), hh, hr)
             outputs.append(new[0])
             state = new if sizes is None else tuple(
                 torch.cat([n, s[len(n) :]]) for n, s in zip(new, state, strict=True)
@@ -173,8 +177,7 @@ class _Recurrent(Composite):
                 ih, hh = self.part(f"ih_{suffix}"), self.part(f"hh_{suffix}")
                 flat += [ih.quantized_weight(), hh.quantized_weight()]
                 if this.bias:
-                    plain = ih.training and ih.round_bias != "train"
-                    flat += [p.bias if plain else p.quantized_bias() for p in (ih, hh)]
+                    flat += [ih.quantized_bias(), hh.quantized_bias()]
                 flat += [self.part(f"hr_{suffix}").quantized_weight()] if this.proj_size else []
         states = list(state) if len(state) > 1 else state[0]
         options = this.bias, this.num_layers, float(this.dropout), this.training, this.bidirectional
@@ -204,23 +207,23 @@ class QuantLSTM(_Recurrent):
     serves = nn.LSTM
     fused = staticmethod(_VF.lstm)
 
-    def step(self, gates: Tensor, state: State, suffix: str) -> State:
-        return lstm_step(gates, self.part(f"hh_{suffix}"), state, self._modules.get(f"hr_{suffix}"))  # pyright: ignore
+    def step(self, gates: Tensor, state: State, hh: Linear, hr: Linear | None) -> State:
+        return lstm_step(gates, hh, state, hr)
 
 
 class QuantGRU(_Recurrent):
     serves = nn.GRU
     fused = staticmethod(_VF.gru)
 
-    def step(self, gates: Tensor, state: State, suffix: str) -> State:
-        return gru_step(gates, self.part(f"hh_{suffix}"), state)
+    def step(self, gates: Tensor, state: State, hh: Linear, hr: Linear | None) -> State:
+        return gru_step(gates, hh, state)
 
 
 class QuantRNN(_Recurrent):
     serves = nn.RNN
 
-    def step(self, gates: Tensor, state: State, suffix: str) -> State:
-        return rnn_step(gates, self.part(f"hh_{suffix}"), state, self.nonlinearity)  # pyright: ignore
+    def step(self, gates: Tensor, state: State, hh: Linear, hr: Linear | None) -> State:
+        return rnn_step(gates, hh, state, self.nonlinearity)  # pyright: ignore
 
     def _kernel(self) -> Any:
         return _VF.rnn_relu if self.nonlinearity == "relu" else _VF.rnn_tanh  # pyright: ignore

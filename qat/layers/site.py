@@ -14,7 +14,7 @@ from qat.functions import Function
 from qat.layers.experts import rows
 from qat.layers.explicit_attention import explicit_attention
 from qat.layers.shared import read
-from qat.layers.sources import sources
+from qat.layers.sources import from_sources
 from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
@@ -90,8 +90,7 @@ class Site(TwinMixin, nn.Module):
         if self.explicit and function.accumulates and all(kwargs.get(factor, 1) == 1 for factor in ("alpha", "beta")):
             return (args[0] if args else kwargs["input"]) + through[0] @ through[1]
         if any(hasattr(x, "made") for x in through):
-            with sources(*through):
-                result = func(*args, **kwargs)
+            result = from_sources(through, func, *args, **kwargs)
         else:
             result = func(*args, **kwargs)
         return original.copy_(result) if function.in_place else result

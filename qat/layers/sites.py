@@ -60,6 +60,15 @@ class SiteMode(TorchFunctionMode):
         return site(func, function, args, kwargs, operands)
 
 
+# Between two graphs of a model that breaks, torch calls the mode as it stands, and a compiler would take each such call
+# for a program of its own; where the mode is part of a graph, it is traced as ever.
+_frames: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
+_frames.set_code_exec_strategy(
+    SiteMode.__torch_function__.__code__,
+    _frames._FrameExecStrategy(_frames._FrameAction.SKIP, _frames._FrameAction.DEFAULT),
+)
+
+
 def _recomputed_later() -> bool:
     """Whether a reentrant `torch.utils.checkpoint` runs the caller."""
     frame = sys._getframe()

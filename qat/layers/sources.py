@@ -5,36 +5,37 @@ were made of is kept anyway: by the quantizer's own backward, and by the layer b
 costs one pass over memory and brings the memory of a training step back to that of the float model.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from qat.kernels import Made
 
+_hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+"""torch's stack of hooks on saved tensors, without the objects that `torch.autograd.graph` puts around it."""
 
-class sources(saved_tensors_hooks):  # noqa: N801 - used as a context, like torch's
-    """Context for an operation on `tensors`: those that a quantizer has made are saved as their recipe.
+
+def from_sources(tensors: Iterable[Tensor], function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, an operation on `tensors`: those that a quantizer has made are saved as their
+    recipe.
 
     What else the operation saves is saved as ever, and so is everything where another hook is in place (activation
     checkpointing, offloading): only the innermost hook sees a tensor.
     """
-
-    def __init__(self, *tensors: Tensor) -> None:
-        made: dict[int, Made] = {t.data_ptr(): t.made for t in tensors if hasattr(t, "made")}  # pyright: ignore[reportAttributeAccessIssue]
-        # Not a method of this object, which would keep itself, and the activations, alive until Python collects cycles.
-        super().__init__(partial(_pack, made), _unpack)
-
-    def __enter__(self) -> None:
-        self.idle = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore
-        if not self.idle:
-            super().__enter__()
-
-    def __exit__(self, *args: object) -> None:
-        if not self.idle:
-            super().__exit__(*args)
+    if _hooks._top_saved_tensors_default_hooks(True) is not None:
+        return function(*args, **kwargs)
+    made: dict[int, Made] = {}
+    for tensor in tensors:
+        if hasattr(tensor, "made"):
+            made[tensor.data_ptr()] = tensor.made  # pyright: ignore[reportAttributeAccessIssue]
+    _hooks._push_saved_tensors_default_hooks(partial(_pack, made), _unpack)
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _hooks._pop_saved_tensors_default_hooks()
 
 
 def _pack(made: dict[int, Made], tensor: Tensor) -> Any:

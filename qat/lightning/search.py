@@ -29,7 +29,7 @@ from qat.lightning.run import Run
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.workspace import OTHER_KEYS
 from qat.modes import evaluating
-from qat.plan import make_plan
+from qat.planning import make_plan
 from qat.policy import QuantPolicy
 from qat.report.search import front_table, save_front, save_sensitivity, search_table, sensitivity_table
 from qat.search.allocate import Problem, front, solve

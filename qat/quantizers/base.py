@@ -222,9 +222,18 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, follow: bool = True) -> Tensor:
-        """`x` on its grid; `follow` is false for a tensor that a moving range has followed already."""
+        """`x` on its grid; `follow` is false for a tensor that a moving range has followed already.
+
+        Raises:
+            UserError: under a transform of `torch.func`.
+        """
         if not self.on:
             return self._pass(x)
+        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_dynamo_compiling():
+            raise UserError(
+                "torch.func transforms (vmap, grad, jvp, ...) do not know the gradients of quantizers: call backward, "
+                "or switch the quantizers off around the transform"
+            )
         if follow and self._follows and self.training:
             self.follow(x.detach())
         inner, grid = self._grouped(self.transform(x)) if self._moves else x, self.grid(x)

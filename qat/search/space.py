@@ -14,9 +14,11 @@ from typing import Any
 
 from torch import nn
 
+from qat.addressable import has_weight
 from qat.audit import AuditRow, audit
 from qat.errors import UserError, nearest
-from qat.plan import Plan, has_weight, make_plan
+from qat.plan import Plan
+from qat.planning import make_plan
 from qat.policy import QuantPolicy
 from qat.search.settings import Search
 from qat.storage import is_layer, with_bytes

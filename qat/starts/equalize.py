@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.addressable import has_weight, is_leaf
 from qat.errors import UserError
 from qat.layers import mixin_for, original_class
 from qat.modes import evaluating
-from qat.plan import has_weight, is_leaf
 from qat.probe import Call, record
 from qat.starts.base import Run, Start, replay
 

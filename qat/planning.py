@@ -1,0 +1,191 @@
+"""Planning: a float model and a policy become a `Plan`, from one recorded forward pass; `qat.insert` carries it out.
+
+A quantizer belongs to a *tensor*. All integer readers of a tensor share one quantizer where their specs agree. Where
+they differ (a residual add at 8 bits beside a convolution at 4), the coarser reader reads what the finest grid left of
+the tensor, as an integer engine does, which stores it once.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from qat.addressable import (
+    CONVOLUTIONS,
+    NORMS,
+    check_shapes_known,
+    described,
+    has_weight,
+    inside_of,
+    is_leaf,
+    targets,
+    type_of,
+)
+from qat.edges import activation_grids
+from qat.engines import engine_of
+from qat.errors import UserError
+from qat.functions import EXPERTS, FUNCTIONS
+from qat.layers import BoundPart, is_computed, sites_changed
+from qat.plan import Plan, kind_of, owner_of
+from qat.policy import QuantPolicy
+from qat.probe import Call, Recording, record
+
+
+def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> tuple[Plan, Recording]:
+    """Decides every grid from one pass of `run()` (see `probe.record`); the model is left as it is.
+
+    Raises:
+        UserError: if a rule matches nothing or nothing can be quantized.
+    """
+    recording = record(model, run, is_leaf, inside_of)
+    check_shapes_known(model)
+    _check_names(model, recording)
+    calls = targets(model, recording)
+    if not calls:
+        raise UserError(
+            f"{type(model).__name__} has no layer that can be quantized: "
+            "the probe batch passed no Linear, Conv, Embedding, LSTM or the like"
+        )
+    decisions = policy.resolve(described(calls))
+    plan = Plan(policy=policy.settings, target=policy.target, round_bias=policy.round_bias)
+    _plan_weights(plan, model, recording, calls, decisions)
+    plan.batch_norms = {
+        layer: norm for layer, norm in _batch_norm_pairs(recording).items() if plan.layers[layer]["weight"] is not None
+    }
+    plan.residuals = _residuals(plan, recording, calls, decisions)
+    floating = {
+        (name, operand)
+        for name, products in plan.residuals.items()
+        if (operand := engine_of(policy.target).accumulated(products)) is not None
+    }
+    plan.activations, chains = activation_grids(recording, calls, decisions, policy.concat == "shared", floating)
+    for name, operands in chains.items():
+        if name in plan.layers:
+            plan.layers[name].update(zip(("input", "input_1"), operands, strict=False))
+        else:
+            plan.sites[name] = operands
+    _plan_owners(plan, model, recording)
+    if not plan.weights and not plan.activations:
+        raise UserError(
+            "the policy leaves everything float: give quant.weight or quant.act settings, or a rule that does"
+        )
+    return plan, recording
+
+
+def _residuals(
+    plan: Plan, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
+) -> dict[str, list[str]]:
+    """Additions of two tensors with grids, one at least of which is the output of a layer that multiplies integers (of
+    a BatchNorm that folds into it) and that nobody else reads.
+    """
+    norms = {norm: layer for layer, norm in plan.batch_norms.items()}
+    products: dict[Any, str] = {}
+    for call in recording.modules:
+        layer = norms.get(call.name, call.name)
+        if call.output is None or recording.readers.get(call.output) != 1 or layer not in plan.layers:
+            continue
+        original = type_of(calls[layer][0].what)
+        kind = "conv" if issubclass(original, CONVOLUTIONS) else "linear" if issubclass(original, nn.Linear) else ""
+        if plan.layers[layer]["weight"] is not None and decisions[layer]["act"][0] is not None:
+            products[call.output] = kind
+    found = {
+        name: [products.get(key, "") for key in first.operands]
+        for name, (first, *more) in calls.items()
+        if first.kind == "add" and not more and decisions[name]["act"][0] is not None
+    }
+    return {name: kinds for name, kinds in found.items() if any(kinds) and len(kinds) == 2}
+
+
+def weight_identity(layer: Any) -> Any:
+    """Equal for layers that share their weight, of which there may be another tensor each time one asks."""
+    if isinstance(layer, BoundPart):
+        return layer.identity()
+    return id(layer) if is_computed(layer) else id(layer.weight)
+
+
+def _check_names(model: nn.Module, recording: Recording) -> None:
+    for site in [call.site for call in recording.functions if call.site]:
+        owner, _, leaf = site.rpartition(".")
+        if hasattr(model.get_submodule(owner), leaf):
+            raise UserError(f"'{site}' names a functional site, but the model has an attribute of that name: rename it")
+
+
+def _plan_weights(
+    plan: Plan, model: nn.Module, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
+) -> None:
+    owner_of: dict[Any, str] = {}
+    for name, (call, *_) in calls.items():
+        if call.site and not call.weight:
+            continue
+        weight = model.get_parameter(call.parameter) if call.weight and call.parameter else None
+        spec = decisions[name]["weight"][0] if call.weight or has_weight(call.what) else None
+        identity = id(weight) if call.weight else weight_identity(call.what) if spec else None
+        owner = owner_of.setdefault(identity, name) if spec else None
+        if spec and owner == name:
+            plan.weights[name] = spec.resolved(nonnegative=False, weight=True)
+        elif spec and owner and spec.resolved(nonnegative=False, weight=True) != plan.weights[owner]:
+            raise UserError(
+                f"'{name}' and '{owner}' are one weight, but the policy gives them different grids; "
+                "add a rule that matches both"
+            )
+        if call.weight:
+            assert weight is not None and call.parameter is not None
+            axis = (FUNCTIONS[call.what].channel_axis or 0) % weight.ndim
+            if spec and spec.granularity == "group" and axis > 1 and call.kind != EXPERTS:
+                raise UserError(
+                    f"'{name}': granularity=group needs a weight matrix, but '{call.parameter}' is a stack of them "
+                    f"{list(weight.shape)}; use granularity: channel or tensor there"
+                )
+            alone = recording.only_sites_read(call.parameter)
+            plan.parameters[name] = {"parameter": call.parameter, "axis": axis, "weight": owner, "alone": alone}
+            if call.kind == EXPERTS:
+                transposed = call.operands[1][0] != id(weight)  # then the parameter is [experts, out, in]
+                plan.parameters[name].update(axis=0, stacked="out_in" if transposed else "in_out")
+        else:
+            plan.layers[name] = {"weight": owner, "input": []}
+            if owner and recording.read_by_functions(call.what._parameters.get("weight"), f"{name}.weight"):
+                plan.layers[name]["read"] = True
+
+
+def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:
+    """Modules that run sites become owners even where theirs stay float, or those around would count them as theirs.
+
+    An owner counts the kinds that it has grids for, and no others: what it leaves float may come and go.
+    """
+    quantized = {*plan.sites, *(name for name, site in plan.parameters.items() if site["weight"] is not None)}
+    kinds = {kind_of(site) for site in quantized}
+    own: dict[str, set[str]] = {}
+    for site in quantized:
+        own.setdefault(owner_of(site), set()).add(kind_of(site))
+    for name, orders in recording.site_orders().items():
+        first, *others = ([kind for kind in order if kind in own.get(name, ())] for order in orders)
+        different = next((order for order in others if order != first), None)
+        if different is not None:
+            raise UserError(sites_changed(name, model.get_submodule(name), first, different))
+        if any(kind in kinds for order in orders for kind in order):
+            plan.owners[name] = first
+
+
+def _batch_norm_pairs(recording: Recording) -> dict[str, str]:
+    """Layers whose output is read by one BatchNorm and nothing else, each called once."""
+    times: dict[str, int] = {}
+    for call in recording.modules:
+        times[call.name] = times.get(call.name, 0) + 1
+    producers = {
+        call.output: call.name
+        for call in recording.modules
+        if has_weight(call.what)
+        and call.output is not None
+        and not isinstance(call.what, nn.Embedding | nn.EmbeddingBag | nn.Bilinear)
+        and len(call.shape) == call.what.weight.ndim  # then dimension 1 is the channel for both
+    }
+    return {
+        producers[call.inputs[0]]: call.name
+        for call in recording.modules
+        if isinstance(call.what, NORMS)
+        and call.what.track_running_stats
+        and call.inputs
+        and call.inputs[0] in producers
+        and recording.readers[call.inputs[0]] == 1
+        and times[call.name] == times[producers[call.inputs[0]]] == 1
+    }
