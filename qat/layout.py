@@ -40,7 +40,7 @@ class Layout:
         return parameter.reshape((-1, 1) if len(self.view) == 2 and parameter.numel() > 1 else -1)
 
     def restore(self, x: Tensor) -> Tensor:
-        """What a kernel made, in place, as the tensor it stands for: no view, which in-place operations would refuse."""
+        """What a kernel made as the tensor it stands for, in place: in-place operations would refuse a view."""
         return x.as_strided_(self.shape, self.strides)
 
 
