@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat.errors import UserError
 from qat.export.int8_program import int8_program, unfit_for_int8
 from qat.export.torch_export import ProgramRunner, TorchTarget
-from qat.export.verify import Verdict, expected_integer_nodes
+from qat.export.verify import Verdict, count_kernels
 from qat.insert import Plan
 
 COUNTS = ("qconv_weight_prepack_matcher_count", "qlinear_weight_prepack_matcher_count")
@@ -77,7 +77,7 @@ class InductorTarget(TorchTarget):
     file = "model.inductor.pt2"
     optimizes = True
 
-    def unfit(self, plan: Plan) -> str | None:
+    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
         return unfit_for_int8(plan, "Inductor")
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
@@ -89,6 +89,4 @@ class InductorTarget(TorchTarget):
     def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: Any) -> None:
         if not runner.batches:
             runner(runner.program.example_inputs[0][0].numpy())
-        found, expected = runner.integer_nodes, expected_integer_nodes(converted)
-        verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
-        verdict.add("integer kernels", found >= expected, f"{found} of {expected} products by oneDNN's int8 kernels")
+        count_kernels(verdict, converted, runner.integer_nodes, what="products by oneDNN's int8 kernels")
