@@ -18,11 +18,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from forced import Outcome, compare
+from forced import Outcome, compare, packs
 from random_models import draw
-
-PACK = 6
-"""Cases per file."""
 
 
 def attempt(seeds: list[int], blocks: int, folder: Path) -> Outcome:
@@ -45,8 +42,7 @@ def main() -> int:
     warnings.simplefilter("ignore")
     failed, codes, flipped, deviations = [], 0, 0, []
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(0, len(seeds), PACK):
-            some = seeds[i : i + PACK]
+        for some in packs(seeds, arguments.blocks):
             outcome = attempt(some, arguments.blocks, Path(folder))
             if outcome.wrong and len(some) > 1:  # which of them?
                 single = {seed: attempt([seed], arguments.blocks, Path(folder)).wrong for seed in some}

@@ -39,7 +39,8 @@ def inconvertible(plan: Plan) -> str | None:
     for name, spec in [*named, *((f"'{n}'", s) for n, s in plan.activations.items())]:
         cls = find(spec.quantizer)
         if not spec.integer:
-            return f"{name} is {spec.short}: format={spec.format} has no integers"
+            elsewhere = "export=compressed_tensors has its numbers, for models of transformers"
+            return f"{name} is {spec.short}: format={spec.format} has no integers ({elsewhere})"
         if storage_bits(spec) > 16:
             return f"{name} is {spec.short}: integer files hold at most 16 bits"
         if spec.rounding is round_midrise and name.startswith("'"):

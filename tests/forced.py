@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from random_models import Case
+from random_models import Case, draw
 from small_models import both
 from torch import Tensor, nn
 
@@ -190,6 +190,16 @@ def _by_grid(calls: Sequence[Call]) -> dict[tuple[float, int], list[Call]]:
 
 
 # -- cases -------------------------------------------------------------------------------------------------------------
+
+
+PACK = 20
+"""Cases per file."""
+
+
+def packs(seeds: Sequence[int], blocks: int = 1) -> list[list[int]]:
+    """Seeds of the cases that share a file; those with operations in place, which take three times as long, apart."""
+    by_kind = [[s for s in seeds if draw(s, blocks).in_place == kind] for kind in (False, True)]
+    return [kind[i : i + PACK] for kind in by_kind for i in range(0, len(kind), PACK)]
 
 
 class Pack(nn.Module):

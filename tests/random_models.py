@@ -33,6 +33,11 @@ class Case:
     model: nn.Module
     policy: dict[str, Any]
 
+    @property
+    def in_place(self) -> bool:
+        """Whether an operation changes its operand."""
+        return any(isinstance(module, Residual) and module.in_place for module in self.model.modules())
+
     def example(self, batch: int, seed: int) -> Tensor:
         """Random inputs `[batch, WIDTH]`."""
         return torch.randn(batch, WIDTH, generator=torch.Generator().manual_seed(seed))

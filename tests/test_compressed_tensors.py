@@ -61,6 +61,8 @@ class Case:
     [
         pytest.param(GROUPS, None, "pack-quantized", 0, id="w4a16-groups"),
         pytest.param(CHANNELS | {"bits": 3}, None, "pack-quantized", 0, id="w3a16"),
+        pytest.param(GROUPS | {"symmetric": False}, None, "pack-quantized", 0, id="w4a16-affine-groups"),
+        pytest.param(CHANNELS | {"symmetric": False}, None, "pack-quantized", 0, id="w8a16-affine"),
         pytest.param(CHANNELS, {"bits": 8}, "int-quantized", 0, id="w8a8-static"),
         pytest.param(CHANNELS, {"bits": 8, "range": "centred"} | TOKENS, "int-quantized", 0, id="w8a8-tokens"),
         pytest.param(FP8, FP8, "float-quantized", 0, id="fp8-static"),
@@ -93,7 +95,10 @@ def test_transformers_loads_the_codes_and_gives_the_logits(weight, act, stored, 
 @pytest.mark.parametrize(
     ("weight", "act", "said"),
     [
-        pytest.param(CHANNELS | {"symmetric": False}, None, "q_proj' is .* set symmetric: true", id="affine"),
+        pytest.param(
+            {"bits": 8, "symmetric": False}, None, "q_proj' is .* set granularity: channel", id="affine-tensor"
+        ),
+        pytest.param(CHANNELS | {"symmetric": False}, {"bits": 8}, "act: off or symmetric: true", id="affine-act"),
         pytest.param(CHANNELS, {"bits": 8, "range": "minmax"} | TOKENS, "train with range: centred", id="rule"),
         pytest.param(NVFP4, NVFP4 | {"quantizer": "dynamic"}, "calibrated scale of the tensor", id="nvfp4-act"),
         pytest.param(CHANNELS | {"bits": 12}, None, "at most 8 bits", id="bits"),
@@ -105,6 +110,12 @@ def test_what_the_format_cannot_say_is_refused_with_the_layer(weight, act, said,
     with pytest.raises(UserError, match=said) as caught:
         case.export(tmp_path / "folder")
     assert "\n" not in str(caught.value) and "self_attn" in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_zero_points_beside_another_grid_are_refused(tmp_path):
+    rules = FLOAT_ENDS | {"down": {"match": "*.mlp.down_proj", "weight": {"bits": 8}}}
+    with pytest.raises(UserError, match=r"q_proj' has zero points, .*down_proj' has another"):
+        Case(GROUPS | {"symmetric": False}, rules=rules).export(tmp_path / "folder")
 
 
 def test_an_embedding_is_refused_and_a_tied_head_stays_tied(tmp_path):

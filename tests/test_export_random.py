@@ -8,13 +8,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from forced import EQUAL, Call, compare, cut, run, watch
+from forced import EQUAL, Call, compare, cut, packs, run, watch
 from random_models import draw
 from small_models import Drawn, Shape, both, lived
 
 from qat.export.onnx import export_onnx
 
-CASES, PACK = 60, 6
+PACKS = packs(range(300))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,10 +25,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("first", range(0, CASES, PACK))
-def test_random_models_are_exported_as_they_were_trained(first, tmp_path):
-    outcome = compare([draw(seed) for seed in range(first, first + PACK)], tmp_path / "model.onnx")
-    again = f"python benchmarks/export_fuzz.py {first}:{first + PACK} --blocks 1"
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [pytest.param(seeds, id=f"from-{seeds[0]}") for seeds in PACKS])
+def test_random_models_are_exported_as_they_were_trained(seeds, tmp_path):
+    outcome = compare([draw(seed) for seed in seeds], tmp_path / "model.onnx")
+    again = f"python benchmarks/export_fuzz.py {seeds[0]}:{seeds[-1] + 1} --blocks 1"
     assert not outcome.wrong, f"{again}: {'; '.join(outcome.wrong)}"
 
 

@@ -17,8 +17,9 @@ from test_convert import policies, shapes
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.export.onnx import OPSET, export_onnx
-from qat.export.onnx_placement import OPENVINO, ORT
+from qat.export import onnx_trace
+from qat.export.onnx import export_onnx
+from qat.export.onnx_placement import OPENVINO, OPSET, OPSET_2_BITS, ORT
 from qat.export.runtime import OnnxRunner, float_convolutions, weight_codes
 from qat.export.verify import expected_integer_nodes
 from qat.integer import IntegerLayer
@@ -275,13 +276,22 @@ def test_layers_with_the_same_codes_share_one_initializer_and_keep_their_names(t
     assert sum(t.data_type == onnx.TensorProto.INT4 for t in onnx.load(path).graph.initializer) == 1
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_up_to_four_bits_take_four_bits_and_more_take_a_byte(tmp_path, bits) -> None:
+@pytest.mark.parametrize("symmetric", [pytest.param(True, id="symmetric"), pytest.param(False, id="affine")])
+@pytest.mark.parametrize(("bits", "stored"), [(2, 2), (3, 4), (4, 4), (5, 8), (8, 8)])
+def test_codes_are_stored_in_two_four_or_eight_bits_and_computed_with_as_integers(
+    tmp_path, bits, stored, symmetric
+) -> None:
     x, path = torch.randn(8, 31), tmp_path / "model.onnx"
-    exported(nn.Sequential(nn.Linear(31, 9)), x, {"weight": W4 | {"bits": bits}, "act": A8}, path)
-    (weight,) = (t for t in onnx.load(path).graph.initializer if t.name == "0.weight")
-    kind, size = (onnx.TensorProto.INT4, -(-31 * 9 // 2)) if bits <= 4 else (onnx.TensorProto.INT8, 31 * 9)
-    assert weight.data_type == kind and len(weight.raw_data) == size
+    weight = W4 | {"bits": bits, "symmetric": symmetric}
+    fake, converted = exported(nn.Sequential(nn.Linear(31, 9)), x, {"weight": weight, "act": A8}, path)
+    model = onnx.load(path)
+    (tensor,) = (t for t in model.graph.initializer if t.name == "0.weight")
+    assert tensor.data_type == getattr(onnx.TensorProto, f"{'' if symmetric else 'U'}INT{stored}")
+    assert len(tensor.raw_data) == -(-31 * 9 * stored // 8)
+    assert [o.version for o in model.opset_import] == [OPSET_2_BITS if stored == 2 else OPSET]
+    assert_same_codes(path, converted)
+    assert OnnxRunner(path).integer_nodes() == 1
+    assert deviations(path, fake, x, True).max() <= 1e-5
 
 
 def narrow_net(depth: int, c: int) -> nn.Module:
@@ -356,3 +366,20 @@ def test_what_cannot_be_exported_says_why_and_writes_nothing(tmp_path, model, ex
     with pytest.raises(UserError, match=message):
         export_onnx(model, example, path)
     assert path.read_text() == "the old file" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("call", "times"),
+    [
+        pytest.param(lambda m, x: F.adaptive_avg_pool2d(m.a(x), 1).flatten(1), 0, id="plain"),
+        pytest.param(lambda m, x: m.a(x).mul_(0.5).flatten(1), 1, id="in-place"),
+        pytest.param(lambda m, x: F.adaptive_avg_pool2d(m.a(x), 2).flatten(1), 1, id="what-onnx-has-not"),
+    ],
+)
+def test_a_model_is_traced_again_only_where_something_is_to_be_taken_apart(call, times, tmp_path, monkeypatch) -> None:
+    decomposed, run = [], onnx_trace._run_decompositions
+    monkeypatch.setattr(onnx_trace, "_run_decompositions", lambda *a, **k: decomposed.append(a) or run(*a, **k))
+    x, path = torch.randn(8, 3, 6, 6), tmp_path / "model.onnx"
+    fake, _ = exported(Calls(call, a=nn.Conv2d(3, 4, 3)), x, POLICY, path)
+    assert len(decomposed) == times
+    assert deviations(path, fake, x, True).max() <= 1e-5

@@ -9,7 +9,7 @@ from test_insert import Model
 from torch import Tensor, nn
 
 from qat.convert import convert
-from qat.export.onnx import export_onnx
+from qat.export.onnx import OnnxTarget, export_onnx
 from qat.export.packed import load_packed, save_packed
 from qat.integer import IntegerTensor
 
@@ -17,7 +17,7 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
 from qat.export.runtime import OnnxRunner, weight_codes  # noqa: E402
-from qat.export.verify import Comparison, Verdict, check_codes, check_kernels, check_outputs  # noqa: E402
+from qat.export.verify import Comparison, Verdict, check_codes, check_outputs  # noqa: E402
 
 W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}
 SEQUENCE, IMAGE = (32, 6, 16), (32, 3, 8, 8)
@@ -108,7 +108,7 @@ def test_sites_run_on_integer_kernels_and_compute_what_training_did(name, policy
         torch.testing.assert_close(converted(test), expected, atol=1e-5, rtol=1e-5)
     comparison.update(expected.numpy(), runner(test.numpy()))
     check_codes(verdict, converted, weight_codes(path))
-    check_kernels(verdict, converted, runner)
+    OnnxTarget().check_kernels(verdict, converted, runner)
     check_outputs(verdict, comparison, 0.95, 1.0)
     assert verdict.passed, verdict.to_dict()
     assert verdict.facts["integer_nodes"] == verdict.facts["expected_integer_nodes"]

@@ -6,10 +6,11 @@ import pytest
 import torch
 from small_models import lived, quantized
 from test_sites_policy import preset
+from test_targets import target_of
 
 from qat.convert import convert
 from qat.export.manifest import companions
-from qat.export.onnx import OnnxTarget, export_onnx
+from qat.export.onnx import export_onnx
 from qat.models import ResNet
 
 
@@ -22,13 +23,20 @@ def float_bytes(tmp_path_factory) -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "most"), [pytest.param("w8a8", 0.27, id="w8a8"), pytest.param("w4a4", 0.15, id="w4a4")]
+    ("name", "target", "most"),
+    [
+        pytest.param("w8a8", "onnx", 0.27, id="w8a8"),
+        pytest.param("w4a4", "onnx", 0.15, id="w4a4"),
+        # 12 bytes of scale and zero point for each channel, of weights and of biases
+        pytest.param("w8a8", "litert", 0.28, id="w8a8-litert"),
+    ],
 )
-def test_resnet20_takes_the_bits_of_its_weights_and_little_more(name, most, float_bytes, tmp_path: Path):
+def test_resnet20_takes_the_bits_of_its_weights_and_little_more(name, target, most, float_bytes, tmp_path: Path):
+    exporter, path = target_of(target), tmp_path / target_of(target).file
     torch.manual_seed(0)
     model, x = lived(ResNet(20)), torch.randn(8, 3, 32, 32)
     plan = quantized(model, x, preset(name))
-    OnnxTarget().export(convert(model, plan), plan, x[:2], tmp_path / "model.onnx")
-    size = sum(path.stat().st_size for path in companions(tmp_path / "model.onnx"))
-    assert size == sum(path.stat().st_size for path in tmp_path.iterdir())
+    exporter.export(convert(model, plan), plan, x[:2], path)
+    size = sum(each.stat().st_size for each in companions(path))
+    assert size == sum(each.stat().st_size for each in tmp_path.iterdir())
     assert size / float_bytes <= most

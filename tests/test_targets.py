@@ -77,6 +77,17 @@ def test_a_file_has_the_same_codes_and_outputs_with_and_without_optimizations(na
         assert comparison.mean_steps <= limit and comparison.agreement >= 0.9, (optimize, comparison)
 
 
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_unsigned_weights_of_4_bits_come_back_and_give_the_outputs(name, tmp_path) -> None:
+    weight = {"bits": 4, "granularity": "channel", "symmetric": False}
+    target, case, verdict = target_of(name), Case(Shape(kind="linear"), W8A8 | {"weight": weight}, name), Verdict()
+    path = case.export(target, tmp_path)
+    check_codes(verdict, case.converted, target.codes(path))
+    assert verdict.passed, verdict.checks
+    for optimize in (True, False):
+        assert case.compared(target.load(path, case.float_model, optimize=optimize)).mean_steps <= 0.1
+
+
 @pytest.mark.parametrize("name", ["onnx", "packed", "openvino", "torch", "litert"])
 @pytest.mark.parametrize("layer", ["stem", "body", "head"])
 def test_bisection_names_the_layer_whose_scale_is_wrong(name, layer, tmp_path) -> None:

@@ -9,16 +9,18 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from small_models import POLICY, Shape, both
+from small_models import POLICY, Shape, both, lived
+from test_sites_policy import preset
 from test_targets import TENSOR, W8A8, Case, target_of
 from torch import nn
 
-from qat.cli.targets import of_file
+from qat.cli.targets import build, of_file
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
 from qat.export.int8_program import DEQUANTIZE, QUANTIZE, float_products, int8_program
 from qat.export.tflite_builder import pack, unpack
 from qat.export.verify import Comparison, Verdict, check_codes
+from qat.models import SmallCNN
 
 torch.set_num_threads(1)
 
@@ -87,14 +89,41 @@ def test_weights_without_an_int8_kernel_are_refused_with_what_to_train(name, wei
 # -- LiteRT ----------------------------------------------------------------------------------------------------------
 
 
+def test_float_biases_are_refused_by_a_format_whose_kernels_add_integers(tmp_path) -> None:
+    target, case = target_of("litert"), Case(Shape(kind="linear"), W8A8 | {"round_bias": "never"})
+    with pytest.raises(UserError, match=r"train with quant.round_bias=eval"):
+        case.export(target, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("optimize", "most"),
+    [
+        pytest.param(True, 0.05, id="xnnpack"),
+        pytest.param(False, 2, id="own-kernels-which-round-twice"),
+    ],
+)
+def test_litert_puts_codes_of_8_bits_on_a_grid_of_4_as_training_does(optimize, most, tmp_path) -> None:
+    target, x = target_of("litert"), torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    fake, converted = both(lived(SmallCNN(width=8)), x, preset("w4a4"))
+    target.write(converted, None, x[:4], tmp_path)  # pyright: ignore[reportArgumentType]
+    runner: Any = target.open(tmp_path / target.file, converted, optimize=optimize)
+    comparison = Comparison()
+    with torch.no_grad():
+        comparison.update(fake(x).numpy(), runner(x.numpy()))
+    assert comparison.mean_steps <= most
+
+
 @given(arrays(np.int8, st.integers(0, 33), elements=st.integers(-8, 7)))
 def test_packed_int4_is_unpacked_to_the_same_codes(codes: np.ndarray) -> None:
     packed = pack(codes)
     assert packed.nbytes == (len(codes) + 1) // 2 and np.array_equal(unpack(packed, len(codes)), codes)
 
 
-def test_litert_holds_weights_of_4_bits_in_4_bits_and_computes_with_them(tmp_path) -> None:
-    target = target_of("litert")
+def test_litert_holds_weights_of_4_bits_in_4_bits_if_asked_and_computes_with_them(tmp_path) -> None:
+    target_of("litert")
+    target = build("litert", {"int4": True})
     sizes = []
     for bits in (8, 4):
         case = Case(Shape(), POLICY | {"weight": {"bits": bits, "granularity": "channel"}})
@@ -199,6 +228,14 @@ def test_executorch_computes_what_was_trained_on_integers_from_the_same_codes(tm
     assert "shows no layers" in first_divergence(case.converted, runner, case.x.numpy())
     with pytest.raises(UserError, match=r"model.pte: cannot run on float32 \[4, 3, 9, 9\]"):
         runner(np.zeros((4, 3, 9, 9), np.float32))
+
+
+def test_executorch_refuses_a_convolution_that_it_would_compute_wrongly(tmp_path) -> None:
+    target, x = target_of("executorch"), torch.randn(8, 3, 6, 6)
+    converted = both(nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.Flatten(), nn.Linear(64, 5)), x, W8A8)[1]
+    with pytest.raises(UserError, match=r"'0' is a convolution whose output lies on no grid"):
+        target.write(converted, None, x, tmp_path)  # pyright: ignore[reportArgumentType]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_executorch_needs_a_batch_that_can_vary() -> None:

@@ -18,7 +18,7 @@ from qat.errors import UserError
 from qat.export.manifest import write_manifest
 from qat.export.onnx import OnnxTarget, export_onnx
 from qat.export.runtime import OnnxRunner
-from qat.export.verify import Comparison, Verdict, check_kernels, check_metric
+from qat.export.verify import Comparison, Verdict, check_metric
 from qat.insert import Plan
 from qat.lightning.evaluate import verify_file
 
@@ -193,7 +193,7 @@ def test_a_file_of_other_outputs_is_named(trained, tmp_path) -> None:
 
 def test_float_kernels_are_counted_against_the_model(trained) -> None:
     verdict = Verdict()
-    check_kernels(verdict, trained.converted, OnnxRunner(trained.path, optimize=False))
+    OnnxTarget().check_kernels(verdict, trained.converted, OnnxRunner(trained.path, optimize=False))
     floats = "in float: model.stem, model.body, model.head"
     assert not verdict.passed and verdict.checks[0].detail == f"0 of 3 convolutions and matrix products; {floats}"
 

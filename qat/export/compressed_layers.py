@@ -67,7 +67,11 @@ def layer_tensors(layer: Any, weight: Args, inputs: Args | None, kind: str) -> d
     """
     quantizer: Quantizer = layer.weight_quantizer
     codes, scale = quantizer.quantize(layer.weight), _scales(quantizer, layer.weight)
-    found = _weight(codes, kind, weight) | _scale(scale, weight)
+    if not weight["symmetric"]:
+        codes, zeros = (_signed(t, weight) for t in (codes, quantizer.zero_point.view(scale.shape)))
+        found = _weight(codes, kind, weight) | _scale(scale, weight) | _zeros(zeros, weight)
+    else:
+        found = _weight(codes, kind, weight) | _scale(scale, weight)
     if inputs is not None and inputs["dynamic"] is False:
         grid: Quantizer = layer.input_quantizer if isinstance(layer.input_quantizer, Quantizer) else (
             layer.input_quantizer[0]
@@ -77,6 +81,18 @@ def layer_tensors(layer: Any, weight: Args, inputs: Args | None, kind: str) -> d
             shift = 0 if grid.spec.signed else 2 ** (inputs["num_bits"] - 1)
             found["input_zero_point"] = (grid.zero_point.view(1) - shift).to(torch.int8)
     return {key: value.detach().clone().contiguous() for key, value in found.items()}
+
+
+def _signed(codes: Tensor, args: Args) -> Tensor:
+    """The format has signed codes: unsigned ones move by half of their range."""
+    return (codes.to(torch.int16) - 2 ** (args["num_bits"] - 1)).to(torch.int8)
+
+
+def _zeros(zeros: Tensor, args: Args) -> dict[str, Tensor]:
+    """Zero points `(channels, 1)` or `(channels, groups)`, packed along the channels."""
+    from compressed_tensors.compressors.pack_quantized import pack_to_int32  # pyright: ignore[reportMissingImports]
+
+    return {"weight_zero_point": pack_to_int32(zeros, args["num_bits"], packed_dim=0)}
 
 
 def _scales(quantizer: Quantizer, weight: Tensor) -> Tensor:
@@ -144,4 +160,8 @@ def _codes(state: Mapping[str, Tensor], args: Any) -> np.ndarray:
     if args.type == "float":
         element = FLOATS["e2m1" if args.num_bits == 4 else "e4m3"]
         return element.encode(element.round(level.clamp(-element.largest, element.largest))).numpy()
-    return level.round().to(torch.int8).numpy()
+    if args.symmetric:
+        return level.round().to(torch.int8).numpy()
+    zeros = state["weight_zero_point"].to(torch.int16)
+    zeros = zeros.repeat_interleave(level.shape[1] // zeros.shape[1], 1)
+    return (level.round() + zeros + 2 ** (args.num_bits - 1)).to(torch.uint8).numpy()

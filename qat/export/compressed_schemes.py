@@ -46,10 +46,9 @@ def weight_args(name: str, spec: QuantSpec) -> Args:
         return _blocks(what, spec)
     if spec.float_format is not None and spec.format != "e4m3":
         raise UserError(f"{what} is {spec.short}: of floating-point formats there are e4m3 and e2m1; set format: e4m3")
-    if not spec.symmetric or spec.signed is False:
+    if _affine(spec) and spec.granularity == "tensor":
         raise UserError(
-            f"{what} is {spec.short}: transformers cannot load the packed zero points of compressed-tensors; set "
-            "symmetric: true"
+            f"{what} is {spec.short}: zero points are those of channels or groups; set granularity: channel"
         )
     if storage_bits(spec) > 8:
         raise UserError(f"{what} is {spec.short}: integers have at most 8 bits; set bits: 8")
@@ -108,21 +107,11 @@ def _args(spec: QuantSpec, strategy: str) -> Args:
         "num_bits": spec.width if spec.float_format else storage_bits(spec),
         "type": "float" if spec.float_format else "int",
         # The format has signed codes: an unsigned grid is an affine one whose zero is the lowest code.
-        "symmetric": spec.symmetric and spec.signed is not False,
+        "symmetric": not _affine(spec),
         "strategy": strategy,
         "dynamic": False,
     }
     return args | ({"group_size": spec.group_size} if spec.group_size else {})
-
-
-def unfit(plan: Plan) -> str | None:
-    """The first thing in a plan that the format has no word for; `None` if there is nothing."""
-    try:
-        _check_kinds(plan)
-        schemes(plan)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def _check_kinds(plan: Plan) -> None:
@@ -141,12 +130,34 @@ def _check_kinds(plan: Plan) -> None:
         )
 
 
+def _affine(spec: QuantSpec) -> bool:
+    return not spec.symmetric or spec.signed is False
+
+
+def _check_zero_points(found: dict[str, tuple[Args, Args | None]]) -> None:
+    """`transformers` unpacks the zero points of weights by the scheme of the first group of layers."""
+    affine = next((name for name, (weight, _) in found.items() if not weight["symmetric"]), None)
+    if affine is None:
+        return
+    if found[affine][1] is not None:
+        raise UserError(
+            f"weight of '{affine}' has zero points and its input is quantized, too: the format packs zero points of "
+            "weights alone; set act: off or symmetric: true"
+        )
+    if other := next((name for name, pair in found.items() if pair != found[affine]), None):
+        raise UserError(
+            f"weight of '{affine}' has zero points, which transformers loads only where all layers have the same grid, "
+            f"and '{other}' has another; give both the same, or set symmetric: true"
+        )
+
+
 def schemes(plan: Plan) -> dict[str, tuple[Args, Args | None]]:
     """Arguments of weight and input of every layer that has either.
 
     Raises:
-        UserError: if the format has no such grid.
+        UserError: for the first thing in the plan that the format has no word for.
     """
+    _check_kinds(plan)
     found = {}
     for name, layer in plan.layers.items():
         grids = layer["input"] + layer.get("input_1", [])
@@ -162,4 +173,5 @@ def schemes(plan: Plan) -> dict[str, tuple[Args, Args | None]]:
         if layer["weight"]:
             inputs = input_args(name, plan.activations[grids[0]]) if grids else None
             found[name] = weight_args(name, plan.weights[layer["weight"]]), inputs
+    _check_zero_points(found)
     return found

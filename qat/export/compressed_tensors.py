@@ -55,11 +55,9 @@ class CompressedTensorsTarget(Target):
     def owns(cls, path: Path) -> bool:
         return (path / CONFIG).is_file()
 
-    def unfit(self, plan: Plan) -> str | None:
-        return schemes.unfit(plan)
-
-    def unfit_model(self, model: nn.Module, plan: Plan) -> str | None:
+    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
         try:
+            args = schemes.schemes(plan)
             prefix, _ = transformers_model(model)
         except UserError as error:
             return str(error)
@@ -68,7 +66,7 @@ class CompressedTensorsTarget(Target):
         for name, module in model.named_modules(remove_duplicate=False):
             if "weight" in module._parameters:
                 readers.setdefault(id(module._parameters["weight"]), []).append(name)
-        for name in schemes.schemes(plan):
+        for name in args:
             kind = original_class(modules[name])
             if not issubclass(kind, nn.Linear) or not name.startswith(prefix):
                 return (
@@ -168,11 +166,23 @@ def _write_config(inner: Any, quantization: dict[str, Any], dtype: str, folder: 
         inner.generation_config.save_pretrained(folder)
 
 
+def _has_zero_points(path: Path) -> bool:
+    """Of weights: packed, they have a shape that `transformers` expects only where it decompresses as it loads."""
+    groups = json.loads((path / CONFIG).read_text())["quantization_config"]["config_groups"]
+    return any(not group["weights"]["symmetric"] for group in groups.values())
+
+
 def _load(path: Path, kind: type) -> nn.Module:
+    from transformers import CompressedTensorsConfig  # pyright: ignore[reportMissingImports]
+
     loader: Any = kind
+    settings: dict[str, Any] = {"output_loading_info": True, "local_files_only": True, "dtype": torch.float32}
+    if at_once := _has_zero_points(path):
+        settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     try:
-        model, said = loader.from_pretrained(path, output_loading_info=True, local_files_only=True, dtype=torch.float32)
-        model.hf_quantizer.compressor.decompress_model(model)
+        model, said = loader.from_pretrained(path, **settings)
+        if not at_once:
+            model.hf_quantizer.compressor.decompress_model(model)
     except Exception as error:  # whatever transformers stumbles over
         raise UserError(f"{path}: transformers refuses it: {str(error).strip().splitlines()[0]}") from None
     wrong = {k: v for k, v in said.items() if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")}

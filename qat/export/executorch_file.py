@@ -122,7 +122,7 @@ def describe(content: bytes, model: nn.Module, unfollowed: Sequence[str]) -> str
             if entry is None:
                 raise UserError(f"'{name}': ExecuTorch did not keep the integers of its weight")
             layers[name] = entry
-    return json.dumps({"layers": layers, "unfollowed": list(unfollowed)}, indent=1)
+    return json.dumps({"layers": layers, "unfollowed": list(unfollowed)}, separators=(",", ":"))
 
 
 def _places(codes: np.ndarray) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,7 @@ class GgufTarget(Target):
     file = "model.gguf"
     package = extra = "gguf"
 
-    def unfit(self, plan: Plan) -> str | None:
+    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
         if plan.activations:
             first = next(iter(plan.activations))
             return f"it holds weights alone, but '{first}' is quantized; train with act: off and sites: off"

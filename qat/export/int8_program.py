@@ -7,6 +7,7 @@ it is quantized (rounding is monotone, so that gives the same codes).
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ OPS: Any = torch.ops.quantized_decomposed
 ATEN: Any = torch.ops.aten
 QUANTIZE, DEQUANTIZE = OPS.quantize_per_tensor.default, OPS.dequantize_per_tensor.default
 DEQUANTIZE_CHANNELS = OPS.dequantize_per_channel.default
-PRODUCTS = (ATEN.conv1d.default, ATEN.conv2d.default, ATEN.linear.default, ATEN.matmul.default, ATEN.bmm.default)
+CONVOLUTIONS = (ATEN.conv1d.default, ATEN.conv2d.default)
+PRODUCTS = (*CONVOLUTIONS, ATEN.linear.default, ATEN.matmul.default, ATEN.bmm.default)
 IDENTITIES = ATEN.dropout.default, ATEN.contiguous.default, ATEN.clone.default, ATEN.alias.default
 CLIPS = ATEN.relu.default, ATEN.relu6.default, ATEN.hardtanh.default
 MOVES = (
@@ -203,12 +205,18 @@ def _merge(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-def float_products(program: ExportedProgram) -> list[str]:
-    """The layers whose integer product has no grid behind it, by name: int8 kernels return int8 alone."""
+def float_products(program: ExportedProgram, kinds: Sequence[Any] | None = None) -> list[str]:
+    """The layers whose integer product has no grid behind it, by name: int8 kernels return int8 alone.
+
+    Args:
+        program: See `int8_program`.
+        kinds: Only products of constant codes of these kinds; all of them, if `None`.
+    """
     return [
         name
         for node in program.graph.nodes
         if node.target in PRODUCTS and (name := layer_of(node)) is not None and not _becomes_codes(node)
+        if kinds is None or (node.target in kinds and node.args[1].target in (DEQUANTIZE, DEQUANTIZE_CHANNELS))
     ]
 
 

@@ -6,19 +6,15 @@ The converted model writes its own quantization: while it is traced, `OnnxEmitte
 
     activations   uint8, zero point 128 for signed grids. Narrower grids clip the uint8 codes; a float clip before
                   QuantizeLinear would break fusion
-    weights       int8 with zero points; up to 4 bits packed as INT4 and cast to int8, which the runtime does once, at
-                  load
+    weights       int8 (affine ones uint8) with zero points; up to 4 and up to 2 bits packed as INT4 and INT2 (UINT4,
+                  UINT2) and cast to one byte, which the runtime does once, at load
     linear        Gemm, on inputs of two dimensions; MatMul has no integer kernel that adds a bias
     biases        int32 at s_x * s_w; a float bias would be re-quantized differently (2.5% of a layer's outputs)
 
-Opset 21 is the first with INT4. Weights of 2 and 3 bits are stored as INT4.
+Opset 21 is the first with INT4, 25 the first with INT2. Weights of 3 bits are stored as INT4.
 """
 
-import contextlib
 import copy
-import io
-import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,20 +22,18 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir.passes.common as common
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from qat.errors import UserError
 from qat.export import onnx_nbits, onnx_passes
 from qat.export.files import atomic
 from qat.export.onnx_channels import pad_images
-from qat.export.onnx_placement import OPSET, ORT, Placement
+from qat.export.onnx_placement import ORT, Placement
 from qat.export.onnx_slim import slim
-from qat.export.runtime import OnnxRunner, weight_codes
-from qat.export.target import INPUT, OUTPUT, Target
-from qat.export.torch_runner import OneInput
-from qat.export.verify import check_kernels
+from qat.export.onnx_trace import trace
+from qat.export.runtime import OnnxRunner, float_convolutions, weight_codes
+from qat.export.target import Target
+from qat.export.verify import Verdict, count_kernels
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting
 
@@ -101,16 +95,6 @@ class OnnxEmitter:
         )
 
 
-class _FlatLinear(TorchFunctionMode):
-    """Runs `F.linear` on `[N, T, C]` as on `[N * T, C]`, so that it becomes a Gemm."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and args[0].ndim > 2:
-            x, *rest = args
-            return func(x.flatten(0, -2), *rest, **(kwargs or {})).view(-1, *x.shape[1:-1], rest[0].shape[0])
-        return func(*args, **(kwargs or {}))
-
-
 def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: Placement = ORT) -> None:
     """Writes `model`, a converted or a float one, with a dynamic batch dimension, one input and one output.
 
@@ -140,16 +124,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
         raise UserError(
             f"{name} returns a {type(output).__name__}: ONNX export needs a forward that returns one tensor"
         )
-    with emitting(emitter), _quiet(), _FlatLinear():
-        try:
-            program = torch.onnx.export(
-                OneInput(model), (example,), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
-                dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=[INPUT], output_names=[OUTPUT],
-            )  # fmt: skip
-        except Exception as error:  # whatever stops a tracer, its first line says it best
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise UserError(f"{name} cannot be traced for ONNX: {reason}") from error
-    assert program is not None
+    with emitting(emitter):
+        traced = trace(model, example)
     weights = {
         f"{layer}.weight".removeprefix("."): module.integer_weight.codes.numpy()
         for layer, module in model.named_modules()
@@ -157,29 +133,13 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
     }
     names = {id(module): name for name, module in model.named_modules()}
     paths = {path: names[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
-    finished = onnx_passes.finish(program.model, weights, paths, placement)
+    finished = onnx_passes.finish(traced, weights, paths, placement)
     if placement.pads_images:
         pad_images(finished)
         common.RemoveUnusedNodesPass()(finished)
     content = slim(finished).SerializeToString()
     with atomic(path) as temporary:
         temporary.write_bytes(content)
-
-
-@contextlib.contextmanager
-def _quiet():
-    """The exporter reports progress and deprecations of its own; errors come as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -209,7 +169,7 @@ class OnnxTarget(Target):
         if self.weight_only == "matmulnbits" and self.engine != "ort":
             raise UserError(f"weight_only=matmulnbits: {self.engine} has no such operation; use qdq")
 
-    def unfit(self, plan: Plan) -> str | None:
+    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
         alone = [layer for layer in plan.layers.values() if layer["weight"] is not None and not layer["input"]]
         alone += [site for name, site in plan.parameters.items() if not any(plan.sites.get(name, [])[:1])]
         if self.weight_only == "matmulnbits" and not alone:
@@ -227,5 +187,12 @@ class OnnxTarget(Target):
     def codes(self, path: Path) -> dict[str, np.ndarray]:
         return weight_codes(path)
 
-    def check_kernels(self, verdict: Any, converted: nn.Module, runner: OnnxRunner) -> None:
-        check_kernels(verdict, converted, runner)
+    def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: OnnxRunner) -> None:
+        count_kernels(
+            verdict,
+            converted,
+            runner.integer_nodes(),
+            without=float_convolutions(runner.path),
+            floats=runner.float_layers(),
+            why="their output is not quantized, or a separate operation pads their input",
+        )

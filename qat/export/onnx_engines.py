@@ -16,7 +16,7 @@ from qat.export.onnx_checks import Graph, qnn_violations, tensorrt_violations
 from qat.export.onnx_placement import OPENVINO, QNN, TENSORRT, Placement
 from qat.export.openvino_ir import OpenVinoRunner, check_precisions
 from qat.export.runtime import OnnxRunner
-from qat.export.verify import Verdict, expected_integer_nodes
+from qat.export.verify import Verdict, count_kernels
 
 
 class OpenVinoOnnx(OnnxTarget):
@@ -46,12 +46,10 @@ class _Structural(OnnxTarget):
     def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: OnnxRunner) -> None:
         model = onnx.load(str(runner.path))
         graph = Graph(model)
-        found, expected = len(graph.nodes_on_codes()), expected_integer_nodes(converted)
-        floats = [graph.names[id(n)] for n in graph.products() if n not in graph.nodes_on_codes()]
-        verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
-        note = f"; in float: {', '.join(floats)}" if floats else ""
-        detail = f"{found} of {expected} convolutions and matrix products read codes{note}"
-        verdict.add("integer kernels", found >= expected, detail)
+        on_codes = graph.nodes_on_codes()
+        floats = [graph.names[id(n)] for n in graph.products() if n not in on_codes]
+        what = "convolutions and matrix products read codes"
+        count_kernels(verdict, converted, len(on_codes), what=what, floats=floats)
         broken = type(self).violations(model)
         detail = f"{len(broken)} nodes do not keep them; first, {broken[0]}" if broken else "kept by every node"
         verdict.add(f"rules of {self.engine}", not broken, detail)

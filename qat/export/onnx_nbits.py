@@ -74,7 +74,7 @@ def _packed(name: str, dequantize: onnx.NodeProto, constants: dict[str, onnx.Ten
     codes = numpy_helper.to_array(constants[name])
     scale, zero = (numpy_helper.to_array(constants[n]) for n in dequantize.input[1:3])
     layer = name.rpartition(".")[0]
-    if codes.dtype == np.uint8 or zero.any():
+    if zero.dtype == np.uint8 or zero.any():
         raise UserError(f"weight of '{layer}': weight_only=matmulnbits is for signed grids; set symmetric: true")
     codes, (rows, width) = codes.astype(np.int16), codes.shape
     bits = next(b for b in (2, 4, 8) if -(2 ** (b - 1)) <= codes.min() and codes.max() < 2 ** (b - 1))

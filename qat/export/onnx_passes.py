@@ -7,7 +7,8 @@ place and no value of it.
     keep_float        a float weight behind quantized inputs stays float (left alone, the runtime quantizes it as it
                       sees fit), and so does a convolution with groups of weights
     split_readers     a matrix product that is read both as codes and in float keeps an integer kernel
-    pack_weights      int8 codes of at most 4 bits become INT4 initializers, cast back to int8 at load
+    pack_weights      codes of at most 4 bits become INT4 initializers, of at most 2 bits INT2 (unsigned ones UINT4 and
+                      UINT2), cast back to one byte at load
 
 Layers with identical weights (tied ones among them) share one initializer; the model's metadata says which.
 """
@@ -21,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from qat.export.onnx_placement import ORT, Placement
+from qat.export.onnx_placement import IR_2_BITS, OPSET_2_BITS, ORT, Placement
 from qat.export.onnx_units import make_units
 
 BITS_KEY = "qat.bits"
@@ -60,8 +61,7 @@ def finish(
     )
     model = cleanup(model).model
     shared = _shared(model.graph, weights)
-    if placement.packs:
-        pack_weights(model)
+    pack_weights(model, placement.narrowest)
     model = common.ClearMetadataAndDocStringPass()(model).model
     if shared:
         model.metadata_props[SHARED_KEY] = json.dumps(shared)
@@ -255,25 +255,36 @@ def split_readers(model: ir.Model) -> None:
             reader.replace_input_with(i, kept.outputs[0])
 
 
-def pack_weights(model: ir.Model) -> None:
-    """Stores int8 codes of at most 4 bits as INT4. It runs after all folding, which would undo the Cast."""
+PACKED: dict[tuple[ir.DataType, int], tuple[ir.DataType, Any]] = {
+    (ir.DataType.INT8, 4): (ir.DataType.INT4, ml_dtypes.int4),
+    (ir.DataType.UINT8, 4): (ir.DataType.UINT4, ml_dtypes.uint4),
+    (ir.DataType.INT8, 2): (ir.DataType.INT2, ml_dtypes.int2),
+    (ir.DataType.UINT8, 2): (ir.DataType.UINT2, ml_dtypes.uint2),
+}
+"""The type of codes that fit in so many bits, for ONNX and for numpy."""
+
+
+def pack_weights(model: ir.Model, narrowest: int) -> None:
+    """Stores codes of few bits in types of as many; `narrowest` is the smallest that the engine has. It runs after all
+    folding, which would undo the Cast."""
     for node in list(model.graph):
         codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if (
-            codes is not None
-            and codes.is_initializer()
-            and codes.dtype == ir.DataType.INT8
-            and int(node.metadata_props.get(BITS_KEY, 8)) <= 4
-        ):
-            _pack(model.graph, codes, node)
+        if codes is None or not codes.is_initializer() or codes.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
+            continue
+        bits = int(node.metadata_props.get(BITS_KEY, 8))
+        size = next((size for size in (2, 4) if bits <= size and narrowest <= size), None)
+        if size is not None:
+            _pack(model.graph, codes, node, size)
+        if size == 2:
+            model.opset_imports[""], model.ir_version = OPSET_2_BITS, IR_2_BITS
 
 
-def _pack(graph: ir.Graph, codes: ir.Value, reader: ir.Node) -> None:
-    assert codes.const_value is not None and codes.name is not None
-    array: Any = codes.const_value.numpy().astype(ml_dtypes.int4)
-    tensor = ir.Tensor(array, dtype=ir.DataType.INT4, name=codes.name)
+def _pack(graph: ir.Graph, codes: ir.Value, reader: ir.Node, size: int) -> None:
+    assert codes.const_value is not None and codes.name is not None and codes.dtype is not None
+    dtype, element = PACKED[codes.dtype, size]
+    tensor = ir.Tensor(codes.const_value.numpy().astype(element), dtype=dtype, name=codes.name)
     packed = ir.Value(name=codes.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
-    unpack = ir.node("Cast", [packed], {"to": int(ir.DataType.INT8)})
+    unpack = ir.node("Cast", [packed], {"to": int(codes.dtype)})
     graph.insert_before(reader, unpack)
     ir.convenience.replace_all_uses_with(codes, unpack.outputs[0])
     del graph.initializers[codes.name]

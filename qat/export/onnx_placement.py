@@ -13,6 +13,8 @@ qnn             ONNX Runtime's QNN execution provider runs *QDQ node units*: eve
 from dataclasses import dataclass
 
 OPSET = 21
+OPSET_2_BITS, IR_2_BITS = 25, 13
+"""The first with INT4, and the first with INT2: what the file asks for only where it holds such weights."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Placement:
         signed_codes: Whether activations are int8 (int16), or uint8 (uint16) with 128 (32768) added to signed codes.
         clips_codes: Whether the limits of narrow grids are a Clip of the codes; else a float one in front of them.
         folds_limits: Whether ReLU and Clip become limits of the codes; else only what the codes limit anyway goes.
-        packs: Whether weights of few bits are INT4 initializers, cast to int8.
+        narrowest: Bits of the smallest type that weights are stored in: 8, 4 or 2; those below 8 are cast to a byte.
         float_biases: Whether biases are float constants.
         guards_fusions: Whether what ONNX Runtime would fuse wrongly, or not at all, is kept apart.
         pads_images: Whether images of three channels get a fourth (`qat.export.onnx_channels`).
@@ -33,16 +35,14 @@ class Placement:
     signed_codes: bool = False
     clips_codes: bool = True
     folds_limits: bool = True
-    packs: bool = True
+    narrowest: int = 8
     float_biases: bool = False
     guards_fusions: bool = True
     pads_images: bool = False
     units: bool = False
 
 
-ORT = Placement(pads_images=True)
-OPENVINO = Placement()
-TENSORRT = Placement(
-    signed_codes=True, clips_codes=False, folds_limits=False, packs=False, float_biases=True, guards_fusions=False
-)
-QNN = Placement(clips_codes=False, folds_limits=False, packs=False, guards_fusions=False, units=True)
+ORT = Placement(narrowest=2, pads_images=True)
+OPENVINO = Placement(narrowest=4)
+TENSORRT = Placement(signed_codes=True, clips_codes=False, folds_limits=False, float_biases=True, guards_fusions=False)
+QNN = Placement(clips_codes=False, folds_limits=False, guards_fusions=False, units=True)

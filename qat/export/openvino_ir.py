@@ -19,11 +19,12 @@ from qat.export.onnx_layers import shared_weights
 from qat.export.onnx_passes import SHARED_KEY, is_weight
 from qat.export.onnx_placement import OPENVINO
 from qat.export.target import INPUT, Target
-from qat.export.verify import Verdict, expected_integer_nodes
+from qat.export.verify import Verdict, count_kernels
 from qat.insert import Plan
 
 CARRIERS = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose")
 """What may stand between a weight and the operation that computes with it."""
+CODES = ("i4", "u4", "i8", "u8")
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 KERNELS = ("Convolution", "FullyConnected", "MatMul")
 """The same in a compiled model."""
@@ -104,7 +105,7 @@ def weights(model: Any) -> dict[str, Any]:
     found = {}
     for node in model.get_ordered_ops():
         name, kind = node.get_friendly_name(), node.get_type_name()
-        if kind == "Constant" and is_weight(name) and node.get_element_type().get_type_name() in ("i4", "i8", "u8"):
+        if kind == "Constant" and is_weight(name) and node.get_element_type().get_type_name() in CODES:
             found[name.rpartition(".")[0]] = node
     return found
 
@@ -138,10 +139,10 @@ def _is_constant(node: Any) -> bool:
     return all(_is_constant(value.get_node()) for value in node.input_values())
 
 
-def _unpack(packed: np.ndarray) -> np.ndarray:
-    """Two int4 codes from each byte, the lower half first."""
-    low, high = np.left_shift(packed, 4).view(np.int8) >> 4, packed.view(np.int8) >> 4
-    return np.stack([low, high], -1).reshape(-1)
+def _unpack(packed: np.ndarray, kind: str) -> np.ndarray:
+    """Two codes from each byte of i4 or u4, the lower half first."""
+    byte = packed.view(np.int8 if kind == "i4" else np.uint8)
+    return np.stack([np.left_shift(byte, 4) >> 4, byte >> 4], -1).reshape(-1)
 
 
 class OpenVinoTarget(Target):
@@ -174,7 +175,8 @@ class OpenVinoTarget(Target):
         found = {}
         for layer, node in weights(model).items():
             array, shape = node.get_data(), list(node.get_output_shape(0))
-            found[layer] = (_unpack(array) if node.get_element_type().get_type_name() == "i4" else array).reshape(shape)
+            kind = node.get_element_type().get_type_name()
+            found[layer] = (_unpack(array, kind) if kind in ("i4", "u4") else array).reshape(shape)
         for name, same in json.loads(model.get_rt_info(SHARED_KEY).value).items():
             found[name.rpartition(".")[0]] = found[same.rpartition(".")[0]]
         return found
@@ -186,7 +188,4 @@ class OpenVinoTarget(Target):
 def check_precisions(verdict: Verdict, converted: nn.Module, runner: OpenVinoRunner) -> None:
     """OpenVINO's integer kernels against the layers that should have one; those in float are named."""
     found = sum(precision in ("i8", "u8") for _, precision in runner.precisions())
-    expected, floats = expected_integer_nodes(converted), runner.float_layers()
-    verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
-    note = f"; in float: {', '.join(floats)}" if floats else ""
-    verdict.add("integer kernels", found >= expected, f"{found} of {expected} convolutions and matrix products{note}")
+    count_kernels(verdict, converted, found, floats=runner.float_layers())

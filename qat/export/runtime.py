@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,6 +17,11 @@ from qat.export.onnx_nbits import packed_codes
 from qat.export.onnx_passes import PASS_THROUGH, is_weight
 from qat.export.target import INPUT, Runner
 
+CODES: dict[int, Any] = {
+    **dict.fromkeys([onnx.TensorProto.INT8, onnx.TensorProto.INT4, onnx.TensorProto.INT2], np.int8),
+    **dict.fromkeys([onnx.TensorProto.UINT8, onnx.TensorProto.UINT4, onnx.TensorProto.UINT2], np.uint8),
+}
+"""Types of stored weights, and what they are compared as."""
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
 
 
@@ -103,12 +109,10 @@ class OnnxRunner:
 def weight_codes(path: str | Path) -> dict[str, np.ndarray]:
     """The integer weights in an ONNX file, by layer, as int8 or uint8; those that are packed are widened here."""
     model = onnx.load(str(path))
-    integer = (onnx.TensorProto.INT4, onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
     found = {}
     for tensor in model.graph.initializer:
-        if is_weight(tensor.name) and tensor.data_type in integer:
-            array = onnx.numpy_helper.to_array(tensor)
-            found[tensor.name] = array if array.dtype == np.uint8 else array.astype(np.int8)
+        if is_weight(tensor.name) and tensor.data_type in CODES:
+            found[tensor.name] = onnx.numpy_helper.to_array(tensor).astype(CODES[tensor.data_type])
     found |= packed_codes(model)
     for name, same in shared_weights(model).items():
         found[name] = found[same]

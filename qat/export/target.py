@@ -2,8 +2,7 @@
 
 A target is one file in this package and one YAML in `configs/export`; nothing else lists them. It says
 
-    unfit        why a plan has no form in this format, before anything is trained or written; unfit_model, why a
-                 model has none under that plan
+    unfit        why a model has no form in this format under its plan, before anything is trained or written
     write        the files, below a temporary folder
     open         a runner: the file as a function of arrays, by the runtime that users load it with
     codes        the integer weights in the file, which verification compares bit for bit
@@ -109,11 +108,7 @@ class Target:
         trained = engine_of(plan.target)
         return engine_of(self.engine).mismatch(trained, plan.weights, plan.activations, plan.residuals)
 
-    def unfit(self, plan: Plan) -> str | None:
-        """Why a model of this plan has no form in this format; `None` if it has one."""
-        return None
-
-    def unfit_model(self, model: nn.Module, plan: Plan) -> str | None:
+    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
         """Why this model, with or without the plan's quantizers, has no form in this format; `None` if it has one."""
         return None
 
@@ -122,7 +117,7 @@ class Target:
         reason = inconvertible(plan) if self.integer else None
         if reason:
             return f"there is no integer form of this quant: {reason}; use export=none"
-        reason = self.mismatch(plan) or self.unfit(plan) or self.unfit_model(model, plan)
+        reason = self.mismatch(plan) or self.unfit(model, plan)
         return reason and f"{self.file} cannot hold this quant: {reason}"
 
     def prepared(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -170,7 +165,7 @@ class Target:
         Raises:
             UserError: if the format cannot hold the model, with what to change.
         """
-        if reason := self.mismatch(plan) or self.unfit(plan) or self.unfit_model(model, plan):
+        if reason := self.mismatch(plan) or self.unfit(model, plan):
             raise UserError(f"{path.name}: {reason}")
         main = Path(self.file)
         if main.suffix and path.suffix != main.suffix:

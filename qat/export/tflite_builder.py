@@ -89,7 +89,7 @@ class Builder:
         self._reordered: dict[tuple[int, bool], Value] = {}
 
     def _add(self, tensor: Any, name: str) -> int:
-        tensor.name = name or f"t{len(self.graph.tensors)}"
+        tensor.name = name or None
         self.graph.tensors.append(tensor)
         return len(self.graph.tensors) - 1
 

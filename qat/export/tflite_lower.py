@@ -84,11 +84,17 @@ class Lowering:
         program: See `int8_program`, with int32 biases.
         model: The converted model that it was traced from.
         handlers: How operations are written, by their torch names.
+        int4: Whether codes of up to 4 bits take 4 bits.
     """
 
     def __init__(
-        self, program: ExportedProgram, model: nn.Module, handlers: dict[Any, Callable[["Lowering", fx.Node], Any]]
+        self,
+        program: ExportedProgram,
+        model: nn.Module,
+        handlers: dict[Any, Callable[["Lowering", fx.Node], Any]],
+        int4: bool = False,
     ) -> None:
+        self.int4 = int4
         self.program, self.model, self.handlers, self.build = program, model, handlers, Builder()
         names = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
         state = {**program.state_dict, **program.constants}
@@ -153,8 +159,8 @@ class Lowering:
         return self.parameters[node.args[1].name].numpy(), node.args[3]  # pyright: ignore
 
     def bits(self, node: fx.Node) -> int:
-        """Width of constant codes."""
-        return self._layer(node).integer_weight.bits
+        """Width that constant codes are stored in."""
+        return self._layer(node).integer_weight.bits if self.int4 else 8
 
     def _layer(self, node: fx.Node) -> IntegerLayer:
         """Whose constant codes they are."""
@@ -224,9 +230,15 @@ class Lowering:
         self.values[after.quantize] = value
         self.absorbed.update(after.clips)
 
-    def quantized(self, value: Value, after: Codes) -> None:
-        """Puts a value, floats or other codes, on the grid of the quantize node."""
+    def quantized(self, node: fx.Node, after: Codes) -> None:
+        """Puts what a node returns on the grid of the quantize node.
+
+        Codes of another grid go through float: from codes to codes the runtime multiplies by a factor of few bits, and
+        7 (XNNPACK) or 15 of 256 codes become the neighbour of what they are on a grid of 4 bits.
+        """
+        value = self.values[node] if self.is_codes(node) else self.float(node)
         if value.grid != after.grid:
+            value = self.float(node)
             output = self.build.value(value.shape, after.grid, value.last)
             value = self.build.op("QUANTIZE", [value.index], output)
         self.limited(value, after)

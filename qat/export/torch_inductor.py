@@ -16,7 +16,7 @@ from qat.errors import UserError
 from qat.export.int8_program import int8_program, unfit_for_int8
 from qat.export.pt2 import save_program
 from qat.export.torch_export import ProgramRunner, TorchTarget
-from qat.export.verify import Verdict, expected_integer_nodes
+from qat.export.verify import Verdict, count_kernels
 from qat.insert import Plan
 
 COUNTS = ("qconv_weight_prepack_matcher_count", "qlinear_weight_prepack_matcher_count")
@@ -78,7 +78,7 @@ class InductorTarget(TorchTarget):
     file = "model.inductor.pt2"
     optimizes = True
 
-    def unfit(self, plan: Plan) -> str | None:
+    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
         return unfit_for_int8(plan, "Inductor")
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
@@ -90,6 +90,4 @@ class InductorTarget(TorchTarget):
     def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: Any) -> None:
         if not runner.batches:
             runner(runner.program.example_inputs[0][0].numpy())
-        found, expected = runner.integer_nodes, expected_integer_nodes(converted)
-        verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
-        verdict.add("integer kernels", found >= expected, f"{found} of {expected} products by oneDNN's int8 kernels")
+        count_kernels(verdict, converted, runner.integer_nodes, what="products by oneDNN's int8 kernels")

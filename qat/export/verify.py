@@ -8,7 +8,7 @@ take the other one (measured: 5 in a million per layer), and what follows carrie
 be steps away; a file that computes something else is away on the average.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 from torch import nn
 
 from qat.errors import UserError
-from qat.export.runtime import OnnxRunner, float_convolutions
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
 from qat.layers import Part, QuantizedLayer, Site, original_class
 from qat.layers.accumulator import WIDEST
@@ -173,16 +172,32 @@ def _same(stored: np.ndarray | None, codes: np.ndarray) -> bool:
     return stored is not None and stored.dtype == codes.dtype and np.array_equal(stored, codes)
 
 
-def check_kernels(verdict: Verdict, converted: nn.Module, runner: OnnxRunner) -> None:
-    """The runtime's integer kernels against the layers that should have one."""
-    floats = float_convolutions(runner.path)
-    expected, found = expected_integer_nodes(converted) - floats, runner.integer_nodes()
+def count_kernels(
+    verdict: Verdict,
+    converted: nn.Module,
+    found: int,
+    *,
+    without: int = 0,
+    what: str = "convolutions and matrix products",
+    floats: Sequence[str] | None = None,
+    why: str = "their output is not quantized",
+) -> None:
+    """How many products run on integers, against how many should.
+
+    Args:
+        verdict: Gets one check and two facts.
+        converted: The converted model.
+        found: How many do.
+        without: For how many of the model's the runtime has no integer kernel.
+        what: What was counted.
+        floats: The layers that are computed in float, if they are known.
+        why: The runtime has none for those.
+    """
+    expected = expected_integer_nodes(converted) - without
     verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
-    names = runner.float_layers()
-    note = f"; in float: {', '.join(names)}" if names else ""
-    if floats:
-        note += f"; {floats} more could not be: their output is not quantized, or a separate operation pads their input"
-    verdict.add("integer kernels", found >= expected, f"{found} of {expected} convolutions and matrix products{note}")
+    note = f"; in float: {', '.join(floats)}" if floats else ""
+    note += f"; {without} more could not be: {why}" if without else ""
+    verdict.add("integer kernels", found >= expected, f"{found} of {expected} {what}{note}")
 
 
 def check_outputs(

@@ -16,8 +16,8 @@ import onnx
 import onnxruntime as ort
 
 from qat.errors import UserError
-from qat.export.onnx import INPUT
 from qat.export.runtime import INTEGER_KERNELS, OnnxRunner, latency_ms
+from qat.export.target import INPUT
 
 CONSTANT = re.compile(r"(.+)\.(?:weight|weight_scale|weight_zero)$")
 """Names of initializers in our files, after the layer that they belong to."""
