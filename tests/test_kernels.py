@@ -131,14 +131,6 @@ def test_without_a_compiler_it_warns_once_and_computes_the_same(monkeypatch):
         assert torch.equal(y, expected[0]) and torch.equal(grad, expected[1])
 
 
-def test_where_compiling_is_switched_off_it_says_so(monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 0)
-    kernels.gradient.cache_clear()
-    kernels.configure("always")
-    with torch._dynamo.config.patch(disable=True), pytest.warns(UserWarning, match="no compiled frames"):
-        train_on(lsq(), 32, 256)
-
-
 def test_short_runs_never_compile(monkeypatch):
     monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("compiled before its patience ran out"))

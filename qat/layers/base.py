@@ -78,7 +78,7 @@ class QuantizedLayer(TwinMixin):
         """The bias as it is added: in whole accumulator steps in evaluation, or always (`round_bias`); a BatchNorm
         behind the layer does that for both, and in evaluation alone.
         """
-        bias = self.bias
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # a call less than by name
         if bias is None or self.folds or (self.training and self.round_bias != "train"):
             return bias
         with ours():
