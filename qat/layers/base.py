@@ -78,7 +78,8 @@ class QuantizedLayer(TwinMixin):
         """The bias as it is added: in whole accumulator steps in evaluation, or always (`round_bias`); a BatchNorm
         behind the layer does that for both, and in evaluation alone.
         """
-        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # a call less than by name
+        # Not `self.bias`, which torch looks up in Python, and not as a default either.
+        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401
         if bias is None or self.folds or (self.training and self.round_bias != "train"):
             return bias
         with ours():
