@@ -1,7 +1,7 @@
 """Uniform against searched and learned bit-widths at one fine-tuning budget: docs/results.md.
 
-    python benchmarks/mixed_precision.py fashion OUT_DIR --data FASHION_MNIST_DIR [--out docs/results.md]
-    python benchmarks/mixed_precision.py digits OUT_DIR [--out docs/results.md]
+    python benchmarks/mixed_precision.py fashion OUT_DIR --data FASHION_MNIST_DIR [--write]
+    python benchmarks/mixed_precision.py digits OUT_DIR [--write]
 
 One float model is shared by all. Each budget is what a uniform preset takes (bytes of packed integers, bit operations);
 `qat search` and `callbacks=learn_bits` get both as limits, so that what they choose is no larger and needs no more
@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from pages import put
+
 from qat.cli import main as qat
-from qat.export.files import atomic
 from qat.sweep.results import Result, read_sweep
 
 UNIFORM = {"w3a4": (3, 4), "w3a3": (3, 3), "w2a4": (2, 4)}
@@ -58,9 +59,7 @@ TASKS = {
         "The default CNN on digits: ten epochs in float, five of fine-tuning", [], [], ["trainer.max_epochs=5"]
     ),
 }
-HEAD = """
-
-    python benchmarks/mixed_precision.py ARGUMENTS --out docs/results.md
+HEAD = """    python benchmarks/mixed_precision.py ARGUMENTS --write
 
 TITLE; float FLOAT. Mean over seeds 0 to 2, and range. *Uniform*: first and last layer at 8 bits.
 *Searched* and *learned*: what `qat search` and `callbacks=learn_bits` choose with the uniform model's packed size and
@@ -148,21 +147,13 @@ def row(budget: str, kind: str, runs: Sequence[Result]) -> str:
     return f"| {' | '.join([*cells, f'{min(final):.4f} to {max(final):.4f}', f'{average:.2f}'])} |"
 
 
-def write_section(path: Path, title: str, text: str) -> None:
-    """Puts a section in the place of the one of its name, or at the end."""
-    before, _, rest = path.read_text().partition(title)
-    _, found, after = rest.partition("\n## ")
-    with atomic(path) as temporary:
-        temporary.write_text(before.rstrip() + f"\n\n{title}{text}" + (f"{found}{after}" if found else ""))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--kinds", nargs="+", choices=KINDS[1:], default=KINDS[1:])
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--write", action="store_true", help="into docs/results.md")
     given = parser.parse_args()
     this = Comparison(TASKS[given.task], given.data, given.folder)
     reference = this.train_float()
@@ -172,10 +163,10 @@ def main() -> None:
     kinds = "" if list(given.kinds) == list(KINDS[1:]) else f" --kinds {' '.join(given.kinds)}"
     arguments = f"{given.task} OUT_DIR" + (" --data DIR" if given.data else "") + kinds
     head = HEAD.replace("ARGUMENTS", arguments).replace("TITLE", this.task.title).replace("FLOAT", f"{reference:.4f}")
-    text = head + "\n".join(lines) + "\n"
+    text = head + "\n".join(lines)
     print(text)
-    if given.out is not None:
-        write_section(given.out, f"## Mixed precision: {given.task}", text)
+    if given.write:
+        put("results.md", f"mixed precision: {given.task}", text)
 
 
 if __name__ == "__main__":

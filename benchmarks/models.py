@@ -9,18 +9,20 @@ from torch import Tensor, nn
 from qat.models import ResNet
 
 
-class GPTBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+class Block(nn.Module):
+    """Attention and an MLP, each behind its LayerNorm and beside a residual."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.heads = heads
+        self.heads, self.causal = heads, causal
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, width = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         x = x + self.out(y.transpose(1, 2).reshape(batch, time, width))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -33,7 +35,7 @@ class GPT(nn.Module):
     ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(time, width)
-        self.blocks = nn.Sequential(*(GPTBlock(width, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -110,22 +112,6 @@ class MobileNetV2(nn.Module):
         return self.head(self.features(x).mean((2, 3)))
 
 
-class ViTBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.heads = heads
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, patches, width = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(batch, patches, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.out(y.transpose(1, 2).reshape(batch, patches, width))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
 class ViT(nn.Module):
     """For images of 32x32: patches of 4x4, width 192, 6 layers, 3 heads, the mean of the patches."""
 
@@ -133,7 +119,7 @@ class ViT(nn.Module):
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, 4)
         self.positions = nn.Parameter(0.02 * torch.randn(64, width))
-        self.blocks = nn.Sequential(*(ViTBlock(width, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(layers)))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
