@@ -4,6 +4,7 @@ All activation quantizers observe the float model at once (they pass values thro
 where they lie.
 """
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -14,10 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.insert import named_quantizers
+from qat.insert import apply_plan, named_quantizers
 from qat.layers import QuantizedLayer, Site
 from qat.modes import evaluating
+from qat.plan import Plan
 from qat.quantizers import Quantizer
+
+
+def calibrated(model: nn.Module, plan: Plan, run: Callable[[nn.Module], Any]) -> nn.Module:
+    """A copy of a float model with the grids of a plan and their ranges; the model stays as it is.
+
+    Args:
+        model: The float model.
+        plan: Its grids.
+        run: Lets calibration batches pass a model.
+    """
+    copied = copy.deepcopy(model)
+    apply_plan(copied, plan)
+    calibrate(copied, lambda: run(copied))
+    return copied
 
 
 def needs_calibration(model: nn.Module) -> bool:

@@ -14,7 +14,7 @@ Compiling costs seconds, which a run of a minute never earns back, so it starts 
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qat.formats import Rounding
 from qat.launch import launchable, program, signature
-from qat.layout import layout_of
+from qat.layout import Layout, layout_of
 
 SMALL = 1 << 15
 """Tensors below this many elements run in plain torch: a program costs as much to launch as it saves."""
@@ -48,12 +48,13 @@ def configure(mode: Mode = "auto", patience: int = 4_000_000_000) -> None:
     _settings["patience"] = {"auto": patience, "always": 0, "never": NEVER}[mode]
 
 
-def _worth(x: Tensor) -> bool:
-    """Whether a kernel should run compiled on the large tensor `x`; counts down the patience."""
+def _compilable(tensors: Sequence[Tensor]) -> Layout | None:
+    """How a compiled kernel sees large `x, scale, ...`, or `None` for plain torch; counts down the patience."""
+    x, scale = tensors[:2]
     if _settings["patience"] > 0:
         _settings["patience"] -= x.numel()
-        return False
-    return launchable(x)
+        return None
+    return layout_of(x.shape, x.stride(), scale.shape) if launchable(x) else None
 
 
 class Kernel:
@@ -113,9 +114,7 @@ class Gradient:
 
     def fake_quantize(self, tensors: tuple[Tensor, ...]) -> Tensor:
         """The forward pass on large `x, scale, low, high, *extra`, compiled where it pays."""
-        if not _worth(tensors[0]):
-            return self.forward.function(*tensors)
-        layout = layout_of(tensors[0].shape, tensors[0].stride(), tensors[1].shape)
+        layout = _compilable(tensors)
         if layout is None:
             return self.forward.function(*tensors)
         return layout.restore(self.forward.compiled(*layout.all(tensors)))
@@ -173,9 +172,9 @@ class _Large(_Plain):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        layout = layout_of(tensors[0].shape, tensors[0].stride(), tensors[1].shape)
         # With a graph of its own (a second derivative), backward is made of operations that torch can differentiate.
-        if layout is None or torch.is_grad_enabled() or not _worth(tensors[0]):
+        layout = None if torch.is_grad_enabled() else _compilable(tensors)
+        if layout is None:
             grad_x, *others = ctx.gradient.backward.function(grads[0], *tensors)
             return _returned(ctx.grad_scale, grad_x, others)
         grad_x, *others = ctx.gradient.backward.compiled(layout.rows(grads[0]), *layout.all(tensors))

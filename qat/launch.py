@@ -62,15 +62,14 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         results = torch.compile(_own_code(function), dynamic=True, fullgraph=True, backend=capture)(*examples)
     [(graph, run)] = captured
     takes = _arguments(graph)
-    if isinstance(results, Tensor):
-        return lambda *args: run(*[args[i] if axis is None else args[i].shape[axis] for i, axis in takes])[0]
-    present = [result is not None for result in results]
+    single = isinstance(results, Tensor)
+    present = [True] if single else [result is not None for result in results]
     if sum(present) != len(graph.graph.output_node().args[0]):  # pyright: ignore[reportArgumentType]
         raise RuntimeError("a kernel returned one of its arguments, or one tensor twice")
 
-    def launch(*args: Tensor) -> tuple[Tensor | None, ...]:
+    def launch(*args: Tensor) -> Tensor | tuple[Tensor | None, ...]:
         found = iter(run(*[args[i] if axis is None else args[i].shape[axis] for i, axis in takes]))
-        return tuple([next(found) if there else None for there in present])
+        return next(found) if single else tuple([next(found) if there else None for there in present])
 
     return launch
 

@@ -387,6 +387,7 @@ def test_compiled_kernels_do_what_plain_torch_does(name, compiled):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="quantizers run uncompiled")
         fused = run(quantizer, x, g)
+    assert kernels._settings["patience"] <= 0, "compiling failed"
     quantizer.zero_grad()
     kernels.configure("never")
     if name == "dsq":

@@ -67,11 +67,11 @@ def layer_tensors(layer: Any, weight: Args, inputs: Args | None, kind: str) -> d
     """
     quantizer: Quantizer = layer.weight_quantizer
     codes, scale = quantizer.quantize(layer.weight), _scales(quantizer, layer.weight)
+    zeros: dict[str, Tensor] = {}
     if not weight["symmetric"]:
-        codes, zeros = (_signed(t, weight) for t in (codes, quantizer.zero_point.view(scale.shape)))
-        found = _weight(codes, kind, weight) | _scale(scale, weight) | _zeros(zeros, weight)
-    else:
-        found = _weight(codes, kind, weight) | _scale(scale, weight)
+        codes, zero_point = (_signed(t, weight) for t in (codes, quantizer.zero_point.view(scale.shape)))
+        zeros = _zeros(zero_point, weight)
+    found = _weight(codes, kind, weight) | _scale(scale, weight) | zeros
     if inputs is not None and inputs["dynamic"] is False:
         grid: Quantizer = layer.input_quantizer if isinstance(layer.input_quantizer, Quantizer) else (
             layer.input_quantizer[0]

@@ -4,7 +4,6 @@ The folder keeps the float model (`float.safetensors`, as of a run), `sensitivit
 the same command finds it again and measures only what is missing.
 """
 
-import copy
 import hashlib
 import json
 import tempfile
@@ -15,13 +14,13 @@ import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
 
-from qat.calibrate import calibrate
+from qat.calibrate import calibrated
 from qat.cli.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
 from qat.export.files import atomic
 from qat.export.onnx import export_onnx
-from qat.insert import Plan, apply_plan
+from qat.insert import Plan
 from qat.lightning.cache import float_key
 from qat.lightning.calm import calm
 from qat.lightning.losses import BatchLosses
@@ -165,21 +164,18 @@ class SearchRun(Run):
 
     def _losses(self, space: Space, problem: Problem, choice: dict[str, Pair], losses: BatchLosses) -> str:
         """What was predicted, one grid at a time, beside what all of them together do before any training."""
-        model, before = copy.deepcopy(self.module), self.measured.loss or 0.0
-        apply_plan(model, self._plan(space, choice))
-        calibrate(model, lambda: mean_loss(model, losses))
+        before = self.measured.loss or 0.0
+        model = calibrated(self.module, self._plan(space, choice), lambda model: mean_loss(model, losses))
         with evaluating(model):
             after = mean_loss(model, losses)
-        harm = sum(problem.harm[pair] for pair in choice.items())
+        harm = problem.total_harm(choice)
         predicted = "" if self.settings.by == "sqnr" else f"predicted {before + harm:.5g}, "
         return f"loss before training: float {before:.5g}, {predicted}measured {after:.5g}"
 
     def _write(self, space: Space, problem: Problem, choices: list[dict[str, Pair]]) -> None:
         settings = self.settings
         other = {key: self.cfg.quant[key] for key in OTHER_KEYS if key in self.cfg.quant and key != "predicted"}
-        content = [
-            {"costs": predict(problem, c), "harm": sum(problem.harm[i] for i in c.items()), "pairs": c} for c in choices
-        ]
+        content = [{"costs": predict(problem, c), "harm": problem.total_harm(c), "pairs": c} for c in choices]
         self.write_json("search.json", {"by": settings.by, "budget": settings.budget, "choices": content})
         if settings.output is None:
             self.console.print("search.output=configs/quant/NAME.yaml writes it as a config to train with", style="dim")

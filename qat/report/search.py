@@ -91,7 +91,7 @@ def search_table(space: Space, problem: Problem, choice: Mapping[str, Pair], bud
         for name in BUDGETS
         if name in costs
     ]
-    predicted = f"predicted: {', '.join(parts)}; harm {_total(problem, choice):.4g}"
+    predicted = f"predicted: {', '.join(parts)}; harm {problem.total_harm(choice):.4g}"
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("layer", overflow="fold")
     for title in ("weight", "input", "MACs", "params"):
@@ -114,7 +114,7 @@ def front_table(problem: Problem, choices: Sequence[Mapping[str, Pair]]) -> Tabl
     for i, choice in enumerate(choices):
         costs = [shown(name, problem.costs[name].total(choice)) for name in names]
         bits = " ".join(str(choice[layer.name][0]) for layer in problem.layers)
-        table.add_row(str(i + 1), *costs, f"{_total(problem, choice):.4g}", bits)
+        table.add_row(str(i + 1), *costs, f"{problem.total_harm(choice):.4g}", bits)
     return table
 
 
@@ -123,7 +123,7 @@ def save_front(problem: Problem, choices: Sequence[Mapping[str, Pair]], name: st
     figure = Figure(figsize=(7, 4.2), dpi=DPI, facecolor="white", layout="constrained")
     axes = figure.subplots()
     costs = [problem.costs[name].total(choice) for choice in choices]
-    harms = [_total(problem, choice) for choice in choices]
+    harms = [problem.total_harm(choice) for choice in choices]
     axes.plot(costs, harms, color=WEIGHT, marker="o", linewidth=1.2, markersize=4)
     for i, (x, y) in enumerate(zip(costs, harms, strict=True)):
         axes.annotate(str(i + 1), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5, color=MUTED)
@@ -137,10 +137,6 @@ def save_front(problem: Problem, choices: Sequence[Mapping[str, Pair]], name: st
     axes.tick_params(length=0, colors=INK, labelsize=8.5)
     axes.spines[:].set_visible(False)
     _save(figure, path)
-
-
-def _total(problem: Problem, choice: Mapping[str, Pair]) -> float:
-    return sum(problem.harm[item] for item in choice.items())
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -65,6 +65,10 @@ class Problem:
     costs: Mapping[str, Cost]
     tied: Sequence[Sequence[str]] = ()
 
+    def total_harm(self, choice: Mapping[str, Pair]) -> float:
+        """Of an allocation."""
+        return Cost(self.harm).total(choice)
+
 
 def solve(problem: Problem, budgets: Mapping[str, float]) -> dict[str, Pair]:
     """The allocation of least harm within the budgets; of several, any one.

@@ -10,7 +10,6 @@ For a weight or an input `x` and what a grid of b bits makes of it, `fq(x)`, ove
 Ranges are calibrated on the same batches, by the estimator that the policy names.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.calibrate import calibrate
+from qat.calibrate import calibrated
 from qat.errors import UserError
-from qat.insert import apply_plan, named_quantizers
+from qat.insert import named_quantizers
 from qat.modes import evaluating
 from qat.quantizers import Quantizer
 from qat.search.hessian import traces
@@ -99,9 +98,7 @@ def mean_loss(model: nn.Module, losses: Losses) -> float:
 def _measure_width(
     space: Space, bits: int, wanted: list[str], measured: Measured, losses: Losses, step: Callable[[], Any]
 ) -> None:
-    model = copy.deepcopy(space.model)
-    apply_plan(model, space.plans[bits])
-    calibrate(model, lambda: mean_loss(model, losses))
+    model = calibrated(space.model, space.plans[bits], lambda model: mean_loss(model, losses))
     for _, quantizer in named_quantizers(model):
         quantizer.enable(False)
     with evaluating(model):

@@ -1,6 +1,5 @@
 """The size of a real file, before anything is trained."""
 
-import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from qat.calibrate import calibrate
+from qat.calibrate import calibrated
 from qat.convert import convert
 from qat.export.packed import WEIGHTS, save_packed
-from qat.insert import apply_plan
 from qat.plan import Plan
 
 
@@ -23,10 +21,7 @@ def converted(model: nn.Module, plan: Plan, run: Callable[[nn.Module], Any]) -> 
         plan: Its grids.
         run: Lets calibration batches pass a model.
     """
-    copied = copy.deepcopy(model)
-    apply_plan(copied, plan)
-    calibrate(copied, lambda: run(copied))
-    return convert(copied, plan)
+    return convert(calibrated(model, plan, run), plan)
 
 
 def packed_bytes(integers: nn.Module, plan: Plan) -> int:
