@@ -70,6 +70,18 @@ def test_the_yaml_trains_as_it_is_to_the_costs_that_were_predicted(search, tmp_p
     assert f"bops {report['bops'] / 1000:.3g}k (predicted {report['bops'] / 1000:.3g}k)" in shown
 
 
+def test_measuring_shows_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as if the output were a terminal
+    words = [text for text in TINY if not text.startswith("trainer.enable_progress_bar")]
+    shown = {}
+    for on in ("true", "false"):
+        folder = f"search.dir={tmp_path / on}"
+        assert main(["sensitivity", *words, f"trainer.enable_progress_bar={on}", folder]) == 0
+        shown[on] = capsys.readouterr().out
+    assert "Measuring" in shown["true"] and "100%" in shown["true"]
+    assert "Measuring" not in shown["false"]
+
+
 def losses_shown(text: str) -> list[float]:
     numbers = re.search(r"float ([\d.]+), predicted ([\d.]+), measured ([\d.]+)", " ".join(text.split()))
     assert numbers is not None
