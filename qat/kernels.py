@@ -34,18 +34,27 @@ SMALL_FORWARD = 1 << 17
 Grads = tuple[Tensor | None, ...]
 Mode = Literal["auto", "always", "never"]
 NEVER = float("inf")
-_settings = {"patience": 4e9}
-"""`patience`: how many elements pass through plain torch before kernels are compiled."""
+_settings = {"patience": 4e9, "products": True}
+"""`patience`: how many elements pass through plain torch before kernels are compiled; `products`: whether products may
+run on codes (`qat.layers.products`).
+"""
 
 
 def configure(mode: Mode = "auto", patience: int = 4_000_000_000) -> None:
     """Chooses when kernels are compiled.
 
     Args:
-        mode: `auto`: after `patience` elements; `always`: from the first large tensor; `never`.
+        mode: `auto`: after `patience` elements; `always`: from the first large tensor; `never`: not at all, and
+            products of layers do not run on codes either.
         patience: Elements that pass through plain torch first (about half a minute of work on two cores).
     """
     _settings["patience"] = {"auto": patience, "always": 0, "never": NEVER}[mode]
+    _settings["products"] = mode != "never"
+
+
+def products() -> bool:
+    """Whether products of layers may run on codes."""
+    return bool(_settings["products"])
 
 
 def _compilable(tensors: Sequence[Tensor]) -> Layout | None:
@@ -86,6 +95,16 @@ class Kernel:
                 return self.function(*args)
         return run(*args)
 
+    def large(self, tensors: tuple[Tensor, ...]) -> Any:
+        """Runs on large `x, scale, ...` of any shape, compiled where it pays; the first result has the shape of `x`."""
+        layout = _compilable(tensors)
+        if layout is None:
+            return self.function(*tensors)
+        results = self.compiled(*layout.all(tensors))
+        if isinstance(results, Tensor):
+            return layout.restore(results)
+        return layout.restore(results[0]), *results[1:]
+
 
 class Gradient:
     """A fake quantization and its gradient, as two kernels. Get one from `gradient`, which makes one for all quantizers
@@ -107,17 +126,12 @@ class Gradient:
         if type(count) is not int or count < (SMALL if learning else SMALL_FORWARD):  # symbolic, while somebody exports
             return _small(self, grad_scale, *tensors) if learning else self.forward.function(*tensors)
         if not learning:
-            return self.fake_quantize(tensors)
-        y = _large(self, grad_scale, *tensors)
-        y.made = Made(self, tensors, x._version)
+            return self.forward.large(tensors)
+        y = (_large if _left is None else _unwritten)(self, grad_scale, *tensors)
+        y.made = Made(self, tensors, x._version, y.stride())
+        if _left is not None:
+            _left.append(y)
         return y
-
-    def fake_quantize(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        """The forward pass on large `x, scale, low, high, *extra`, compiled where it pays."""
-        layout = _compilable(tensors)
-        if layout is None:
-            return self.forward.function(*tensors)
-        return layout.restore(self.forward.compiled(*layout.all(tensors)))
 
     def __reduce__(self) -> Any:
         return gradient, self.parts
@@ -167,7 +181,7 @@ class _Large(_Plain):
     def forward(ctx: Any, gradient: Gradient, grad_scale: float, *tensors: Tensor) -> Tensor:
         ctx.to_save = tensors
         ctx.gradient, ctx.grad_scale = gradient, grad_scale
-        return gradient.fake_quantize(tensors)
+        return gradient.forward.large(tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -183,6 +197,16 @@ class _Large(_Plain):
         return _returned(ctx.grad_scale, layout.restore(grad_x), others)
 
 
+class _Unwritten(_Large):
+    """The same for who only wants to know how it would be made."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Gradient, grad_scale: float, *tensors: Tensor) -> Tensor:
+        ctx.to_save = tensors
+        ctx.gradient, ctx.grad_scale = gradient, grad_scale
+        return torch.empty_like(tensors[0])
+
+
 def _returned(grad_scale: float, grad_x: Tensor | None, others: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     if grad_scale != 1.0:
         others = [g if g is None else g * grad_scale for g in others]
@@ -191,6 +215,7 @@ def _returned(grad_scale: float, grad_x: Tensor | None, others: list[Tensor | No
 
 _small = super(torch.autograd.Function, _Small).apply  # pyright: ignore[reportAttributeAccessIssue]
 _large = super(torch.autograd.Function, _Large).apply  # pyright: ignore[reportAttributeAccessIssue]
+_unwritten = super(torch.autograd.Function, _Unwritten).apply  # pyright: ignore[reportAttributeAccessIssue]
 """Their `apply` without the dozen Python calls that prepare it for functorch and compilers."""
 
 
@@ -202,11 +227,13 @@ class Made:
         gradient: Whose forward pass it was.
         tensors: `x, scale, low, high, *extra`.
         version: Of `x` then.
+        strides: Of what was made.
     """
 
     gradient: Gradient
     tensors: tuple[Tensor, ...]
     version: int
+    strides: tuple[int, ...]
 
     def again(self) -> Tensor:
         """The fake-quantized tensor, made anew.
@@ -219,4 +246,26 @@ class Made:
                 "a tensor that backward needs was modified in place after it had been quantized: "
                 f"{tuple(self.tensors[0].shape)} is at version {self.tensors[0]._version}, expected {self.version}"
             )
-        return self.gradient.fake_quantize(self.tensors)
+        y = self.gradient.forward.large(self.tensors)
+        if y.stride() != self.strides:  # plain torch and kernels lay out differently what has gaps
+            y = torch.empty_strided(y.shape, self.strides, dtype=y.dtype, device=y.device).copy_(y)
+        return y
+
+
+_left: list[Tensor] | None = None
+"""Tensors that were left unwritten, while somebody asks for them."""
+
+
+def unwritten(quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+    """`quantize(x)`, its values left unwritten if it has a recipe (`made`) for them.
+
+    Returns:
+        `None` if values were left unwritten that the result is computed from: it has to be made again.
+    """
+    global _left
+    previous, _left = _left, []
+    try:
+        y = quantize(x)
+    finally:
+        left, _left = _left, previous
+    return y if not left or y is left[0] else None

@@ -8,12 +8,16 @@ one more mixin in this folder, listed in `qat/layers/__init__.py`.
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from qat import kernels
 from qat.layers.accumulator import RoundedBias, accumulator_scale, bias_codes, grids
+from qat.layers.products import evaluated_on_codes, trained_on_codes
 from qat.layers.shared import forwards, read
 from qat.layers.sources import from_sources
 from qat.layers.twin import TwinMixin, ours
+from qat.onednn import Geometry
 from qat.quantizers import Quantizer
 
 
@@ -50,10 +54,22 @@ class QuantizedLayer(TwinMixin):
 
     def run(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
         """`function(input, weight, bias)` of the quantized tensors."""
+        if not self.training:
+            y = None if torch.is_grad_enabled() else evaluated_on_codes(self, x)
+        else:
+            y = trained_on_codes(self, x) if x.numel() >= kernels.SMALL else None
+        if y is not None:
+            return y
         x, weight, bias = self.quantized_input(x), self.quantized_weight(), self.quantized_bias()
         if hasattr(x, "made") or hasattr(weight, "made"):
             return from_sources((x, weight), function, x, weight, bias)
         return function(x, weight, bias)
+
+    def geometry(self) -> Geometry | None:
+        """Stride, padding, dilation and groups of the convolution that the layer is, nothing of a linear map, `None` if
+        it is something else: then codes are not multiplied, but what they stand for.
+        """
+        return None
 
     def quantized_input(self, x: Tensor) -> Tensor:
         quantizer = self._modules["input_quantizer"]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qat.layers.base import QuantizedLayer
 from qat.layers.twin import ours
+from qat.onednn import Geometry
 
 
 class QuantLinear(QuantizedLayer):
@@ -18,6 +19,9 @@ class QuantLinear(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.run(F.linear, input)
+
+    def geometry(self) -> tuple[()]:
+        return ()
 
 
 class _QuantConv(QuantizedLayer):
@@ -33,6 +37,13 @@ class QuantConv1d(_QuantConv):
 
 class QuantConv2d(_QuantConv):
     serves = nn.Conv2d
+
+    def geometry(self) -> Geometry | None:
+        this: Any = self
+        plain = this.padding_mode == "zeros" and type(this)._conv_forward is nn.Conv2d._conv_forward
+        if not plain or isinstance(this.padding, str):
+            return None
+        return list(this.stride), list(this.padding), list(this.dilation), this.groups
 
 
 class QuantConv3d(_QuantConv):

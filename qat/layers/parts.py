@@ -35,6 +35,9 @@ class Part(QuantizedLayer, nn.Module):  # pyright: ignore[reportIncompatibleVari
     def forward(self, x: Tensor) -> Tensor:
         return self.run(F.linear, x)
 
+    def geometry(self) -> tuple[()]:
+        return ()
+
     def linear(self, x: Tensor) -> Tensor:
         """The map of an `x` that is on its grid already."""
         return F.linear(x, self.quantized_weight(), self.quantized_bias())

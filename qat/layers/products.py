@@ -1,0 +1,234 @@
+"""Products of codes: linear layers and convolutions run on int8 kernels (`qat.onednn`), as they will where the model is
+deployed.
+
+Fake quantization multiplies in float32 what stands for codes of at most 8 bits. The codes have the same sums, without
+float32's rounding errors and several times as fast where the processor has instructions for them.
+
+In training, forward alone multiplies codes. Backward is that of the float product of the fake-quantized tensors, which
+large ones are made for there (`qat.layers.sources`); in forward nobody writes them. In evaluation the weight is packed
+once.
+
+NaN has no code: the scale becomes NaN with it, and so does all of the output.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as modules
+
+from qat import kernels, onednn
+from qat.formats import Rounding
+from qat.functional import TINY, levels
+from qat.kernels import Kernel
+from qat.layers.accumulator import grids
+from qat.layers.sources import from_sources, watched
+from qat.layers.twin import ours
+from qat.onednn import Geometry
+from qat.quantizers import Quantizer
+from qat.quantizers.fixed import forward as plain_rounding
+
+MIN_POSITIONS = 768
+"""Outputs per channel from which codes pay in training: with fewer, packing the weight takes as long as multiplying."""
+MIN_TERMS = 64
+"""Products per output from which they pay there: the sums of a depthwise convolution are too short."""
+MIN_PRODUCTS = 1 << 24
+"""Products in all from which they pay in evaluation."""
+CODES = 256
+"""How many codes an input may have; those of a weight have to fit int8."""
+
+
+def trained_on_codes(layer: Any, x: Tensor) -> Tensor | None:
+    """The output of a quantized layer, with its gradients; `None` where float arithmetic has to do it."""
+    geometry = layer.geometry()
+    if geometry is None or not (_runs_here(x) and torch.is_grad_enabled()):
+        return None
+    pays = _positions(x, geometry) >= MIN_POSITIONS and layer.weight.shape[1:].numel() >= MIN_TERMS
+    grid, weight_grid = grids(layer)
+    if not pays or grid is None or weight_grid is None or not _have_codes(grid, weight_grid):
+        return None
+    compiling = torch.compiler.is_dynamo_compiling()
+    if not compiling and watched():  # by someone who wants the tensors that are saved
+        return None
+    alone = layer.input_quantizer is grid and getattr(grid, "readers", 1) == 1
+    with ours():
+        x = _quantized(grid, x) if alone else layer.quantized_input(x)
+        weight = _quantized(weight_grid, layer.weight)
+        codes = *_codes(input_codes, x, grid), *_codes(weight_codes, weight, weight_grid)[:2]
+        args = geometry, x, weight, layer.quantized_bias(), *codes
+        if compiling:
+            return _Product.apply(*args)  # pyright: ignore[reportReturnType]
+        return from_sources((x, weight), _Product.apply, *args)
+
+
+def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
+    """The output of a quantized layer in evaluation, without gradients; `None` where float arithmetic has to do it."""
+    geometry = layer.geometry()
+    if geometry is None or torch.compiler.is_dynamo_compiling() or not _runs_here(x):
+        return None
+    grid, weight_grid = grids(layer)
+    if grid is None or weight_grid is None or _positions(x, geometry) * layer.weight.numel() < MIN_PRODUCTS:
+        return None
+    with ours():
+        both = grid, weight_grid
+        kept = layer.once_per_change("packed", (layer.weight,), both, lambda: _packed(layer, x.shape, geometry))
+        if kept is None or _looked_at(grid):
+            return None
+        packed, scale = kept
+        for quantizer in list(layer.input_quantizer)[:-1] if layer.input_quantizer is not grid else ():
+            x = quantizer(x)
+        codes, x_scale, low = _codes(input_codes, x, grid)
+        channels_last = _lies_channels_last(x) or _lies_channels_last(layer.weight)
+        bias = layer.quantized_bias()
+        return onednn.multiply(geometry, codes, x_scale, low, packed, scale, bias, channels_last)
+
+
+def _packed(layer: Any, shape: torch.Size, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
+    """The packed weight and its scale; `None` if the layer's grids have no codes."""
+    grid, weight_grid = grids(layer)
+    if grid is None or weight_grid is None or not _have_codes(grid, weight_grid):
+        return None
+    codes, scale, _ = _codes(weight_codes, layer.quantized_weight(), weight_grid)
+    _, low, _ = grid.grid(codes)
+    return onednn.pack(geometry, codes, low, shape), scale
+
+
+# -- where -------------------------------------------------------------------------------------------------------------
+
+
+def _runs_here(x: Tensor) -> bool:
+    """Whether `x` is float32 and on a processor with int8 instructions, and nobody follows each operation."""
+    if x.dtype is not torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    if not (kernels.products() and onednn.exact()):
+        return False
+    if torch.compiler.is_dynamo_compiling():
+        return not torch.compiler.is_exporting()
+    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack()
+
+
+def _positions(x: Tensor, geometry: Geometry) -> int:
+    """About how many outputs a channel has; none if `x` is not what the layer usually gets."""
+    if not geometry:
+        return x.numel() // x.shape[-1] if x.ndim and x.shape[-1] else 0
+    rows, columns = geometry[0]
+    return x.shape[0] * (x.shape[2] // rows) * (x.shape[3] // columns) if x.ndim == 4 else 0
+
+
+def _have_codes(grid: Quantizer, weight: Quantizer) -> bool:
+    """Whether both grids have integer codes that the kernels take, with scales that stand outside the sums."""
+    for q in (grid, weight):
+        if not (q.on and q.static and q.uniform and q.spec.integer and q.spec.granularity != "group"):
+            return False
+    fits = weight.quant_min >= -128 and weight.quant_max <= 127 and weight.spec.symmetric
+    return fits and grid.quant_max - grid.quant_min < CODES
+
+
+# -- codes -------------------------------------------------------------------------------------------------------------
+
+
+def input_codes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of `x` as uint8, the lowest being 0, and the scale that acts, NaN if `x` holds one."""
+    level = levels(x, scale, low, high, rounding)
+    return (level - low).to(torch.uint8), scale.clamp_min(TINY) + 0 * level.sum()
+
+
+def weight_codes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels of a weight as int8, and the scale that acts, NaN if `x` holds one."""
+    level = levels(x, scale, low, high, rounding)
+    return level.to(torch.int8), scale.clamp_min(TINY) + 0 * level.sum()
+
+
+@cache
+def _kernel(function: Callable[..., Any], rounding: Rounding) -> Kernel:
+    return Kernel(partial(function, rounding), 1)
+
+
+def _looked_at(quantizer: Quantizer) -> bool:
+    """Whether somebody else sees what the quantizer gets and returns."""
+    hooks = quantizer._forward_hooks or quantizer._forward_pre_hooks
+    return bool(hooks or modules._global_forward_hooks or modules._global_forward_pre_hooks)
+
+
+def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """`quantizer(x)`, its values left unwritten if they can be made from a recipe and nobody else gets to see them."""
+    if torch.compiler.is_dynamo_compiling() or _looked_at(quantizer):
+        return quantizer(x)
+    y = kernels.unwritten(quantizer, x)
+    return y if y is not None and _rounds(y) else quantizer(x, follow=False)
+
+
+def _rounds(x: Tensor) -> bool:
+    """Whether the recipe of `x`, if it has one, is a plain rounding."""
+    return not hasattr(x, "made") or x.made.gradient.parts[0] is plain_rounding  # pyright: ignore
+
+
+@torch.no_grad()
+def _codes(function: Callable[..., Any], x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scale (one axis) of `x`, and the level that code 0 of an input stands for.
+
+    Args:
+        function: `input_codes` or `weight_codes`.
+        x: Fake-quantized, so that rounding it again changes nothing, or what the quantizer is about to round.
+        quantizer: Its grid.
+    """
+    known = getattr(x, "made", None) if _rounds(x) else None
+    tensors = (x, *quantizer.grid(x)) if known is None else known.tensors[:4]
+    rounding = quantizer.spec.rounding
+    if torch.compiler.is_dynamo_compiling() or tensors[0].numel() < kernels.SMALL:
+        codes, scale = function(rounding, *tensors)
+    else:
+        codes, scale = _kernel(function, rounding).large(tensors)
+    return codes, scale.reshape(-1), tensors[2]
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def _lies_channels_last(x: Tensor) -> bool:
+    return x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+class _Product(torch.autograd.Function):
+    """Forward on codes; backward, of the fake-quantized tensors, as ever."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor | None,
+        x_codes: Tensor, x_scale: Tensor, low: Tensor, codes: Tensor, scale: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.geometry, ctx.bias = geometry, bias is not None
+        ctx.compiling = torch.compiler.is_dynamo_compiling()
+        channels_last = _lies_channels_last(x) or _lies_channels_last(weight)
+        if not ctx.compiling:
+            ctx.save_for_backward(x, weight)
+            packed = onednn.pack(geometry, codes, low, x.shape)
+            return onednn.multiply(geometry, x_codes, x_scale, low, packed, scale, bias, channels_last)
+        # Codes are a quarter of what they stand for, which compiled code then makes in backward alone.
+        ctx.save_for_backward(x_codes, x_scale, low, codes, scale)
+        args = x_codes, x_scale, low, codes, scale, bias
+        return onednn.conv2d(*args, *geometry, channels_last) if geometry else onednn.linear(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad = grads[0]
+        if ctx.compiling:
+            x_codes, x_scale, low, codes, scale = ctx.saved_tensors
+            x, weight = (x_codes + low) * x_scale, codes * scale.view(-1, *[1] * (codes.ndim - 1))
+        else:
+            x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[1:4]
+        if ctx.geometry:
+            *where, groups = ctx.geometry
+            sizes = [len(weight)] if ctx.bias else None
+            of = torch.ops.aten.convolution_backward(grad, x, weight, sizes, *where, False, [0, 0], groups, wanted)
+        else:
+            rows = grad.reshape(-1, grad.shape[-1])
+            of = (
+                (rows @ weight).view(x.shape) if wanted[0] else None,
+                rows.t() @ x.reshape(-1, x.shape[-1]) if wanted[1] else None,
+                rows.sum(0) if wanted[2] else None,
+            )
+        return None, *of, None, None, None, None, None
