@@ -141,6 +141,10 @@ class IntegerLayer(TwinMixin):
         """Codes have no training mode: in it, a layer would look for its float bias."""
         return super().train(False)
 
+    def geometry(self) -> None:
+        """Its arithmetic is the emitter's."""
+        return None
+
     def quantized_weight(self) -> Tensor:
         with ours():
             return self._typed(self.integer_weight())

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qat.formats import Rounding
 from qat.launch import launchable, program, signature
-from qat.layout import Layout, layout_of
+from qat.layout import Layout, dense, layout_of
 
 SMALL = 1 << 15
 """Tensors below this many elements run in plain torch: a program costs as much to launch as it saves."""
@@ -127,8 +127,11 @@ class Gradient:
             return _small(self, grad_scale, *tensors) if learning else self.forward.function(*tensors)
         if not learning:
             return self.forward.large(tensors)
+        if not dense(x):  # one copy for forward and backward
+            x = x.contiguous()
+            tensors = x, *tensors[1:]
         y = (_large if _left is None else _unwritten)(self, grad_scale, *tensors)
-        y.made = Made(self, tensors, x._version, y.stride())
+        y.made = Made(self, tensors, x._version)
         if _left is not None:
             _left.append(y)
         return y
@@ -227,13 +230,11 @@ class Made:
         gradient: Whose forward pass it was.
         tensors: `x, scale, low, high, *extra`.
         version: Of `x` then.
-        strides: Of what was made.
     """
 
     gradient: Gradient
     tensors: tuple[Tensor, ...]
     version: int
-    strides: tuple[int, ...]
 
     def again(self) -> Tensor:
         """The fake-quantized tensor, made anew.
@@ -246,10 +247,7 @@ class Made:
                 "a tensor that backward needs was modified in place after it had been quantized: "
                 f"{tuple(self.tensors[0].shape)} is at version {self.tensors[0]._version}, expected {self.version}"
             )
-        y = self.gradient.forward.large(self.tensors)
-        if y.stride() != self.strides:  # plain torch and kernels lay out differently what has gaps
-            y = torch.empty_strided(y.shape, self.strides, dtype=y.dtype, device=y.device).copy_(y)
-        return y
+        return self.gradient.forward.large(self.tensors)
 
 
 _left: list[Tensor] | None = None

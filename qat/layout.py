@@ -57,6 +57,12 @@ def layout_of(shape: torch.Size, strides: tuple[int, ...], scale: torch.Size) ->
     return None
 
 
+def dense(x: Tensor) -> bool:
+    """Whether `x` fills memory without gaps or overlaps."""
+    return x.is_contiguous() or _dense_strides(x.shape, x.stride()) == x.stride()
+
+
+@lru_cache(4096)
 def _dense_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
     """`strides` if they fill memory without gaps or overlaps, else contiguous ones."""
     expected = 1

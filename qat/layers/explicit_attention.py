@@ -39,12 +39,14 @@ def explicit_attention(
         raise RuntimeError("Explicit attn_mask should not be set when is_causal=True")
     if enable_gqa:
         key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
-    if is_causal:
-        attn_mask = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
-    scores = (query @ key.transpose(-2, -1)) * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
-    if attn_mask is None:
-        weights = torch.softmax(scores, -1)
+    products, factor = query @ key.transpose(-2, -1), 1 / math.sqrt(query.size(-1)) if scale is None else scale
+    if is_causal:  # every query sees the first key
+        hidden = torch.full(products.shape[-2:], -math.inf, dtype=products.dtype, device=products.device).triu(1)
+        weights = torch.softmax(torch.add(hidden, products, alpha=factor), -1)
+    elif attn_mask is None:
+        weights = torch.softmax(products * factor, -1)
     else:
+        scores = products * factor
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         blind = (scores == -math.inf).all(-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
