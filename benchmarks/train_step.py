@@ -1,11 +1,13 @@
 """Cost of a W8A8 training step against the float step of the same model, in the same memory format.
 
-    python benchmarks/train_step.py [gpt resnet20 resnet18 mobilenetv2] [--sites [every]] [--compile] [--peers]
+    python benchmarks/train_step.py [gpt resnet20 resnet18 mobilenetv2] [--channels-last] [--sites [every]] [--compile]
+        [--peers]
 
 Per-channel weights and per-tensor activations, both with learned steps. Ratios are medians of interleaved rounds, in
-processor time. `--sites` adds the operands of functions (default kinds, or every); `--compile` compares
-torch.compile(fullgraph=True) of all models; `--peers` adds the frameworks of `peers.py` that are installed. Peak memory
-is that of a whole step, parameters and buffers included.
+processor time. "Plain torch" is without compiled kernels and without products of codes (`qat.kernels.configure`).
+`--channels-last` puts all models into that memory format, which the MobileNetV2 has anyway; `--sites` adds the operands
+of functions (default kinds, or every); `--compile` compares torch.compile(fullgraph=True) of all models; `--peers` adds
+the frameworks of `peers.py` that are installed. Peak memory is that of a whole step, parameters and buffers included.
 """
 
 import argparse
@@ -75,7 +77,7 @@ def both_compiled(
     """Cells of the ratios of whole-model compiled steps, or why there is none."""
     steps, cells = {}, {}
     for name, model in models.items():
-        run = step(torch.compile(model, fullgraph=True), x, y)
+        run = step(torch.compile(model, fullgraph=True), x, y, "auto")
         try:
             run()
         except Exception as error:
@@ -97,6 +99,8 @@ def memory(model: nn.Module, x: Tensor, y: Tensor, mode: kernels.Mode) -> tuple[
 def measure(name: str, args: argparse.Namespace, table: Table, notes: list[str]) -> None:
     """Adds one workload to the table."""
     model, x, y = workload(name)
+    if args.channels_last and x.ndim == 4:
+        model, x = model.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)  # pyright: ignore
     twin = quantized(copy.deepcopy(model), x, args.sites)
     models: dict[str, nn.Module] = {"float": model, PLAIN: twin, COMPILED: twin}
     missing: dict[str, str] = {}
@@ -127,6 +131,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="*", default=list(WORKLOADS))
     parser.add_argument("--sites", nargs="?", default="off", const="default", choices=("off", "default", "every"))
+    parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--threads", type=int, default=1)

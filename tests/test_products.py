@@ -9,6 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qat import kernels, onednn
 from qat.calibrate import calibrate
+from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.layers import products
 from qat.policy import QuantPolicy
@@ -225,6 +226,13 @@ def test_nan_stays_nan(where):
     with torch.no_grad():
         (x if where == "input" else model[0].weight).view(-1)[0] = float("nan")
     assert model(x).isnan().all()
+
+
+def test_transforms_of_functions_are_refused_in_words():
+    x = torch.randn(3, 4, 24)
+    model = quantized(nn.Sequential(nn.Linear(24, 10)), x).eval()
+    with torch.no_grad(), pytest.raises(UserError, match=r"torch\.func"):
+        torch.func.vmap(model)(x)
 
 
 def test_infinity_is_clipped_as_ever():

@@ -16,7 +16,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
 from qat import kernels, onednn
@@ -43,7 +43,7 @@ CODES = 256
 def trained_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     """The output of a quantized layer, with its gradients; `None` where float arithmetic has to do it."""
     geometry = layer.geometry()
-    if geometry is None or not (_runs_here(x) and torch.is_grad_enabled()):
+    if geometry is None or not (torch.is_grad_enabled() and _runs_here(x, layer.weight)):
         return None
     pays = _positions(x, geometry) >= MIN_POSITIONS and layer.weight.shape[1:].numel() >= MIN_TERMS
     grid, weight_grid = grids(layer)
@@ -66,7 +66,7 @@ def trained_on_codes(layer: Any, x: Tensor) -> Tensor | None:
 def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     """The output of a quantized layer in evaluation, without gradients; `None` where float arithmetic has to do it."""
     geometry = layer.geometry()
-    if geometry is None or torch.compiler.is_dynamo_compiling() or not _runs_here(x):
+    if geometry is None or torch.compiler.is_dynamo_compiling() or not _runs_here(x, layer.weight):
         return None
     grid, weight_grid = grids(layer)
     if grid is None or weight_grid is None or _positions(x, geometry) * layer.weight.numel() < MIN_PRODUCTS:
@@ -98,15 +98,16 @@ def _packed(layer: Any, shape: torch.Size, geometry: Geometry) -> tuple[Tensor, 
 # -- where -------------------------------------------------------------------------------------------------------------
 
 
-def _runs_here(x: Tensor) -> bool:
-    """Whether `x` is float32 and on a processor with int8 instructions, and nobody follows each operation."""
-    if x.dtype is not torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+def _runs_here(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are float32 and on a processor with int8 instructions, and nobody follows each operation."""
+    if not x.dtype == weight.dtype == torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     if not (kernels.products() and onednn.exact()):
         return False
     if torch.compiler.is_dynamo_compiling():
         return not torch.compiler.is_exporting()
-    return type(x) is Tensor and not torch._C._len_torch_dispatch_stack()
+    plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
+    return plain and not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 
 
 def _positions(x: Tensor, geometry: Geometry) -> int:
