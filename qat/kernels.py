@@ -127,7 +127,7 @@ class Gradient:
             return _small(self, grad_scale, *tensors) if learning else self.forward.function(*tensors)
         if not learning:
             return self.forward.large(tensors)
-        if not dense(x):  # one copy for forward and backward
+        if not (x.is_contiguous() or dense(x)):  # one copy for forward and backward
             x = x.contiguous()
             tensors = x, *tensors[1:]
         y = (_large if _left is None else _unwritten)(self, grad_scale, *tensors)

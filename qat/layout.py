@@ -59,7 +59,7 @@ def layout_of(shape: torch.Size, strides: tuple[int, ...], scale: torch.Size) ->
 
 def dense(x: Tensor) -> bool:
     """Whether `x` fills memory without gaps or overlaps."""
-    return x.is_contiguous() or _dense_strides(x.shape, x.stride()) == x.stride()
+    return _dense_strides(x.shape, x.stride()) == x.stride()
 
 
 @lru_cache(4096)

@@ -30,7 +30,7 @@ def from_sources(tensors: Iterable[Tensor], function: Callable[..., Any], /, *ar
     What else the operation saves is saved as ever, and so is everything where another hook is in place (activation
     checkpointing, offloading): only the innermost hook sees a tensor.
     """
-    if watched():
+    if _hooks._top_saved_tensors_default_hooks(True) is not None:
         return function(*args, **kwargs)
     made: dict[int, Made] = {}
     for tensor in tensors:
