@@ -74,12 +74,15 @@ def _exact() -> bool:
     return bool((multiply((), x, one, zero, pack((), weight, zero, x.shape), one, None) == 255 * 127 * 64).all())
 
 
-@torch.compiler.assume_constant_result
 def exact() -> bool:
     """Whether this processor adds products of uint8 and int8 in 32 bits. Without VNNI, x86 adds pairs of them in 16,
     which the largest codes overflow.
     """
     return _exact()
+
+
+# As torch.compiler.assume_constant_result has it, but without importing the compiler for that, which takes seconds.
+exact._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 # -- for compilers, which see one operation ----------------------------------------------------------------------------
