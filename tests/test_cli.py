@@ -103,6 +103,12 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
             ["train", "trainer.zzz=3"], "'trainer.zzz'; choose from _target_, accelerator, ", id="nothing-near"
         ),
         pytest.param(["train", "hydra.run.dri=x"], "did you mean 'hydra.run.dir'", id="hydra-key"),
+        pytest.param(
+            ["train", "callbacks=learn_bits", "callbacks.learn_bits.least={fc: 8}"],
+            "config key 'callbacks.learn_bits.least': from here, a mapping changes values that are there and adds "
+            "none; to replace it as a whole, write '~callbacks.learn_bits.least' '+callbacks.learn_bits.least={...}'",
+            id="mapping-with-new-names",
+        ),
         pytest.param(["train", "~sed"], "unknown config key 'sed'; did you mean 'seed'?", id="deletion"),
         pytest.param(["train", "+sed=1"], "config key 'sed' is read by nothing; did you mean 'seed'?", id="added-key"),
         pytest.param(["train", "seed=[1"], "cannot read the override 'seed=[1'", id="syntax"),

@@ -277,7 +277,7 @@ RESUMED = [
     pytest.param(lambda: [FreezeRanges(1, scales=True)], LSQ, id="scales"),
     pytest.param(lambda: [FreezeBatchNorm(0.4)], LSQ, id="batch-norm"),
     pytest.param(lambda: [AnnealBits({0: 8, 1: 6, 3: 4})], LSQ, id="anneal"),
-    pytest.param(lambda: [AnnealBits({0: 8, 0.4: 6, 0.7: 4})], LSQ, id="anneal-by-shares"),
+    pytest.param(lambda: [AnnealBits([[0, 8], [0.4, 6], [0.7, 4]])], LSQ, id="anneal-by-shares"),
     pytest.param(
         lambda: [AnnealBits({0: 8, 1: 6, 3: 4}, "@weight"), AnnealBits({0: 8, 2: 5, 3: 4}, "@act")],
         LSQ,

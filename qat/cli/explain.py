@@ -43,7 +43,13 @@ def explain(error: Exception, overrides: list[str], config_dir: str | None, vers
         return UserError(f"no config file '{option}'{nearest(option, error.options or [])}")
     if found := re.match(r"Could not (?:override|delete from config\.) '(?P<key>[^']+)'", text):
         key = found["key"]
-        return UserError(f"unknown config key '{key}'{_suggest(key, overrides, config_dir, version)}")
+        keys = _existing_keys(key, overrides, config_dir, version)
+        if any(other == key or other.startswith(f"{key}.") for other in keys):
+            return UserError(
+                f"config key '{key}': from here, a mapping changes values that are there and adds none; to replace it "
+                f"as a whole, write '~{key}' '+{key}={{...}}'"
+            )
+        return UserError(f"unknown config key '{key}'{_suggest(key, keys)}")
     if found := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(?P<text>[^']+)'", text):
         key, _, value = found["text"].partition("=")
         return UserError(f"'{found['text']}' has several values: add -m to run each of them, or write {key}=[{value}]")
@@ -60,8 +66,7 @@ def _in_one_line(error: BaseException) -> UserError:
     return UserError(": ".join(part for part in parts if part))
 
 
-def _suggest(key: str, overrides: list[str], config_dir: str | None, version: dict[str, str]) -> str:
-    keys = _existing_keys(key, overrides, config_dir, version)
+def _suggest(key: str, keys: list[str]) -> str:
     parent, _, last = key.rpartition(".")
     if same := [other for other in keys if other.rpartition(".")[2] == last]:
         return "; did you mean " + " or ".join(f"'{other}'" for other in same[:2]) + "?"

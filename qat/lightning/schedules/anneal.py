@@ -27,8 +27,9 @@ class AnnealBits(Callback):
     A monitored "best" checkpoint may have the wider grids of the beginning; what training ends with has the policy's.
 
     Args:
-        schedule: Bits from each epoch on, `{0: 8, 2: 4, 5: 2}`, or from each share of training on, `{0: 8, 0.1: 4}`. It
-            begins at 0 and ends at the policy's bits.
+        schedule: Bits from each epoch on, `{0: 8, 2: 4, 5: 2}`, or from each share of training on, `{0: 8, 0.1: 4}`;
+            or pairs, `[[0, 8], [2, 4]]`, which a command line can replace. It begins at 0 and ends at the policy's
+            bits.
         match: Which quantizers: a glob over their names, `@weight`, `@act`, or a list of these; `None` for all whose
             bits in the policy are the schedule's last.
 
@@ -37,19 +38,25 @@ class AnnealBits(Callback):
             policy, if training ends before it does, or if a quantizer cannot have the bits.
     """
 
-    def __init__(self, schedule: Mapping[float, int], match: str | Sequence[str] | None = None) -> None:
-        moments, widths = list(schedule), list(schedule.values())
+    def __init__(
+        self, schedule: Mapping[float, int] | Sequence[Sequence[float]], match: str | Sequence[str] | None = None
+    ) -> None:
+        try:
+            steps: dict[float, int] = dict(schedule)  # pyright: ignore[reportArgumentType, reportCallIssue, reportAssignmentType]
+        except (TypeError, ValueError):
+            raise UserError(f"schedule={schedule}: must be pairs of a moment and bits: [[0, 8], [2, 4]]") from None
+        moments, widths = list(steps), list(steps.values())
         numbers = all(isinstance(moment, int | float) for moment in moments)
-        if not schedule or not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in widths):
-            raise UserError(f"schedule={dict(schedule)}: must map epochs or shares to bits, such as {{0: 8, 2: 4}}")
+        if not steps or not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in widths):
+            raise UserError(f"schedule={steps}: must map epochs or shares to bits, such as {{0: 8, 2: 4}}")
         if min(moments) != 0:
-            raise UserError(f"schedule={dict(schedule)}: must begin at 0")
+            raise UserError(f"schedule={steps}: must begin at 0")
         for moment in moments:
             check_moment("AnnealBits: schedule", moment)
         self.shares = any(isinstance(moment, float) for moment in moments)
         if self.shares and any(isinstance(moment, int) and moment for moment in moments):
-            raise UserError(f"schedule={dict(schedule)}: has epochs and shares of training; give all as one of them")
-        self.schedule, self.match = dict(sorted(schedule.items())), match
+            raise UserError(f"schedule={steps}: has epochs and shares of training; give all as one of them")
+        self.schedule, self.match = dict(sorted(steps.items())), match
         self._final: dict[str, int] = {}
         self._now: int | None = None
 
