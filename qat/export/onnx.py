@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from qat.errors import UserError
 from qat.export import onnx_nbits, onnx_passes
 from qat.export.files import atomic
+from qat.export.onnx_cascades import steady_cascades
 from qat.export.onnx_channels import pad_images
 from qat.export.onnx_placement import ORT, Placement
 from qat.export.onnx_slim import slim
@@ -49,9 +50,7 @@ class OnnxEmitter:
         for grid in model.modules():
             if isinstance(grid, IntegerActivation):
                 kind = self._code_type(grid)
-                offset = (
-                    2 ** (torch.iinfo(kind).bits - 1) if grid.spec.signed and not self.placement.signed_codes else 0
-                )
+                offset = 2 ** (torch.iinfo(kind).bits - 1) if grid.spec.signed and not kind.is_signed else 0
                 codes = grid.zero_point.view(()), torch.tensor(grid.quant_min), torch.tensor(grid.quant_max)
                 for name, code in zip(("zero", "low", "high"), codes, strict=True):
                     grid.register_buffer(f"onnx_{name}", (code + offset).to(kind))
@@ -59,8 +58,8 @@ class OnnxEmitter:
                 grid.register_buffer("onnx_value", grid())
 
     def _code_type(self, grid: IntegerActivation) -> torch.dtype:
-        wide = grid.spec.width > 8
-        if self.placement.signed_codes:
+        wide, which = grid.spec.width > 8, self.placement.signed_codes
+        if which == "all" or (which == "signed" and grid.spec.signed):
             return torch.int16 if wide else torch.int8
         return torch.uint16 if wide else torch.uint8
 
@@ -137,6 +136,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
     if placement.pads_images:
         pad_images(finished)
         common.RemoveUnusedNodesPass()(finished)
+    if placement.steadies:
+        steady_cascades(finished)
     content = slim(finished).SerializeToString()
     with atomic(path) as temporary:
         temporary.write_bytes(content)

@@ -103,7 +103,8 @@ def _constant(value: ir.Value | None) -> Any:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The constant of that name, which is registered if there is none."""
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
         graph.register_initializer(
@@ -133,7 +134,7 @@ def pool_globally(model: ir.Model) -> None:
         result.type = source.type
         graph.insert_before(node, pool)
         if node.attributes.get_int("keepdims", 1) == 0:
-            reshape = ir.node("Reshape", [result, _initializer(graph, "flat_shape", np.array([0, -1], np.int64))])
+            reshape = ir.node("Reshape", [result, initializer(graph, "flat_shape", np.array([0, -1], np.int64))])
             reshape.outputs[0].type = source.type
             graph.insert_before(node, reshape)
             result = reshape.outputs[0]
@@ -198,7 +199,7 @@ def _limit(graph: ir.Graph, quantize: ir.Node, low: int, high: int, limits: Any)
     else:
         return
     for index, code in ((1, low), (2, high)):
-        clip.replace_input_with(index, _initializer(graph, f"code_{code}_{limits.dtype}", np.array(code, limits.dtype)))
+        clip.replace_input_with(index, initializer(graph, f"code_{code}_{limits.dtype}", np.array(code, limits.dtype)))
 
 
 def keep_float(model: ir.Model) -> None:
