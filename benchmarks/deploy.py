@@ -2,12 +2,14 @@
 
     python benchmarks/deploy.py DATA_DIR [MODEL ...] [--targets onnx,openvino,executorch,torch] [--samples 256]
 
-DATA_DIR holds cifar10/, text/tinyshakespeare.txt and the float weights pretrained/*.safetensors; the MobileNetV2 and
-the ViT are trained for --steps steps here. All are calibrated and not trained further: whether a file computes what
-the fake-quantized model does has nothing to do with how good that is. Agreement is on test data.
+DATA_DIR holds cifar10/, fashion_mnist/, text/tinyshakespeare.txt and the float weights pretrained/*.safetensors; the
+MobileNetV2 and the ViT are trained on Fashion-MNIST for --steps steps here, once: their weights are kept in
+~/.cache/qat. All are calibrated and not trained further: whether a file computes what the fake-quantized model does has
+nothing to do with how good that is. Agreement is on test data.
 
-Latency is at batch 1 on one thread, in turn with the float model's ONNX file in ONNX Runtime, and relative to it. Rows
-are kept in docs/deploy.json; a model that is measured again replaces its own.
+Latency is at batch 1 on one thread, in turn with the float model's ONNX file in ONNX Runtime, and relative to it;
+--seconds 0 leaves those of the last measurement. Rows are kept in docs/deploy.json; a model that is measured again
+replaces its own.
 """
 
 import argparse
@@ -15,7 +17,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ import torch.nn.functional as F
 from models import MobileNetV2, ViT
 from pages import DOCS, put
 from presets import settings
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.calibrate import calibrate
@@ -43,7 +45,7 @@ from qat.insert import Plan, apply_plan, make_plan
 from qat.models import GPT, ResNet
 from qat.policy import QuantPolicy
 
-CALIBRATION = 256
+CALIBRATION, BATCH = 256, 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -57,6 +59,7 @@ class Case:
         learn: Inputs to calibrate on.
         test: Inputs to compare on.
         weights: Where the weights come from.
+        more: What it would be told beyond that for one target.
     """
 
     model: nn.Module
@@ -64,6 +67,7 @@ class Case:
     learn: Tensor
     test: Tensor
     weights: str
+    more: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 # -- the models --------------------------------------------------------------------------------------------------------
@@ -81,22 +85,22 @@ def loaded(loader: Any, samples: int) -> tuple[Tensor, Tensor]:
     return x[:samples], y[:samples]
 
 
-def images(given: argparse.Namespace, learn: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Training images with their classes, and test images."""
-    data = HFImages(
-        root=str(given.data / "cifar10"), image_column="img", mean=MEAN, std=STD, train_limit=learn,
-        test_limit=given.samples, crop_padding=0, flip=False,
-    )  # fmt: skip
+def images(
+    given: argparse.Namespace, learn: int, **options: Any
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Training and test images with their classes."""
+    data = HFImages(train_limit=learn, test_limit=given.samples, crop_padding=0, flip=False, **options)
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
-    return loaded(data.train_dataloader(), learn), loaded(data.test_dataloader(), given.samples)[0]
+    return [loaded(data.train_dataloader(), learn), loaded(data.test_dataloader(), given.samples)]
 
 
 def resnet20(given: argparse.Namespace, quant: str) -> Case:
     model = ResNet(20, 3, 10)
     model.load_state_dict(load_file(given.data / "pretrained" / "resnet20_cifar10.safetensors"))
-    (learn, _), test = images(given, CALIBRATION)
+    cifar = {"root": str(given.data / "cifar10"), "image_column": "img", "mean": MEAN, "std": STD}
+    (learn, _), (test, _) = images(given, CALIBRATION, **cifar)
     return Case(model.eval(), (f"experiment=cifar10/resnet20_{quant}",), learn, test, "pretrained")
 
 
@@ -110,25 +114,48 @@ def chargpt(given: argparse.Namespace) -> Case:
     return Case(model.eval(), ("experiment=shakespeare/chargpt_w8a8",), learn, test, "pretrained")
 
 
-def trained(given: argparse.Namespace, model: nn.Module, scale: int, batch: int) -> Case:
-    """A classifier of images, enlarged `scale` times."""
-    (learn, classes), test = images(given, max(CALIBRATION, 16 * batch))
-    learn, test = (F.interpolate(x, scale_factor=scale) if scale > 1 else x for x in (learn, test))
+def trained(given: argparse.Namespace, model: nn.Module, scale: int, more: dict[str, tuple[str, ...]]) -> Case:
+    """A classifier of Fashion-MNIST's images, 32x32 and three times the same channel, enlarged `scale` times."""
+    grey = {"root": str(given.data / "fashion_mnist"), "mean": (0.286,) * 3, "std": (0.353,) * 3}
+    (learn, classes), (test, answers) = images(given, max(CALIBRATION, given.steps * BATCH), **grey)
+    learn, test = (F.interpolate(F.pad(x, (2, 2, 2, 2)), scale_factor=scale) for x in (learn, test))
+    kept = Path.home() / ".cache" / "qat" / f"deploy-{type(model).__name__}-{given.steps}.safetensors"
+    if kept.is_file():
+        model.load_state_dict(load_file(kept))
+    else:
+        fit(model, learn, classes, given.steps)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(kept) as temporary:
+            save_file(model.state_dict(), temporary)
+    with torch.no_grad():
+        right = (model.eval()(test).argmax(1) == answers).float().mean()
+    return Case(model, ("quant=w8a8",), learn[:CALIBRATION], test, f"{given.steps} steps, {right:.1%}", more)
+
+
+def fit(model: nn.Module, inputs: Tensor, classes: Tensor, steps: int) -> None:
+    """Trains a classifier, each batch of another part of the data."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps)
     model.train()
-    for step in range(given.steps):
-        rows = torch.arange(step * batch, (step + 1) * batch) % len(learn)
+    for step in range(steps):
+        rows = torch.arange(step * BATCH, (step + 1) * BATCH) % len(inputs)
         optimizer.zero_grad()
-        F.cross_entropy(model(learn[rows]), classes[rows]).backward()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = F.cross_entropy(model(inputs[rows]), classes[rows])
+        loss.backward()
         optimizer.step()
-    return Case(model.eval(), ("quant=w8a8",), learn[:CALIBRATION], test, f"{given.steps} steps")
+        schedule.step()
+        if step % 50 == 0:
+            print(f"{type(model).__name__}, step {step}: loss {loss:.3f}", flush=True)
 
 
+PATCHES_FLOAT = {"executorch": ('+quant.rules.patches={match: patches, weight: "off", act: "off"}',)}
+"""ExecuTorch refuses a convolution whose output lies on no grid."""
 CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
     "ResNet-20 W8A8": lambda given: resnet20(given, "w8a8"),
     "ResNet-20 W4A4": lambda given: resnet20(given, "w4a4"),
-    "MobileNetV2 W8A8": lambda given: trained(given, MobileNetV2(), scale=2, batch=32),
-    "ViT W8A8": lambda given: trained(given, ViT(), scale=1, batch=16),
+    "MobileNetV2 W8A8": lambda given: trained(given, MobileNetV2(), 2, {}),
+    "ViT W8A8": lambda given: trained(given, ViT(), 1, PATCHES_FLOAT),
     "char GPT W8A8": chargpt,
 }
 
@@ -137,10 +164,10 @@ CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
 
 
 @torch.no_grad()
-def quantized(case: Case, engine: str | None) -> tuple[nn.Module, Plan]:
-    """The fake-quantized model by the rules of an engine."""
+def quantized(case: Case, engine: str | None, more: tuple[str, ...] = ()) -> tuple[nn.Module, Plan]:
+    """The fake-quantized model by the rules of an engine, and what it is told beyond `case.quant`."""
     model, first = copy.deepcopy(case.model), case.learn[:2]
-    policy = QuantPolicy.from_dict(settings(*case.quant) | {"target": engine})
+    policy = QuantPolicy.from_dict(settings(*case.quant, *more) | {"target": engine})
     plan, _ = make_plan(model, policy, lambda: model(first))
     apply_plan(model, plan)
     calibrate(model, lambda: [model(part) for part in case.learn.split(64)])
@@ -169,18 +196,18 @@ def measured(name: str, given: argparse.Namespace, folder: Path) -> list[dict[st
     case = CASES[name](given)
     export_onnx(case.model, case.learn[:2], folder / "float.onnx")
     runners: dict[str, Any] = {"float": OnnxRunner(folder / "float.onnx", threads=1)}
-    models: dict[str | None, Any] = {}
+    models: dict[Any, Any] = {}
     rows: dict[str, dict[str, Any]] = {}
     for wanted in given.targets.split(","):
         row = rows[wanted] = {"model": name, "weights": case.weights, "target": wanted}
         try:
             target: Target = build(wanted, {})
-            engine = target.engine or "ort"
-            if engine not in models:
-                fake, plan = quantized(case, engine)
+            told = target.engine or "ort", case.more.get(wanted, ())
+            if told not in models:
+                fake, plan = quantized(case, *told)
                 with torch.no_grad():
-                    models[engine] = fake, plan, [fake(part) for part in case.test.split(32)]
-            fake, plan, expected = models[engine]
+                    models[told] = fake, plan, [fake(part) for part in case.test.split(32)]
+            fake, plan, expected = models[told]
             prepared, path = target.prepared(fake, plan), folder / target.file
             target.export(prepared, plan, case.learn[:2], path)
             verdict = proven(target, path, prepared, expected, case.test)
@@ -195,6 +222,8 @@ def measured(name: str, given: argparse.Namespace, folder: Path) -> list[dict[st
             row.get("reason") or [(c["name"], c["passed"], c["detail"]) for c in row["checks"]],
             flush=True,
         )
+    if not given.seconds:
+        return list(rows.values())
     times = time_interleaved(runners, case.test[:1].numpy(), given.seconds)
     for wanted in runners.keys() - {"float"}:
         rows[wanted] |= {f"p{q}": float(_ratio(times[wanted], times["float"], q)) for q in (10, 50)}
@@ -203,6 +232,10 @@ def measured(name: str, given: argparse.Namespace, folder: Path) -> list[dict[st
 
 def _ratio(times: np.ndarray, base: np.ndarray, q: int) -> float:
     return np.percentile(times, q) / np.percentile(base, q)
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str]:
+    return row["model"], row["target"]
 
 
 # -- the table ---------------------------------------------------------------------------------------------------------
@@ -219,7 +252,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         else:
             nodes = "-" if "integer_nodes" not in row else f"{row['integer_nodes']} of {row['products']}"
             failed = [f"{check['name']}: {check['detail']}" for check in row["checks"] if not check["passed"]]
-            cells += [f"{row['size']:.2f}x", f"{row['p50']:.2f}x", f"{row['p10']:.2f}x", f"{row['agreement']:.2%}"]
+            cells += [f"{row['size']:.2f}x", *(f"{row[q]:.2f}x" if q in row else "-" for q in ("p50", "p10"))]
+            cells.append(f"{row['agreement']:.2%}")
             cells += [f"{row['mean_deviation_steps']:.3f} ({row['max_deviation_steps']:.2f})", nodes]
             cells.append(f"no: {failed[0]}" if failed else "yes")
         lines.append("| " + " | ".join(cells) + " |")
@@ -232,17 +266,21 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL", help=", ".join(map(repr, CASES)))
     parser.add_argument("--targets", default="onnx,openvino,executorch,torch")
     parser.add_argument("--samples", type=int, default=256, help="test samples")
-    parser.add_argument("--steps", type=int, default=100, help="of training where there are no trained weights")
-    parser.add_argument("--seconds", type=float, default=10, help="of timing, for each model")
+    parser.add_argument("--steps", type=int, default=400, help="of training where there are no trained weights")
+    parser.add_argument("--seconds", type=float, default=10, help="of timing, for each model; 0 for none")
     given = parser.parse_args()
     if unknown := set(given.models) - CASES.keys():
         parser.error(f"no such model: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     file = DOCS / "deploy.json"
-    kept = {(row["model"], row["target"]): row for row in json.loads(file.read_text())} if file.is_file() else {}
+    kept = {_key(row): row for row in json.loads(file.read_text())} if file.is_file() else {}
     for name in given.models or CASES:
         with tempfile.TemporaryDirectory() as folder:
-            kept |= {(row["model"], row["target"]): row for row in measured(name, given, Path(folder))}
+            for row in measured(name, given, Path(folder)):
+                times = (
+                    {} if given.seconds else {k: v for k, v in kept.get(_key(row), {}).items() if k in ("p10", "p50")}
+                )
+                kept[_key(row)] = row | times
         rows = sorted(kept.values(), key=lambda row: list(CASES).index(row["model"]))
         with atomic(file) as temporary:
             temporary.write_text(json.dumps(rows, indent=1) + "\n")

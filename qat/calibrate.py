@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.cascades import untie
 from qat.errors import UserError
 from qat.insert import apply_plan, named_quantizers
 from qat.layers import QuantizedLayer, Site
@@ -76,6 +77,7 @@ def calibrate(model: nn.Module, run: Callable[[], Any], only: Collection[Quantiz
                 borrowers.append((name, quantizer, siblings))
         for name, quantizer, siblings in borrowers:
             _borrow(name, quantizer, siblings)
+        untie(model, wanted)
     finally:
         for _, quantizer in found:
             quantizer.observe(False)

@@ -7,13 +7,14 @@ CVPR 2018, section 2.4): the only rounding that conversion adds, of at most half
 """
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.formats import round_midrise
+from qat.formats import FLOATS, round_midrise
 from qat.functions import PROBABILITIES
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
@@ -27,40 +28,57 @@ from qat.spec import QuantSpec
 
 
 def storage_bits(spec: QuantSpec) -> int:
-    """Bits of the integers that stand for a grid's levels: odd numbers -(2^b - 1) .. 2^b - 1 take one more than b."""
+    """Bits of the integers that engines compute with: odd numbers -(2^b - 1) .. 2^b - 1 take one more than b."""
     return spec.width + (spec.rounding is round_midrise)
 
 
-def inconvertible(plan: Plan) -> str | None:
-    """Why there is no integer form of what the plan makes; `None` if there is one."""
+@dataclass(frozen=True)
+class Holds:
+    """What a file format has besides integers.
+
+    Attributes:
+        floats: The floating-point formats of codes.
+        blocks: Whether scales of blocks are stored, and activations may be measured as they pass.
+    """
+
+    floats: tuple[str, ...] = ()
+    blocks: bool = False
+
+
+INTEGERS, EVERYTHING = Holds(), Holds(tuple(FLOATS), blocks=True)
+
+
+def inconvertible(plan: Plan, holds: Holds = INTEGERS) -> str | None:
+    """Why what the plan makes has no form in codes that a file holds; `None` if it has one."""
     if experts := next((name for name, site in plan.parameters.items() if "stacked" in site), None):
         return f"'{experts}' is a product of experts, which has no integer file"
     named = [(f"weight of '{n}'", s) for n, s in plan.weights.items()]
     for name, spec in [*named, *((f"'{n}'", s) for n, s in plan.activations.items())]:
         cls = find(spec.quantizer)
-        if not spec.integer:
-            elsewhere = "export=compressed_tensors has its numbers, for models of transformers"
+        if not spec.integer and spec.format not in holds.floats:
+            elsewhere = "packed has its numbers, and export=compressed_tensors for models of transformers"
             return f"{name} is {spec.short}: format={spec.format} has no integers ({elsewhere})"
         if storage_bits(spec) > 16:
             return f"{name} is {spec.short}: integer files hold at most 16 bits"
         if spec.rounding is round_midrise and name.startswith("'"):
             return f"{name} is {spec.short}: runtimes round activations to whole numbers, and it has odd ones only"
-        if spec.scale in ("e8m0", "e4m3"):
+        if spec.scale in ("e8m0", "e4m3") and not holds.blocks:
             return f"{name} is {spec.short}: scale={spec.scale} belongs to block formats, which no integer file has"
         if not cls.uniform:
             return f"{name} has quantizer={spec.quantizer}, whose thresholds are no equal steps"
-        if not cls.static:
+        if not cls.static and not (holds.blocks and name.startswith("'")):
             return f"{name} has quantizer={spec.quantizer}, whose scale is measured as it passes and cannot be stored"
     return None
 
 
 @torch.no_grad()
-def convert(model: nn.Module, plan: Plan) -> nn.Module:
+def convert(model: nn.Module, plan: Plan, holds: Holds = INTEGERS) -> nn.Module:
     """Returns the integer form of a calibrated model; the model itself is left as it is.
 
     Args:
         model: A model with quantizers, on any device.
         plan: The plan its quantizers were made from.
+        holds: What else than integers may come out.
 
     Returns:
         A copy in evaluation mode on the CPU, its quantized weights held as codes (`IntegerTensor`) and its activation
@@ -70,7 +88,7 @@ def convert(model: nn.Module, plan: Plan) -> nn.Module:
         UserError: if a grid was never calibrated, adapters are not merged, or a full-range 8-bit weight cannot be
             mirrored for a negative gamma.
     """
-    if reason := inconvertible(plan):
+    if reason := inconvertible(plan, holds):
         raise UserError(f"there is no integer form of it: {reason}; use export=none")
     if name := next(iter(adapted(model)), None):
         raise UserError(
@@ -146,14 +164,11 @@ def _give_up_parameters(model: nn.Module, plan: Plan, parameters: dict[str, nn.P
 def _integer_weight(module: QuantizedLayer | Site, quantizer: Quantizer) -> IntegerTensor:
     weight, spec = module.weight, quantizer.spec
     axis = {"tensor": None, "channel": quantizer.axis, "group": 1 - quantizer.axis}[spec.granularity]
-    return IntegerTensor(
-        quantizer.quantize(weight),
-        quantizer.step(),
-        quantizer.zero_point.detach().clone(),
-        storage_bits(spec),
-        axis,
-        spec.group_size,
-    )
+    zero = quantizer.zero_point.detach().clone()
+    codes = quantizer.quantize(weight)
+    tensor = IntegerTensor(codes, quantizer.step(), zero, storage_bits(spec), axis, spec.group_size)
+    tensor.number, tensor.odd, tensor.scale_format = spec.float_format, spec.rounding is round_midrise, spec.scale
+    return tensor
 
 
 def _install(name: str, module: Any, weight: IntegerTensor, norm: nn.Module | None) -> None:
@@ -174,8 +189,9 @@ def _install(name: str, module: Any, weight: IntegerTensor, norm: nn.Module | No
     module.release()
     module.integer_weight, module.integer_bias = weight, None
     module.bias = None if bias is None else nn.Parameter(bias.detach().to(module.computes_in), requires_grad=False)
-    grid = None if module.round_bias == "never" else input_grid(module.input_quantizer)
-    if bias is not None and scale is not None and grid is not None and max(width, grid.spec.width) <= WIDEST:
+    grid = None if module.round_bias == "never" or weight.number else input_grid(module.input_quantizer)
+    accumulates = grid is not None and grid.static and grid.spec.integer and max(width, grid.spec.width) <= WIDEST
+    if bias is not None and scale is not None and grid is not None and accumulates:
         scale = grid.step().double() * scale
         codes, axis = bias_codes(bias, scale).to(torch.int32), None if len(scale) == 1 else 0
         module.integer_bias = IntegerTensor(codes, scale.float(), torch.zeros_like(scale), 32, axis)
@@ -232,6 +248,9 @@ def _along_outputs(layer: Any, values: Tensor, like: Tensor) -> Tensor:
 
 def _mirror(name: str, weight: IntegerTensor, codes: Tensor, scales: Tensor) -> None:
     """Negates the values of the channels that the masks `codes` and `scales` name, by their codes."""
+    if weight.number is not None:
+        weight.codes = torch.where(codes, weight.codes ^ 2 ** (weight.bits - 1), weight.codes)
+        return
     if weight.codes.dtype == torch.uint8:
         top = 2**weight.bits - 1
         weight.codes = torch.where(codes, top - weight.codes, weight.codes)
@@ -262,5 +281,11 @@ def _freeze_activations(model: nn.Module) -> None:
         for child, quantizer in list(module._modules.items()):
             if isinstance(quantizer, Quantizer):
                 if quantizer not in frozen:
-                    frozen[quantizer] = IntegerActivation(quantizer) if quantizer.enabled else nn.Identity()
+                    frozen[quantizer] = _frozen(quantizer)
                 module._modules[child] = frozen[quantizer]
+
+
+def _frozen(quantizer: Quantizer) -> nn.Module:
+    if not quantizer.enabled:
+        return nn.Identity()
+    return IntegerActivation(quantizer) if quantizer.static else quantizer

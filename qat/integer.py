@@ -1,4 +1,4 @@
-"""What a converted model is made of: integer codes and frozen grids, and the two operations on them.
+"""What a converted model is made of: codes and frozen grids, and the two operations on them.
 
 A converted model runs anywhere torch does (its operations compute in float what the codes stand for), and it is the
 one thing that exporters consume: they set `emitter` to an object that writes their format's operations instead, and
@@ -12,26 +12,33 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from qat.formats import Float
 from qat.functional import levels, values
 from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
 
 
 class IntegerTensor(nn.Module):
-    """A constant (weight or bias) as integer codes.
+    """A constant (weight or bias) as integer codes, or as those of a floating-point format.
 
     Attributes:
-        codes: int8, uint8 or int32, in the tensor's own shape.
+        codes: int8, uint8 or int32, in the tensor's own shape; of a floating-point format the bit patterns, uint8.
         scale: float32; `(1,)`, `(channels,)`, or the tensor's shape with the grouped axis divided by the group size.
         zero_point: of the shape of `scale` and the type of `codes`.
         bits: Width that every code fits in.
         axis: The channel axis, or for groups the grouped axis; `None` for one scale.
         group_size: Elements per group along `axis`.
+        number: The floating-point format of the codes; `None` for integers.
+        odd: Whether the grid has odd numbers alone.
+        scale_format: How the scale can be stored (see `QuantSpec.scale`), unless a BatchNorm was folded into it.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
+    number: Float | None = None
+    odd = False
+    scale_format = "float32"
 
     def __init__(
         self,
@@ -101,6 +108,8 @@ class Eager:
     """Computes the values with the functions that training uses."""
 
     def dequantize(self, tensor: IntegerTensor) -> Tensor:
+        if tensor.number is not None:
+            return tensor.number.decode(tensor.codes) * tensor.spread(tensor.scale)
         level = tensor.codes.to(torch.float64 if tensor.codes.dtype == torch.int32 else torch.float32) - tensor.spread(
             tensor.zero_point
         )
@@ -108,7 +117,7 @@ class Eager:
 
     def quantize_dequantize(self, x: Tensor, grid: IntegerActivation) -> Tensor:
         low, high = grid.quant_min - grid.zero_point, grid.quant_max - grid.zero_point
-        return values(levels(x, grid.scale, low, high), grid.scale, x.dtype)
+        return values(levels(x, grid.scale, low, high, grid.spec.rounding), grid.scale, x.dtype)
 
 
 emitter: Emitter = Eager()

@@ -1,7 +1,8 @@
 """What a packed file stores of each layer, in bytes, before there is one (see `qat.export.packed`).
 
     codes     ceil(weights x bits / 8)
-    scales    4 bytes each, and one for its zero point
+    scales    4 bytes each (2 of float16, 1 of pow2, e8m0 and e4m3, unless a BatchNorm folds into them), and of
+              integers one for the zero point
     biases    12 bytes each (int32 code, scale, zero point), or 4 in float
 
 What no layer owns comes on top in the file: 8 bytes for each activation grid, and the header that names the tensors.
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from qat.audit import AuditRow
 from qat.convert import storage_bits
 from qat.cost import code_bytes
+from qat.formats import round_midrise
 from qat.layers import mixin_for
 from qat.plan import Plan
 from qat.spec import QuantSpec
 
 FLOAT_BYTES = 4
+SCALE_BYTES = {"float16": 2, "pow2": 1, "e8m0": 1, "e4m3": 1}
 
 
 def with_bytes(rows: Sequence[AuditRow], model: nn.Module, plan: Plan) -> list[AuditRow]:
@@ -60,14 +63,23 @@ def layer_bytes(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int
         scales = layer.weight.numel() // (spec.group_size or 1)
     else:
         scales = channels if spec.granularity == "channel" or name in plan.batch_norms else 1
-    codes = code_bytes(layer.weight.numel(), stored_bits(model, plan, name, spec)) + 5 * scales
+    scale_bytes = FLOAT_BYTES if name in plan.batch_norms else SCALE_BYTES.get(spec.scale, FLOAT_BYTES)
+    codes = code_bytes(layer.weight.numel(), packed_bits(model, plan, name, spec))
+    codes += (scale_bytes + spec.integer) * scales
     shared = plan.layers[name]["weight"] != name
     return (0 if shared else codes) + _bias_bytes(layer, plan, name, channels, scales, spec)
 
 
+def packed_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int:
+    """Bits of a packed code: those of the grid, but where a BatchNorm makes a channel constant and there is no zero."""
+    norm: Any = model.get_submodule(plan.batch_norms[name]) if name in plan.batch_norms else None
+    constant = norm is not None and norm.weight is not None and bool((norm.weight == 0).any())
+    return spec.width if spec.rounding is round_midrise and not constant else stored_bits(model, plan, name, spec)
+
+
 def stored_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int:
-    """Bits of a stored code: one more than the grid's where a negative gamma may mirror the lowest code of a full-range
-    grid (see `qat.convert`)."""
+    """Bits of a code as engines store it: one more than the grid's where it has no zero, and where a negative gamma may
+    mirror the lowest code of a full-range grid (see `qat.convert`)."""
     norm: Any = model.get_submodule(plan.batch_norms[name]) if name in plan.batch_norms else None
     mirrors = norm is not None and norm.weight is not None and bool((norm.weight < 0).any())
     full = spec.format == "int" and spec.signed is not False and not spec.narrow and spec.width < 8
@@ -77,7 +89,8 @@ def stored_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int
 def _bias_bytes(layer: Any, plan: Plan, name: str, channels: int, scales: int, spec: QuantSpec) -> int:
     if name not in plan.batch_norms and not isinstance(getattr(layer, "bias", None), Tensor):
         return 0
-    integer = bool(plan.layers[name]["input"]) and spec.granularity != "group"
+    inputs = [plan.activations[label] for label in plan.layers[name]["input"]]
+    integer = bool(inputs) and inputs[-1].integer and spec.integer and spec.granularity != "group"
     return 4 * channels + 8 * scales if integer else FLOAT_BYTES * channels
 
 

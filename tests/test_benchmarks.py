@@ -3,12 +3,15 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import export_fuzz
+import forced
 import peers
 import timing
 
@@ -74,3 +77,26 @@ def test_an_installed_peer_quantizes_and_learns(name):
     notes: list[str] = []
 
     assert not isinstance(peers.attempt(name, lambda peer: peers.prepared(peer, model, x), notes), str), notes
+
+
+def test_a_stopped_fuzz_run_goes_on_behind_the_cases_in_its_file(tmp_path, monkeypatch, capsys):
+    file, ran = tmp_path / "results.jsonl", []
+
+    def attempt(seeds: list[int], blocks: int, folder: Path) -> forced.Outcome:
+        ran.append(seeds)
+        return forced.Outcome(["broken"] * (4 in seeds), 10, 1, np.zeros((2, len(seeds))))
+
+    def run(cases: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["export_fuzz.py", cases, "--results", str(file)])
+        return export_fuzz.main()
+
+    monkeypatch.setattr(export_fuzz, "attempt", attempt)
+    monkeypatch.setattr(forced, "PACK", 2)
+    assert run("0:2") == 0
+    ran.clear()
+    assert run("0:5") == 1
+    assert sorted({seed for seeds in ran for seed in seeds}) == [2, 3, 4]
+    assert "export_fuzz.py 4 --blocks 2: broken" in capsys.readouterr().out
+    ran.clear()
+    assert run("0:5") == 1 and not ran
+    assert "5 cases, 1 failed" in capsys.readouterr().out

@@ -10,7 +10,7 @@ from torch import nn
 
 from qat.audit import audit, bops
 from qat.calibrate import calibrate
-from qat.convert import convert
+from qat.convert import EVERYTHING, convert
 from qat.cost import average_bits, bit_operations
 from qat.export.packed import WEIGHTS, save_packed
 from qat.insert import apply_plan, make_plan
@@ -45,6 +45,7 @@ def test_float_counts_32_bits():
 
 
 CHANNEL = {"bits": 4, "granularity": "channel"}
+MX = {"format": "e2m1", "bits": None, "granularity": "group", "group_size": 4, "scale": "e8m0", "range": "minmax"}
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,11 @@ CHANNEL = {"bits": 4, "granularity": "channel"}
         pytest.param(Shape(bias=True, norm=False), CHANNEL, None, {}, id="weights-only"),
         pytest.param(Shape(), CHANNEL, 8, {"a": {"match": "stem", "weight": "off"}}, id="a-float-layer-and-its-norm"),
         pytest.param(Shape(kind="linear"), CHANNEL | {"granularity": "group", "group_size": 4}, 8, {}, id="groups"),
+        pytest.param(Shape(), {"format": "binary", "bits": None}, 8, {}, id="binary"),
+        pytest.param(Shape(norm=False), {"format": "midrise", "bits": 2, "scale": "pow2"}, 8, {}, id="midrise-pow2"),
+        pytest.param(Shape(bias=True, norm=False), {"format": "e4m3", "bits": None}, 8, {}, id="fp8"),
+        pytest.param(Shape(kind="linear"), MX, 8, {}, id="mxfp4"),
+        pytest.param(Shape(kind="linear"), MX | {"scale": "e4m3"}, 8, {}, id="block-scales-that-a-norm-folds-into"),
     ],
 )
 def test_the_bytes_of_the_layers_are_those_of_the_file_but_for_header_and_activation_grids(
@@ -99,7 +105,7 @@ def _stored(model, plan, x, folder):
     """Bytes of tensors in the packed file, and those of activation grids among them."""
     apply_plan(model, plan)
     calibrate(model, lambda: model(x))
-    save_packed(convert(model, plan), plan, folder)
+    save_packed(convert(model, plan, EVERYTHING), plan, folder)
     content = (folder / WEIGHTS).read_bytes()
     size = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + size])

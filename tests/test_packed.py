@@ -2,20 +2,24 @@
 line."""
 
 import json
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from small_models import POLICY, Drawn, Shape, lived, quantized
-from torch import nn
+from torch import Tensor, nn
 
-from qat.convert import convert
+from qat.convert import EVERYTHING, convert, inconvertible
 from qat.errors import UserError
 from qat.export import packed
-from qat.export.packed import MANIFEST, WEIGHTS, load_packed, pack, save_packed, unpack
+from qat.export.packed import MANIFEST, WEIGHTS, PackedTarget, load_packed, pack, save_packed, unpack
+from qat.export.verify import Verdict, check_codes
+from qat.formats import FLOATS
 
 
 @settings(deadline=None)
@@ -36,6 +40,15 @@ def test_bits_fill_bytes_from_the_lowest_up() -> None:
     assert pack(torch.tensor([0b101, 0b011, 0b110]), 3, 0).tolist() == [0b10011101, 0b1]
 
 
+def test_a_code_between_those_of_a_grid_is_refused() -> None:
+    assert torch.equal(
+        unpack(pack(torch.tensor([-3, 1, 3]), 2, -3, 2), 2, -3, (3,), torch.int8, 2),
+        torch.tensor([-3, 1, 3], dtype=torch.int8),
+    )
+    with pytest.raises(ValueError, match="not all -3 and a multiple of 2"):
+        pack(torch.tensor([-3, 0]), 2, -3, 2)
+
+
 @pytest.mark.parametrize("code", [-9, 8])
 def test_a_code_that_does_not_fit_is_refused(code) -> None:
     with pytest.raises(ValueError, match="do not fit 4 bits from -8"):
@@ -44,6 +57,89 @@ def test_a_code_that_does_not_fit_is_refused(code) -> None:
 
 def test_nothing_packs_to_nothing() -> None:
     assert unpack(pack(torch.zeros(0, 3), 4, 0), 4, 0, (0, 3), torch.int8).shape == (0, 3)
+
+
+@st.composite
+def grids(draw) -> dict:
+    """Every weight grid that there is: formats, widths, granularities and scale formats."""
+    kind = draw(st.sampled_from(["int", "midrise", "binary", "ternary", *FLOATS]))
+    granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
+    scale = draw(st.sampled_from(["float32", "float16", "pow2"] + ["e8m0", "e4m3"] * (granularity == "group")))
+    bits = draw(st.integers(1 if kind == "midrise" else 2, 7 if kind == "midrise" else 8))
+    affine = kind == "int" and scale not in ("e8m0", "e4m3") and draw(st.booleans())
+    return {
+        "format": kind, "bits": bits if kind in ("int", "midrise") else None, "symmetric": not affine,
+        "granularity": granularity, "group_size": 4 if granularity == "group" else None, "scale": scale,
+        "quantizer": "fixed", "range": "minmax",
+    }  # fmt: skip
+
+
+ACTS = [
+    {"bits": 8},
+    {"format": "e4m3", "bits": None, "quantizer": "fixed"},
+    {"format": "e2m1", "bits": None, "granularity": "group", "group_size": 4, "scale": "e8m0", "quantizer": "dynamic"},
+    "off",
+]
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 6, bias=False), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(nn.functional.pad(self.first(x).relu(), (0, 6)))
+
+
+@settings(deadline=None, max_examples=150)
+@given(weight=grids(), act=st.sampled_from(ACTS), seed=st.integers(0, 1000), size=st.sampled_from([1e-6, 0.1, 1e5]))
+def test_every_grid_comes_back_bit_for_bit_from_its_true_number_of_bits(weight, act, seed, size) -> None:
+    torch.manual_seed(seed)
+    model, x = Two().eval(), torch.randn(16, 8)
+    with torch.no_grad():
+        model.first.weight.mul_(size)
+    plan = quantized(model, x, {"weight": weight, "act": act, "sites": "off"})
+    converted, spec = convert(model, plan, EVERYTHING), plan.weights["first"]
+    with tempfile.TemporaryDirectory() as folder:
+        save_packed(converted, plan, folder)
+        stored, loaded = load_file(Path(folder) / WEIGHTS), load_packed(Two(), folder)
+    for key, value in converted.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    with torch.no_grad():
+        assert torch.equal(loaded(x), converted(x))
+        assert torch.equal(loaded.first.quantized_weight(), model.first.weight_quantizer(model.first.weight))
+    assert stored["first.integer_weight.codes"].numel() == -(-48 * spec.width // 8)
+    bytes_of_scales = {"float32": 4, "float16": 2}.get(spec.scale, 1)
+    scale = stored["first.integer_weight.scale"]
+    assert scale.numel() * scale.element_size() == converted.first.integer_weight.scale.numel() * bytes_of_scales
+
+
+def test_blocks_are_a_packed_target_alone_and_it_is_verified(tmp_path) -> None:
+    block = {"format": "e2m1", "bits": None, "granularity": "group", "group_size": 4, "scale": "e8m0"}
+    policy = {"weight": block | {"quantizer": "minmax"}, "act": block | {"quantizer": "dynamic"}, "sites": "off"}
+    model, x = Two().eval(), torch.randn(16, 8)
+    plan, target = quantized(model, x, policy), PackedTarget()
+    assert "format=e2m1 has no integers" in (inconvertible(plan) or "")
+    assert target.why_not(model, plan) is None
+    prepared, path = target.prepared(model, plan), tmp_path / target.file
+    target.export(prepared, plan, x[:2], path)
+    verdict = Verdict()
+    check_codes(verdict, prepared, target.codes(path))
+    assert verdict.passed
+    with torch.no_grad():
+        assert np.array_equal(target.load(path, Two())(x.numpy()), model(x).numpy())
+
+
+def test_a_channel_that_a_batch_norm_made_constant_takes_a_binary_grid_another_bit(tmp_path) -> None:
+    model, x = lived(nn.Sequential(nn.Linear(8, 4, bias=False), nn.BatchNorm1d(4))), torch.randn(16, 8)
+    with torch.no_grad():
+        model[1].weight[2] = 0
+    plan = quantized(model, x, {"weight": {"format": "binary", "bits": None}, "act": {"bits": 8}})
+    converted = convert(model, plan)
+    save_packed(converted, plan, tmp_path)
+    assert load_file(tmp_path / WEIGHTS)["0.integer_weight.codes"].numel() == 8 * 4 * 2 // 8
+    fresh = nn.Sequential(nn.Linear(8, 4, bias=False), nn.BatchNorm1d(4))
+    assert torch.equal(load_packed(fresh, tmp_path)(x), converted(x))
 
 
 SHAPE = Shape(kind="strided", bias=True)

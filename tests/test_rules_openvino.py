@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from random_models import Attention
 from small_models import quantized
 from torch import Tensor, nn
 
 from qat.convert import convert
 from qat.export.openvino_ir import OpenVinoTarget
-from qat.export.verify import Comparison
+from qat.export.verify import Comparison, Verdict
 
 pytest.importorskip("openvino", reason="needs the extra `openvino`")
 torch.set_num_threads(1)
@@ -50,3 +51,28 @@ def mean_steps(shortcut: bool, target: str, folder: Path) -> float:
 def test_openvino_forgets_the_grid_between_a_convolution_and_an_addition(shortcut, tmp_path):
     assert mean_steps(shortcut, "openvino", tmp_path) < 1e-3
     assert mean_steps(shortcut, "ort", tmp_path) > 0.02, "if it keeps the grid by now, the rule in qat.engines can go"
+
+
+class Attentive(nn.Module):
+    def __init__(self, causal: bool) -> None:
+        super().__init__()
+        self.attention = Attention(16, 2, fused=True, causal=causal, bias=True)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x).mean(1))
+
+
+@pytest.mark.parametrize("causal", [pytest.param(False, id="in-one-kernel"), pytest.param(True, id="causal")])
+@pytest.mark.parametrize(
+    ("kinds", "integers"), [pytest.param("attention", 4, id="scores"), pytest.param("all", 5, id="probabilities")]
+)
+def test_openvino_multiplies_queries_and_keys_as_integers(causal, kinds, integers, tmp_path):
+    model, x = Attentive(causal).eval(), torch.randn(16, 9, 16)
+    policy = W8A8 | {"target": "openvino", "kinds": kinds if kinds == "all" else [kinds]}
+    plan = quantized(model, x, policy)
+    exporter, converted, verdict = OpenVinoTarget(), convert(model, plan), Verdict()
+    exporter.export(converted, plan, x[:4], tmp_path / "model.xml")
+    exporter.check_kernels(verdict, converted, exporter.load(tmp_path / "model.xml", converted))
+    assert verdict.passed, verdict.checks
+    assert verdict.facts["integer_nodes"] == verdict.facts["expected_integer_nodes"] == integers

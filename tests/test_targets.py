@@ -216,3 +216,16 @@ def test_gguf_refuses_quantized_activations(tmp_path) -> None:
     target, case = target_of("gguf"), Case(Shape(), W8A8)
     with pytest.raises(UserError, match="holds weights alone"):
         case.export(target, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["torch", "torch_inductor"])
+def test_a_program_holds_no_training_data(name, tmp_path):
+    case, target = Case(Shape(), POLICY), target_of(name)
+    sizes = []
+    for samples in (2, 4096):
+        path, batch = tmp_path / str(samples) / target.file, torch.randn(samples, 3, 8, 8)
+        target.export(case.converted, case.plan, batch[:2], path)
+        sizes.append(path.stat().st_size)
+    assert sizes[0] == sizes[1]
+    (stored,), _ = torch.export.load(str(path)).example_inputs
+    assert not stored.any()

@@ -11,6 +11,8 @@ The converted model writes its own quantization: while it is traced, `OnnxEmitte
     linear        Gemm, on inputs of two dimensions; MatMul has no integer kernel that adds a bias
     biases        int32 at s_x * s_w; a float bias would be re-quantized differently (2.5% of a layer's outputs)
 
+    fp8           QuantizeLinear and DequantizeLinear of FLOAT8E4M3FN and FLOAT8E5M2, without a zero point
+
 Opset 21 is the first with INT4, 25 the first with INT2. Weights of 3 bits are stored as INT4.
 """
 
@@ -24,9 +26,11 @@ import onnx_ir.passes.common as common
 import torch
 from torch import Tensor, nn
 
+from qat.convert import Holds
 from qat.errors import UserError
 from qat.export import onnx_nbits, onnx_passes
 from qat.export.files import atomic
+from qat.export.onnx_cascades import steady_cascades
 from qat.export.onnx_channels import pad_images
 from qat.export.onnx_placement import ORT, Placement
 from qat.export.onnx_slim import slim
@@ -34,8 +38,12 @@ from qat.export.onnx_trace import trace
 from qat.export.runtime import OnnxRunner, float_convolutions, weight_codes
 from qat.export.target import Target
 from qat.export.verify import Verdict, count_kernels
+from qat.formats import FLOATS
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting
+
+FP8 = {FLOATS["e4m3"]: torch.float8_e4m3fn, FLOATS["e5m2"]: torch.float8_e5m2}
+"""The floating-point codes that ONNX has and its CPU kernels quantize to; they are multiplied in float."""
 
 
 class OnnxEmitter:
@@ -48,32 +56,41 @@ class OnnxEmitter:
         """Gives every activation grid its zero point and limits as codes, and float biases their values."""
         for grid in model.modules():
             if isinstance(grid, IntegerActivation):
-                kind = self._code_type(grid)
-                offset = (
-                    2 ** (torch.iinfo(kind).bits - 1) if grid.spec.signed and not self.placement.signed_codes else 0
-                )
-                codes = grid.zero_point.view(()), torch.tensor(grid.quant_min), torch.tensor(grid.quant_max)
-                for name, code in zip(("zero", "low", "high"), codes, strict=True):
-                    grid.register_buffer(f"onnx_{name}", (code + offset).to(kind))
+                self._prepare(grid)
+            elif isinstance(grid, IntegerTensor) and grid.number is not None:
+                kind = FP8[grid.number]
+                grid.codes, grid.zero_point = grid.codes.view(kind), torch.zeros_like(grid.zero_point, dtype=kind)
             elif isinstance(grid, IntegerTensor) and grid.codes.dtype == torch.int32 and self.placement.float_biases:
                 grid.register_buffer("onnx_value", grid())
 
+    def _prepare(self, grid: IntegerActivation) -> None:
+        if grid.spec.float_format is not None:
+            grid.register_buffer("onnx_zero", torch.zeros((), dtype=FP8[grid.spec.float_format]))
+            return
+        kind = self._code_type(grid)
+        offset = 2 ** (torch.iinfo(kind).bits - 1) if grid.spec.signed and not kind.is_signed else 0
+        codes = grid.zero_point.view(()), torch.tensor(grid.quant_min), torch.tensor(grid.quant_max)
+        for name, code in zip(("zero", "low", "high"), codes, strict=True):
+            grid.register_buffer(f"onnx_{name}", (code + offset).to(kind))
+
     def _code_type(self, grid: IntegerActivation) -> torch.dtype:
-        wide = grid.spec.width > 8
-        if self.placement.signed_codes:
+        wide, which = grid.spec.width > 8, self.placement.signed_codes
+        if which == "all" or (which == "signed" and grid.spec.signed):
             return torch.int16 if wide else torch.int8
         return torch.uint16 if wide else torch.uint8
 
     def quantize_dequantize(self, x: Tensor, grid: IntegerActivation) -> Tensor:
-        zero, low, high = grid.get_buffer("onnx_zero"), grid.get_buffer("onnx_low"), grid.get_buffer("onnx_high")
-        scale, kind = grid.scale.view(()), zero.dtype
-        limited = grid.quant_max - grid.quant_min < 2 ** torch.iinfo(kind).bits - 1
+        zero, scale = grid.get_buffer("onnx_zero"), grid.scale.view(())
+        kind, fp8 = zero.dtype, grid.spec.float_format is not None
+        # QuantizeLinear saturates fp8 at the largest number, which is where its grid ends.
+        limited = not fp8 and grid.quant_max - grid.quant_min < 2 ** torch.iinfo(kind).bits - 1
         if limited and not self.placement.clips_codes:
             zero_code = int(grid.zero_point)
             x = x.clamp((grid.quant_min - zero_code) * float(scale), (grid.quant_max - zero_code) * float(scale))
         codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=kind, shape=x.shape)
         if limited and self.placement.clips_codes:
-            codes = torch.onnx.ops.symbolic("Clip", (codes, low, high), dtype=kind, shape=x.shape)
+            limits = grid.get_buffer("onnx_low"), grid.get_buffer("onnx_high")
+            codes = torch.onnx.ops.symbolic("Clip", (codes, *limits), dtype=kind, shape=x.shape)
         return torch.onnx.ops.symbolic("DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=x.shape)
 
     def dequantize(self, tensor: IntegerTensor) -> Tensor:
@@ -116,18 +133,18 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
             "the example input must hold at least two samples: a batch of one would be taken for a constant"
         )
     model = copy.deepcopy(model).cpu().eval()
-    emitter = OnnxEmitter(placement)
-    emitter.prepare(model)
     with torch.no_grad():
         output = model(example)
     if not isinstance(output, Tensor):
         raise UserError(
             f"{name} returns a {type(output).__name__}: ONNX export needs a forward that returns one tensor"
         )
+    emitter = OnnxEmitter(placement)
+    emitter.prepare(model)
     with emitting(emitter):
         traced = trace(model, example)
     weights = {
-        f"{layer}.weight".removeprefix("."): module.integer_weight.codes.numpy()
+        f"{layer}.weight".removeprefix("."): _array(module.integer_weight.codes)
         for layer, module in model.named_modules()
         if isinstance(module, IntegerLayer)
     }
@@ -137,9 +154,16 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
     if placement.pads_images:
         pad_images(finished)
         common.RemoveUnusedNodesPass()(finished)
+    if placement.steadies:
+        steady_cascades(finished)
     content = slim(finished).SerializeToString()
     with atomic(path) as temporary:
         temporary.write_bytes(content)
+
+
+def _array(codes: Tensor) -> np.ndarray:
+    """Codes, those of fp8 as bit patterns."""
+    return (codes.view(torch.uint8) if codes.is_floating_point() else codes).numpy()
 
 
 @dataclass(frozen=True)
@@ -163,6 +187,7 @@ class OnnxTarget(Target):
     optimizes = True
     max_bits = 16
     placement: ClassVar[Placement] = ORT
+    holds: ClassVar[Holds] = Holds(("e4m3", "e5m2"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,6 +199,9 @@ class OnnxTarget(Target):
         alone += [site for name, site in plan.parameters.items() if not any(plan.sites.get(name, [])[:1])]
         if self.weight_only == "matmulnbits" and not alone:
             return "weight_only=matmulnbits is for quantized weights with a float input; set quant.act=off, or use qdq"
+        floats = [f"'{name}' is {spec.short}" for name, spec in plan.weights.items() if not spec.integer]
+        if self.weight_only == "matmulnbits" and floats:
+            return f"{floats[0]}, and MatMulNBits holds integers; use weight_only=qdq"
         return None
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import onnx
 from torch import nn
 
+from qat.convert import INTEGERS
 from qat.export.onnx import OnnxTarget
 from qat.export.onnx_checks import Graph, qnn_violations, tensorrt_violations
 from qat.export.onnx_placement import OPENVINO, QNN, TENSORRT, Placement
@@ -26,6 +27,7 @@ class OpenVinoOnnx(OnnxTarget):
     placement: ClassVar[Placement] = OPENVINO
     package = extra = "openvino"
     max_bits = 8
+    holds = INTEGERS
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> Any:
         return OpenVinoRunner(path, optimize=optimize, threads=threads)
@@ -42,6 +44,7 @@ class _Structural(OnnxTarget):
     """
 
     violations: ClassVar[Callable[[onnx.ModelProto], list[str]]]
+    holds = INTEGERS
 
     def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: OnnxRunner) -> None:
         model = onnx.load(str(runner.path))

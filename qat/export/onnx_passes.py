@@ -3,7 +3,8 @@ place and no value of it.
 
     pool_globally     a mean over all pixels becomes GlobalAveragePool, which has an integer kernel
     clip_codes        ReLU and Clip before QuantizeLinear become a Clip of its codes (rounding is monotone, so they
-                      commute), so that it sits right behind the layer
+                      commute), so that it sits right behind the layer; in front of fp8 codes they are kept from being
+                      dropped
     keep_float        a float weight behind quantized inputs stays float (left alone, the runtime quantizes it as it
                       sees fit), and so does a convolution with groups of weights
     split_readers     a matrix product that is read both as codes and in float keeps an integer kernel
@@ -29,6 +30,7 @@ BITS_KEY = "qat.bits"
 SHARED_KEY = "qat.shared_weights"
 """Metadata of the file: JSON, from the name of each weight that was left out to the identical one that stands for
 it."""
+FP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
 PASS_THROUGH = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
 """Operations that commute with clipping."""
 
@@ -103,7 +105,8 @@ def _constant(value: ir.Value | None) -> Any:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
-def _initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The constant of that name, which is registered if there is none."""
     if name not in graph.initializers:
         tensor = ir.tensor(array, name=name)
         graph.register_initializer(
@@ -133,7 +136,7 @@ def pool_globally(model: ir.Model) -> None:
         result.type = source.type
         graph.insert_before(node, pool)
         if node.attributes.get_int("keepdims", 1) == 0:
-            reshape = ir.node("Reshape", [result, _initializer(graph, "flat_shape", np.array([0, -1], np.int64))])
+            reshape = ir.node("Reshape", [result, initializer(graph, "flat_shape", np.array([0, -1], np.int64))])
             reshape.outputs[0].type = source.type
             graph.insert_before(node, reshape)
             result = reshape.outputs[0]
@@ -155,6 +158,12 @@ def _clip_codes_of(graph: ir.Graph, quantize: ir.Node, all_limits: bool) -> None
     edge, source = _activation_before(graph, quantize)
     scale, zero = _constant(quantize.inputs[1]), _constant(quantize.inputs[2])
     if source is None or scale is None or scale.size != 1:
+        return
+    if zero.dtype.kind not in "iu":
+        # The runtime takes a zero point of 0 for the lowest code, of fp8 too, and would drop the ReLU.
+        kept = ir.node("Max", [source.outputs[0]])
+        graph.insert_after(source, kept)
+        edge.replace_input_with(0, kept.outputs[0])
         return
     limits = np.iinfo(zero.dtype)
     bounds = (0.0, None) if source.op_type == "Relu" else [_constant(v) for v in [*source.inputs, None, None][1:3]]
@@ -198,12 +207,12 @@ def _limit(graph: ir.Graph, quantize: ir.Node, low: int, high: int, limits: Any)
     else:
         return
     for index, code in ((1, low), (2, high)):
-        clip.replace_input_with(index, _initializer(graph, f"code_{code}_{limits.dtype}", np.array(code, limits.dtype)))
+        clip.replace_input_with(index, initializer(graph, f"code_{code}_{limits.dtype}", np.array(code, limits.dtype)))
 
 
 def keep_float(model: ir.Model) -> None:
     """Puts a Max of one input (which changes nothing, and which the runtime does not remove) between quantized inputs
-    and a weight that no integer kernel takes: a float one, one in blocks, or one whose scales run along the sum."""
+    and a weight that no integer kernel takes: float, fp8, in blocks, or with scales that run along the sum."""
     graph = model.graph
     for node in list(graph):
         computes = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
@@ -220,6 +229,8 @@ def keep_float(model: ir.Model) -> None:
 
 
 def _stays_float(op_type: str, weight: ir.Node | None) -> bool:
+    if weight is not None and weight.inputs[0] is not None and weight.inputs[0].dtype in FP8:
+        return True  # the runtime would put the bias on int32, for which the product of two fp8 scales is too fine
     if op_type == "MatMul":
         return _scales_along_the_sum(weight)
     # The runtime makes an integer kernel of a convolution with blocks of weights, and that then refuses the scales.

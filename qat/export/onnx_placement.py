@@ -1,6 +1,8 @@
 """Where Q/DQ nodes stand in an ONNX file and what types they have, by the engine that reads it.
 
-ort, openvino   as ONNX Runtime's CPU kernels want it (`qat.export.onnx`); OpenVINO reads the same
+ort             as ONNX Runtime's CPU kernels want it (`qat.export.onnx`)
+openvino        the same, but signed activations are int8 (with a zero point it multiplies two activations in float),
+                and grids behind grids have other scales, since its kernels multiply by reciprocals
 tensorrt        TensorRT, "Working with Quantized Types": Q/DQ at the inputs of quantizable operations, int8 with
                 zero points of zero (other types and zero points are refused by its parser), ReLU in front of
                 Q, where it fuses with the convolution, float biases (its parser knows no DequantizeLinear of int32)
@@ -11,6 +13,7 @@ qnn             ONNX Runtime's QNN execution provider runs *QDQ node units*: eve
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 OPSET = 21
 OPSET_2_BITS, IR_2_BITS = 25, 13
@@ -22,7 +25,8 @@ class Placement:
     """How a converted model is written for one engine.
 
     Attributes:
-        signed_codes: Whether activations are int8 (int16), or uint8 (uint16) with 128 (32768) added to signed codes.
+        signed_codes: Of which activations the codes are int8 (int16): of `all`, of those with a `signed` grid, or of
+            `none`, where 128 (32768) is added to signed codes and all are uint8 (uint16).
         clips_codes: Whether the limits of narrow grids are a Clip of the codes; else a float one in front of them.
         folds_limits: Whether ReLU and Clip become limits of the codes; else only what the codes limit anyway goes.
         narrowest: Bits of the smallest type that weights are stored in: 8, 4 or 2; those below 8 are cast to a byte.
@@ -30,9 +34,11 @@ class Placement:
         guards_fusions: Whether what ONNX Runtime would fuse wrongly, or not at all, is kept apart.
         pads_images: Whether images of three channels get a fourth (`qat.export.onnx_channels`).
         units: Whether operations that only move values stand between Q/DQ nodes of their own.
+        steadies: Whether a grid behind a grid divides by a scale that no arithmetic rounds otherwise
+            (`qat.export.onnx_cascades`).
     """
 
-    signed_codes: bool = False
+    signed_codes: Literal["none", "signed", "all"] = "none"
     clips_codes: bool = True
     folds_limits: bool = True
     narrowest: int = 8
@@ -40,9 +46,10 @@ class Placement:
     guards_fusions: bool = True
     pads_images: bool = False
     units: bool = False
+    steadies: bool = False
 
 
 ORT = Placement(narrowest=2, pads_images=True)
-OPENVINO = Placement(narrowest=4)
-TENSORRT = Placement(signed_codes=True, clips_codes=False, folds_limits=False, float_biases=True, guards_fusions=False)
+OPENVINO = Placement(signed_codes="signed", narrowest=4, steadies=True)
+TENSORRT = Placement(signed_codes="all", clips_codes=False, folds_limits=False, float_biases=True, guards_fusions=False)
 QNN = Placement(clips_codes=False, folds_limits=False, guards_fusions=False, units=True)

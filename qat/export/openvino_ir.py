@@ -88,11 +88,17 @@ class OpenVinoRunner:
 
     def precisions(self) -> list[tuple[str, str]]:
         """Name and precision (`f32`, `u8`, `i8`) of every convolution and product that is executed."""
+        softmaxes = {n.get_friendly_name() for n in self._read().get_ordered_ops() if n.get_type_name() == "Softmax"}
         nodes = []
         for node in self._compiled.get_runtime_model().get_ordered_ops():
             info = node.get_rt_info()
+            names, precision = info["originalLayersNames"].value, info["runtimePrecision"].value
             if info["layerType"].value in KERNELS:
-                nodes.append((info["originalLayersNames"].value, info["runtimePrecision"].value))
+                nodes.append((names, precision))
+            elif info["layerType"].value == "Subgraph" and softmaxes.intersection(names.split(",")):
+                # Attention in one kernel: of queries, keys and values, those that are multiplied as integers come so.
+                codes = sum(port.get_element_type().get_type_name() in CODES for port in node.inputs())
+                nodes += [(names, precision if codes > product else "f32") for product in (1, 2)]
         return nodes
 
     def float_layers(self) -> list[str] | None:

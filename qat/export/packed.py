@@ -1,15 +1,17 @@
 """The integer model as `model.safetensors` + `manifest.json`: codes packed to their true width, whatever it is, and
 nothing that could run.
 
-A code of b bits takes b bits: codes are shifted to start at zero, and their bits, lowest first, fill bytes from the
-lowest bit up. The manifest says how to read every tensor (shape, bits, first code), holds the plan (so that the model
-can be rebuilt) and checksums of the weights file and of itself.
+A code of b bits takes b bits: codes are shifted to start at zero (and halved where a grid has odd numbers alone), those
+of floating-point formats are bit patterns, and their bits, lowest first, fill bytes from the lowest bit up. Scales take
+the bytes of their format (`qat.export.packed_scales`). The manifest says how to read every tensor (shape, bits, first
+code, distance of codes; format and unit of scales), holds the plan (so that the model can be rebuilt) and checksums of
+the weights file and of itself.
 """
 
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,77 +20,102 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat import __version__
-from qat.convert import convert
+from qat.convert import EVERYTHING, Holds, convert
 from qat.errors import UserError
 from qat.export.files import atomic, sha256
 from qat.export.manifest import digest, read_json
+from qat.export.packed_scales import pack_scale, unpack_scale
 from qat.export.target import Target
 from qat.export.torch_runner import TorchRunner
 from qat.insert import Plan, apply_plan, named_quantizers
 from qat.integer import IntegerTensor
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".integer_weight.codes"
 
 
-def pack(codes: Tensor, bits: int, first: int) -> Tensor:
-    """Packs integers `first .. first + 2**bits - 1` into bytes.
+def pack(codes: Tensor, bits: int, first: int, distance: int = 1) -> Tensor:
+    """Packs the integers `first`, `first + distance` and so on, `2**bits` of them, into bytes.
 
     Returns:
         uint8 `[ceil(codes.numel() * bits / 8)]`.
     """
     shifted = codes.flatten().to(torch.int64) - first
-    if codes.numel() and not (int(shifted.min()) >= 0 and int(shifted.max()) < 2**bits):
+    if codes.numel() and not (int(shifted.min()) >= 0 and int(shifted.max()) < distance * 2**bits):
         raise ValueError(f"codes {int(codes.min())} .. {int(codes.max())} do not fit {bits} bits from {first}")
-    stream = (shifted[:, None] >> torch.arange(bits)) & 1
+    if (shifted % distance).any():
+        raise ValueError(f"codes are not all {first} and a multiple of {distance}")
+    stream = ((shifted // distance)[:, None] >> torch.arange(bits)) & 1
     stream = nn.functional.pad(stream.flatten(), (0, -stream.numel() % 8)).view(-1, 8)
     return (stream << torch.arange(8)).sum(1).to(torch.uint8)
 
 
-def unpack(packed: Tensor, bits: int, first: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def unpack(
+    packed: Tensor, bits: int, first: int, shape: tuple[int, ...], dtype: torch.dtype, distance: int = 1
+) -> Tensor:
     """The inverse of `pack`."""
     count = torch.Size(shape).numel()
     stream = ((packed.to(torch.int64)[:, None] >> torch.arange(8)) & 1).flatten()[: count * bits].view(count, bits)
-    return ((stream << torch.arange(bits)).sum(1) + first).to(dtype).view(shape)
+    return ((stream << torch.arange(bits)).sum(1) * distance + first).to(dtype).view(shape)
 
 
 def _integer_tensors(model: nn.Module) -> dict[str, IntegerTensor]:
-    """The weights, stored packed, by the key of their codes (int32 biases gain nothing from it)."""
-    return {f"{n}.codes": m for n, m in model.named_modules() if isinstance(m, IntegerTensor) and m.bits <= 8}
+    """The weights, stored packed, by their name (int32 biases gain nothing from it)."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, IntegerTensor) and module.bits <= 8
+    }
 
 
-def _first(tensor: IntegerTensor) -> int:
-    return -(2 ** (tensor.bits - 1)) if tensor.codes.dtype == torch.int8 else 0
+def _layout(tensor: IntegerTensor) -> dict[str, int]:
+    """Bits, first code and distance of codes."""
+    if tensor.odd and (tensor.codes % 2 != 0).all():  # a channel that a BatchNorm made constant has zeros
+        return {"bits": tensor.bits - 1, "first_code": 1 - 2 ** (tensor.bits - 1), "distance": 2}
+    signed = tensor.codes.dtype == torch.int8
+    return {"bits": tensor.bits, "first_code": -(2 ** (tensor.bits - 1)) if signed else 0, "distance": 1}
 
 
 def save_packed(model: nn.Module, plan: Plan, folder: str | Path) -> None:
     """Writes a converted model into `folder`; both files whole or not at all."""
     folder = Path(folder)
     tensors: dict[str, Tensor] = {}
-    described: dict[str, dict[str, Any]] = {}
-    shared: dict[str, str] = {}
+    manifest: dict[str, Any] = {"packed": {}, "scales": {}, "zeros": {}, "shared": {}}
     first_key: dict[int, str] = {}
     packable = _integer_tensors(model)
     for key, value in model.state_dict(keep_vars=True).items():
+        owner, _, leaf = key.rpartition(".")
         if (first := first_key.setdefault(id(value), key)) != key:  # a tied weight, or a grid that several share
-            shared[key] = first
-        elif tensor := packable.get(key):
-            tensors[key] = pack(value, tensor.bits, _first(tensor))
-            described[key] = {
-                "shape": list(value.shape),
-                "bits": tensor.bits,
-                "first_code": _first(tensor),
-                "dtype": str(value.dtype).removeprefix("torch."),
-            }
-        else:
+            manifest["shared"][key] = first
+        elif (tensor := packable.get(owner)) is None:
             tensors[key] = value.detach().clone().contiguous()
+        else:
+            _store(tensors, manifest, key, leaf, tensor)
     with atomic(folder / WEIGHTS) as weights, atomic(folder / MANIFEST) as described_in:
         save_file(tensors, weights)
-        manifest: dict[str, Any] = {"format": FORMAT, "qat": __version__, "sha256": sha256(weights)}
-        manifest |= {"packed": described, "plan": plan.to_dict()} | ({"shared": shared} if shared else {})
+        manifest = {"format": FORMAT, "qat": __version__, "sha256": sha256(weights)} | {
+            key: entries for key, entries in manifest.items() if entries or key == "packed"
+        }
+        manifest |= {"plan": plan.to_dict()}
         manifest["manifest_sha256"] = digest(manifest)
         described_in.write_text(json.dumps(manifest, indent=1))
+
+
+def _store(tensors: dict[str, Tensor], manifest: dict[str, Any], key: str, leaf: str, tensor: IntegerTensor) -> None:
+    """Writes the codes, scales or zero points of a weight, and how."""
+    value = getattr(tensor, leaf)
+    if leaf == "codes":
+        layout = _layout(tensor)
+        tensors[key] = pack(value, layout["bits"], layout["first_code"], layout["distance"])
+        manifest["packed"][key] = {
+            "shape": list(value.shape), **layout, "dtype": str(value.dtype).removeprefix("torch."),
+        }  # fmt: skip
+    elif leaf == "zero_point" and tensor.number is not None:
+        manifest["zeros"][key] = list(value.shape)
+    elif leaf == "scale" and (stored := pack_scale(value, tensor.scale_format)) is not None:
+        tensors[key], unit = stored[0].contiguous(), stored[1]
+        manifest["scales"][key] = {"format": tensor.scale_format, "unit": unit}
+    else:
+        tensors[key] = value.detach().clone().contiguous()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -119,8 +146,9 @@ def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
     manifest = read_manifest(folder)
     tensors, plan = _tensors(Path(folder), manifest), _plan(Path(folder), manifest)
     skeleton = _skeleton(model, plan)
-    for key, tensor in _integer_tensors(skeleton).items():
-        tensor.bits = manifest["packed"].get(key, {}).get("bits", tensor.bits)
+    for name, tensor in _integer_tensors(skeleton).items():
+        if how := manifest["packed"].get(f"{name}.codes"):
+            tensor.bits = how["bits"] + (how["distance"] == 2)
     try:
         skeleton.load_state_dict(tensors)
     except RuntimeError as error:
@@ -135,9 +163,11 @@ def _tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
     try:
         tensors = load_file(folder / WEIGHTS)
         for key, how in manifest["packed"].items():
-            tensors[key] = unpack(
-                tensors[key], how["bits"], how["first_code"], tuple(how["shape"]), getattr(torch, how["dtype"])
-            )
+            shape, dtype = tuple(how["shape"]), getattr(torch, how["dtype"])
+            tensors[key] = unpack(tensors[key], how["bits"], how["first_code"], shape, dtype, how["distance"])
+        for key, how in manifest.get("scales", {}).items():
+            tensors[key] = unpack_scale(tensors[key], how["format"], how["unit"])
+        tensors |= {key: torch.zeros(shape, dtype=torch.uint8) for key, shape in manifest.get("zeros", {}).items()}
         tensors |= {key: tensors[first] for key, first in manifest.get("shared", {}).items()}
     except (SafetensorError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{folder / MANIFEST}: is damaged ({error})") from None
@@ -161,7 +191,7 @@ def _skeleton(model: nn.Module, plan: Plan) -> nn.Module:
     for _, quantizer in named_quantizers(shell):
         quantizer.initialised.fill_(True)
         quantizer.enable()
-    return convert(shell, plan)
+    return convert(shell, plan, EVERYTHING)
 
 
 def packed_codes(folder: str | Path) -> dict[str, np.ndarray]:
@@ -178,6 +208,7 @@ class PackedTarget(Target):
     """`model.safetensors` + `manifest.json`, loaded back into the architecture and run by torch."""
 
     file = WEIGHTS
+    holds: ClassVar[Holds] = EVERYTHING
 
     def export(self, model: nn.Module, plan: Plan, example: Tensor, path: Path) -> None:
         if path.name != WEIGHTS:

@@ -25,12 +25,15 @@ SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def save_program(program: ExportedProgram, path: Path) -> None:
-    """Writes a `.pt2` file; `program` loses the lines of source code, with their paths, that its nodes came from: they
-    say nothing to a runtime, and are a quarter of a small model's file."""
+    """Writes a `.pt2` file; `program` loses what says nothing to a runtime: the lines of source code, with their paths,
+    that its nodes came from, which are a quarter of a small model's file, and the values of its example inputs, which
+    are training data, and which torch would store with all of the batch that they are part of."""
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, torch.fx.GraphModule)]
     for node in (node for graph in graphs for node in graph.nodes):
         for key in ("stack_trace", "torch_fn"):
             node.meta.pop(key, None)
+    inputs, keywords = program.example_inputs
+    program.example_inputs = tuple(torch.zeros_like(x) for x in inputs), keywords
     torch.export.save(program, path)
 
 

@@ -22,6 +22,8 @@ CODES: dict[int, Any] = {
     **dict.fromkeys([onnx.TensorProto.UINT8, onnx.TensorProto.UINT4, onnx.TensorProto.UINT2], np.uint8),
 }
 """Types of stored weights, and what they are compared as."""
+FP8 = (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2)
+"""Those that are compared as bit patterns."""
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
 
 
@@ -107,12 +109,14 @@ class OnnxRunner:
 
 
 def weight_codes(path: str | Path) -> dict[str, np.ndarray]:
-    """The integer weights in an ONNX file, by layer, as int8 or uint8; those that are packed are widened here."""
+    """The codes of the weights in an ONNX file, by layer, as int8 or uint8; those that are packed are widened here."""
     model = onnx.load(str(path))
     found = {}
     for tensor in model.graph.initializer:
         if is_weight(tensor.name) and tensor.data_type in CODES:
             found[tensor.name] = onnx.numpy_helper.to_array(tensor).astype(CODES[tensor.data_type])
+        elif is_weight(tensor.name) and tensor.data_type in FP8:
+            found[tensor.name] = onnx.numpy_helper.to_array(tensor).view(np.uint8)
     found |= packed_codes(model)
     for name, same in shared_weights(model).items():
         found[name] = found[same]
@@ -129,11 +133,14 @@ def float_convolutions(path: str | Path) -> int:
         for name in node.input:
             readers[name].append(node)
 
+    fp8 = {tensor.name for tensor in graph.initializer if tensor.data_type in FP8}
+
     def quantized(name: str) -> bool:
         node = producers.get(name)
         return (
             node is not None
             and node.op_type == "DequantizeLinear"
+            and node.input[2] not in fp8
             and all(a.name != "block_size" for a in node.attribute)
         )
 

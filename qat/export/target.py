@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from qat.convert import convert, inconvertible, storage_bits
+from qat.convert import INTEGERS, Holds, convert, inconvertible, storage_bits
 from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.files import replace
@@ -72,7 +72,8 @@ class Target:
         file: Name of the main file.
         extra: The optional dependency that brings `package`; `None` if qat itself depends on it.
         optimizes: Whether its runtime can be told to optimize or not, so that both are verified.
-        integer: Whether it is written from a converted model, and so holds only what `convert` has integers for.
+        integer: Whether it is written from a converted model, and so holds only what `convert` has codes for.
+        holds: What it holds besides integers.
     """
 
     min_agreement: float = 0.98
@@ -85,6 +86,7 @@ class Target:
     extra: ClassVar[str | None] = None
     optimizes: ClassVar[bool] = False
     integer: ClassVar[bool] = True
+    holds: ClassVar[Holds] = INTEGERS
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_agreement <= 1:
@@ -114,7 +116,7 @@ class Target:
 
     def why_not(self, model: nn.Module, plan: Plan) -> str | None:
         """Everything that speaks against an export, before anything is trained: the first of it, or `None`."""
-        reason = inconvertible(plan) if self.integer else None
+        reason = inconvertible(plan, self.holds) if self.integer else None
         if reason:
             return f"there is no integer form of this quant: {reason}; use export=none"
         reason = self.mismatch(plan) or self.unfit(model, plan)
@@ -130,7 +132,7 @@ class Target:
         Raises:
             UserError: see `convert`.
         """
-        return convert(model, plan) if self.integer else copy.deepcopy(model).cpu().eval()
+        return convert(model, plan, self.holds) if self.integer else copy.deepcopy(model).cpu().eval()
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         """Writes `file`, and what belongs to it, into `folder`."""

@@ -121,6 +121,7 @@ def _is_integer_layer(module: nn.Module) -> bool:
         isinstance(module, IntegerLayer)
         and issubclass(original_class(module), nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Part)
         and module.integer_weight.group_size is None
+        and module.integer_weight.number is None
         and module.integer_weight.bits <= WIDEST
         and _is_codes(module.input_quantizer)  # pyright: ignore[reportAttributeAccessIssue]
     )
@@ -134,13 +135,13 @@ def _site_products(name: str, site: Site) -> int:
     if kind == "attention":
         return int(operands[0] and operands[1]) + int(operands[2] and _is_codes(site.probability_quantizer))
     if isinstance(weight, IntegerTensor):
-        return int(kind in ("linear", "matmul") and operands[0] and weight.group_size is None)
+        return int(kind in ("linear", "matmul") and operands[0] and weight.group_size is None and not weight.number)
     return int(kind == "matmul" and all(operands))
 
 
 def _is_codes(grid: Any) -> bool:
     last = grid[-1] if isinstance(grid, nn.Sequential) else grid
-    return isinstance(last, IntegerActivation) and last.spec.width <= WIDEST
+    return isinstance(last, IntegerActivation) and last.spec.integer and last.spec.width <= WIDEST
 
 
 def weight_codes(prepared: nn.Module) -> dict[str, np.ndarray]:

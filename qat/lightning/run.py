@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qat import __version__
 from qat.audit import bops, coverage, to_dict
 from qat.cli.instantiate import instantiate
-from qat.convert import convert, inconvertible
+from qat.convert import EVERYTHING, convert, inconvertible
 from qat.export.files import atomic
 from qat.export.manifest import companions, files_bytes
 from qat.export.onnx import export_onnx
@@ -154,8 +154,8 @@ class Run(Workspace):
         with self.stage("exported", "Exported") as values:
             plan = self.module.quantization_plan
             assert isinstance(plan, Plan)
-            if not inconvertible(plan):
-                save_packed(convert(self.module, plan), plan, self.folder)
+            if not inconvertible(plan, EVERYTHING):
+                save_packed(convert(self.module, plan, EVERYTHING), plan, self.folder)
                 self.progress["packed_bytes"] = (self.folder / WEIGHTS).stat().st_size
             if self.target is None:
                 return None
