@@ -1,42 +1,14 @@
-"""What quantization-aware training elsewhere gets silently wrong: every item is a named test, here or where it says.
-
-The seven failures of Lightning's removed `QuantizationAwareTraining` callback:
-
-    load_from_checkpoint                    test_lightning: a_checkpoint_is_tested_resumed_and_loaded_by_the_plain_class
-                                            strictly: test_compose_module: checkpoints_cross_between_...
-    test(ckpt_path) after fit               test_compose_module: the_best_checkpoint_is_tested_after_early_stopping
-    forward with several arguments, kwargs  here
-    observers fed by validation data        test_lightning: sanity_checks_and_validation_never_move_ranges
-    together with a pruning callback        test_compose_module: pruned_weights_stay_zero_on_the_grid
-    convert at the end breaks checkpoints   here
-    steps that do not call forward          here
-
-What others get silently wrong (design.md):
-
-    a rule that matches nothing             test_policy: a_rule_that_matches_nothing_is_an_error
-    layers built in setup, configure_model  test_lightning: layers_are_found_wherever_they_are_built
-    a module under two names, in a dict     here
-    the fused path of TransformerEncoder    test_layers_attention: evaluation_without_gradients_runs_...
-    subclasses losing their parameters      test_twins: subclasses_keep_their_class_and_methods
-    hooks, .training, attributes lost       test_twins: hooks_and_attributes_of_the_user_survive; here (.training)
-    BatchNorm eps and momentum rewritten    here
-    dropout changed by a switch of modes    here
-    a layer left float without a word       test_audit: what_stays_float_says_why
-    a bias without gradient                 here
-    an asymmetric scale that is wrong       test_ranges: any_finite_numbers_give_a_grid_with_..._an_exact_zero
-    observing twice under checkpointing     test_compose_checkpointing
-    a learned scale that does not reload    test_lightning: a_checkpoint_is_tested_resumed_and_loaded_by_the_plain_class
-    scales that reach 0 or turn negative    test_scales: whatever_an_optimizer_does_to_a_scale_...
-    weight decay on scales                  test_lightning: scales_have_a_group_of_their_own
-    4-bit files that hold bytes or floats   test_packed: four_bits_are_four_bits_in_the_file
-    an export bigger than the float one     test_onnx: the_file_is_smaller_than_the_float_file
-    parametrized or pruned layers crashing  test_insert: what_cannot_be_quantized_stays_float_and_is_audited
-    strict torch.export dropping sites      here
-    pickle failing                          test_twins: a_copy_computes_the_same_and_shares_nothing
+"""What quantization-aware training elsewhere gets silently wrong, what Lightning's removed `QuantizationAwareTraining`
+callback did among it: every item is a named test, here or elsewhere. benchmarks/breaks.py lists them, each with a break
+of our handling that its test catches; benchmarks/break_each.py tries them all.
 """
 
+import re
+import sys
+from pathlib import Path
 from typing import Any
 
+import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -50,6 +22,22 @@ from qat.convert import convert
 from qat.insert import make_plan, named_quantizers
 from qat.lightning import load_from_checkpoint
 from qat.policy import QuantPolicy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from breaks import BREAKS
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("entry", [pytest.param(e, id=e.what.replace(" ", "-")) for e in BREAKS])
+def test_what_a_break_takes_out_is_there_once_and_so_is_the_test_that_catches_it(entry):
+    handling = (ROOT / entry.file).read_text()
+    assert handling.count(entry.old) == 1, f"{entry.file}: {entry.old}"
+    compile(handling.replace(entry.old, entry.new), entry.file, "exec")
+    file, _, name = entry.test.partition("::")
+    found = re.findall(rf"^def {name.partition('[')[0]}\(", (ROOT / file).read_text(), re.MULTILINE)
+    assert len(found) == 1, entry.test
 
 
 def test_a_forward_of_several_arguments_and_keywords_keeps_its_signature(tmp_path):
