@@ -87,7 +87,7 @@ class OnnxEmitter:
         # QuantizeLinear saturates fp8 at the largest number, which is where its grid ends.
         limited = not fp8 and grid.quant_max - grid.quant_min < 2 ** torch.iinfo(kind).bits - 1
         if limited and not self.placement.clips_codes:
-            x = x.clamp(*grid.onnx_values)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            x = x.clamp(*grid.onnx_values)  # pyright: ignore
         codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=kind, shape=x.shape)
         if limited and self.placement.clips_codes:
             limits = grid.get_buffer("onnx_low"), grid.get_buffer("onnx_high")
