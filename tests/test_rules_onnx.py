@@ -57,6 +57,14 @@ def test_every_operation_of_a_file_for_qnn_is_a_unit_between_q_and_dq(act, tmp_p
     assert (onnx.TensorProto.UINT16 in kinds) == ("bits" in act)
 
 
+@pytest.mark.parametrize("target", ["tensorrt", "qnn"])
+def test_a_grid_without_its_lowest_code_is_limited_in_front_of_quantization(target, tmp_path):
+    _, model = written(target, Shape(kind="linear", activation="none"), tmp_path, signed=True, narrow=True)
+    readers = {name: node for node in model.graph.node for name in node.input}
+    clips = [node for node in model.graph.node if node.op_type == "Clip"]
+    assert clips and all(readers[clip.output[0]].op_type == "QuantizeLinear" for clip in clips)
+
+
 def test_the_checkers_see_what_is_broken(tmp_path):
     _, model = written("qnn", Shape(), tmp_path)
     assert any("UINT8, not int8" in said for said in tensorrt_violations(model))

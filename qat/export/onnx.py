@@ -72,6 +72,8 @@ class OnnxEmitter:
         codes = grid.zero_point.view(()), torch.tensor(grid.quant_min), torch.tensor(grid.quant_max)
         for name, code in zip(("zero", "low", "high"), codes, strict=True):
             grid.register_buffer(f"onnx_{name}", (code + offset).to(kind))
+        zero, scale = int(grid.zero_point), float(grid.scale)
+        grid.onnx_values = (grid.quant_min - zero) * scale, (grid.quant_max - zero) * scale  # pyright: ignore
 
     def _code_type(self, grid: IntegerActivation) -> torch.dtype:
         wide, which = grid.spec.width > 8, self.placement.signed_codes
@@ -85,8 +87,7 @@ class OnnxEmitter:
         # QuantizeLinear saturates fp8 at the largest number, which is where its grid ends.
         limited = not fp8 and grid.quant_max - grid.quant_min < 2 ** torch.iinfo(kind).bits - 1
         if limited and not self.placement.clips_codes:
-            zero_code = int(grid.zero_point)
-            x = x.clamp((grid.quant_min - zero_code) * float(scale), (grid.quant_max - zero_code) * float(scale))
+            x = x.clamp(*grid.onnx_values)  # pyright: ignore
         codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=kind, shape=x.shape)
         if limited and self.placement.clips_codes:
             limits = grid.get_buffer("onnx_low"), grid.get_buffer("onnx_high")

@@ -32,6 +32,7 @@ def save_program(program: ExportedProgram, path: Path) -> None:
     for node in (node for graph in graphs for node in graph.nodes):
         for key in ("stack_trace", "torch_fn"):
             node.meta.pop(key, None)
+    assert program.example_inputs is not None
     inputs, keywords = program.example_inputs
     program.example_inputs = tuple(torch.zeros_like(x) for x in inputs), keywords
     torch.export.save(program, path)
