@@ -1,17 +1,14 @@
-"""ResNet-20 on CIFAR-10, fine-tuned by several frameworks at equal budget: same float checkpoint, same batches in the
-same order with the same augmentation, same epochs, optimizer, schedule and bits.
+"""ResNet-20 on CIFAR-10, fine-tuned by several frameworks at equal budget: docs/peers.json and docs/results.md.
 
     python benchmarks/accuracy_vs_peers.py --root DIR --ckpt resnet20_cifar10.safetensors [--bits W8A8 W4A4 W2A2]
-        [--peers ours torch brevitas] [--epochs 1] [--seeds 3] [--limit IMAGES] [--output FILE.json]
+        [--peers ours torch pt2e brevitas ...] [--epochs 1] [--seeds 3] [--train-limit IMAGES] [--write]
 
-    ours       learned steps, MSE start; weights per output channel
-    torch      torch's own fake-quantize modules: ranges that follow the data (moving average), weights per channel
-    brevitas   learned activation scales, weight scales from each channel's maximum
+Same float checkpoint, same batches in the same order with the same augmentation, same epochs, optimizer, learning rate,
+schedule and bits; in bfloat16 autocast and channels last, tested in float32 on all test images. The last epoch counts;
+learned scales do not decay. benchmarks/accuracy_prepare.py says what each framework does.
 
-All quantize the inputs and weights of convolutions and of the linear layer, the first and last at 8 bits, and nothing
-else. The last epoch counts; learned scales do not decay. Each peer runs in an environment of its own below --venvs,
-which this script makes; torch and this project are seen from there. --limit takes as many images for training and for
-the test.
+Each peer runs in an environment of its own below --venvs, which this script makes; torch and this project are seen from
+there. What --output holds is not run again. --write puts its tables into docs/results.md.
 """
 
 import argparse
@@ -23,136 +20,62 @@ import sys
 import venv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
+from accuracy_prepare import PEERS, observe
+from pages import DOCS, put
 from torch import Tensor, nn
 
-from qat.calibrate import calibrate
 from qat.data import HFImages
 from qat.data.batches import Images
-from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.export.files import atomic
+from qat.insert import named_quantizers
 from qat.lightning import load_weights
 from qat.lightning.groups import own_groups
 from qat.models import ResNet
 from qat.models.classifier import cosine_factor
-from qat.policy import QuantPolicy
 
-REQUIRES = {"ours": [], "torch": [], "brevitas": ["brevitas==0.13.4"]}
-FIRST, LAST = "conv1", "linear"
 CALIBRATION = 512
-
-
-def layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-
-
-def bits_of(name: str, bits: int) -> int:
-    return 8 if name in (FIRST, LAST) else bits
-
-
-def ours(model: nn.Module, x: Tensor, weight: int, act: int) -> nn.Module:
-    eight = {"weight": {"bits": 8}, "act": {"bits": 8}}
-    policy = QuantPolicy.from_dict(
-        {
-            "weight": {"bits": weight, "granularity": "channel"},
-            "act": {"bits": act},
-            "sites": "off",
-            "rules": {"first": {"match": FIRST, **eight}, "last": {"match": LAST, **eight}},
-        }
-    )
-    plan, _ = make_plan(model, policy, lambda: model(x[:2]))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
-    return model
-
-
-def with_torch(model: nn.Module, x: Tensor, weight: int, act: int) -> nn.Module:
-    import torch.ao.quantization as tq
-    from torch.nn.utils import parametrize
-
-    for name, layer in layers(model):
-        w, a = bits_of(name, weight), bits_of(name, act)
-        fake = tq.FakeQuantize(
-            tq.MovingAveragePerChannelMinMaxObserver, quant_min=-(2 ** (w - 1)), quant_max=2 ** (w - 1) - 1,
-            dtype=torch.qint8, qscheme=torch.per_channel_symmetric, ch_axis=0,
-        )  # fmt: skip
-        parametrize.register_parametrization(layer, "weight", fake)
-        layer.input_fake = tq.FakeQuantize(tq.MovingAverageMinMaxObserver, quant_min=0, quant_max=2**a - 1)
-        layer.register_forward_pre_hook(lambda m, args: (m.input_fake(args[0]),))
-    with torch.no_grad():
-        model.eval()(x)
-    return model
-
-
-def with_brevitas(model: nn.Module, x: Tensor, weight: int, act: int) -> nn.Module:
-    from brevitas import nn as qnn
-    from brevitas.graph.calibrate import calibration_mode
-    from brevitas.quant import Int8ActPerTensorFloat, Int8WeightPerChannelFloat, Uint8ActPerTensorFloat
-
-    for name, layer in layers(model):
-        how = {
-            "weight_quant": Int8WeightPerChannelFloat, "weight_bit_width": bits_of(name, weight),
-            "input_quant": Int8ActPerTensorFloat if name == FIRST else Uint8ActPerTensorFloat,
-            "input_bit_width": bits_of(name, act), "bias": layer.bias is not None,
-        }  # fmt: skip
-        if isinstance(layer, nn.Linear):
-            twin = qnn.QuantLinear(layer.in_features, layer.out_features, **how)
-        else:
-            shape = layer.in_channels, layer.out_channels, layer.kernel_size
-            twin = qnn.QuantConv2d(*shape, stride=layer.stride, padding=layer.padding, **how)
-        with torch.no_grad():
-            twin.weight.copy_(layer.weight)
-            if layer.bias is not None:
-                twin.bias.copy_(layer.bias)
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, twin)
-    model.eval()
-    with torch.no_grad(), calibration_mode(model):  # which switches what it calibrates to training
-        model(x)
-    return model
-
-
-def observe(model: nn.Module, observing: bool) -> None:
-    """torch's fake-quantize modules follow what they see in evaluation, too, unless they are told not to."""
-    for module in model.modules():
-        if hasattr(module, "disable_observer"):
-            module.enable_observer(observing)
-
-
-PREPARE: dict[str, Callable[[nn.Module, Tensor, int, int], nn.Module]] = {
-    "ours": ours, "torch": with_torch, "brevitas": with_brevitas,
-}  # fmt: skip
+SETTINGS = ("bits", "epochs", "train_limit", "lr", "batch_size")
+"""What rows of one table have in common."""
 
 
 # -- one run, in the peer's environment --------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> dict[str, float]:
-    """Prepares, trains and tests one model; accuracies in percent."""
-    torch.set_num_threads(args.threads)
+    """Prepares, trains and tests one model; in percent."""
+    torch.set_num_threads(1)
+    peer = PEERS[args.peers[0]]
     data = HFImages(
         root=args.root, image_column="img", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), crop_padding=4,
-        flip=True, val_fraction=0.02, train_limit=args.limit, test_limit=args.limit,
+        flip=True, val_fraction=0.02, train_limit=args.train_limit,
     )  # fmt: skip
     data.setup()
     train, test = data.splits["train"], data.splits["test"]
-    weight, act = map(int, re.fullmatch(r"W(\d+)A(\d+)", args.bits[0]).groups())  # pyright: ignore
-    model = ResNet(20)
+    weight, act = bits_in(args.bits[0])
+    model = ResNet(20).to(memory_format=torch.channels_last)
     load_weights(model, args.ckpt)
     x, _ = data.plain(train.take(torch.arange(min(CALIBRATION, len(train.labels)))))
-    float_accuracy = accuracy(model, test, data.plain)
-    model = PREPARE[args.peers[0]](model.eval(), x, weight, act)
-    start = accuracy(model, test, data.plain)
-    fit(model, train, data.augmented, args)
-    return {"float": float_accuracy, "ptq": start, "qat": accuracy(model, test, data.plain)}
+    model = peer.prepare(model.eval(), x, weight, act)
+    fit(model, train, data.augmented, peer.settle, args)
+    return {"accuracy": accuracy(model, test, data.plain)}
+
+
+def bits_in(text: str) -> tuple[int, int]:
+    """Bits of weights and of activations of "W4A4"."""
+    found = re.fullmatch(r"W(\d+)A(\d+)", text)
+    if not found:
+        raise SystemExit(f"--bits {text}: not of the form W4A4")
+    return int(found[1]), int(found[2])
 
 
 def fit(
-    model: nn.Module, train: Images, collate: Callable[..., tuple[Tensor, Tensor]], args: argparse.Namespace
-) -> None:
+    model: nn.Module, train: Images, collate: Callable[..., tuple[Tensor, Tensor]],
+    settle: Callable[[nn.Module, float], None], args: argparse.Namespace,
+) -> None:  # fmt: skip
     """SGD with Nesterov momentum under a cosine. Batches and augmentation are functions of the seed and the step alone,
     whatever random numbers a peer draws.
     """
@@ -164,15 +87,17 @@ def fit(
         optimizer, lambda step: cosine_factor(step, total=total, warmup=total // 20)
     )
     model.train()
-    observe(model, True)
     step = 0
     for epoch in range(args.epochs):
         order = torch.randperm(count, generator=torch.Generator().manual_seed(10_000 * args.seed + epoch))
         for indices in order.split(args.batch_size):
+            settle(model, step / total)
             torch.manual_seed(1_000_000 * (args.seed + 1) + step)
             x, y = collate(train.take(indices))
             optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(x.to(memory_format=torch.channels_last))
+            F.cross_entropy(logits.float(), y).backward()
             optimizer.step()
             schedule.step()
             step += 1
@@ -201,78 +126,90 @@ def accuracy(model: nn.Module, test: Images, collate: Callable[..., tuple[Tensor
 
 
 def python_of(peer: str, folder: Path) -> str:
-    """The interpreter of the peer's environment, made if it is not there."""
-    if not REQUIRES[peer]:
+    """The interpreter of an environment with what the peer requires, made if it is not there."""
+    requires = PEERS[peer].requires
+    if not requires:
         return sys.executable
-    python = folder / peer / "bin" / "python"
-    done = folder / peer / "complete"
+    home = folder / requires[0]
+    python, done = home / "bin" / "python", home / "complete"
     if not done.is_file():
-        venv.create(folder / peer, with_pip=True, clear=True)
-        site = next((folder / peer / "lib").glob("python*/site-packages"))
+        venv.create(home, with_pip=True, clear=True)
+        site = next((home / "lib").glob("python*/site-packages"))
         paths = [p for p in sys.path if p.endswith("site-packages")] + [str(Path(__file__).resolve().parents[1])]
         (site / "shared.pth").write_text("\n".join(paths) + "\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *REQUIRES[peer]], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *requires], check=True)
         done.touch()
     return str(python)
+
+
+def apart(args: argparse.Namespace, row: dict[str, Any]) -> dict[str, float]:
+    """`run` in the peer's environment."""
+    command = [python_of(row["peer"], args.venvs), __file__, f"--root={args.root}", f"--ckpt={args.ckpt}"]
+    command += [f"--{k.replace('_', '-')}={row[k]}" for k in (*SETTINGS, "seed") if row[k] is not None]
+    done = subprocess.run([*command, "--peers", row["peer"]], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{row['peer']}, {row['bits']}, seed {row['seed']}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def planned(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """What is asked for: settings, peer and seed of every run. All of one seed come before the next."""
+    fixed = {k: getattr(args, k) for k in SETTINGS if k != "bits"}
+    return [
+        {"bits": bits, **fixed, "peer": peer, "seed": seed}
+        for seed in range(args.seeds)
+        for bits in args.bits
+        for peer in args.peers
+        if PEERS[peer].only in (None, bits)
+    ]
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """One row per peer, and the command."""
+    lines = ["| bits | framework | accuracy, mean (range) | seeds |", "|---" * 4 + "|"]
+    commands = []
+    for setting in dict.fromkeys(tuple(run[k] for k in SETTINGS) for run in runs):
+        alike = [run for run in runs if tuple(run[k] for k in SETTINGS) == setting]
+        for peer in dict.fromkeys(run["peer"] for run in alike):
+            same = [run for run in alike if run["peer"] == peer]
+            found = [run["accuracy"] for run in same]
+            spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
+            lines.append(f"| {alike[0]['bits']} | {peer} | {statistics.mean(found):.2f}{spread} | {len(same)} |")
+        options = [f"--{k.replace('_', '-')} {alike[0][k]}" for k in SETTINGS if alike[0][k] is not None]
+        commands.append(" ".join(["    python benchmarks/accuracy_vs_peers.py --root DIR --ckpt FILE", *options]))
+    return "\n".join([*lines, "", "with", "", *commands])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True)
     parser.add_argument("--ckpt", required=True)
-    parser.add_argument("--peers", nargs="+", choices=list(PREPARE), default=list(PREPARE))
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--bits", nargs="+", default=["W8A8", "W4A4", "W2A2"])
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--train-limit", type=int, help="train on so many images, always the same")
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--venvs", type=Path, default=Path(".peers"))
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, default=DOCS / "peers.json")
+    parser.add_argument("--write", action="store_true", help="the tables of all that --output holds")
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)  # one run, in the environment of its peer
     args = parser.parse_args()
     if args.seed is not None:
         print(json.dumps(run(args)))
         return
-    rows = []
-    for bits in args.bits:
-        for peer in args.peers:
-            rows += [
-                {"bits": bits, "peer": peer, "seed": seed, **apart(args, peer, bits, seed)}
-                for seed in range(args.seeds)
-            ]
-            if args.output:
-                args.output.write_text(json.dumps({"settings": settings(args), "runs": rows}, indent=1) + "\n")
-    show(rows, args)
-
-
-def apart(args: argparse.Namespace, peer: str, bits: str, seed: int) -> dict[str, float]:
-    """`run` in the peer's environment."""
-    options = [f"--{k.replace('_', '-')}={v}" for k, v in settings(args).items() if v is not None]
-    command = [python_of(peer, args.venvs), __file__, f"--root={args.root}", f"--ckpt={args.ckpt}", *options]
-    command += ["--peers", peer, "--bits", bits, f"--seed={seed}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{peer}, {bits}, seed {seed}:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def settings(args: argparse.Namespace) -> dict[str, object]:
-    return {name: getattr(args, name) for name in ("epochs", "limit", "lr", "batch_size", "threads")}
-
-
-def show(rows: list[dict[str, float]], args: argparse.Namespace) -> None:
-    table = Table(title=f"ResNet-20, CIFAR-10, {args.epochs} epoch(s), {args.seeds} seed(s), limit {args.limit}")
-    for column in ("bits", "peer", "float", "calibrated", "trained, mean (range)"):
-        table.add_column(column)
-    for bits, peer in dict.fromkeys((row["bits"], row["peer"]) for row in rows):
-        same = [row for row in rows if (row["bits"], row["peer"]) == (bits, peer)]
-        trained = [row["qat"] for row in same]
-        spread = f"{statistics.mean(trained):.2f} ({min(trained):.2f} to {max(trained):.2f})"
-        start = statistics.mean(row["ptq"] for row in same)
-        table.add_row(str(bits), str(peer), f"{same[0]['float']:.2f}", f"{start:.2f}", spread)
-    Console(width=100).print(table)
+    runs = json.loads(args.output.read_text()) if args.output.is_file() else []
+    for row in planned(args):
+        if any(row.items() <= known.items() for known in runs):
+            continue
+        runs.append({**row, **apart(args, row)})
+        print(json.dumps(runs[-1]), flush=True)
+        with atomic(args.output) as temporary:
+            temporary.write_text("[\n" + ",\n".join(json.dumps(run) for run in runs) + "\n]\n")
+    print(table(runs))
+    if args.write:
+        put("results.md", "peers", table(runs))
 
 
 if __name__ == "__main__":
