@@ -229,8 +229,8 @@ SILENT = [
         "4-bit files that hold bytes or floats",
         "tests/test_packed.py::test_four_bits_are_four_bits_in_the_file",
         "qat/export/packed.py",
-        "            tensors[key] = pack(value, tensor.bits, _first(tensor))",
-        "            tensors[key] = value.detach().clone()",
+        '        tensors[key] = pack(value, layout["bits"], layout["first_code"], layout["distance"])',
+        "        tensors[key] = value.detach().clone()",
     ),
     Break(
         "4-bit files that hold bytes (ONNX)",
