@@ -1,6 +1,7 @@
 """Ties between two grids in a row: calibration leaves none, and a file for OpenVINO evades those that training made."""
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,17 @@ def test_scales_that_are_fractions_of_one_maximum_are_left_without_a_tie(top, a,
     assert abs(float(result / scale) - 1) < 1e-3
     if from_a_tie(values, scale.numpy(), low, high) > 1.1 * MARGIN:
         assert result == scale
+
+
+def test_one_pair_of_six_has_an_exact_tie_if_scales_are_fractions_of_one_maximum():
+    """Of 8 and of 4 bits, each with one of the 64 fractions that `range: mse` tries."""
+
+    def tied(a: int, b: int) -> bool:
+        ratios = (Fraction(k * a, 17 * b) for k in range(256))  # 17 = 255 / 15
+        return any(ratio.denominator == 2 and ratio < 15.5 for ratio in ratios)
+
+    share = sum(tied(a, b) for a in range(1, 65) for b in range(1, 65)) / 64**2
+    assert share == pytest.approx(1 / 6, abs=0.01)
 
 
 @pytest.mark.parametrize("near", [pytest.param(None, id="anywhere"), pytest.param(2e-5, id="near-a-tie")])
