@@ -13,6 +13,7 @@ from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.layers import products
 from qat.policy import QuantPolicy
+from qat.quantizers.lsq import LSQ
 
 pytestmark = pytest.mark.skipif(not onednn.exact(), reason="needs a processor with VNNI and torch with oneDNN")
 
@@ -206,6 +207,21 @@ def test_who_looks_at_a_quantizer_sees_values(training):
     for quantizer, value, y in seen.values():
         scale = quantizer.step()
         assert torch.equal(y, quantizer.levels(value) * (scale[:, None] if quantizer.is_weight else scale))
+
+
+def test_a_quantizer_with_a_forward_of_its_own_is_not_second_guessed(used):
+    class Between(LSQ):
+        def forward(self, x: torch.Tensor, follow: bool = True) -> torch.Tensor:
+            return (x + super().forward(x, follow)) / 2
+
+    x = torch.randn(4, 24)
+    model = quantized(nn.Sequential(nn.Linear(24, 10)), x)
+    model[0].input_quantizer.__class__ = Between
+    expected = step(model, x, "never")
+    assert_same(step(model, x), expected)
+    with torch.no_grad():
+        model.eval()(x)
+    assert not used
 
 
 def test_a_quantizer_that_goes_on_computing_is_made_again(used, monkeypatch):
