@@ -71,6 +71,21 @@ def test_a_layer_that_no_grid_follows_is_named() -> None:
     assert float_products(int8_program(case.converted, case.x[:4])) == ["head"]
 
 
+def test_a_product_of_floats_is_no_integer_product_without_a_grid() -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.queries, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q = self.queries(x)
+            return self.head((q @ q.transpose(1, 2)).softmax(-1) @ q)
+
+    x = torch.randn(4, 5, 8)
+    _, converted = both(Mixing(), x, {**W8A8, "sites": "off"})
+    assert float_products(int8_program(converted, x)) == ["queries", "head"]
+
+
 @pytest.mark.parametrize("name", ["litert", "executorch", "torch_inductor"])
 @pytest.mark.parametrize(
     ("weight", "said"),

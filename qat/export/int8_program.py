@@ -215,8 +215,8 @@ def float_products(program: ExportedProgram, kinds: Sequence[Any] | None = None)
     return [
         name
         for node in program.graph.nodes
-        if node.target in PRODUCTS and (name := layer_of(node)) is not None and not _becomes_codes(node)
-        if kinds is None or (node.target in kinds and node.args[1].target in (DEQUANTIZE, DEQUANTIZE_CHANNELS))
+        if node.target in (kinds or PRODUCTS) and (name := layer_of(node)) is not None and not _becomes_codes(node)
+        if all(_from_codes(operand) for operand in node.args[(0 if kinds is None else 1) : 2])
     ]
 
 
@@ -224,6 +224,12 @@ def layer_of(node: fx.Node) -> str | None:
     """The module that a node's operation belongs to."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return stack[-1][0].removeprefix("model.") if stack else None
+
+
+def _from_codes(node: Any) -> bool:
+    while node.target in MOVES or node.target in IDENTITIES:
+        node = node.args[0]
+    return node.target in (DEQUANTIZE, DEQUANTIZE_CHANNELS)
 
 
 def _becomes_codes(node: fx.Node) -> bool:
