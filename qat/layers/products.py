@@ -123,7 +123,7 @@ def _have_codes(grid: Quantizer, weight: Quantizer) -> bool:
     for q in (grid, weight):
         if not (q.on and q.static and q.uniform and q.spec.integer and q.spec.granularity != "group"):
             return False
-        if type(q).forward is not Quantizer.forward:  # it may return something between two grids
+        if type(q).forward is not Quantizer.forward or "forward" in q.__dict__:  # it may return a mixture of grids
             return False
     fits = weight.quant_min >= -128 and weight.quant_max <= 127 and weight.spec.symmetric
     return fits and grid.quant_max - grid.quant_min < CODES
