@@ -329,6 +329,19 @@ def test_evaluation_on_codes_is_the_float_one_and_packs_once(make, shape, layout
     assert len(packed) == 7  # the second time, nothing is the only thing that changes nothing
 
 
+@pytest.mark.parametrize("first", [(8, 16, 12, 12), (1, 16, 5, 7)], ids=["large", "small"])
+def test_a_weight_packed_for_one_shape_serves_all(first, used):
+    model = quantized(nn.Sequential(nn.Conv2d(16, 32, 3, padding=1)), torch.randn(first)).eval()
+    for shape in (first, (1, 16, 1, 1), (3, 16, 17, 9), (16, 16, 8, 8)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            kernels.configure("never")
+            expected = model(x)
+            kernels.configure("auto")
+            torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=5e-6 * expected.abs().max().item())
+    assert len(used) == 4
+
+
 def test_evaluation_passes_several_grids_and_keeps_nan(used):
     x = torch.randn(4, 24)
     model = quantized(nn.Sequential(nn.Linear(24, 10)), x, {"bits": 4}, {"bits": 4}).eval()
