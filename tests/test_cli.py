@@ -109,6 +109,12 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
             "none; to replace it as a whole, write '~callbacks.learn_bits.least' '+callbacks.learn_bits.least={...}'",
             id="mapping-with-new-names",
         ),
+        pytest.param(
+            ["train", "callbacks=anneal", "callbacks.anneal.schedule={0: 8, 3: 4}"],
+            "config key 'callbacks.anneal.schedule' is a list, which no mapping can replace: "
+            "write callbacks.anneal.schedule=[...]",
+            id="mapping-for-a-list",
+        ),
         pytest.param(["train", "~sed"], "unknown config key 'sed'; did you mean 'seed'?", id="deletion"),
         pytest.param(["train", "+sed=1"], "config key 'sed' is read by nothing; did you mean 'seed'?", id="added-key"),
         pytest.param(["train", "seed=[1"], "cannot read the override 'seed=[1'", id="syntax"),

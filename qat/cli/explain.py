@@ -50,6 +50,10 @@ def explain(error: Exception, overrides: list[str], config_dir: str | None, vers
                 f"as a whole, write '~{key}' '+{key}={{...}}'"
             )
         return UserError(f"unknown config key '{key}'{_suggest(key, keys)}")
+    if found := re.match(r"Error merging override (?P<key>[^ =]+)=.*Cannot merge DictConfig with ListConfig", text):
+        return UserError(
+            f"config key '{found['key']}' is a list, which no mapping can replace: write {found['key']}=[...]"
+        )
     if found := re.match(r"(?:Ambiguous value for argument|Sweep parameters) '(?P<text>[^']+)'", text):
         key, _, value = found["text"].partition("=")
         return UserError(f"'{found['text']}' has several values: add -m to run each of them, or write {key}=[{value}]")
