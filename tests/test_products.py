@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 
 from qat import kernels, onednn
@@ -359,11 +360,11 @@ def test_evaluation_passes_several_grids_and_keeps_nan(used):
 
 
 @pytest.mark.slow
-def test_compiled_steps_are_the_same_and_compile_once(monkeypatch):
+def test_compiled_steps_are_the_same_and_compile_once():
     x = torch.randn(4, 6, 8, 8)
     model = quantized(nn.Sequential(nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)), x)
     expected = step(model, x, "never")
-    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     kernels.configure("auto")
     graphs = []
