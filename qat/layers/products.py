@@ -24,7 +24,7 @@ from qat.formats import Rounding
 from qat.functional import TINY, levels
 from qat.kernels import Kernel
 from qat.layers.accumulator import grids
-from qat.layers.sources import from_sources, watched
+from qat.layers.sources import from_sources, innermost_hooks
 from qat.layers.twin import ours
 from qat.onednn import Geometry
 from qat.quantizers import Quantizer
@@ -50,7 +50,7 @@ def trained_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     if not pays or grid is None or weight_grid is None or not _have_codes(grid, weight_grid):
         return None
     compiling = torch.compiler.is_dynamo_compiling()
-    if not compiling and watched():  # by someone who wants the tensors that are saved
+    if not compiling and innermost_hooks() is not None:  # somebody wants the tensors that are saved
         return None
     alone = layer.input_quantizer is grid and getattr(grid, "readers", 1) == 1
     with ours():
@@ -73,7 +73,7 @@ def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
         return None
     with ours():
         both = grid, weight_grid
-        kept = layer.once_per_change("packed", (layer.weight,), both, lambda: _packed(layer, x.shape, geometry))
+        kept = layer.once_per_change("packed", (layer.weight,), both, lambda: _packed(layer, *both, x.shape, geometry))
         if kept is None or _looked_at(grid):
             return None
         packed, scale = kept
@@ -85,10 +85,11 @@ def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
         return onednn.multiply(geometry, codes, x_scale, low, packed, scale, bias, channels_last)
 
 
-def _packed(layer: Any, shape: torch.Size, geometry: Geometry) -> tuple[Tensor, Tensor] | None:
+def _packed(
+    layer: Any, grid: Quantizer, weight_grid: Quantizer, shape: torch.Size, geometry: Geometry
+) -> tuple[Tensor, Tensor] | None:
     """The packed weight and its scale; `None` if the layer's grids have no codes."""
-    grid, weight_grid = grids(layer)
-    if grid is None or weight_grid is None or not _have_codes(grid, weight_grid):
+    if not _have_codes(grid, weight_grid):
         return None
     codes, scale, _ = _codes(weight_codes, layer.quantized_weight(), weight_grid)
     _, low, _ = grid.grid(codes)
@@ -133,15 +134,20 @@ def _have_codes(grid: Quantizer, weight: Quantizer) -> bool:
 
 
 def input_codes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of `x` as uint8, the lowest being 0, and the scale that acts, NaN if `x` holds one."""
+    """Codes of `x` as uint8, the lowest being 0, and the scale that acts."""
     level = levels(x, scale, low, high, rounding)
-    return (level - low).to(torch.uint8), scale.clamp_min(TINY) + 0 * level.sum()
+    return (level - low).to(torch.uint8), _acting(scale, level)
 
 
 def weight_codes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels of a weight as int8, and the scale that acts, NaN if `x` holds one."""
+    """Levels of a weight as int8, and the scale that acts."""
     level = levels(x, scale, low, high, rounding)
-    return level.to(torch.int8), scale.clamp_min(TINY) + 0 * level.sum()
+    return level.to(torch.int8), _acting(scale, level)
+
+
+def _acting(scale: Tensor, level: Tensor) -> Tensor:
+    """The scale of what was rounded, NaN if that holds one."""
+    return scale.clamp_min(TINY) + 0 * level.sum()
 
 
 @cache

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.layers.sources import innermost_hooks
+
 Kept = dict[tuple[int, int], tuple[Tensor, tuple[Any, ...], Tensor, int]]
 """By quantizer and tensor: the tensor, its state, what was made of it, and how many readers are left."""
 
@@ -49,8 +51,7 @@ def read(quantizer: nn.Module, x: Tensor) -> Tensor:
     if x.is_inference():  # it has no version
         return quantizer(x)
     key = id(quantizer), id(x)
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore
-    state = x._version, torch.is_grad_enabled(), hooks
+    state = x._version, torch.is_grad_enabled(), innermost_hooks()
     known = kept.pop(key, None)
     if known is not None and known[1] == state:
         _, _, y, left = known

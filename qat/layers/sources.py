@@ -17,10 +17,8 @@ from qat.kernels import Made
 _hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 """torch's stack of hooks on saved tensors, without the objects that `torch.autograd.graph` puts around it."""
 
-
-def watched() -> bool:
-    """Whether somebody else has a hook on saved tensors."""
-    return _hooks._top_saved_tensors_default_hooks(True) is not None
+innermost_hooks: Callable[[], Any] = partial(_hooks._top_saved_tensors_default_hooks, True)
+"""The hooks that see a tensor when it is saved; `None` without any."""
 
 
 def from_sources(tensors: Iterable[Tensor], function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -30,7 +28,7 @@ def from_sources(tensors: Iterable[Tensor], function: Callable[..., Any], /, *ar
     What else the operation saves is saved as ever, and so is everything where another hook is in place (activation
     checkpointing, offloading): only the innermost hook sees a tensor.
     """
-    if _hooks._top_saved_tensors_default_hooks(True) is not None:
+    if innermost_hooks() is not None:
         return function(*args, **kwargs)
     made: dict[int, Made] = {}
     for tensor in tensors:
