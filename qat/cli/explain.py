@@ -50,7 +50,8 @@ def explain(error: Exception, overrides: list[str], config_dir: str | None, vers
                 f"as a whole, write '~{key}' '+{key}={{...}}'"
             )
         return UserError(f"unknown config key '{key}'{_suggest(key, keys)}")
-    if found := re.match(r"Error merging override (?P<key>[^ =]+)=.*Cannot merge DictConfig with ListConfig", text):
+    found = re.match(r"Error merging override (?P<key>[^ =]+)=", text)
+    if found and "Cannot merge DictConfig with ListConfig" in str(error.__cause__):
         return UserError(
             f"config key '{found['key']}' is a list, which no mapping can replace: write {found['key']}=[...]"
         )
