@@ -159,7 +159,9 @@ class _Plain(torch.autograd.Function):
     def forward(ctx: Any, gradient: Gradient, grad_scale: float, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.gradient, ctx.grad_scale = gradient, grad_scale
-        return gradient.forward.function(*tensors)
+        y = gradient.forward.function(*tensors)
+        # Before torch 2.12, compilers lose the gradient of what was computed in place; fused, the copy costs nothing.
+        return y.clone() if torch.compiler.is_dynamo_compiling() else y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -17,6 +17,7 @@ from small_models import POLICY, Drawn, Shape, lived, quantized
 
 from qat.convert import convert
 from qat.errors import UserError
+from qat.export.pt2 import PICKLED
 from qat.export.files import atomic
 from qat.export.torch_export import ProgramRunner, TorchTarget
 from qat.lightning.weights import read_checkpoint
@@ -139,6 +140,8 @@ def test_a_program_with_a_pickle_in_it_is_refused_unopened(hide, program, tmp_pa
 @pytest.mark.parametrize("hide", [pytest.param(f, id=f.__name__) for f in (opaque, inputs, weights)])
 def test_torch_itself_would_have_run_it(hide, program, tmp_path):
     """Or the test above shows nothing."""
+    if hide is opaque and "opaque_obj_" not in PICKLED:
+        pytest.skip("torch reads no such objects before version 2.12")
     mark = tmp_path / "ran"
     path = rewritten(program, tmp_path / "model.pt2", *hide(Bomb(mark)))
     with contextlib.suppress(Exception):

@@ -18,8 +18,8 @@ from torch.export.pt2_archive import constants
 
 from qat.errors import UserError
 
-PICKLED = (constants.CUSTOM_OBJ_FILENAME_PREFIX, constants.OPAQUE_OBJ_FILENAME_PREFIX)
-"""How the names of pickled objects in the archive begin."""
+PICKLED = tuple(value for name, value in vars(constants).items() if name.endswith("_OBJ_FILENAME_PREFIX"))
+"""How the names of pickled objects in the archive begin; newer versions of torch know more kinds of them."""
 SWITCH = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """Environment variable with which `torch.load` is weights-only whatever its caller says."""
 
