@@ -91,8 +91,9 @@ def test_one_index_gives_one_sample():
     assert (x.tolist(), y.item()) == ([[[7]]], 7)
 
 
-def test_seeding_torch_reproduces_order_and_augmentation():
-    data = ready(Digits(crop_padding=1, flip=True, batch_size=100))
+@pytest.mark.parametrize("workers", [0, 2])
+def test_seeding_torch_reproduces_order_and_augmentation(workers):
+    data = ready(Digits(crop_padding=1, flip=True, batch_size=100, num_workers=workers))
 
     def epoch(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)

@@ -26,6 +26,7 @@ class Digits(ImageDataModule):
         crop_padding: random crops of training images, padded by so many pixels; 0 for none.
         flip: flip half of the training images horizontally.
         split_seed: seed of the split and of the limits.
+        num_workers: processes that prepare the batches; 0: none.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Digits(ImageDataModule):
         crop_padding: int = 0,
         flip: bool = False,
         split_seed: int = 0,
+        num_workers: int = 0,
     ) -> None:
         super().__init__(
             white=16,
@@ -51,6 +53,7 @@ class Digits(ImageDataModule):
             crop_padding=crop_padding,
             flip=flip,
             split_seed=split_seed,
+            num_workers=num_workers,
         )
         require("mean", list(mean), len(mean) == 1, "one number: digits are grey")
 

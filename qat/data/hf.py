@@ -36,6 +36,7 @@ class HFImages(ImageDataModule):
         crop_padding: random crops of training images, padded by so many pixels; 0 for none.
         flip: flip half of the training images horizontally.
         split_seed: seed of the split and of the limits.
+        num_workers: processes that prepare the batches; 0: none.
         cache_dir: folder for the decoded images; None to decode on every run.
 
     Raises:
@@ -58,6 +59,7 @@ class HFImages(ImageDataModule):
         crop_padding: int = 0,
         flip: bool = False,
         split_seed: int = 0,
+        num_workers: int = 0,
         cache_dir: str | None = "~/.cache/qat",
     ) -> None:
         super().__init__(
@@ -71,6 +73,7 @@ class HFImages(ImageDataModule):
             crop_padding=crop_padding,
             flip=flip,
             split_seed=split_seed,
+            num_workers=num_workers,
         )
         require("val_fraction", val_fraction, 0 < val_fraction < 1, "a fraction between 0 and 1")
         if name is None and root is None:

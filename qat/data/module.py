@@ -32,6 +32,7 @@ class ImageDataModule(pl.LightningDataModule):
         crop_padding: random crops of training images, padded by so many pixels; 0 for none.
         flip: flip half of the training images horizontally.
         split_seed: seed of the split and of the limits.
+        num_workers: processes that prepare the batches, on a machine whose GPU would wait for them; 0: none.
 
     Raises:
         UserError: an option is out of its range, or on `setup` a limit exceeds what there is.
@@ -50,6 +51,7 @@ class ImageDataModule(pl.LightningDataModule):
         crop_padding: int,
         flip: bool,
         split_seed: int,
+        num_workers: int,
     ) -> None:
         super().__init__()
         limits = {"train": train_limit, "val": val_limit, "test": test_limit}
@@ -57,11 +59,13 @@ class ImageDataModule(pl.LightningDataModule):
             require(f"{name}_limit", limit, limit is None or limit >= 1, "at least 1, or null for all")
         require("batch_size", batch_size, batch_size >= 1, "at least 1")
         require("crop_padding", crop_padding, crop_padding >= 0, "0 or more pixels")
+        require("num_workers", num_workers, num_workers >= 0, "0 or more processes")
         require("mean", list(mean), len(mean) in (1, 3), "one number per channel, 1 or 3 of them")
         require(
             "std", list(std), len(std) == len(mean) and min(std) > 0, f"{len(mean)} positive numbers, as in data.mean"
         )
         self.batch_size, self.limits, self.split_seed = batch_size, limits, split_seed
+        self.num_workers = num_workers
         self.channels = len(mean)
         self.plain = Collate(white, mean, std)
         self.augmented = Collate(white, mean, std, crop_padding=crop_padding, flip=flip)
@@ -82,21 +86,30 @@ class ImageDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Shuffled, augmented batches; the last may be smaller."""
-        return DataLoader(
-            ImageDataset(self.splits["train"]), batch_size=self.batch_size, shuffle=True, collate_fn=self.augmented
-        )
+        return self._loader("train", self.augmented, shuffle=True)
 
     def val_dataloader(self) -> Loader:
         """Validation batches in a fixed order, not augmented."""
-        return DataLoader(ImageDataset(self.splits["val"]), batch_size=self.batch_size, collate_fn=self.plain)
+        return self._loader("val", self.plain)
 
     def test_dataloader(self) -> Loader:
         """Test batches in a fixed order, not augmented."""
-        return DataLoader(ImageDataset(self.splits["test"]), batch_size=self.batch_size, collate_fn=self.plain)
+        return self._loader("test", self.plain)
 
     def predict_dataloader(self) -> Loader:
         """The test batches."""
         return self.test_dataloader()
+
+    def _loader(self, split: str, collate: Collate, shuffle: bool = False) -> Loader:
+        return DataLoader(
+            ImageDataset(self.splits[split]),
+            batch_size=self.batch_size,
+            shuffle=shuffle,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
+        )
 
     def _limited(self, name: str, images: Images) -> Images:
         limit, count = self.limits[name], len(images.labels)
