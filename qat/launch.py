@@ -52,9 +52,11 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
     captured: list[tuple[fx.GraphModule, Callable[..., Any]]] = []
 
     def capture(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        from torch._inductor.compile_fx import compile_fx  # seconds, which only those pay who compile
+        from torch._inductor import config  # seconds, which only those pay who compile
+        from torch._inductor.compile_fx import compile_fx
 
-        captured.append((graph, compile_fx(graph, examples)))  # pyright: ignore[reportArgumentType]
+        with config.patch(exact_division()):
+            captured.append((graph, compile_fx(graph, examples)))  # pyright: ignore[reportArgumentType]
         return captured[0][1]
 
     examples = _examples(tensors, args)
@@ -72,6 +74,16 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         return next(found) if single else tuple([next(found) if there else None for there in present])
 
     return launch
+
+
+def exact_division() -> dict[str, Any]:
+    """Options of torch's compiler with which a GPU rounds quotients as everybody else does; its fast division, which
+    may be two units in the last place off, would now and then give the code beside.
+    """
+    from torch._inductor import config
+
+    names = ("eager_numerics.division_rounding", "emulate_divison_rounding")  # the second up to torch 2.10
+    return {name: True for name in names if name in config.get_config_copy()}
 
 
 def _examples(tensors: int, args: Sequence[Tensor]) -> list[Tensor]:

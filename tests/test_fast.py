@@ -71,7 +71,11 @@ def test_channels_last_without_a_convolution_is_an_error():
 def eager_backend(monkeypatch):
     """torch.compile without a C++ compiler: the captured graph, with its guards, run by torch."""
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **settings: compile_(f, **settings, backend="aot_eager"))
+
+    def captured(function, fullgraph, options):
+        return compile_(function, fullgraph=fullgraph, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", captured)
     yield
     torch._dynamo.reset()
 

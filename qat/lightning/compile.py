@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import nn
 
+from qat.launch import exact_division
 from qat.lightning.steps import batch_size
 
 
@@ -23,17 +24,20 @@ class Compile(Callback):
 
     Args:
         fullgraph: Whether a part that cannot be compiled is an error.
+        cudagraphs: Whether steps on a GPU are recorded once and replayed: for models so small that Python is slower
+            than the GPU.
     """
 
-    def __init__(self, fullgraph: bool = False) -> None:
+    def __init__(self, fullgraph: bool = False, cudagraphs: bool = False) -> None:
         self.fullgraph = fullgraph
+        self.options = {"triton.cudagraphs": cudagraphs, **exact_division()}
         self._size: int | None = None
         self._compiled: Any = None
         self._hooks = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._size, self._hooks = None, _hooks(pl_module)
-        self._compiled = torch.compile(pl_module._call_impl, fullgraph=self.fullgraph)
+        self._compiled = torch.compile(pl_module._call_impl, fullgraph=self.fullgraph, options=self.options)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -41,6 +45,8 @@ class Compile(Callback):
         size = batch_size(batch)
         self._size = self._size or size
         usual = size == self._size and _hooks(pl_module) == self._hooks
+        if self.options["triton.cudagraphs"]:
+            torch.compiler.cudagraph_mark_step_begin()
         _call(pl_module, self._compiled if usual else None)
 
     def on_train_batch_end(
