@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from models import MobileNetV2, ViT
+from models import ViT
 from pages import DOCS, put
 from presets import settings
 from safetensors.torch import load_file, save_file
@@ -42,7 +42,7 @@ from qat.export.runtime import OnnxRunner
 from qat.export.target import Target
 from qat.export.verify import Comparison, Verdict, check_codes, check_outputs, expected_integer_nodes
 from qat.insert import Plan, apply_plan, make_plan
-from qat.models import GPT, ResNet
+from qat.models import GPT, MobileNetV2, ResNet
 from qat.policy import QuantPolicy
 
 CALIBRATION, BATCH = 256, 64
@@ -154,7 +154,7 @@ PATCHES_FLOAT = {"executorch": ('+quant.rules.patches={match: patches, weight: "
 CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
     "ResNet-20 W8A8": lambda given: resnet20(given, "w8a8"),
     "ResNet-20 W4A4": lambda given: resnet20(given, "w4a4"),
-    "MobileNetV2 W8A8": lambda given: trained(given, MobileNetV2(), 2, {}),
+    "MobileNetV2 W8A8": lambda given: trained(given, MobileNetV2(stride=32), 2, {}),
     "ViT W8A8": lambda given: trained(given, ViT(), 1, PATCHES_FLOAT),
     "char GPT W8A8": chargpt,
 }

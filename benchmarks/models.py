@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.models import ResNet
+from qat.models import MobileNetV2, ResNet
 
 
 class Block(nn.Module):
@@ -74,44 +74,6 @@ class ResNet18(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-class InvertedResidual(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int, expand: int) -> None:
-        super().__init__()
-        hidden = inputs * expand
-        layers: list[nn.Module] = []
-        if expand != 1:
-            layers += [nn.Conv2d(inputs, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
-        layers += [
-            nn.Conv2d(hidden, hidden, 3, stride, 1, groups=hidden, bias=False),
-            nn.BatchNorm2d(hidden),
-            nn.ReLU6(),
-        ]
-        layers += [nn.Conv2d(hidden, outputs, 1, bias=False), nn.BatchNorm2d(outputs)]
-        self.layers = nn.Sequential(*layers)
-        self.residual = stride == 1 and inputs == outputs
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x) if self.residual else self.layers(x)
-
-
-class MobileNetV2(nn.Module):
-    def __init__(self, classes: int = 10) -> None:
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU6()]
-        inputs = 32
-        for expand, outputs, repeats, stride in (
-            (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
-        ):  # fmt: skip
-            for i in range(repeats):
-                layers.append(InvertedResidual(inputs, outputs, stride if i == 0 else 1, expand))
-                inputs = outputs
-        layers += [nn.Conv2d(inputs, 1280, 1, bias=False), nn.BatchNorm2d(1280), nn.ReLU6()]
-        self.features, self.head = nn.Sequential(*layers), nn.Linear(1280, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.features(x).mean((2, 3)))
-
-
 class ViT(nn.Module):
     """For images of 32x32: patches of 4x4, width 192, 6 layers, 3 heads, the mean of the patches."""
 
@@ -148,7 +110,7 @@ def _fresh(name: str) -> tuple[nn.Module, Tensor, Tensor]:
         return ResNet(20, 3, 10), torch.randn(128, 3, 32, 32), torch.randint(10, (128,))
     if name == "resnet18":
         return ResNet18(), torch.randn(16, 3, 112, 112), torch.randint(10, (16,))
-    model, x = MobileNetV2().to(memory_format=torch.channels_last), torch.randn(16, 3, 96, 96)
+    model, x = MobileNetV2(stride=32).to(memory_format=torch.channels_last), torch.randn(16, 3, 96, 96)
     return model, x.to(memory_format=torch.channels_last), torch.randint(10, (16,))
 
 

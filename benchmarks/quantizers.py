@@ -28,7 +28,7 @@ WEIGHT_ROWS = 64
 
 def quantizer(granularity: str, x: Tensor) -> nn.Module:
     spec = QuantSpec(bits=8, granularity=granularity, range="minmax").resolved(nonnegative=False, weight=True)
-    module = create(spec, x.shape)
+    module = create(spec, x.shape).to(x.device)
     module.calibrate(x.detach())
     return module
 
@@ -41,8 +41,9 @@ def operations(x: Tensor, peers: bool, missing: dict[str, str]) -> dict[str, Ope
         peers: Whether to add other frameworks.
         missing: Receives the peers that there are not, and why.
     """
-    scale, zero = torch.full((1,), 0.05, requires_grad=True), torch.zeros(1, requires_grad=True)
-    scales, zeros = torch.full((len(x),), 0.05, requires_grad=True), torch.zeros(len(x), requires_grad=True)
+    (scale, zero), (scales, zeros) = (
+        [torch.full((n,), value, device=x.device, requires_grad=True) for value in (0.05, 0.0)] for n in (1, len(x))
+    )
 
     def in_mode(mode: kernels.Mode, module: nn.Module) -> Operation:
         def call(t: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from qat.models.classifier import Classifier
 from qat.models.cnn import SmallCNN
 from qat.models.gpt import GPT
 from qat.models.mlp import MLP
+from qat.models.mobilenet import MobileNetV2
 from qat.models.resnet import ResNet
 
-__all__ = ["GPT", "MLP", "CausalLM", "Classifier", "ResNet", "SmallCNN"]
+__all__ = ["GPT", "MLP", "CausalLM", "Classifier", "MobileNetV2", "ResNet", "SmallCNN"]
