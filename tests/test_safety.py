@@ -17,8 +17,8 @@ from small_models import POLICY, Drawn, Shape, lived, quantized
 
 from qat.convert import convert
 from qat.errors import UserError
-from qat.export.pt2 import PICKLED
 from qat.export.files import atomic
+from qat.export.pt2 import PICKLED
 from qat.export.torch_export import ProgramRunner, TorchTarget
 from qat.lightning.weights import read_checkpoint
 
