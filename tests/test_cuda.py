@@ -14,6 +14,7 @@ from qat import kernels
 from qat.cli import main
 from qat.convert import convert
 from qat.lightning import Compile, QATCallback
+from qat.lightning.evaluate import full_precision
 from qat.models import ResNet
 from qat.quantizers import create
 from qat.spec import QuantSpec
@@ -85,7 +86,7 @@ def test_training_converts_to_integers_that_compute_what_it_measured(precision, 
     trainer(tmp_path, accelerator="gpu", precision=precision, max_epochs=4).fit(model, loader(64), loader())
     assert all(p.isfinite().all() for p in model.parameters())
     model = model.cuda().eval()
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         found, expected = convert(model, model.quantization_plan)(images()), model(images().cuda()).cpu()
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 

@@ -18,13 +18,30 @@ from qat.export.target import Runner, Target
 from qat.export.verify import Comparison, Verdict, check_codes, check_metric, check_outputs
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """While it lasts, GPUs multiply float32 in float32 and not in TF32, which rounds the values of a grid to ten bits:
+    what is measured would not be what a file computes.
+    """
+    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = [kind.fp32_precision for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.fp32_precision = "ieee"
+        yield
+    finally:
+        for kind, precision in zip(kinds, before, strict=True):
+            kind.fp32_precision = precision
+
+
 def test_metric(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, metric: str) -> float:
     """Runs the test loop.
 
     Raises:
         UserError: if the module logs no such metric, with the nearest one that it does.
     """
-    results = trainer.test(module, datamodule=data, verbose=False)[0]
+    with full_precision():
+        results = trainer.test(module, datamodule=data, verbose=False)[0]
     if metric not in results:
         raise UserError(
             f"metric={metric}: {type(module).__name__}.test_step logs no such value{nearest(metric, results)}"
