@@ -88,7 +88,7 @@ class Kernel:
                 run = self._programs[key] = program(self.function, self.tensors, args)
             except Exception as error:  # a missing compiler surfaces as whatever its build step raises
                 _settings["patience"] = NEVER
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                reason = " ".join(str(error).split()[:40]) or type(error).__name__
                 warnings.warn(
                     f"quantizers run uncompiled, several times slower: torch.compile failed ({reason})", stacklevel=2
                 )

@@ -160,14 +160,14 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
     if spec.scale == "e8m0":
         scale = torch.maximum(-low, high) / 2.0**spec.max_exponent
     elif spec.symmetric and spec.quant_min < 0 and spec.range == "centred":
-        scale = torch.maximum(-low, high) / ((spec.quant_max - spec.quant_min) / 2)
+        scale = _over(torch.maximum(-low, high), (spec.quant_max - spec.quant_min) / 2)
     elif spec.symmetric:
-        scale = high / max(spec.quant_max, 1)
+        scale = _over(high, max(spec.quant_max, 1))
         if spec.quant_min < 0:
-            scale = torch.maximum(scale, -low / -spec.quant_min)
+            scale = torch.maximum(scale, _over(-low, -spec.quant_min))
     else:
         codes = spec.quant_max - spec.quant_min
-        scale = high / codes - low / codes
+        scale = _over(high, codes) - _over(low, codes)
     # A scale below the normal numbers cannot be divided by without overflow, so such a row counts as zeros.
     scale = scale.clamp_max(torch.finfo(scale.dtype).max)  # with one code above zero, the sum may overflow
     usable = scale > TINY
@@ -179,3 +179,8 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     zero_point = (spec.quant_min - (low / snap(scale, spec)).round()).clamp(spec.quant_min, spec.quant_max)
     return scale, zero_point.to(torch.int32)
+
+
+def _over(x: Tensor, number: float) -> Tensor:
+    """`x / number`, everywhere the same: for a number of Python's, GPUs multiply by its reciprocal."""
+    return x / torch.full((), number, dtype=x.dtype, device=x.device)
