@@ -23,15 +23,28 @@ def full_precision() -> Iterator[None]:
     """While it lasts, GPUs multiply float32 in float32 and not in TF32, which rounds the values of a grid to ten bits:
     what is measured would not be what a file computes.
     """
-    kinds = torch.backends.cudnn.conv, torch.backends.cuda.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    cudnn: Any = torch.backends.cudnn
+    kinds = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]
     before = [kind.fp32_precision for kind in kinds]
     try:
-        for kind in kinds:
-            kind.fp32_precision = "ieee"
+        old = cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # the user has named them one by one, after which torch does not answer to the old names
+        old = None
+    try:
+        if old:  # compilers ask for the old names
+            cudnn.allow_tf32 = False
+            torch.set_float32_matmul_precision("highest")
+        else:
+            for kind in kinds:
+                kind.fp32_precision = "ieee"
         yield
     finally:
-        for kind, precision in zip(kinds, before, strict=True):
-            kind.fp32_precision = precision
+        if old:
+            cudnn.allow_tf32 = old[0]
+            torch.set_float32_matmul_precision(old[1])
+        else:
+            for kind, precision in zip(kinds, before, strict=True):
+                kind.fp32_precision = precision
 
 
 def test_metric(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, metric: str) -> float:
