@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from tiny_module import MINMAX, POLICY, Tiny, images, loader, quantizer_state, same, trainer
 
 from qat.errors import UserError
@@ -198,3 +199,18 @@ def test_pruned_weights_stay_zero_on_the_grid_and_their_scales_still_learn(at_va
     assert all(not torch.equal(start[2][n], quantizer_state(net)[n]) for n in scales)
     tested = trainer(tmp_path).test(Tiny(), loader(), ckpt_path=saved.last_model_path, verbose=False)
     assert tested == trainer(tmp_path, policy=None).test(net, loader(), verbose=False)
+
+
+def test_a_module_is_probed_where_it_is_not_where_lightning_will_move_it(tmp_path, monkeypatch):
+    """As on a GPU, which the device of tensors without values stands for."""
+    elsewhere = torch.device("meta")
+
+    class Ahead(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            pl_module._device = elsewhere
+
+    monkeypatch.setattr(SingleDeviceStrategy, "tensor_init_context", lambda self, empty_init=None: elsewhere)
+    module = Tiny()
+    trainer(tmp_path, Ahead()).fit(module, loader(), loader())
+    assert {name: t.device.type for name, t in module.state_dict().items() if t.is_meta} == {}
+    assert all(quantizer.initialised for _, quantizer in named_quantizers(module))

@@ -23,7 +23,7 @@ from qat.lightning.compiled import uncompiled
 from qat.lightning.module import QuantizedModule, insert_plan
 from qat.lightning.sharded import average_gradients
 from qat.lightning.shared_ranges import RangeCache
-from qat.lightning.steps import described_input, run_steps, trainer_source
+from qat.lightning.steps import at_home, described_input, run_steps, trainer_source
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
 from qat.starts import Start
@@ -129,7 +129,7 @@ class QATCallback(Callback):
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if pl_module.quantization_plan is None:
-            with described_input(pl_module) as described, uncompiled(pl_module):
+            with described_input(pl_module) as described, uncompiled(pl_module), at_home(pl_module):
                 for start in [start for callback in _callbacks(trainer) or [self] for start in callback.starts]:
                     start.prepare(pl_module, run_steps(pl_module, trainer_source(trainer), samples=1))
                 insert_plan(pl_module, self.plan(trainer, pl_module))

@@ -6,7 +6,7 @@ has to be told to us.
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -74,6 +74,25 @@ def no_trace(module: pl.LightningModule) -> Iterator[None]:
                 child.reset()
 
 
+@contextmanager
+def at_home(module: pl.LightningModule) -> Iterator[None]:
+    """While it lasts, `module.device` says where its parameters are: from `setup` on, Lightning names the device that it
+    will move the module to, and puts new tensors there while a model configures itself.
+    """
+    home = next((p.device for p in module.parameters() if p.device.type != "meta"), module.device)
+    lightning: list[Any] = [m for m in module.modules() if isinstance(m, pl.LightningModule)]
+    before = [m._device for m in lightning]
+    default = torch.get_default_device()
+    try:
+        for child in lightning:
+            child._device = home
+        with nullcontext() if default in (home, torch.device("cpu")) else home:
+            yield
+    finally:
+        for child, device in zip(lightning, before, strict=True):
+            child._device = device
+
+
 Source = Callable[[], Any]
 """Makes a fresh training dataloader (or a collection of them)."""
 
@@ -124,7 +143,7 @@ def run_steps(module: pl.LightningModule, source: Source, samples: int, title: s
 
     def run() -> None:
         step = step_of(module)
-        with no_trace(module), precision(module), eagerly():
+        with no_trace(module), precision(module), eagerly(), at_home(module):
             for batch in track(
                 batches(source, samples), description=title or "", transient=True, disable=title is None
             ):
