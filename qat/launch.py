@@ -60,7 +60,12 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         return captured[0][1]
 
     examples = _examples(tensors, args)
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(args[0].device.type, enabled=False):
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(args[0].device.type, enabled=False),
+        torch._C._EnableTorchFunction(),  # layers run without it, and compilers need it
+    ):
         results = torch.compile(_own_code(function), dynamic=True, fullgraph=True, backend=capture)(*examples)
     [(graph, run)] = captured
     takes = _arguments(graph)

@@ -164,3 +164,15 @@ def test_a_second_process_finds_the_kernels_compiled(tmp_path):
         assert run.returncode == 0, run.stderr
         found.append(run.stdout.split())
     assert found == [["0", "2"], ["2", "0"]]
+
+
+def test_a_kernel_first_met_inside_a_layer_is_compiled_all_the_same():
+    """Where a layer runs without torch functions, which compilers need."""
+    kernels.configure("always")
+    quantizer = lsq(bits=5)
+    with warnings.catch_warnings(), torch._C.DisableTorchFunction():
+        warnings.simplefilter("error")
+        found = train_on(quantizer, 3, 50_000)
+    kernels.configure("never")
+    expected = train_on(quantizer, 3, 50_000)
+    assert torch.equal(found[0], expected[0])
