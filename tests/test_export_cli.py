@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from omegaconf import OmegaConf
 from small_models import quantized
 
 from qat.cli import main
@@ -61,6 +62,15 @@ def test_a_checkpoint_of_the_run_is_exported_and_verified_as_itself(run, tmp_pat
     assert main(["export", checkpoint, "target=onnx", f"out={out}"]) == 0
     assert main(["verify", out, checkpoint]) == 0
     assert "last.onnx: verified: weight codes identical" in words(capfd)
+
+
+def test_a_run_of_two_gpus_is_verified_on_a_machine_without_any(run, tmp_path, capfd):
+    copied = shutil.copytree(run, tmp_path / "copied")
+    config = OmegaConf.load(copied / ".hydra" / "config.yaml")
+    config.trainer.update({"accelerator": "gpu", "devices": 2, "strategy": "ddp", "precision": "16-mixed"})
+    OmegaConf.save(config, copied / ".hydra" / "config.yaml")
+    assert main(["verify", str(copied / "model.onnx"), str(copied)]) == 0
+    assert "model.onnx: verified: weight codes identical" in words(capfd)
 
 
 def test_the_packed_integers_are_verified_by_the_loader_that_users_have(run, capfd):

@@ -179,10 +179,13 @@ class Run(Workspace):
         return test_metric(self.measuring(**settings), self.module, self.data, self.cfg.metric)
 
     def verify(self, target: Target, prepared: nn.Module, float_model: nn.Module, file: Path | None = None) -> Verdict:
-        """Verifies a file (by default the target's, in the run's folder) against the module as it is."""
+        """Verifies a file (by default the target's, in the run's folder) against the module as it is: on the CPU, where
+        the runtimes compute, and where sums of codes are exact.
+        """
         trained = self.progress["stages"]["qat"]["metric"]
+        trainer = self.measuring(accelerator="cpu", devices=1, strategy="auto")
         return verify_file(
-            file or self.folder / target.file, target, prepared, float_model, self.measuring(), self.module, self.data,
+            file or self.folder / target.file, target, prepared, float_model, trainer, self.module, self.data,
             self.cfg.metric, trained,
         )  # fmt: skip
 

@@ -76,8 +76,8 @@ def no_trace(module: pl.LightningModule) -> Iterator[None]:
 
 @contextmanager
 def at_home(module: pl.LightningModule) -> Iterator[None]:
-    """While it lasts, `module.device` says where its parameters are: from `setup` on, Lightning names the device that it
-    will move the module to, and puts new tensors there while a model configures itself.
+    """While it lasts, `module.device` says where its parameters are: from `setup` on, Lightning names the device that
+    the module will be moved to, and puts new tensors there while a model configures itself.
     """
     home = next((p.device for p in module.parameters() if p.device.type != "meta"), module.device)
     lightning: list[Any] = [m for m in module.modules() if isinstance(m, pl.LightningModule)]
