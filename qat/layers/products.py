@@ -56,11 +56,12 @@ def trained_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     with ours():
         x = _quantized(grid, x) if alone else layer.quantized_input(x)
         weight = _quantized(weight_grid, layer.weight)
-        codes = *_codes(input_codes, x, grid), *_codes(weight_codes, weight, weight_grid)[:2]
+        with torch.no_grad():
+            codes = *_codes(input_codes, x, grid), *_codes(weight_codes, weight, weight_grid)[:2]
         args = geometry, x, weight, layer.quantized_bias(), *codes
         if compiling:
             return _Product.apply(*args)  # pyright: ignore[reportReturnType]
-        return from_sources((x, weight), _Product.apply, *args)
+        return from_sources((x, weight), _product, *args)
 
 
 def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
@@ -79,7 +80,8 @@ def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
         packed, scale = kept
         for quantizer in list(layer.input_quantizer)[:-1] if layer.input_quantizer is not grid else ():
             x = quantizer(x)
-        codes, x_scale, low = _codes(input_codes, x, grid)
+        with torch.no_grad():
+            codes, x_scale, low = _codes(input_codes, x, grid)
         channels_last = _lies_channels_last(x) or _lies_channels_last(layer.weight)
         bias = layer.quantized_bias()
         return onednn.multiply(geometry, codes, x_scale, low, packed, scale, bias, channels_last)
@@ -91,8 +93,9 @@ def _packed(
     """The packed weight and its scale; `None` if the layer's grids have no codes."""
     if not _have_codes(grid, weight_grid):
         return None
-    codes, scale, _ = _codes(weight_codes, layer.quantized_weight(), weight_grid)
-    _, low, _ = grid.grid(codes)
+    with torch.no_grad():
+        codes, scale, _ = _codes(weight_codes, layer.quantized_weight(), weight_grid)
+        _, low, _ = grid.grid(codes)
     return onednn.pack(geometry, codes, low, shape), scale
 
 
@@ -174,7 +177,6 @@ def _rounds(x: Tensor) -> bool:
     return not hasattr(x, "made") or x.made.gradient.parts[0] is plain_rounding  # pyright: ignore
 
 
-@torch.no_grad()
 def _codes(function: Callable[..., Any], x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and scale (one axis) of `x`, and the level that code 0 of an input stands for.
 
@@ -241,3 +243,7 @@ class _Product(torch.autograd.Function):
                 rows.sum(0) if wanted[2] else None,
             )
         return None, *of, None, None, None, None, None
+
+
+_product = super(torch.autograd.Function, _Product).apply  # pyright: ignore[reportAttributeAccessIssue]
+"""Its `apply` without the Python calls that prepare it for functorch and compilers."""
