@@ -160,7 +160,7 @@ class _Plain(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.gradient, ctx.grad_scale = gradient, grad_scale
         y = gradient.forward.function(*tensors)
-        # Before torch 2.12, compilers lose the gradient of what was computed in place; fused, the copy costs nothing.
+        # Compilers up to torch 2.11 lose the gradient of what was computed in place; fused, the copy costs nothing.
         return y.clone() if torch.compiler.is_dynamo_compiling() else y
 
     @staticmethod

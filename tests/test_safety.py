@@ -141,7 +141,7 @@ def test_a_program_with_a_pickle_in_it_is_refused_unopened(hide, program, tmp_pa
 def test_torch_itself_would_have_run_it(hide, program, tmp_path):
     """Or the test above shows nothing."""
     if hide is opaque and "opaque_obj_" not in PICKLED:
-        pytest.skip("torch reads no such objects before version 2.12")
+        pytest.skip("torch reads no such objects before version 2.13")
     mark = tmp_path / "ran"
     path = rewritten(program, tmp_path / "model.pt2", *hide(Bomb(mark)))
     with contextlib.suppress(Exception):

@@ -47,7 +47,7 @@ class Part(QuantizedLayer, nn.Module):  # pyright: ignore[reportIncompatibleVari
         return HeldPart(self, self.quantized_weight(), self.quantized_bias())
 
 
-@dataclass  # not frozen: compilers before torch 2.12 cannot make one
+@dataclass  # not frozen: compilers up to torch 2.11 cannot make one
 class HeldPart:
     """A part whose weight and bias are on their grids already.
 
