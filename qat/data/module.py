@@ -101,13 +101,13 @@ class ImageDataModule(pl.LightningDataModule):
         return self.test_dataloader()
 
     def _loader(self, split: str, collate: Collate, shuffle: bool = False) -> Loader:
+        # New processes for each epoch: those that stay would draw on where the last epoch left their random numbers.
         return DataLoader(
             ImageDataset(self.splits[split]),
             batch_size=self.batch_size,
             shuffle=shuffle,
             collate_fn=collate,
             num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
             pin_memory=self.num_workers > 0 and torch.cuda.is_available(),
         )
 

@@ -29,15 +29,15 @@ class Compile(Callback):
     """
 
     def __init__(self, fullgraph: bool = False, cudagraphs: bool = False) -> None:
-        self.fullgraph = fullgraph
-        self.options = {"triton.cudagraphs": cudagraphs, **exact_division()}
+        self.fullgraph, self.cudagraphs = fullgraph, cudagraphs
         self._size: int | None = None
         self._compiled: Any = None
         self._hooks = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._size, self._hooks = None, _hooks(pl_module)
-        self._compiled = torch.compile(pl_module._call_impl, fullgraph=self.fullgraph, options=self.options)
+        options = {"triton.cudagraphs": self.cudagraphs, **exact_division()}
+        self._compiled = torch.compile(pl_module._call_impl, fullgraph=self.fullgraph, options=options)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -45,7 +45,7 @@ class Compile(Callback):
         size = batch_size(batch)
         self._size = self._size or size
         usual = size == self._size and _hooks(pl_module) == self._hooks
-        if self.options["triton.cudagraphs"]:
+        if self.cudagraphs:
             torch.compiler.cudagraph_mark_step_begin()
         _call(pl_module, self._compiled if usual else None)
 
