@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from qat.errors import UserError
-from qat.functions import KV_CACHE, MEAN, PROBABILITIES
+from qat.functions import ELEMENTWISE, KV_CACHE, MEAN, PROBABILITIES
 from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
 from qat.policy import Target
-from qat.probe import Call, Recording
+from qat.probe import Call, Key, Recording
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -55,7 +55,7 @@ def is_complex(module: nn.Module) -> bool:
 def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
     """What a policy can address, in execution order: for each layer or site, its calls."""
     found: dict[str, list[Call]] = {}
-    floating = set(inside_adapters(model))
+    floating, products = set(inside_adapters(model)), recording.products()
     for call in recording.order:
         if call.name in floating:
             continue
@@ -64,7 +64,7 @@ def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
             if mixin and (mixin.channel_axis is None or has_weight(call.what)):
                 quantizable = call.inputs[: mixin.inputs] if issubclass(mixin, QuantizedLayer) else []
                 found.setdefault(call.name, []).append(dataclasses.replace(call, operands=quantizable))
-        elif call.site and is_addressable(call):
+        elif call.site and is_addressable(call) and not adds_bias(call, recording, products):
             found.setdefault(call.site, []).append(call)
             if call.kind == "attention":
                 found.setdefault(f"{call.site}.{PROBABILITIES}", []).append(_probabilities(call))
@@ -75,14 +75,23 @@ def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
 
 def is_addressable(call: Call) -> bool:
     """Leaves out means that are not over the pixels of an image, what is computed from no data (but attentions, as of
-    DETR's learned queries), and sums and products with a parameter that is no weight.
+    DETR's learned queries), and matrix products with a parameter that is no weight.
     """
     pixels = call.input_shape[:2] == call.shape[:2] and call.shape[2:] in ((), (1, 1))
     if call.what in MEAN and not pixels:
         return False
     if call.constant and not call.weight and call.kind != "attention":
         return False
-    return call.weight or call.parameter is None or call.kind in ("cat", "attention")
+    return call.weight or call.parameter is None or call.kind in (*ELEMENTWISE, "cat", "attention")
+
+
+def adds_bias(call: Call, recording: Recording, products: set[Key]) -> bool:
+    """Whether a call adds a parameter to the output of a product that has one value for each channel: an engine adds it
+    in the accumulator, whose steps are far finer than those of any grid.
+    """
+    if call.kind not in ("add", "sub") or call.parameter is None or not call.vector:
+        return False
+    return any(recording.root(key) in products for key in call.operands)
 
 
 def _probabilities(call: Call) -> Call:

@@ -91,7 +91,9 @@ class Reasons:
             return ADAPTER
         if call.parameter is None:
             return "mean over other axes than an image's"
-        return f"one side of the {NAMES.get(call.kind or '', 'product')} is a parameter"
+        if call.kind in NAMES:
+            return f"a bias: the {NAMES[call.kind]} of a product and a vector, which an engine adds in the accumulator"
+        return "one side of the product is a parameter"
 
     def of_function(self, call: Call) -> str:
         kind = call.kind or ""

@@ -5,6 +5,8 @@
               integers one for the zero point
     biases    12 bytes each (int32 code, scale, zero point), or 4 in float
 
+A parameter that is added or multiplied elementwise has codes and one scale, too.
+
 What no layer owns comes on top in the file: 8 bytes for each activation grid, and the header that names the tensors.
 """
 
@@ -15,11 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat.audit import AuditRow
-from qat.convert import storage_bits
 from qat.cost import code_bytes
 from qat.formats import round_midrise
+from qat.integer import storage_bits
 from qat.layers import mixin_for
-from qat.plan import Plan
+from qat.plan import Plan, operand_spec
 from qat.spec import QuantSpec
 
 FLOAT_BYTES = 4
@@ -41,6 +43,9 @@ def _row_bytes(row: AuditRow, model: nn.Module, plan: Plan) -> int:
         if owner is not None:
             return layer_bytes(model, plan, row.name, plan.weights[owner])
         return FLOAT_BYTES * row.params
+    if row.name in plan.operands and row.params:
+        spec = operand_spec(plan, row.name)
+        return code_bytes(row.params, spec.width) + SCALE_BYTES.get(spec.scale, FLOAT_BYTES) + spec.integer
     module = dict(model.named_modules()).get(row.name)
     kept = () if module is None or not isinstance(module, nn.modules.batchnorm._NormBase) else module.buffers(False)
     return FLOAT_BYTES * row.params + sum(b.numel() * b.element_size() for b in kept)

@@ -101,6 +101,27 @@ def test_a_shared_weight_is_counted_once():
     assert a.bytes - b.bytes == 64 * 4 // 8 + 5
 
 
+@pytest.mark.parametrize(
+    "act", [{"bits": 8}, {"bits": 3}, {"bits": 5, "scale": "pow2"}, {"bits": 4, "symmetric": False}], ids=str
+)
+def test_a_parameter_that_is_added_costs_its_codes_and_their_scale(act, tmp_path):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.table = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x):
+            return self.b(self.a(x) + self.table)
+
+    model, x = Added(), torch.randn(2, 5, 8)
+    plan, rows = _rows(model, x, {"weight": {"bits": 8}, "act": act})
+    added = next(row for row in rows if row.name == "add_0")
+    assert added.params == 40 and added.weight_bits == act["bits"] and added.reason is None
+    assert added.bytes == 40 * act["bits"] // 8 + (2 if "scale" in act else 5)
+    stored, grids = _stored(model, plan, x, tmp_path)
+    assert sum(row.bytes for row in rows) == stored - grids
+
+
 def _stored(model, plan, x, folder):
     """Bytes of tensors in the packed file, and those of activation grids among them."""
     apply_plan(model, plan)

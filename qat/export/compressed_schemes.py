@@ -18,9 +18,9 @@ saturate (`range: even`).
 
 from typing import Any
 
-from qat.convert import storage_bits
 from qat.errors import UserError
 from qat.insert import Plan
+from qat.integer import storage_bits
 from qat.plan import kind_of
 from qat.quantizers import find
 from qat.spec import QuantSpec

@@ -19,7 +19,7 @@ import numpy as np
 from torch import nn
 
 from qat.errors import UserError
-from qat.integer import IntegerLayer
+from qat.integer import IntegerLayer, reads_elementwise
 
 PRODUCTS = ("XNNConv2d", "XNNDepthwiseConv2d", "XNNConvTranspose2d", "XNNFullyConnected", "XNNBatchMatrixMultiply")
 OPERANDS = ("input1_id", "input2_id", "filter_id")
@@ -100,7 +100,8 @@ class PteFile:
     def float_layers(self) -> list[str]:
         """The layers whose codes no integer product reads."""
         integers = {key for node in self.nodes if node.integer for key in node.constants}
-        return [name for name, entry in self.layers.items() if entry["constant"] not in integers]
+        products = {name: entry["constant"] for name, entry in self.layers.items() if entry["product"]}
+        return [name for name, constant in products.items() if constant not in integers]
 
 
 def describe(content: bytes, model: nn.Module, unfollowed: Sequence[str]) -> str:
@@ -121,7 +122,8 @@ def describe(content: bytes, model: nn.Module, unfollowed: Sequence[str]) -> str
             entry = next((e for e in _places(codes) if e["constant"] in constants), None)
             if entry is None:
                 raise UserError(f"'{name}': ExecuTorch did not keep the integers of its weight")
-            layers[name] = entry
+            # A constant that is added comes to XNNPACK from outside, where nothing tells which operation reads it.
+            layers[name] = entry | {"product": not reads_elementwise(module)}
     return json.dumps({"layers": layers, "unfollowed": list(unfollowed)}, separators=(",", ":"))
 
 

@@ -25,12 +25,13 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from qat.convert import INTEGERS, Holds, convert, inconvertible, storage_bits
+from qat.convert import INTEGERS, Holds, convert, inconvertible
 from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.files import replace
 from qat.export.manifest import check_manifest, made_by, write_manifest
 from qat.insert import Plan
+from qat.integer import storage_bits
 
 INPUT, OUTPUT = "input", "output"
 
