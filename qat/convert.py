@@ -192,20 +192,21 @@ def _mirror(name: str, weight: IntegerTensor, codes: Tensor, scales: Tensor) -> 
     if weight.number is not None:
         weight.codes = torch.where(codes, weight.codes ^ 2 ** (weight.bits - 1), weight.codes)
         return
-    if weight.codes.dtype == torch.uint8:
+    if weight.codes.dtype in (torch.uint8, torch.int32):
         top = 2**weight.bits - 1
         weight.codes = torch.where(codes, top - weight.codes, weight.codes)
         weight.zero_point = torch.where(scales, top - weight.zero_point, weight.zero_point)
         return
-    mirrored = torch.where(codes, -weight.codes.to(torch.int16), weight.codes)
+    kind = weight.codes.dtype
+    mirrored = torch.where(codes, -weight.codes.to(torch.int32), weight.codes)
     if mirrored.max() >= 2 ** (weight.bits - 1):
-        if weight.bits == 8:
+        if weight.bits == torch.iinfo(kind).bits:
             raise UserError(
-                f"'{name}': code -128 cannot be mirrored for a BatchNorm with a negative gamma; "
+                f"'{name}': code {torch.iinfo(kind).min} cannot be mirrored for a BatchNorm with a negative gamma; "
                 "train it with narrow: true"
             )
         weight.bits += 1
-    weight.codes = mirrored.to(torch.int8)
+    weight.codes = mirrored.to(kind)
 
 
 def _vanish(norm: nn.Module) -> None:

@@ -24,7 +24,8 @@ class IntegerTensor(nn.Module):
     """A constant (weight or bias) as integer codes, or as those of a floating-point format.
 
     Attributes:
-        codes: int8, uint8 or int32, in the tensor's own shape; of a floating-point format the bit patterns, uint8.
+        codes: int8 or uint8 (of more than 8 bits int16, or int32 if unsigned; of biases int32), in the tensor's own
+            shape; of a floating-point format the bit patterns, uint8.
         scale: float32; `(1,)`, `(channels,)`, or the tensor's shape with the grouped axis divided by the group size.
         zero_point: of the shape of `scale` and the type of `codes`.
         bits: Width that every code fits in.
@@ -32,6 +33,7 @@ class IntegerTensor(nn.Module):
         group_size: Elements per group along `axis`.
         number: The floating-point format of the codes; `None` for integers.
         odd: Whether the grid has odd numbers alone.
+        trits: Whether the codes are -1, 0 and 1.
         scale_format: How the scale can be stored (see `QuantSpec.scale`), unless a BatchNorm was folded into it.
     """
 
@@ -40,6 +42,7 @@ class IntegerTensor(nn.Module):
     zero_point: Tensor
     number: Float | None = None
     odd = False
+    trits = False
     scale_format = "float32"
 
     def __init__(
@@ -86,6 +89,7 @@ def integer_tensor(x: Tensor, quantizer: Quantizer) -> IntegerTensor:
     codes = quantizer.quantize(x)
     tensor = IntegerTensor(codes, quantizer.step(), zero, storage_bits(spec), axis, spec.group_size)
     tensor.number, tensor.odd, tensor.scale_format = spec.float_format, spec.rounding is round_midrise, spec.scale
+    tensor.trits = spec.trits
     return tensor
 
 
