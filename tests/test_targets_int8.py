@@ -19,6 +19,7 @@ from torch import nn
 from qat.cli.targets import build, of_file
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
+from qat.export.executorch_file import PteFile
 from qat.export.int8_program import DEQUANTIZE, QUANTIZE, float_products, int8_program
 from qat.export.tflite_builder import pack, unpack
 from qat.export.verify import Comparison, Verdict, check_codes
@@ -68,9 +69,11 @@ def test_a_tensor_that_two_layers_read_is_quantized_once_and_before_it_is_pooled
     assert pool.args[0].target is DEQUANTIZE and all(user.target is QUANTIZE for user in pool.users)
 
 
-def test_a_layer_that_no_grid_follows_is_named() -> None:
+def test_a_layer_that_no_grid_follows_is_named_and_no_constant_is_left_that_nobody_reads() -> None:
     case = Case(Shape(), W8A8)
-    assert float_products(int8_program(case.converted, case.x[:4])) == ["head"]
+    program = int8_program(case.converted, case.x[:4])
+    assert float_products(program) == ["head"]
+    assert all(node.users for node in program.graph.nodes if node.op == "placeholder")
 
 
 def test_a_product_of_floats_is_no_integer_product_without_a_grid() -> None:
@@ -239,6 +242,7 @@ def test_executorch_computes_what_was_trained_on_integers_from_the_same_codes(tm
     verdict = proven(target, case, path, runner)
     assert verdict.passed and verdict.facts["integer_nodes"] == verdict.facts["expected_integer_nodes"] == 3
     assert runner.float_layers() == ["head"]
+    assert max(map(len, PteFile.read(path).keys)) <= 2, "names of constants are short"
     comparison = case.compared(runner)  # 32 samples, in parts of 8
     assert comparison.mean_steps <= 0.01 and comparison.agreement == 1
     assert runner(case.x[:3].numpy()).shape == (3, 5)

@@ -43,7 +43,7 @@ class PteFile:
     """A `.pte` file, read without its runtime.
 
     Attributes:
-        constants: Every constant's bytes by their SHA-256.
+        constants: Every constant's bytes by their hash.
         nodes: What XNNPACK computes.
         keys: The hash of each constant of XNNPACK's graphs, by its name there.
         layers: For every layer, the constant that holds its codes, and how.
@@ -69,8 +69,8 @@ class PteFile:
         stored = [*keyed.values(), *_portable(pte.program)]
         blobs = [bytes(delegate.data) for delegate in pte.program.backend_delegate_data]
         nodes = [node for blob in blobs for node in _nodes(blob, keyed)]
-        keys = {key: _sha256(data) for key, data in keyed.items()}
-        return cls({_sha256(data): data for data in stored}, nodes, keys, {}, [])
+        keys = {key: _hash(data) for key, data in keyed.items()}
+        return cls({_hash(data): data for data in stored}, nodes, keys, {}, [])
 
     @classmethod
     def read(cls, path: Path) -> "PteFile":
@@ -141,7 +141,7 @@ def _places(codes: np.ndarray) -> Iterator[dict[str, Any]]:
     """The ways in which a weight may be stored: as it is, channels last, and those of depthwise and transposed ones."""
     for axes in (tuple(range(codes.ndim)), (0, 2, 3, 1), (1, 2, 3, 0), (0, 2, 1), (1, 2, 0), (1, 0)):
         if len(axes) == codes.ndim:
-            key = _sha256(np.ascontiguousarray(codes.transpose(axes)).tobytes())
+            key = _hash(np.ascontiguousarray(codes.transpose(axes)).tobytes())
             yield {"constant": key, "axes": axes, "shape": codes.shape}
 
 
@@ -149,8 +149,9 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.stem}.layers.json")
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _hash(data: bytes) -> str:
+    """Half of the SHA-256: enough to find a constant by; the codes themselves are compared."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _portable(program: Any) -> Iterator[bytes]:
@@ -170,5 +171,5 @@ def _nodes(blob: bytes, keyed: dict[str, bytes]) -> Iterator[Node]:
     for node in graph["xnodes"]:
         operands = [known[i] for key, i in node["xnode_union"].items() if key in OPERANDS]
         stored = [keys[tensor["constant_buffer_idx"]] for tensor in operands]
-        constants = [_sha256(keyed[key]) for key in stored if key in keyed]
+        constants = [_hash(keyed[key]) for key in stored if key in keyed]
         yield Node(node["xnode_union_type"], [tensor["datatype"] for tensor in operands], constants)

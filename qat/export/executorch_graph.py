@@ -123,6 +123,25 @@ def expose(content: bytes, layers: Mapping[str, str], only: str | None = None) -
     return bytes(pte.serialize_pte_binary(file, extract_delegate_segments=True)), shown
 
 
+def shorten(content: bytes) -> bytes:
+    """A program whose constants have short names: ExecuTorch calls them by their SHA-256, once in the program and once
+    in each graph that reads them, and stores each at a multiple of 128."""
+    from executorch.exir._serialize import _program as pte  # pyright: ignore[reportMissingImports]
+
+    file = pte.deserialize_pte_binary(content)
+    program: Any = file.program
+    if file.named_data is None:
+        return content
+    names = {key: f"{number:x}" for number, key in enumerate(file.named_data.pte_data)}
+    file.named_data.pte_data = {names[key]: entry for key, entry in file.named_data.pte_data.items()}
+    for data in program.backend_delegate_data:
+        graph = decompile(bytes(data.data))
+        for constant in graph["constant_data"]:
+            constant["named_key"] = names.get(constant["named_key"], "")
+        data.data = compile_graph(graph, bytes(data.data))
+    return bytes(pte.serialize_pte_binary(file, extract_delegate_segments=True, segment_alignment=PLACE))
+
+
 def _layers(graph: dict[str, Any], owners: Mapping[str, str]) -> list[tuple[str, Show, dict[str, Any]]]:
     """The layers in a graph: name, how its output is shown, and the tensor of it."""
     known, found = tensors(graph), []

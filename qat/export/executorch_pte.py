@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.export.executorch_file import PteFile, describe
-from qat.export.executorch_graph import expose
+from qat.export.executorch_graph import expose, shorten
 from qat.export.int8_program import CONVOLUTIONS, float_products, int8_program, unfit_for_int8
 from qat.export.target import OnGrid, Target
 from qat.export.verify import Verdict, count_kernels
@@ -132,7 +132,7 @@ class ExecuTorchTarget(Target):
             )
             try:
                 edge = to_edge_transform_and_lower(program, partitioner=[xnn.XnnpackQuantizedPartitioner(), rest])
-                content = edge.to_executorch().buffer
+                content = shorten(edge.to_executorch().buffer)
             except Exception as error:  # whatever its passes stumble over
                 reason = str(error.__cause__ or error).strip().splitlines()[0]
                 raise UserError(f"{type(model).__name__} cannot be lowered for ExecuTorch: {reason}") from error
