@@ -104,8 +104,12 @@ ACTS = [
     {"bits": 8},
     {"format": "e4m3", "bits": None, "quantizer": "fixed"},
     {"format": "e2m1", "bits": None, "granularity": "group", "group_size": 4, "scale": "e8m0", "quantizer": "dynamic"},
+    {
+        "format": "e2m1", "bits": None, "granularity": "group", "group_size": 4, "scale": "e4m3",
+        "quantizer": "dynamic", "options": {"calibrated": True}, "range": "minmax",
+    },
     "off",
-]
+]  # fmt: skip
 
 
 class Two(nn.Module):
