@@ -12,7 +12,7 @@ from qat.functions import ELEMENTWISE, KV_CACHE, MEAN, PROBABILITIES
 from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
 from qat.policy import Target
-from qat.probe import Call, Key, Recording
+from qat.probe import Call, Recording
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -55,7 +55,7 @@ def is_complex(module: nn.Module) -> bool:
 def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
     """What a policy can address, in execution order: for each layer or site, its calls."""
     found: dict[str, list[Call]] = {}
-    floating, products = set(inside_adapters(model)), recording.products()
+    floating = set(inside_adapters(model))
     for call in recording.order:
         if call.name in floating:
             continue
@@ -64,7 +64,7 @@ def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
             if mixin and (mixin.channel_axis is None or has_weight(call.what)):
                 quantizable = call.inputs[: mixin.inputs] if issubclass(mixin, QuantizedLayer) else []
                 found.setdefault(call.name, []).append(dataclasses.replace(call, operands=quantizable))
-        elif call.site and is_addressable(call) and not adds_bias(call, recording, products):
+        elif call.site and is_addressable(call):
             found.setdefault(call.site, []).append(call)
             if call.kind == "attention":
                 found.setdefault(f"{call.site}.{PROBABILITIES}", []).append(_probabilities(call))
@@ -75,23 +75,16 @@ def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
 
 def is_addressable(call: Call) -> bool:
     """Leaves out means that are not over the pixels of an image, what is computed from no data (but attentions, as of
-    DETR's learned queries), and matrix products with a parameter that is no weight.
+    DETR's learned queries), and parameters that are no weights of a product but vectors: one value for each channel, a
+    bias or the scale of a norm, is for the accumulator of the layer before it, or stays in float with the norm.
     """
     pixels = call.input_shape[:2] == call.shape[:2] and call.shape[2:] in ((), (1, 1))
     if call.what in MEAN and not pixels:
         return False
     if call.constant and not call.weight and call.kind != "attention":
         return False
-    return call.weight or call.parameter is None or call.kind in (*ELEMENTWISE, "cat", "attention")
-
-
-def adds_bias(call: Call, recording: Recording, products: set[Key]) -> bool:
-    """Whether a call adds a parameter to the output of a product that has one value for each channel: an engine adds it
-    in the accumulator, whose steps are far finer than those of any grid.
-    """
-    if call.kind not in ("add", "sub") or call.parameter is None or not call.vector:
-        return False
-    return any(recording.root(key) in products for key in call.operands)
+    alike = call.kind in ("cat", "attention") or (call.kind in ELEMENTWISE and not call.vector)
+    return call.weight or call.parameter is None or alike
 
 
 def _probabilities(call: Call) -> Call:

@@ -91,9 +91,8 @@ class Reasons:
             return ADAPTER
         if call.parameter is None:
             return "mean over other axes than an image's"
-        if call.kind in NAMES:
-            return f"a bias: the {NAMES[call.kind]} of a product and a vector, which an engine adds in the accumulator"
-        return "one side of the product is a parameter"
+        what = "a vector of parameters" if call.vector else "a parameter"
+        return f"one side of the {NAMES.get(call.kind or '', 'product')} is {what}"
 
     def of_function(self, call: Call) -> str:
         kind = call.kind or ""

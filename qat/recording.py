@@ -94,10 +94,6 @@ class Recording:
             key = self.source[key]
         return key
 
-    def products(self) -> set[Key]:
-        """The tensors that multiply-accumulates made."""
-        return {call.output for call in self.order if call.output is not None and any(call.macs)}
-
     def read(self, keys: Iterable[Key]) -> None:
         for key in keys:
             self.readers[key] = self.readers.get(key, 0) + 1

@@ -33,13 +33,13 @@ class Patches(nn.Module):
 
 
 class Scaled(nn.Module):
-    """A scale for each channel, and an offset for each pixel, left of what it is added to."""
+    """A scale and an offset for each value, left of what they are applied to."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.stem, self.body, self.head = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, 8, 3, 1, 1), nn.Linear(8, 5)
-        self.gamma, self.offset = nn.Parameter(torch.randn(8, 1, 1)), nn.Parameter(torch.randn(8, 8, 8))
+        self.gamma, self.offset = nn.Parameter(torch.randn(8, 8, 8)), nn.Parameter(torch.randn(8, 8, 8))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.offset + F.relu(self.stem(x))
@@ -52,7 +52,7 @@ def table(m: Any, x: Tensor) -> Tensor:
 
 def with_table(forward: Any, *shape: int) -> Model:
     model = Model(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8))
-    model.table = nn.Parameter(torch.randn(shape or (6, 8)))
+    model.table = nn.Parameter(torch.randn(shape))
     return model
 
 
@@ -65,7 +65,7 @@ def with_table(forward: Any, *shape: int) -> Model:
     ],
 )
 def test_a_parameter_that_is_added_has_a_grid_and_is_replaced_by_its_codes(forward, index) -> None:
-    fake, converted = both(with_table(forward), torch.randn(X), W8A8)
+    fake, converted = both(with_table(forward, 6, 8), torch.randn(X), W8A8)
     grid = fake.add_0.get_submodule(f"input_quantizer_{index}")
     assert torch.equal(converted.add_0.integer_weight.codes, grid.quantize(fake.table))
     assert "table" not in dict(converted.named_parameters()) and converted.table.untyped_storage().nbytes() == 4
@@ -73,15 +73,14 @@ def test_a_parameter_that_is_added_has_a_grid_and_is_replaced_by_its_codes(forwa
     torch.testing.assert_close(fake(x), converted(x), rtol=1e-5, atol=1e-6)  # sums of products in another order
 
 
-def test_a_vector_added_to_a_product_is_its_bias_and_one_added_to_anything_else_is_not() -> None:
-    assert planned(with_table(table, 8), torch.randn(X)).sites == {}
-    assert planned(with_table(lambda m, x: m.b(F.gelu(m.a(x)) + m.table), 8), torch.randn(X)).sites["add_0"]
-    scaled = planned(with_table(lambda m, x: m.b(m.a(x) * m.table), 8), torch.randn(X), kinds="all")
-    assert scaled.operands["mul_0"] == {"parameter": "table", "index": 1, "alone": True}
+@pytest.mark.parametrize("shape", [(8,), (6, 1), (1, 1, 8), ()], ids=str)
+def test_a_vector_is_a_bias_or_the_scale_of_a_norm_and_stays_float(shape) -> None:
+    for forward in (table, lambda m, x: m.b(m.a(x) * m.table), lambda m, x: m.b(F.gelu(m.a(x)) - m.table)):
+        assert planned(with_table(forward, *shape), torch.randn(X), kinds=["add", "sub", "mul"]).sites == {}
 
 
 def test_sums_with_one_parameter_share_its_grid_and_its_codes() -> None:
-    _, converted = both(with_table(lambda m, x: m.b(F.relu(m.a(x) + m.table)) + m.table), torch.randn(X), W8A8)
+    _, converted = both(with_table(lambda m, x: m.b(F.relu(m.a(x) + m.table)) + m.table, 6, 8), torch.randn(X), W8A8)
     first, second = converted.add_0, converted.add_1
     assert first.integer_weight is second.integer_weight and "table" not in dict(converted.named_parameters())
 
@@ -90,7 +89,7 @@ def test_a_parameter_that_others_read_stays_beside_its_codes() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.b(m.a(x) + m.table) + m.table.mean()
 
-    fake, converted = both(with_table(forward), torch.randn(X), {**W8A8, "kinds": ["add"]})
+    fake, converted = both(with_table(forward, 6, 8), torch.randn(X), {**W8A8, "kinds": ["add"]})
     assert isinstance(converted.add_0.integer_weight, IntegerTensor) and torch.equal(converted.table, fake.table)
 
 
@@ -99,7 +98,7 @@ def test_a_site_that_reads_one_parameter_or_another_keeps_both() -> None:
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return x + y
 
-    model = with_table(lambda m, x: m.b(m.adds(m.adds(m.a(x), m.table), m.other)))
+    model = with_table(lambda m, x: m.b(m.adds(m.adds(m.a(x), m.table), m.other)), 6, 8)
     model.other, model.adds = nn.Parameter(torch.randn(6, 8)), Adds()
     x = torch.randn(X)
     fake, converted = both(model, x, W8A8)
@@ -108,7 +107,7 @@ def test_a_site_that_reads_one_parameter_or_another_keeps_both() -> None:
 
 
 def test_gradients_reach_the_parameter_and_its_scale() -> None:
-    model = inserted(with_table(table), torch.randn(X), act={"bits": 4}).train()
+    model = inserted(with_table(table, 6, 8), torch.randn(X), act={"bits": 4}).train()
     model(torch.randn(X)).square().sum().backward()
     assert model.table.grad.abs().sum() > 0 and model.add_0.input_quantizer_1.scale.grad.abs() > 0
 
