@@ -17,7 +17,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +59,6 @@ class Case:
         learn: Inputs to calibrate on.
         test: Inputs to compare on.
         weights: Where the weights come from.
-        more: What it would be told beyond that for one target.
     """
 
     model: nn.Module
@@ -67,7 +66,6 @@ class Case:
     learn: Tensor
     test: Tensor
     weights: str
-    more: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 # -- the models --------------------------------------------------------------------------------------------------------
@@ -114,7 +112,7 @@ def chargpt(given: argparse.Namespace) -> Case:
     return Case(model.eval(), ("experiment=shakespeare/chargpt_w8a8",), learn, test, "pretrained")
 
 
-def trained(given: argparse.Namespace, model: nn.Module, scale: int, more: dict[str, tuple[str, ...]]) -> Case:
+def trained(given: argparse.Namespace, model: nn.Module, scale: int) -> Case:
     """A classifier of Fashion-MNIST's images, 32x32 and three times the same channel, enlarged `scale` times."""
     grey = {"root": str(given.data / "fashion_mnist"), "mean": (0.286,) * 3, "std": (0.353,) * 3}
     (learn, classes), (test, answers) = images(given, max(CALIBRATION, given.steps * BATCH), **grey)
@@ -129,7 +127,7 @@ def trained(given: argparse.Namespace, model: nn.Module, scale: int, more: dict[
             save_file(model.state_dict(), temporary)
     with torch.no_grad():
         right = (model.eval()(test).argmax(1) == answers).float().mean()
-    return Case(model, ("quant=w8a8",), learn[:CALIBRATION], test, f"{given.steps} steps, {right:.1%}", more)
+    return Case(model, ("quant=w8a8",), learn[:CALIBRATION], test, f"{given.steps} steps, {right:.1%}")
 
 
 def fit(model: nn.Module, inputs: Tensor, classes: Tensor, steps: int) -> None:
@@ -149,13 +147,11 @@ def fit(model: nn.Module, inputs: Tensor, classes: Tensor, steps: int) -> None:
             print(f"{type(model).__name__}, step {step}: loss {loss:.3f}", flush=True)
 
 
-PATCHES_FLOAT = {"executorch": ('+quant.rules.patches={match: patches, weight: "off", act: "off"}',)}
-"""ExecuTorch refuses a convolution whose output lies on no grid."""
 CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
     "ResNet-20 W8A8": lambda given: resnet20(given, "w8a8"),
     "ResNet-20 W4A4": lambda given: resnet20(given, "w4a4"),
-    "MobileNetV2 W8A8": lambda given: trained(given, MobileNetV2(stride=32), 2, {}),
-    "ViT W8A8": lambda given: trained(given, ViT(), 1, PATCHES_FLOAT),
+    "MobileNetV2 W8A8": lambda given: trained(given, MobileNetV2(stride=32), 2),
+    "ViT W8A8": lambda given: trained(given, ViT(), 1),
     "char GPT W8A8": chargpt,
 }
 
@@ -164,10 +160,10 @@ CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
 
 
 @torch.no_grad()
-def quantized(case: Case, engine: str | None, more: tuple[str, ...] = ()) -> tuple[nn.Module, Plan]:
-    """The fake-quantized model by the rules of an engine, and what it is told beyond `case.quant`."""
+def quantized(case: Case, engine: str | None) -> tuple[nn.Module, Plan]:
+    """The fake-quantized model by the rules of an engine."""
     model, first = copy.deepcopy(case.model), case.learn[:2]
-    policy = QuantPolicy.from_dict(settings(*case.quant, *more) | {"target": engine})
+    policy = QuantPolicy.from_dict(settings(*case.quant) | {"target": engine})
     plan, _ = make_plan(model, policy, lambda: model(first))
     apply_plan(model, plan)
     calibrate(model, lambda: [model(part) for part in case.learn.split(64)])
@@ -196,15 +192,15 @@ def measured(name: str, given: argparse.Namespace, folder: Path) -> list[dict[st
     case = CASES[name](given)
     export_onnx(case.model, case.learn[:2], folder / "float.onnx")
     runners: dict[str, Any] = {"float": OnnxRunner(folder / "float.onnx", threads=1)}
-    models: dict[Any, Any] = {}
+    models: dict[str, Any] = {}
     rows: dict[str, dict[str, Any]] = {}
     for wanted in given.targets.split(","):
         row = rows[wanted] = {"model": name, "weights": case.weights, "target": wanted}
         try:
             target: Target = build(wanted, {})
-            told = target.engine or "ort", case.more.get(wanted, ())
+            told = target.engine or "ort"
             if told not in models:
-                fake, plan = quantized(case, *told)
+                fake, plan = quantized(case, told)
                 with torch.no_grad():
                     models[told] = fake, plan, [fake(part) for part in case.test.split(32)]
             fake, plan, expected = models[told]

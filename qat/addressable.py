@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from qat.errors import UserError
-from qat.functions import KV_CACHE, MEAN, PROBABILITIES
+from qat.functions import ELEMENTWISE, KV_CACHE, MEAN, PROBABILITIES
 from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
 from qat.policy import Target
@@ -75,14 +75,16 @@ def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
 
 def is_addressable(call: Call) -> bool:
     """Leaves out means that are not over the pixels of an image, what is computed from no data (but attentions, as of
-    DETR's learned queries), and sums and products with a parameter that is no weight.
+    DETR's learned queries), and parameters that are no weights of a product but vectors: one value for each channel, a
+    bias or the scale of a norm, is for the accumulator of the layer before it, or stays in float with the norm.
     """
     pixels = call.input_shape[:2] == call.shape[:2] and call.shape[2:] in ((), (1, 1))
     if call.what in MEAN and not pixels:
         return False
     if call.constant and not call.weight and call.kind != "attention":
         return False
-    return call.weight or call.parameter is None or call.kind in ("cat", "attention")
+    alike = call.kind in ("cat", "attention") or (call.kind in ELEMENTWISE and not call.vector)
+    return call.weight or call.parameter is None or alike
 
 
 def _probabilities(call: Call) -> Call:

@@ -16,7 +16,7 @@ from qat.errors import UserError
 from qat.functions import PROBABILITIES
 from qat.layers import BoundPart, Part
 from qat.layers.parts import part_parameters
-from qat.plan import OUTPUTS, Plan
+from qat.plan import OUTPUTS, Plan, operand_spec
 from qat.probe import Call, Recording
 from qat.reasons import FOLDS, Reasons, layers, type_name
 
@@ -195,7 +195,7 @@ class _Auditor:
         """The rows of one site, all of whose calls these are."""
         name, kind, reasons = calls[0].site, calls[0].kind, self.reasons
         assert name and kind
-        weighted = [call for call in calls if call.weight and call.parameter]
+        weighted = [call for call in calls if call.parameter and (call.weight or name in self.plan.operands)]
         taken = {id(p): p for p in (self.by_path[call.parameter] for call in weighted if call.parameter)}
         taken |= {k[0]: p for c in weighted for k in c.inputs if (p := reasons.parameters.get(k[0])) is not None}
         params = sum(self._once(p) for p in taken.values() if id(p) not in self.of_twins)
@@ -240,6 +240,8 @@ class _Auditor:
     def _labels(self, name: str) -> dict[str, Any]:
         layer = self.plan.layers.get(name) or {"weight": None, "input": [], **self.plan.parameters.get(name, {})}
         weight = None if layer["weight"] is None else self.plan.weights[layer["weight"]]
+        if name in self.plan.operands:
+            weight = operand_spec(self.plan, name)
         chains = self.plan.sites.get(name, [layer["input"]])
         chains = [*chains, *([layer["input_1"]] if "input_1" in layer else [])]
         specs = [[self.plan.activations[label] for label in chain] for chain in chains if chain]

@@ -13,23 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.convert_sites import convert_sites, give_up_parameters
 from qat.errors import UserError
 from qat.formats import FLOATS, round_midrise
-from qat.functions import PROBABILITIES
 from qat.insert import Plan
-from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
-from qat.layers import QuantizedLayer, Site, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for
+from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, integer_tensor, storage_bits
+from qat.layers import QuantizedLayer, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for
 from qat.layers.accumulator import WIDEST, bias_codes, folded, input_grid, per_output
 from qat.layers.adapted import adapted
 from qat.layers.computed import settle
-from qat.plan import kind_of
 from qat.quantizers import Quantizer, find
-from qat.spec import QuantSpec
-
-
-def storage_bits(spec: QuantSpec) -> int:
-    """Bits of the integers that engines compute with: odd numbers -(2^b - 1) .. 2^b - 1 take one more than b."""
-    return spec.width + (spec.rounding is round_midrise)
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ def convert(model: nn.Module, plan: Plan, holds: Holds = INTEGERS) -> nn.Module:
     converted = copy.deepcopy(model).cpu().eval()
     modules = dict(converted.named_modules())
     shared: dict[Any, IntegerTensor] = {}
-    parameters = _convert_sites(modules, plan, shared)
+    parameters = convert_sites(modules, plan, shared)
     for name in plan.layers:
         module = modules[name]
         assert isinstance(module, QuantizedLayer)
@@ -109,66 +102,14 @@ def convert(model: nn.Module, plan: Plan, holds: Holds = INTEGERS) -> nn.Module:
         if quantizer is not None and quantizer.enabled:
             norm = modules[plan.batch_norms[name]] if name in plan.batch_norms else None
             tied = quantizer if norm is None and not is_computed(module) else name
-            weight = shared.setdefault(tied, _integer_weight(module, quantizer))
+            weight = shared.setdefault(tied, integer_tensor(module.weight, quantizer))
             left = module.weight if plan.layers[name].get("read") else None
             _install(name, module, weight, norm)
             if left is not None:
                 module.weight = left
-    _give_up_parameters(converted, plan, parameters)
+    give_up_parameters(converted, plan, parameters)
     _freeze_activations(converted)
     return converted
-
-
-def _convert_sites(
-    modules: dict[str, nn.Module], plan: Plan, shared: dict[Any, IntegerTensor]
-) -> dict[str, nn.Parameter]:
-    """Gives functional sites integer weights, and fused functions the products that integer kernels compute.
-
-    Returns:
-        The parameters that became integers, by path.
-    """
-    for name in dict.fromkeys(site.removesuffix(f".{PROBABILITIES}") for site in plan.sites):
-        modules[name].explicit = kind_of(name) in ("attention", "matmul")  # pyright: ignore[reportArgumentType]
-    parameters = {}
-    for name, described in plan.parameters.items():
-        site = modules.get(name)
-        if isinstance(site, Site) and site.weight_quantizer is not None and site.weight_quantizer.enabled:
-            parameters[described["parameter"]] = site.weight
-            integer: Any = site
-            codes = _integer_weight(site, site.weight_quantizer)
-            integer.computes_in = site.weight.dtype
-            integer.integer_weight, integer.integer_bias = shared.setdefault(site.weight_quantizer, codes), None
-            del integer.weight_quantizer
-            become_twin(site, IntegerLayer)
-    return parameters
-
-
-def _give_up_parameters(model: nn.Module, plan: Plan, parameters: dict[str, nn.Parameter]) -> None:
-    """Drops the float originals of the integer weights of sites, once tied layers are converted, too.
-
-    The caller of the function still names them, so a tensor without memory stays in their place; they stay themselves
-    where others read them.
-    """
-    float_readers = {d["parameter"] for d in plan.parameters.values() if d["weight"] is None or not d["alone"]}
-    floating = (model.get_submodule(name) for name, layer in plan.layers.items() if layer["weight"] is None)
-    in_layers = {id(p) for module in floating for p in module.parameters(recurse=False)}
-    for path, parameter in parameters.items():
-        owner, _, name = path.rpartition(".")
-        module = model.get_submodule(owner)
-        module._parameters.pop(name, None)
-        needed = path in float_readers or id(parameter) in in_layers
-        left = parameter if needed else torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
-        setattr(module, name, left)
-
-
-def _integer_weight(module: QuantizedLayer | Site, quantizer: Quantizer) -> IntegerTensor:
-    weight, spec = module.weight, quantizer.spec
-    axis = {"tensor": None, "channel": quantizer.axis, "group": 1 - quantizer.axis}[spec.granularity]
-    zero = quantizer.zero_point.detach().clone()
-    codes = quantizer.quantize(weight)
-    tensor = IntegerTensor(codes, quantizer.step(), zero, storage_bits(spec), axis, spec.group_size)
-    tensor.number, tensor.odd, tensor.scale_format = spec.float_format, spec.rounding is round_midrise, spec.scale
-    return tensor
 
 
 def _install(name: str, module: Any, weight: IntegerTensor, norm: nn.Module | None) -> None:
@@ -251,20 +192,21 @@ def _mirror(name: str, weight: IntegerTensor, codes: Tensor, scales: Tensor) -> 
     if weight.number is not None:
         weight.codes = torch.where(codes, weight.codes ^ 2 ** (weight.bits - 1), weight.codes)
         return
-    if weight.codes.dtype == torch.uint8:
+    if weight.codes.dtype in (torch.uint8, torch.int32):
         top = 2**weight.bits - 1
         weight.codes = torch.where(codes, top - weight.codes, weight.codes)
         weight.zero_point = torch.where(scales, top - weight.zero_point, weight.zero_point)
         return
-    mirrored = torch.where(codes, -weight.codes.to(torch.int16), weight.codes)
+    kind = weight.codes.dtype
+    mirrored = torch.where(codes, -weight.codes.to(torch.int32), weight.codes)
     if mirrored.max() >= 2 ** (weight.bits - 1):
-        if weight.bits == 8:
+        if weight.bits == torch.iinfo(kind).bits:
             raise UserError(
-                f"'{name}': code -128 cannot be mirrored for a BatchNorm with a negative gamma; "
+                f"'{name}': code {torch.iinfo(kind).min} cannot be mirrored for a BatchNorm with a negative gamma; "
                 "train it with narrow: true"
             )
         weight.bits += 1
-    weight.codes = mirrored.to(torch.int8)
+    weight.codes = mirrored.to(kind)
 
 
 def _vanish(norm: nn.Module) -> None:

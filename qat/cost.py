@@ -23,6 +23,11 @@ def average_bits(sizes: Iterable[tuple[int, int]]) -> float | None:
     return sum(count * bits for count, bits in pairs) / total if total else None
 
 
+def trit_bytes(count: int) -> int:
+    """Bytes that `count` codes -1, 0 and 1 fill, five in each: 3^5 = 243."""
+    return math.ceil(count / 5)
+
+
 def code_bytes(count: int, bits: int) -> int:
     """Bytes that `count` codes of `bits` bits fill."""
     return math.ceil(count * bits / 8)

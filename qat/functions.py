@@ -171,6 +171,8 @@ WEIGHTED = tuple(kind for kind in KINDS if kind.startswith(("linear", "conv", EX
 """Kinds that are layers without a module: sites only with a parameter as weight."""
 PRODUCTS = (*WEIGHTED, "matmul", "einsum", "attention")
 """Kinds that multiply and accumulate."""
+ELEMENTWISE = ("add", "sub", "mul")
+"""Kinds whose operands are alike: one that is a parameter has a grid as any other tensor."""
 PROBABILITIES = "probabilities"
 """Kind of the second product's left operand in an attention site, a target of its own below it."""
 KV_CACHE = "kv_cache"

@@ -7,22 +7,25 @@ trace the model.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-from qat.formats import Float
+from qat.formats import Float, round_midrise
 from qat.functional import levels, values
+from qat.layers.site import Site
 from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
+from qat.spec import QuantSpec
 
 
 class IntegerTensor(nn.Module):
     """A constant (weight or bias) as integer codes, or as those of a floating-point format.
 
     Attributes:
-        codes: int8, uint8 or int32, in the tensor's own shape; of a floating-point format the bit patterns, uint8.
+        codes: int8 or uint8 (of more than 8 bits int16, or int32 if unsigned; of biases int32), in the tensor's own
+            shape; of a floating-point format the bit patterns, uint8.
         scale: float32; `(1,)`, `(channels,)`, or the tensor's shape with the grouped axis divided by the group size.
         zero_point: of the shape of `scale` and the type of `codes`.
         bits: Width that every code fits in.
@@ -30,6 +33,7 @@ class IntegerTensor(nn.Module):
         group_size: Elements per group along `axis`.
         number: The floating-point format of the codes; `None` for integers.
         odd: Whether the grid has odd numbers alone.
+        trits: Whether the codes are -1, 0 and 1.
         scale_format: How the scale can be stored (see `QuantSpec.scale`), unless a BatchNorm was folded into it.
     """
 
@@ -38,6 +42,7 @@ class IntegerTensor(nn.Module):
     zero_point: Tensor
     number: Float | None = None
     odd = False
+    trits = False
     scale_format = "float32"
 
     def __init__(
@@ -71,6 +76,23 @@ class IntegerTensor(nn.Module):
         return f"{'x'.join(map(str, self.codes.shape))} codes of {self.bits} bits"
 
 
+def storage_bits(spec: QuantSpec) -> int:
+    """Bits of the integers that engines compute with: odd numbers -(2^b - 1) .. 2^b - 1 take one more than b."""
+    return spec.width + (spec.rounding is round_midrise)
+
+
+def integer_tensor(x: Tensor, quantizer: Quantizer) -> IntegerTensor:
+    """A constant on the grid of a calibrated quantizer."""
+    spec = quantizer.spec
+    axis = {"tensor": None, "channel": quantizer.axis, "group": 1 - quantizer.axis}[spec.granularity]
+    zero = quantizer.zero_point.detach().clone()
+    codes = quantizer.quantize(x)
+    tensor = IntegerTensor(codes, quantizer.step(), zero, storage_bits(spec), axis, spec.group_size)
+    tensor.number, tensor.odd, tensor.scale_format = spec.float_format, spec.rounding is round_midrise, spec.scale
+    tensor.trits = spec.trits
+    return tensor
+
+
 class IntegerActivation(nn.Module):
     """A frozen activation grid; `forward` puts a tensor on it.
 
@@ -94,6 +116,12 @@ class IntegerActivation(nn.Module):
 
     def extra_repr(self) -> str:
         return self.spec.short
+
+
+def reads_elementwise(layer: Any) -> bool:
+    """Whether the weight of an `IntegerLayer` is an operand like any other, on the grid of an activation: a parameter
+    that is added or multiplied elementwise."""
+    return isinstance(layer, Site) and layer.holder is None
 
 
 class Emitter(Protocol):

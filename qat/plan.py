@@ -28,6 +28,8 @@ class Plan:
         parameters: Per functional site whose second operand is a parameter: `parameter`, its path, `axis`, its output
             channels, `weight`, the owner of its grid (or `None`), and `alone`, whether only such sites read it; of
             experts also `stacked`, the order of its last two axes.
+        operands: Per sum, difference or elementwise product with a parameter: `parameter`, its path, `index`, which
+            operand it is, and `alone`, whether only such sites read it. Its grid is among `sites`, as of any operand.
         owners: Per module whose forward runs functional sites of quantized kinds: the kinds of those that are its
             own, in order.
         batch_norms: Per layer, the BatchNorm that folds into it.
@@ -42,6 +44,7 @@ class Plan:
     layers: dict[str, dict[str, Any]] = field(default_factory=dict)
     sites: dict[str, list[list[str]]] = field(default_factory=dict)
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
+    operands: dict[str, dict[str, Any]] = field(default_factory=dict)
     owners: dict[str, list[str]] = field(default_factory=dict)
     batch_norms: dict[str, str] = field(default_factory=dict)
     residuals: dict[str, list[str]] = field(default_factory=dict)
@@ -58,6 +61,11 @@ class Plan:
         plan.weights = {n: QuantSpec.from_dict(s, n) for n, s in values["weights"].items()}
         plan.activations = {n: QuantSpec.from_dict(s, n) for n, s in values["activations"].items()}
         return plan
+
+
+def operand_spec(plan: Plan, site: str) -> QuantSpec:
+    """The grid of a parameter among `Plan.operands`."""
+    return plan.activations[plan.sites[site][plan.operands[site]["index"]][-1]]
 
 
 def owner_of(site: str) -> str:

@@ -24,7 +24,7 @@ from qat.addressable import (
 from qat.edges import activation_grids
 from qat.engines import engine_of
 from qat.errors import UserError
-from qat.functions import EXPERTS, FUNCTIONS
+from qat.functions import ELEMENTWISE, EXPERTS, FUNCTIONS
 from qat.layers import BoundPart, is_computed, sites_changed
 from qat.plan import Plan, kind_of, owner_of
 from qat.policy import QuantPolicy
@@ -64,6 +64,7 @@ def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> 
             plan.layers[name].update(zip(("input", "input_1"), operands, strict=False))
         else:
             plan.sites[name] = operands
+    plan.operands = _parameter_operands(plan, recording, calls)
     _plan_owners(plan, model, recording)
     if not plan.weights and not plan.activations:
         raise UserError(
@@ -145,6 +146,24 @@ def _plan_weights(
             plan.layers[name] = {"weight": owner, "input": []}
             if owner and recording.read_by_functions(call.what._parameters.get("weight"), f"{name}.weight"):
                 plan.layers[name]["read"] = True
+
+
+def _parameter_operands(plan: Plan, recording: Recording, calls: dict[str, list[Call]]) -> dict[str, dict[str, Any]]:
+    """The parameters that have the grid of an activation; see `Plan.operands`."""
+    found: dict[str, dict[str, Any]] = {}
+    times: dict[str, int] = {}
+    for name, chains in plan.sites.items():
+        first, *more = calls[name]
+        if first.kind not in ELEMENTWISE or first.parameter is None or {c.parameter for c in more} - {first.parameter}:
+            continue
+        index = first.held.index(first.parameter)
+        if chains[index]:
+            found[name] = {"parameter": first.parameter, "index": index}
+            times[first.parameter] = times.get(first.parameter, 0) + len(calls[name])
+    for name, operand in found.items():
+        key = calls[name][0].operands[operand["index"]]
+        operand["alone"] = recording.readers.get(key, 0) == times[operand["parameter"]]
+    return found
 
 
 def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:

@@ -91,7 +91,8 @@ class Reasons:
             return ADAPTER
         if call.parameter is None:
             return "mean over other axes than an image's"
-        return f"one side of the {NAMES.get(call.kind or '', 'product')} is a parameter"
+        what = "a vector of parameters" if call.vector else "a parameter"
+        return f"one side of the {NAMES.get(call.kind or '', 'product')} is {what}"
 
     def of_function(self, call: Call) -> str:
         kind = call.kind or ""

@@ -27,7 +27,9 @@ class Call:
         site: `owner.kind_index` if this is a functional site.
         kind: Of a functional site, or of a function that computes.
         parameter: Path of the parameter among the operands.
+        held: The path of each operand that is a parameter, `None` for the others.
         weight: Whether that is the second operand of a product, with an axis of output channels.
+        vector: Whether that has at most one axis of more than one value.
         inside: Whether it happened inside the root's own forward.
         constant: Whether all its operands are computed from parameters, buffers and numbers alone (the angles of a
             rotary embedding, a mask): the same for all data, so an engine computes it ahead, in float.
@@ -44,7 +46,9 @@ class Call:
     site: str | None = None
     kind: str | None = None
     parameter: str | None = None
+    held: list[str | None] = field(default_factory=list)
     weight: bool = False
+    vector: bool = False
     inside: bool = False
     constant: bool = False
 

@@ -53,14 +53,19 @@ def microscaling(scale: Tensor) -> Tensor:
     return binade(scale)
 
 
-def two_level(scale: Tensor) -> Tensor:
+def two_level(scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
     """NVFP4's block scales: e4m3 multiples of one float32 scale per tensor, the largest being e4m3's largest value.
 
     With `scale` the largest magnitude of each block over 6, that tensor scale is the tensor's largest magnitude over
     6 * 448. A block scale is at least e4m3's smallest subnormal, so no block loses its scale.
+
+    Args:
+        scale: Of each block.
+        tensor_scale: That of the tensor, should it be another; what is larger saturates.
     """
     e4m3 = FLOATS["e4m3"]
-    tensor_scale = (scale.float().amax() / e4m3.largest).clamp_min(TINY / e4m3.smallest)
+    if tensor_scale is None:
+        tensor_scale = (scale.float().amax() / e4m3.largest).clamp_min(TINY / e4m3.smallest)
     low, high = (torch.full((1,), v, device=scale.device) for v in (e4m3.smallest, e4m3.largest))
     return e4m3.round((scale.float() / tensor_scale).clamp(low, high)) * tensor_scale
 

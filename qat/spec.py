@@ -201,6 +201,11 @@ class QuantSpec:
         return 2**self.width if self.format in ("binary", "midrise") else self.quant_max - self.quant_min + 1
 
     @property
+    def trits(self) -> bool:
+        """Whether its codes are -1, 0 and 1, five of which fit in a byte."""
+        return self.integer and self.symmetric and self.size == 3
+
+    @property
     def rounding(self) -> Rounding:
         """How a ratio becomes a level."""
         if self.float_format is not None:

@@ -1,9 +1,11 @@
 """What a packed file stores of each layer, in bytes, before there is one (see `qat.export.packed`).
 
-    codes     ceil(weights x bits / 8)
+    codes     ceil(weights x bits / 8), ternary ones ceil(weights / 5)
     scales    4 bytes each (2 of float16, 1 of pow2, e8m0 and e4m3, unless a BatchNorm folds into them), and of
-              integers one for the zero point
+              integers one for the zero point (of more than 8 bits two, or four if it is affine)
     biases    12 bytes each (int32 code, scale, zero point), or 4 in float
+
+A parameter that is added or multiplied elementwise has codes and one scale, too.
 
 What no layer owns comes on top in the file: 8 bytes for each activation grid, and the header that names the tensors.
 """
@@ -15,11 +17,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat.audit import AuditRow
-from qat.convert import storage_bits
-from qat.cost import code_bytes
+from qat.cost import code_bytes, trit_bytes
 from qat.formats import round_midrise
+from qat.integer import storage_bits
 from qat.layers import mixin_for
-from qat.plan import Plan
+from qat.layers.accumulator import WIDEST
+from qat.plan import Plan, operand_spec
 from qat.spec import QuantSpec
 
 FLOAT_BYTES = 4
@@ -37,10 +40,13 @@ def _row_bytes(row: AuditRow, model: nn.Module, plan: Plan) -> int:
     if row.name in plan.layers:
         owner = plan.layers[row.name]["weight"]
         if owner is not None and not is_layer(model, row.name):
-            return code_bytes(row.params, plan.weights[owner].width)
+            return _code_bytes(row.params, plan.weights[owner], plan.weights[owner].width)
         if owner is not None:
             return layer_bytes(model, plan, row.name, plan.weights[owner])
         return FLOAT_BYTES * row.params
+    if row.name in plan.operands and row.params:
+        spec = operand_spec(plan, row.name)
+        return _code_bytes(row.params, spec, spec.width) + SCALE_BYTES.get(spec.scale, FLOAT_BYTES) + _zero_bytes(spec)
     module = dict(model.named_modules()).get(row.name)
     kept = () if module is None or not isinstance(module, nn.modules.batchnorm._NormBase) else module.buffers(False)
     return FLOAT_BYTES * row.params + sum(b.numel() * b.element_size() for b in kept)
@@ -64,10 +70,21 @@ def layer_bytes(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int
     else:
         scales = channels if spec.granularity == "channel" or name in plan.batch_norms else 1
     scale_bytes = FLOAT_BYTES if name in plan.batch_norms else SCALE_BYTES.get(spec.scale, FLOAT_BYTES)
-    codes = code_bytes(layer.weight.numel(), packed_bits(model, plan, name, spec))
-    codes += (scale_bytes + spec.integer) * scales
+    codes = _code_bytes(layer.weight.numel(), spec, packed_bits(model, plan, name, spec))
+    codes += (scale_bytes + _zero_bytes(spec)) * scales
     shared = plan.layers[name]["weight"] != name
     return (0 if shared else codes) + _bias_bytes(layer, plan, name, channels, scales, spec)
+
+
+def _code_bytes(count: int, spec: QuantSpec, bits: int) -> int:
+    return trit_bytes(count) if spec.trits else code_bytes(count, bits)
+
+
+def _zero_bytes(spec: QuantSpec) -> int:
+    """Bytes of a zero point, which has the type of the codes."""
+    if not spec.integer or storage_bits(spec) <= 8:
+        return int(spec.integer)
+    return 2 if spec.symmetric and spec.signed is not False else 4
 
 
 def packed_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int:
@@ -82,7 +99,7 @@ def stored_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int
     mirror the lowest code of a full-range grid (see `qat.convert`)."""
     norm: Any = model.get_submodule(plan.batch_norms[name]) if name in plan.batch_norms else None
     mirrors = norm is not None and norm.weight is not None and bool((norm.weight < 0).any())
-    full = spec.format == "int" and spec.signed is not False and not spec.narrow and spec.width < 8
+    full = spec.format == "int" and spec.signed is not False and not spec.narrow and spec.width not in (8, 16)
     return storage_bits(spec) + (mirrors and full)
 
 
@@ -91,6 +108,7 @@ def _bias_bytes(layer: Any, plan: Plan, name: str, channels: int, scales: int, s
         return 0
     inputs = [plan.activations[label] for label in plan.layers[name]["input"]]
     integer = bool(inputs) and inputs[-1].integer and spec.integer and spec.granularity != "group"
+    integer = integer and max(spec.width, inputs[-1].width) <= WIDEST
     return 4 * channels + 8 * scales if integer else FLOAT_BYTES * channels
 
 

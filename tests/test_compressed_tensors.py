@@ -92,6 +92,28 @@ def test_transformers_loads_the_codes_and_gives_the_logits(weight, act, stored, 
     assert np.abs(found - expected).max() <= 2 * tolerance * np.abs(expected).max()
 
 
+def test_inputs_of_nvfp4_are_rounded_as_in_training_and_the_logits_are_close(tmp_path):
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    case = Case(NVFP4, NVFP4 | {"quantizer": "dynamic", "options": {"calibrated": True}})
+    path = case.export(tmp_path / "folder")
+    args = json.loads((path / "config.json").read_text())["quantization_config"]["config_groups"]["group_0"]
+    assert args["input_activations"]["dynamic"] == "local" and args["format"] == "nvfp4-pack-quantized"
+    runner = case.target.load(path, case.float_model)
+    x = torch.randn(64, 32) * torch.logspace(-2, 1, 64)[:, None]
+    for name in [name for name in case.plan.layers if name.endswith(("q_proj", "o_proj", "up_proj"))]:
+        ours, theirs = case.fake.get_submodule(name), runner.model.get_submodule(name)
+        found = forward_quantize(theirs, x, "input", theirs.quantization_scheme.input_activations)
+        # Theirs divides by the reciprocal of the scale above: a value on the border of two levels may take either.
+        same = torch.isclose(found, ours.input_quantizer(x), rtol=1e-6, atol=0)
+        assert same.float().mean() > 0.999
+    with torch.no_grad():
+        expected = case.fake(case.x).numpy()
+    found = runner(case.x.numpy())
+    # Weights are rounded to bfloat16, which moves single inputs of the layers behind to a neighbouring level.
+    assert np.abs(found - expected).mean() <= 2**-8 * np.abs(expected).mean()
+
+
 @pytest.mark.parametrize(
     ("weight", "act", "said"),
     [
@@ -100,7 +122,7 @@ def test_transformers_loads_the_codes_and_gives_the_logits(weight, act, stored, 
         ),
         pytest.param(CHANNELS | {"symmetric": False}, {"bits": 8}, "act: off or symmetric: true", id="affine-act"),
         pytest.param(CHANNELS, {"bits": 8, "range": "minmax"} | TOKENS, "train with range: centred", id="rule"),
-        pytest.param(NVFP4, NVFP4 | {"quantizer": "dynamic"}, "calibrated scale of the tensor", id="nvfp4-act"),
+        pytest.param(NVFP4, NVFP4 | {"quantizer": "dynamic"}, r"options: \{calibrated: true\}", id="nvfp4-act"),
         pytest.param(CHANNELS | {"bits": 12}, None, "at most 8 bits", id="bits"),
         pytest.param(NVFP4 | {"group_size": 8}, None, "blocks are NVFP4", id="blocks"),
     ],

@@ -58,6 +58,9 @@ MX = {"format": "e2m1", "bits": None, "granularity": "group", "group_size": 4, "
         pytest.param(Shape(), CHANNEL, 8, {"a": {"match": "stem", "weight": "off"}}, id="a-float-layer-and-its-norm"),
         pytest.param(Shape(kind="linear"), CHANNEL | {"granularity": "group", "group_size": 4}, 8, {}, id="groups"),
         pytest.param(Shape(), {"format": "binary", "bits": None}, 8, {}, id="binary"),
+        pytest.param(Shape(), {"format": "ternary", "bits": None}, 8, {}, id="ternary"),
+        pytest.param(Shape(bias=True, norm=False), CHANNEL | {"bits": 12}, 8, {}, id="12-bits"),
+        pytest.param(Shape(norm=False), {"bits": 10, "symmetric": False}, 8, {}, id="affine-10-bits"),
         pytest.param(Shape(norm=False), {"format": "midrise", "bits": 2, "scale": "pow2"}, 8, {}, id="midrise-pow2"),
         pytest.param(Shape(bias=True, norm=False), {"format": "e4m3", "bits": None}, 8, {}, id="fp8"),
         pytest.param(Shape(kind="linear"), MX, 8, {}, id="mxfp4"),
@@ -99,6 +102,27 @@ def test_a_shared_weight_is_counted_once():
     _, (a, b) = _rows(Tied(), torch.randn(2, 8), {"weight": {"bits": 4}, "act": {"bits": 8}})
     assert (a.params, b.params) == (72, 8)
     assert a.bytes - b.bytes == 64 * 4 // 8 + 5
+
+
+@pytest.mark.parametrize(
+    "act", [{"bits": 8}, {"bits": 3}, {"bits": 5, "scale": "pow2"}, {"bits": 4, "symmetric": False}], ids=str
+)
+def test_a_parameter_that_is_added_costs_its_codes_and_their_scale(act, tmp_path):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.table = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(5, 8))
+
+        def forward(self, x):
+            return self.b(self.a(x) + self.table)
+
+    model, x = Added(), torch.randn(2, 5, 8)
+    plan, rows = _rows(model, x, {"weight": {"bits": 8}, "act": act})
+    added = next(row for row in rows if row.name == "add_0")
+    assert added.params == 40 and added.weight_bits == act["bits"] and added.reason is None
+    assert added.bytes == 40 * act["bits"] // 8 + (2 if "scale" in act else 5)
+    stored, grids = _stored(model, plan, x, tmp_path)
+    assert sum(row.bytes for row in rows) == stored - grids
 
 
 def _stored(model, plan, x, folder):

@@ -125,6 +125,42 @@ def test_nothing_is_quantized_to_nothing(settings, shape):
     assert dynamic(**settings)(torch.zeros(shape)).shape == shape
 
 
+CALIBRATED = {
+    **GROUP, "bits": None, "format": "e2m1", "scale": "e4m3", "options": {"calibrated": True},
+}  # fmt: skip
+
+
+def test_a_calibrated_scale_above_those_of_blocks_stays_and_mixes_no_samples():
+    quantizer, measured = dynamic(**CALIBRATED), dynamic(**{**CALIBRATED, "options": None})
+    x = numbers(6, 16)
+    with pytest.raises(RuntimeError, match="no range yet"):
+        quantizer(x)
+    quantizer.observe()
+    quantizer(x)
+    quantizer.calibrate()
+    assert quantizer.on and torch.equal(quantizer.scale, x.abs().amax().view(1) / 6 / 448)
+    assert torch.equal(quantizer(x), measured(x)), "where the largest magnitude is that of calibration"
+    small = x[:2] / 50
+    assert torch.equal(quantizer(torch.cat([small, x]))[:2], quantizer(small))
+    assert not torch.equal(quantizer(small), measured(small))
+    assert torch.isclose(quantizer(4 * x).abs().max(), x.abs().max()), "what is larger saturates"
+    fresh = dynamic(**CALIBRATED)
+    fresh.load_state_dict(quantizer.state_dict())
+    assert torch.equal(fresh(small), quantizer(small))
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        pytest.param({**CALIBRATED, "scale": "e8m0"}, None, id="no-scale-above"),
+        pytest.param(CALIBRATED, torch.Size((4, 8)), id="weight"),
+    ],
+)
+def test_a_calibrated_scale_is_for_activations_with_two_levels_of_them(settings, shape):
+    with pytest.raises(UserError, match=r"options\.calibrated=true: is for activations with block scales of e4m3"):
+        dynamic(shape=shape, **settings)
+
+
 def test_zeros_and_nan_stay_what_they_are_beside_numbers():
     x = torch.tensor([[0.0] * 4, [1.0, float("nan"), -2.0, 3.0], [1.0, 2.0, 3.0, 4.0]])
     y = dynamic(granularity="token")(x)

@@ -17,22 +17,48 @@ from torch import Tensor, nn
 from qat.convert import EVERYTHING, convert, inconvertible
 from qat.errors import UserError
 from qat.export import packed
-from qat.export.packed import MANIFEST, WEIGHTS, PackedTarget, load_packed, pack, save_packed, unpack
+from qat.export.packed import (
+    MANIFEST,
+    WEIGHTS,
+    PackedTarget,
+    load_packed,
+    pack,
+    pack_trits,
+    save_packed,
+    unpack,
+    unpack_trits,
+)
 from qat.export.verify import Verdict, check_codes
 from qat.formats import FLOATS
 
 
 @settings(deadline=None)
-@given(st.data(), st.integers(1, 8), st.booleans())
+@given(st.data(), st.integers(1, 16), st.booleans())
 def test_packing_is_undone_by_unpacking_and_takes_no_bit_more(data, bits, signed) -> None:
     first = -(2 ** (bits - 1)) if signed else 0
     shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple))
     count = torch.Size(shape).numel()
     codes = data.draw(st.lists(st.integers(first, first + 2**bits - 1), min_size=count, max_size=count))
-    tensor = torch.tensor(codes, dtype=torch.int8 if signed else torch.uint8).view(shape)
+    kinds = (torch.int8, torch.uint8) if bits <= 8 else (torch.int16, torch.int32)
+    tensor = torch.tensor(codes, dtype=kinds[not signed]).view(shape)
     stored = pack(tensor, bits, first)
     assert stored.dtype == torch.uint8 and stored.numel() == -(-count * bits // 8)
     assert torch.equal(unpack(stored, bits, first, shape, tensor.dtype), tensor)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(-1, 1), max_size=23))
+def test_five_ternary_codes_take_a_byte(codes) -> None:
+    tensor = torch.tensor(codes, dtype=torch.int8)
+    stored = pack_trits(tensor)
+    assert stored.dtype == torch.uint8 and stored.numel() == -(-len(codes) // 5)
+    assert torch.equal(unpack_trits(stored, (len(codes),), torch.int8), tensor)
+
+
+def test_the_first_ternary_code_is_the_lowest_digit() -> None:
+    assert pack_trits(torch.tensor([1, -1, 0, -1, 1, 0])).tolist() == [2 + 0 + 9 + 0 + 2 * 81, 1]
+    with pytest.raises(ValueError, match=r"codes -1 \.\. 2 are not -1, 0 and 1"):
+        pack_trits(torch.tensor([-1, 2]))
 
 
 def test_bits_fill_bytes_from_the_lowest_up() -> None:
@@ -65,7 +91,7 @@ def grids(draw) -> dict:
     kind = draw(st.sampled_from(["int", "midrise", "binary", "ternary", *FLOATS]))
     granularity = draw(st.sampled_from(["tensor", "channel", "group"]))
     scale = draw(st.sampled_from(["float32", "float16", "pow2"] + ["e8m0", "e4m3"] * (granularity == "group")))
-    bits = draw(st.integers(1 if kind == "midrise" else 2, 7 if kind == "midrise" else 8))
+    bits = draw(st.integers(1, 15) if kind == "midrise" else st.integers(2, 16))
     affine = kind == "int" and scale not in ("e8m0", "e4m3") and draw(st.booleans())
     return {
         "format": kind, "bits": bits if kind in ("int", "midrise") else None, "symmetric": not affine,
@@ -78,8 +104,12 @@ ACTS = [
     {"bits": 8},
     {"format": "e4m3", "bits": None, "quantizer": "fixed"},
     {"format": "e2m1", "bits": None, "granularity": "group", "group_size": 4, "scale": "e8m0", "quantizer": "dynamic"},
+    {
+        "format": "e2m1", "bits": None, "granularity": "group", "group_size": 4, "scale": "e4m3",
+        "quantizer": "dynamic", "options": {"calibrated": True}, "range": "minmax",
+    },
     "off",
-]
+]  # fmt: skip
 
 
 class Two(nn.Module):
@@ -108,7 +138,8 @@ def test_every_grid_comes_back_bit_for_bit_from_its_true_number_of_bits(weight, 
     with torch.no_grad():
         assert torch.equal(loaded(x), converted(x))
         assert torch.equal(loaded.first.quantized_weight(), model.first.weight_quantizer(model.first.weight))
-    assert stored["first.integer_weight.codes"].numel() == -(-48 * spec.width // 8)
+    size = -(-48 // 5) if spec.size == 3 and spec.symmetric else -(-48 * spec.width // 8)
+    assert stored["first.integer_weight.codes"].numel() == size
     bytes_of_scales = {"float32": 4, "float16": 2}.get(spec.scale, 1)
     scale = stored["first.integer_weight.scale"]
     assert scale.numel() * scale.element_size() == converted.first.integer_weight.scale.numel() * bytes_of_scales
@@ -140,6 +171,36 @@ def test_a_channel_that_a_batch_norm_made_constant_takes_a_binary_grid_another_b
     assert load_file(tmp_path / WEIGHTS)["0.integer_weight.codes"].numel() == 8 * 4 * 2 // 8
     fresh = nn.Sequential(nn.Linear(8, 4, bias=False), nn.BatchNorm1d(4))
     assert torch.equal(load_packed(fresh, tmp_path)(x), converted(x))
+
+
+@pytest.mark.parametrize(
+    ("weight", "size"),
+    [
+        pytest.param({"format": "ternary", "bits": None}, -(-32 // 5), id="ternary"),
+        pytest.param({"bits": 2, "narrow": True}, -(-32 // 5), id="narrow-2-bits"),
+        pytest.param({"bits": 9}, 32 * 9 // 8, id="9-bits"),
+        pytest.param({"bits": 12, "narrow": False}, 32 * 13 // 8, id="12-bits-and-one-for-the-mirrored-lowest"),
+        pytest.param({"bits": 11, "symmetric": False}, 32 * 11 // 8, id="affine-11-bits"),
+        pytest.param({"bits": 16}, 64, id="16-bits"),
+    ],
+)
+def test_negative_gammas_mirror_ternary_and_wide_codes_and_they_come_back(weight, size, tmp_path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(8, 4, bias=False), nn.BatchNorm1d(4))
+
+    torch.manual_seed(0)
+    model, x = lived(build()), torch.randn(16, 8)
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([-1.0, 1.0, -0.5, 0.5]))
+        model[0].weight[0, 0] = -3
+    plan = quantized(model, x, {"weight": weight | {"range": "minmax"}, "act": {"bits": 8}})
+    converted = convert(model, plan)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-5)
+    save_packed(converted, plan, tmp_path)
+    assert load_file(tmp_path / WEIGHTS)["0.integer_weight.codes"].numel() == size
+    with torch.no_grad():
+        assert torch.equal(load_packed(build(), tmp_path)(x), converted(x))
 
 
 SHAPE = Shape(kind="strided", bias=True)

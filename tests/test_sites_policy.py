@@ -219,4 +219,4 @@ def test_groups_of_a_stack_of_matrices_are_refused():
 def test_a_vector_has_no_output_channels_and_stays_float():
     rows = rows_of(Times(8), torch.randn(X))
     row = next(row for row in rows if row.name == "matmul_0")
-    assert (row.weight, row.act, row.reason) == (None, None, "one side of the product is a parameter")
+    assert (row.weight, row.act, row.reason) == (None, None, "one side of the product is a vector of parameters")

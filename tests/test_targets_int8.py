@@ -1,5 +1,7 @@
 """Runtimes that have int8 kernels alone: LiteRT, ExecuTorch's XNNPACK, Inductor's oneDNN."""
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch import nn
 from qat.cli.targets import build, of_file
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
+from qat.export.executorch_file import PteFile
 from qat.export.int8_program import DEQUANTIZE, QUANTIZE, float_products, int8_program
 from qat.export.tflite_builder import pack, unpack
 from qat.export.verify import Comparison, Verdict, check_codes
@@ -66,9 +69,11 @@ def test_a_tensor_that_two_layers_read_is_quantized_once_and_before_it_is_pooled
     assert pool.args[0].target is DEQUANTIZE and all(user.target is QUANTIZE for user in pool.users)
 
 
-def test_a_layer_that_no_grid_follows_is_named() -> None:
+def test_a_layer_that_no_grid_follows_is_named_and_no_constant_is_left_that_nobody_reads() -> None:
     case = Case(Shape(), W8A8)
-    assert float_products(int8_program(case.converted, case.x[:4])) == ["head"]
+    program = int8_program(case.converted, case.x[:4])
+    assert float_products(program) == ["head"]
+    assert all(node.users for node in program.graph.nodes if node.op == "placeholder")
 
 
 def test_a_product_of_floats_is_no_integer_product_without_a_grid() -> None:
@@ -237,12 +242,56 @@ def test_executorch_computes_what_was_trained_on_integers_from_the_same_codes(tm
     verdict = proven(target, case, path, runner)
     assert verdict.passed and verdict.facts["integer_nodes"] == verdict.facts["expected_integer_nodes"] == 3
     assert runner.float_layers() == ["head"]
+    assert max(map(len, PteFile.read(path).keys)) <= 2, "names of constants are short"
     comparison = case.compared(runner)  # 32 samples, in parts of 8
     assert comparison.mean_steps <= 0.01 and comparison.agreement == 1
     assert runner(case.x[:3].numpy()).shape == (3, 5)
-    assert "shows no layers" in first_divergence(case.converted, runner, case.x.numpy())
+    assert "does not show ('head')" in first_divergence(case.converted, runner, case.x.numpy())
+    load = f"from qat.export.executorch_pte import *; ExecuTorchRunner(Path({str(path)!r}))"
+    subprocess.run([sys.executable, "-c", load], check=True)  # a fresh process, where nothing was exported
     with pytest.raises(UserError, match=r"model.pte: cannot run on float32 \[4, 3, 9, 9\]"):
         runner(np.zeros((4, 3, 9, 9), np.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "policy", "wrong", "said"),
+    [
+        pytest.param(Shape(bias=True), W8A8, "stem", "the first layer that diverges is 'stem'", id="first"),
+        pytest.param(
+            Shape(kind="depthwise", activation="relu6"), POLICY | {"act": {"bits": 4}}, "body",
+            "the first layer that diverges is 'body'", id="depthwise-of-4-bit-activations",
+        ),
+        pytest.param(Shape(kind="linear"), TENSOR, "body", "the first layer that diverges is 'body'", id="linear"),
+        pytest.param(Shape(), W8A8, "head", "in what this format does not show ('head')", id="behind-all-grids"),
+    ],
+)  # fmt: skip
+def test_bisection_of_an_executorch_file_names_the_layer_whose_scale_is_wrong(
+    shape, policy, wrong, said, tmp_path
+) -> None:
+    target, case = target_of("executorch"), Case(shape, policy)
+    weight: Any = case.converted.get_submodule(f"{wrong}.integer_weight")
+    scale = weight.scale.clone()
+    weight.scale.mul_(1.5)
+    path = case.export(target, tmp_path)
+    weight.scale.copy_(scale)
+    before = path.read_bytes()
+    found = first_divergence(case.converted, target.load(path, case.float_model), case.x.numpy())
+    assert found.endswith(said) and path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_graph_of_xnnpack_is_taken_apart_and_put_together_again_bit_for_bit(tmp_path) -> None:
+    target, case = target_of("executorch"), Case(Shape(kind="strided", activation="relu6"), W8A8)
+    path = case.export(target, tmp_path)
+    from executorch.exir._serialize._program import deserialize_pte_binary  # pyright: ignore
+
+    from qat.export.executorch_graph import compile_graph, decompile
+
+    for data in deserialize_pte_binary(path.read_bytes()).program.backend_delegate_data:
+        graph = decompile(bytes(data.data))
+        again = decompile(compile_graph(graph, bytes(data.data)))
+        assert again == graph and any("output_min_max" in node for node in graph["xnodes"]) | (len(graph["xnodes"]) < 5)
 
 
 def test_executorch_refuses_a_convolution_that_it_would_compute_wrongly(tmp_path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.export.target import Runner
+from qat.export.target import OnGrid, Runner
+from qat.export.verify import weight_codes
 
 NOISE = 0.05
 """Mean deviation of a layer, in steps of an 8-bit grid over its range, that rounding leaves behind: flips of codes are
@@ -29,6 +30,7 @@ def first_divergence(converted: nn.Module, runner: Runner, x: np.ndarray) -> str
     layers = runner.layer_outputs(x)
     if not layers:
         return "this format shows no layers, so none can be named"
+    hidden = [f"'{name}'" for name in weight_codes(converted) if name not in layers]
     expected = _outputs(converted, list(layers), torch.from_numpy(x))
     names = [name for name in layers if name in expected]
     for name in names:
@@ -36,7 +38,8 @@ def first_divergence(converted: nn.Module, runner: Runner, x: np.ndarray) -> str
             return f"the first layer that diverges is '{name}'"
     first = _bisect(names, lambda name: _diverges(expected[name], runner.layer_outputs(x, name)[name]))
     if first is None:
-        return "no single layer diverges: small deviations add up, or the difference is behind the last layer"
+        where = f"in what this format does not show ({', '.join(hidden)})" if hidden else "behind the last layer"
+        return f"no single layer diverges: small deviations add up, or the difference is {where}"
     return f"with optimizations alone: '{first}' is the first layer that diverges, or the last whose input does"
 
 
@@ -49,7 +52,9 @@ def _bisect(names: list[str], diverges: Callable[[str], bool]) -> str | None:
     return names[low] if low < len(names) else None
 
 
-def _diverges(expected: np.ndarray, actual: np.ndarray) -> bool:
+def _diverges(expected: np.ndarray, actual: np.ndarray | OnGrid) -> bool:
+    if isinstance(actual, OnGrid):
+        expected, actual = actual.of(expected), actual.values
     if expected.size != actual.size:
         return True
     step = float(np.ptp(expected)) / 255 or float(np.finfo(np.float32).tiny)

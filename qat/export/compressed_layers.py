@@ -80,6 +80,8 @@ def layer_tensors(layer: Any, weight: Args, inputs: Args | None, kind: str) -> d
         if not inputs["symmetric"]:
             shift = 0 if grid.spec.signed else 2 ** (inputs["num_bits"] - 1)
             found["input_zero_point"] = (grid.zero_point.view(1) - shift).to(torch.int8)
+    if inputs is not None and inputs["dynamic"] == "local":
+        found["input_global_scale"] = 1 / layer.input_quantizer.scale
     return {key: value.detach().clone().contiguous() for key, value in found.items()}
 
 

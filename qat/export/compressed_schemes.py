@@ -5,7 +5,8 @@ The format knows the weights and inputs of Linear layers:
 
     weights    integers of up to 8 bits by tensor, channel or group; e4m3 likewise; blocks of e2m1 (NVFP4, MXFP4) and of
                e4m3 (MXFP8)
-    inputs     one static scale; or measured as they pass, for each token, the whole tensor, or blocks
+    inputs     one static scale; or measured as they pass, for each token, the whole tensor, or blocks; those of NVFP4
+               under a static scale of the tensor
 
 It also has one static scale for the keys and one for the values of each attention. They are not written: the package
 looks for attentions by a name of an argument that `transformers` has changed since, and passes them over.
@@ -18,9 +19,9 @@ saturate (`range: even`).
 
 from typing import Any
 
-from qat.convert import storage_bits
 from qat.errors import UserError
 from qat.insert import Plan
+from qat.integer import storage_bits
 from qat.plan import kind_of
 from qat.quantizers import find
 from qat.spec import QuantSpec
@@ -64,10 +65,11 @@ def input_args(name: str, spec: QuantSpec) -> Args:
     what = f"input of '{name}'"
     if find(spec.quantizer).static:
         return _static(what, spec)
-    if spec.scale == "e4m3":
+    calibrated = bool((spec.options or {}).get("calibrated"))
+    if spec.scale == "e4m3" and not calibrated:
         raise UserError(
             f"{what} is {spec.short}: the format has a calibrated scale of the tensor above those of blocks, and "
-            "quantizer=dynamic measures it; set act: off"
+            "it is measured here; train with options: {calibrated: true}"
         )
     if spec.format not in ("int", "e4m3", "e2m1"):
         raise UserError(f"{what} is {spec.short}: of floating-point formats there are e4m3 and e2m1; set format: e4m3")
@@ -79,8 +81,8 @@ def input_args(name: str, spec: QuantSpec) -> Args:
             f"{what} is measured with range={spec.range}{lowest}, and whoever loads the file measures it by another "
             f"rule: train with range: {rule}{narrow}"
         )
-    args = _blocks(what, spec) if spec.scale == "e8m0" else _args(spec, spec.granularity)
-    return args | {"dynamic": True}
+    args = _blocks(what, spec) if spec.scale in SCALE_TYPES else _args(spec, spec.granularity)
+    return args | {"dynamic": "local" if calibrated else True}
 
 
 def _static(what: str, spec: QuantSpec) -> Args:

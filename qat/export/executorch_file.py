@@ -8,8 +8,6 @@ are read from the `.pte`.
 import hashlib
 import json
 import math
-import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,8 @@ import numpy as np
 from torch import nn
 
 from qat.errors import UserError
-from qat.integer import IntegerLayer
+from qat.export.executorch_graph import decompile, tensors
+from qat.integer import IntegerLayer, reads_elementwise
 
 PRODUCTS = ("XNNConv2d", "XNNDepthwiseConv2d", "XNNConvTranspose2d", "XNNFullyConnected", "XNNBatchMatrixMultiply")
 OPERANDS = ("input1_id", "input2_id", "filter_id")
@@ -44,14 +43,16 @@ class PteFile:
     """A `.pte` file, read without its runtime.
 
     Attributes:
-        constants: Every constant's bytes by their SHA-256.
+        constants: Every constant's bytes by their hash.
         nodes: What XNNPACK computes.
+        keys: The hash of each constant of XNNPACK's graphs, by its name there.
         layers: For every layer, the constant that holds its codes, and how.
         unfollowed: The layers whose output lies on no grid.
     """
 
     constants: dict[str, bytes]
     nodes: list[Node]
+    keys: dict[str, str]
     layers: dict[str, Any]
     unfollowed: list[str]
 
@@ -68,7 +69,8 @@ class PteFile:
         stored = [*keyed.values(), *_portable(pte.program)]
         blobs = [bytes(delegate.data) for delegate in pte.program.backend_delegate_data]
         nodes = [node for blob in blobs for node in _nodes(blob, keyed)]
-        return cls({_sha256(data): data for data in stored}, nodes, {}, [])
+        keys = {key: _hash(data) for key, data in keyed.items()}
+        return cls({_hash(data): data for data in stored}, nodes, keys, {}, [])
 
     @classmethod
     def read(cls, path: Path) -> "PteFile":
@@ -93,6 +95,14 @@ class PteFile:
                 found[name] = np.frombuffer(data, np.int8).reshape(shape).transpose(np.argsort(entry["axes"]))
         return found
 
+    def named_layers(self) -> dict[str, str]:
+        """The layer of each weight in XNNPACK's graphs; those that share one are left out, since nothing tells them
+        apart."""
+        owners: dict[str, list[str]] = {}
+        for name, entry in self.layers.items():
+            owners.setdefault(entry["constant"], []).append(name)
+        return {key: owners[hash][0] for key, hash in self.keys.items() if len(owners.get(hash, ())) == 1}
+
     def integer_nodes(self) -> int:
         """How many products XNNPACK computes on integers."""
         return sum(node.integer for node in self.nodes)
@@ -100,7 +110,8 @@ class PteFile:
     def float_layers(self) -> list[str]:
         """The layers whose codes no integer product reads."""
         integers = {key for node in self.nodes if node.integer for key in node.constants}
-        return [name for name, entry in self.layers.items() if entry["constant"] not in integers]
+        products = {name: entry["constant"] for name, entry in self.layers.items() if entry["product"]}
+        return [name for name, constant in products.items() if constant not in integers]
 
 
 def describe(content: bytes, model: nn.Module, unfollowed: Sequence[str]) -> str:
@@ -121,7 +132,8 @@ def describe(content: bytes, model: nn.Module, unfollowed: Sequence[str]) -> str
             entry = next((e for e in _places(codes) if e["constant"] in constants), None)
             if entry is None:
                 raise UserError(f"'{name}': ExecuTorch did not keep the integers of its weight")
-            layers[name] = entry
+            # A constant that is added comes to XNNPACK from outside, where nothing tells which operation reads it.
+            layers[name] = entry | {"product": not reads_elementwise(module)}
     return json.dumps({"layers": layers, "unfollowed": list(unfollowed)}, separators=(",", ":"))
 
 
@@ -129,7 +141,7 @@ def _places(codes: np.ndarray) -> Iterator[dict[str, Any]]:
     """The ways in which a weight may be stored: as it is, channels last, and those of depthwise and transposed ones."""
     for axes in (tuple(range(codes.ndim)), (0, 2, 3, 1), (1, 2, 3, 0), (0, 2, 1), (1, 2, 0), (1, 0)):
         if len(axes) == codes.ndim:
-            key = _sha256(np.ascontiguousarray(codes.transpose(axes)).tobytes())
+            key = _hash(np.ascontiguousarray(codes.transpose(axes)).tobytes())
             yield {"constant": key, "axes": axes, "shape": codes.shape}
 
 
@@ -137,8 +149,9 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.stem}.layers.json")
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _hash(data: bytes) -> str:
+    """Half of the SHA-256: enough to find a constant by; the codes themselves are compared."""
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 def _portable(program: Any) -> Iterator[bytes]:
@@ -152,23 +165,11 @@ def _portable(program: Any) -> Iterator[bytes]:
 
 def _nodes(blob: bytes, keyed: dict[str, bytes]) -> Iterator[Node]:
     """The operations of one graph that XNNPACK took over."""
-    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnn  # pyright: ignore
-    from executorch.exir._serialize._flatbuffer import _flatc_decompile  # pyright: ignore[reportMissingImports]
-
-    header = xnn.XNNHeader.from_bytes(blob[: xnn.XNNHeader.EXPECTED_LENGTH])
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        (folder / "schema.fbs").write_bytes(xnn._get_schema_bytes())
-        start = header.flatbuffer_offset
-        (folder / "graph.bin").write_bytes(blob[start : start + header.flatbuffer_size])
-        _flatc_decompile(str(folder), str(folder / "schema.fbs"), str(folder / "graph.bin"), ["--raw-binary"])
-        text = (folder / "graph.json").read_text()
-    graph = json.loads(re.sub(r"\binf\b", "Infinity", text))  # the upper limit of a ReLU
-    values = [value["xvalue_union"] for value in graph["xvalues"]]
-    tensors = {value["id_out"]: value for value in (v.get("tensor_value", v) for v in values)}
+    graph = decompile(blob)
+    known = tensors(graph)
     keys = [constant["named_key"] for constant in graph["constant_data"]]
     for node in graph["xnodes"]:
-        operands = [tensors[i] for key, i in node["xnode_union"].items() if key in OPERANDS]
+        operands = [known[i] for key, i in node["xnode_union"].items() if key in OPERANDS]
         stored = [keys[tensor["constant_buffer_idx"]] for tensor in operands]
-        constants = [_sha256(keyed[key]) for key in stored if key in keyed]
+        constants = [_hash(keyed[key]) for key in stored if key in keyed]
         yield Node(node["xnode_union_type"], [tensor["datatype"] for tensor in operands], constants)

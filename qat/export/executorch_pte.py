@@ -3,7 +3,7 @@
 XNNPACK computes a convolution or linear layer on integers if its input and its output both lie on grids. A linear layer
 that no grid follows (as a rule the last one) keeps its codes in the file, which a portable kernel turns into floats for
 a product in float. A convolution that none follows is refused: behind XNNPACK, ExecuTorch 1.5 computes other numbers
-(off by half of their range; without XNNPACK they are right). So no layer can be made visible, either. An application
+(off by half of their range; without XNNPACK they are right). So layers are made visible by their codes. An application
 links the runtime's XNNPACK back end, portable kernels and quantized kernels.
 
 The runtime plans memory for batches of up to `max_batch`; the runner here splits what is larger.
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.export.executorch_file import PteFile, describe
+from qat.export.executorch_graph import expose, shorten
 from qat.export.int8_program import CONVOLUTIONS, float_products, int8_program, unfit_for_int8
-from qat.export.target import Target
+from qat.export.target import OnGrid, Target
 from qat.export.verify import Verdict, count_kernels
 from qat.insert import Plan
 
@@ -44,6 +45,7 @@ class ExecuTorchRunner:
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         self.path = path
         with _quiet():
+            import executorch.kernels.quantized  # pyright: ignore # noqa: F401 - registers dequantize_per_channel.out
             from executorch.extension.pybindings import _C  # pyright: ignore[reportMissingImports]
             from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
@@ -66,17 +68,27 @@ class ExecuTorchRunner:
         if list(x.shape[1:]) != self.shape:
             wanted = f"[N, {', '.join(map(str, self.shape))}]"
             raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: it takes {wanted}")
-        parts = np.split(x, range(self.max_batch, len(x), self.max_batch))
         try:
-            # What the method returns is its own memory, which the next call overwrites.
-            return np.concatenate([self._method.execute([torch.tensor(part)])[0].numpy().copy() for part in parts])
+            return self._outputs(self._method, x)[0]
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
 
-    def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
-        """None: what passes between the layers that XNNPACK took stays inside it."""
-        return {}
+    def _outputs(self, method: Any, x: np.ndarray) -> list[np.ndarray]:
+        """All that a method returns; it takes batches of a size."""
+        parts = np.split(x, range(self.max_batch, len(x), self.max_batch))
+        # What the method returns is its own memory, which the next call overwrites.
+        found = [[each.numpy().copy() for each in method.execute([torch.tensor(part)])] for part in parts]
+        return [np.concatenate(each) for each in zip(*found, strict=True)]
+
+    def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, OnGrid]:
+        """The layers that an int8 grid follows, as the codes of that grid."""
+        from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
+
+        content, shown = expose(self.path.read_bytes(), PteFile.read(self.path).named_layers(), only)
+        method = Runtime.get().load_program(content).load_method("forward")
+        _, *codes = self._outputs(method, x)
+        return {name: show(each) for (name, show), each in zip(shown.items(), codes, strict=True)}
 
     def float_layers(self) -> list[str] | None:
         return PteFile.read(self.path).float_layers()
@@ -120,7 +132,7 @@ class ExecuTorchTarget(Target):
             )
             try:
                 edge = to_edge_transform_and_lower(program, partitioner=[xnn.XnnpackQuantizedPartitioner(), rest])
-                content = edge.to_executorch().buffer
+                content = shorten(edge.to_executorch().buffer)
             except Exception as error:  # whatever its passes stumble over
                 reason = str(error.__cause__ or error).strip().splitlines()[0]
                 raise UserError(f"{type(model).__name__} cannot be lowered for ExecuTorch: {reason}") from error

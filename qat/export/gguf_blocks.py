@@ -1,8 +1,8 @@
 """GGUF, the file of llama.cpp: weights in blocks of 32 that share a float16 scale, in 8 bits (Q8_0) or 4 (Q4_0).
 
 The file holds weights and no activation grids, so it is for models trained on such blocks with float activations; then
-codes and scales in it are the trained ones, bit for bit. Tensors have the names of the float model's state_dict.
-llama.cpp itself runs only the architectures that it has code for.
+codes and scales in it are the trained ones, bit for bit. Tensors have the names of the float model's state_dict, but
+for those of a Llama, which has the form that llama.cpp and `transformers` know (`qat.export.gguf_llama`).
 """
 
 import copy
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
+from qat.export import gguf_llama
+from qat.export.gguf_llama import Llama
 from qat.export.target import Target
 from qat.export.torch_runner import TorchRunner
 from qat.insert import Plan
@@ -46,14 +48,24 @@ class GgufTarget(Target):
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         import gguf  # pyright: ignore[reportMissingImports]
 
-        writer = gguf.GGUFWriter(folder / self.file, ARCHITECTURE)
+        found = Llama.of_model(model)
+        writer = gguf.GGUFWriter(folder / self.file, gguf_llama.ARCHITECTURE if found else ARCHITECTURE)
+        names = found[0].names() if found else {}
+        if found:
+            found[0].describe(writer, found[1])
+
+        def add(key: str, array: np.ndarray, kind: Any = None) -> None:
+            name = names.get(key, key)
+            rows = found[0].reordered(name, array) if found and key in names else array
+            writer.add_tensor(name, rows, raw_dtype=kind)
+
         integer = {name: m for name, m in model.named_modules() if isinstance(m, IntegerTensor)}
         for name, tensor in integer.items():
             blocks, kind = _blocks(name, tensor)
-            writer.add_tensor(f"{_layer(name)}.weight", blocks, raw_dtype=gguf.GGMLQuantizationType[kind])
+            add(f"{_layer(name)}.weight", blocks, gguf.GGMLQuantizationType[kind])
         for key, value in model.state_dict().items():
             if not any(key.startswith(f"{name}.") for name in integer):
-                writer.add_tensor(key, np.atleast_1d(value.numpy()))
+                add(key, np.atleast_1d(value.numpy()))
         try:
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
@@ -111,14 +123,20 @@ def read_gguf(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
     import gguf  # pyright: ignore[reportMissingImports]
 
     try:
-        tensors: list[Any] = gguf.GGUFReader(path).tensors
+        reader = gguf.GGUFReader(path)
+        tensors: list[Any] = reader.tensors
+        llama = Llama.of_file(reader.fields)
     except Exception as error:  # whatever its reader stumbles over
         raise UserError(f"{path}: gguf refuses it: {str(error).splitlines()[0]}") from None
+    ours = {theirs: key for key, theirs in llama.names().items()} if llama else {}
     found = {}
     for tensor in tensors:
         blocked = tensor.tensor_type.name in ("Q4_0", "Q8_0")
         values = gguf.dequantize(tensor.data, tensor.tensor_type) if blocked else np.array(tensor.data)
-        found[tensor.name] = values, _codes(values, tensor.data) if blocked else None
+        codes = _codes(values, tensor.data) if blocked else None
+        if llama and tensor.name in ours:
+            values, codes = (None if x is None else llama.reordered(tensor.name, x, back=True) for x in (values, codes))
+        found[ours.get(tensor.name, tensor.name)] = values, codes
     return found
 
 

@@ -59,6 +59,7 @@ class Int8Emitter(Eager):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, float_bias: bool) -> None:
         self.dtype = dtype
+        written: set[IntegerTensor] = set()
         for module in list(model.modules()):
             if isinstance(module, IntegerActivation):
                 signed = module.quant_min < 0
@@ -66,13 +67,17 @@ class Int8Emitter(Eager):
                 self._write_out(module, module.scale, module.zero_point + offset)
                 module.code_range = module.quant_min + offset, module.quant_max + offset  # pyright: ignore
             elif isinstance(module, IntegerLayer):
-                self._weight(module.integer_weight, getattr(module, "channel_axis", None))
+                if module.integer_weight not in written:  # tied layers have one
+                    self._weight(module.integer_weight, getattr(module, "channel_axis", None))
+                    written.add(module.integer_weight)
                 if module.integer_bias is not None:
                     self._bias(module, float_bias)
 
     @staticmethod
     def _write_out(module: Any, scale: Tensor, zero_point: Tensor) -> None:
+        """Makes numbers of a grid, whose tensors nobody reads then: a file would hold them all the same."""
         module.numbers = float(scale), int(zero_point)
+        del module.scale, module.zero_point
 
     def _weight(self, weight: IntegerTensor, axis: int | None) -> None:
         """One scale becomes one per output channel, which every runtime has kernels for."""
@@ -82,6 +87,7 @@ class Int8Emitter(Eager):
             weight.zero_point = weight.zero_point.expand(outputs).contiguous()
         elif weight.axis is None:
             self._write_out(weight, weight.scale, weight.zero_point)
+            return
         weight.zero_point = weight.zero_point.long()
 
     def _bias(self, layer: IntegerLayer, as_float: bool) -> None:

@@ -40,8 +40,11 @@ from qat.export.target import Target
 from qat.export.verify import Verdict, count_kernels
 from qat.formats import FLOATS
 from qat.insert import Plan
-from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting
+from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting, reads_elementwise
 
+SHIFTED = "codes_plus_half"
+"""Name of the codes of a constant operand that became unsigned by half of their range."""
+UNSIGNED = {torch.int8: torch.uint8, torch.int16: torch.uint16}
 FP8 = {FLOATS["e4m3"]: torch.float8_e4m3fn, FLOATS["e5m2"]: torch.float8_e5m2}
 """The floating-point codes that ONNX has and its CPU kernels quantize to; they are multiplied in float."""
 
@@ -62,6 +65,8 @@ class OnnxEmitter:
                 grid.codes, grid.zero_point = grid.codes.view(kind), torch.zeros_like(grid.zero_point, dtype=kind)
             elif isinstance(grid, IntegerTensor) and grid.codes.dtype == torch.int32 and self.placement.float_biases:
                 grid.register_buffer("onnx_value", grid())
+            elif isinstance(grid, IntegerLayer) and reads_elementwise(grid):
+                self._prepare_operand(grid.integer_weight)
 
     def _prepare(self, grid: IntegerActivation) -> None:
         if grid.spec.float_format is not None:
@@ -74,6 +79,15 @@ class OnnxEmitter:
             grid.register_buffer(f"onnx_{name}", (code + offset).to(kind))
         zero, scale = int(grid.zero_point), float(grid.scale)
         grid.onnx_values = (grid.quant_min - zero) * scale, (grid.quant_max - zero) * scale  # pyright: ignore
+
+    def _prepare_operand(self, constant: IntegerTensor) -> None:
+        """The runtime adds codes of one type: signed ones become unsigned where those of activations do."""
+        if self.placement.signed_codes == "none" and constant.number is None and constant.codes.dtype in UNSIGNED:
+            kind = UNSIGNED[constant.codes.dtype]
+            offset = 2 ** (torch.iinfo(kind).bits - 1)
+            zero = (constant.zero_point.int() + offset).to(kind)
+            constant.register_buffer(SHIFTED, (constant.codes.int() + offset).to(kind))
+            constant.zero_point = zero
 
     def _code_type(self, grid: IntegerActivation) -> torch.dtype:
         wide, which = grid.spec.width > 8, self.placement.signed_codes
@@ -103,13 +117,15 @@ class OnnxEmitter:
             attributes["block_size"] = tensor.group_size
         elif tensor.axis is None:
             scale, zero_point = scale.view(()), zero_point.view(())
+        shifted = hasattr(tensor, SHIFTED)
+        codes, bits = (tensor.get_buffer(SHIFTED), 8) if shifted else (tensor.codes, tensor.bits)
         return torch.onnx.ops.symbolic(
             "DequantizeLinear",
-            (tensor.codes, scale, zero_point),
+            (codes, scale, zero_point),
             attributes,
             dtype=torch.float32,
-            shape=tensor.codes.shape,
-            metadata_props={onnx_passes.BITS_KEY: str(tensor.bits)},
+            shape=codes.shape,
+            metadata_props={onnx_passes.BITS_KEY: str(bits)},
         )
 
 
@@ -144,11 +160,11 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
     emitter.prepare(model)
     with emitting(emitter):
         traced = trace(model, example)
-    weights = {
-        f"{layer}.weight".removeprefix("."): _array(module.integer_weight.codes)
+    weights = dict(
+        _named_codes(layer, module.integer_weight)
         for layer, module in model.named_modules()
         if isinstance(module, IntegerLayer)
-    }
+    )
     names = {id(module): name for name, module in model.named_modules()}
     paths = {path: names[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
     finished = onnx_passes.finish(traced, weights, paths, placement)
@@ -160,6 +176,13 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
     content = slim(finished).SerializeToString()
     with atomic(path) as temporary:
         temporary.write_bytes(content)
+
+
+def _named_codes(layer: str, weight: IntegerTensor) -> tuple[str, np.ndarray]:
+    """The codes of a layer's weight as the file has them, and their name there."""
+    if hasattr(weight, SHIFTED):
+        return f"{layer}.{onnx_passes.SHIFTED_WEIGHT}".removeprefix("."), weight.get_buffer(SHIFTED).numpy()
+    return f"{layer}.weight".removeprefix("."), _array(weight.codes)
 
 
 def _array(codes: Tensor) -> np.ndarray:

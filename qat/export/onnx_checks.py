@@ -122,7 +122,9 @@ def qnn_violations(model: onnx.ModelProto) -> list[str]:
         if zero is None:
             continue
         name, kind = graph.names[id(node)], TensorProto.DataType.Name(zero.data_type)
-        if node.op_type == "DequantizeLinear" and graph.is_weight(node):
+        # A constant that is added has codes like those that it is added to.
+        added = any(reader.op_type in ("Add", "Sub", "Mul") for reader in graph.readers[node.output[0]])
+        if node.op_type == "DequantizeLinear" and graph.is_weight(node) and not added:
             if onnx.numpy_helper.to_array(zero).any():
                 found.append(f"{name} has weights with a zero point")
         elif kind not in ("UINT8", "UINT16"):

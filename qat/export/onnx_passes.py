@@ -5,6 +5,7 @@ place and no value of it.
     clip_codes        ReLU and Clip before QuantizeLinear become a Clip of its codes (rounding is monotone, so they
                       commute), so that it sits right behind the layer; in front of fp8 codes they are kept from being
                       dropped
+    quantize_constants  see `qat.export.onnx_constants`
     keep_float        a float weight behind quantized inputs stays float (left alone, the runtime quantizes it as it
                       sees fit), and so does a convolution with groups of weights
     split_readers     a matrix product that is read both as codes and in float keeps an integer kernel
@@ -23,10 +24,13 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from qat.export.onnx_constants import quantize_constants
 from qat.export.onnx_placement import IR_2_BITS, OPSET_2_BITS, ORT, Placement
 from qat.export.onnx_units import make_units
 
 BITS_KEY = "qat.bits"
+SHIFTED_WEIGHT = "weight_plus_half"
+"""What a weight is called whose codes became unsigned by half of their range."""
 SHARED_KEY = "qat.shared_weights"
 """Metadata of the file: JSON, from the name of each weight that was left out to the identical one that stands for
 it."""
@@ -50,6 +54,7 @@ def finish(
         value.name = _first_path(_short(name), paths, model.graph)
     pool_globally(model)
     clip_codes(model, placement.folds_limits)
+    quantize_constants(model)
     if placement.guards_fusions:
         keep_float(model)
         split_readers(model)
@@ -88,7 +93,7 @@ def _short(name: str) -> str:
 
 def is_weight(name: str) -> bool:
     """Whether an initializer of this name holds a weight; if it is of integers, they are its codes."""
-    return name.rpartition(".")[2] == "weight"
+    return name.rpartition(".")[2] in ("weight", SHIFTED_WEIGHT)
 
 
 def _shared(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> dict[str, str]:

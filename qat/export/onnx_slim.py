@@ -22,7 +22,7 @@ DEFAULTS = {
     "storage_order": 0,
 }
 """Attributes of convolutions and pools; a list is at its default if every element is."""
-OWN_NAMES = (".weight", ".weight_scale", ".bias", ".bias_scale")
+OWN_NAMES = (".weight", ".weight_plus_half", ".weight_scale", ".bias", ".bias_scale")
 
 
 def slim(model: ir.Model) -> onnx.ModelProto:

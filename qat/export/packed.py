@@ -2,7 +2,8 @@
 nothing that could run.
 
 A code of b bits takes b bits: codes are shifted to start at zero (and halved where a grid has odd numbers alone), those
-of floating-point formats are bit patterns, and their bits, lowest first, fill bytes from the lowest bit up. Scales take
+of floating-point formats are bit patterns, and their bits, lowest first, fill bytes from the lowest bit up. Ternary
+codes take 1.6 bits: five of them, the first the lowest digit of a number to base 3, make a byte. Scales take
 the bytes of their format (`qat.export.packed_scales`). The manifest says how to read every tensor (shape, bits, first
 code, distance of codes; format and unit of scales), holds the plan (so that the model can be rebuilt) and checksums of
 the weights file and of itself.
@@ -31,7 +32,8 @@ from qat.insert import Plan, apply_plan, named_quantizers
 from qat.integer import IntegerTensor
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
-FORMAT = 2
+FORMAT = 3
+TRITS = 5
 SUFFIX = ".integer_weight.codes"
 
 
@@ -60,10 +62,31 @@ def unpack(
     return ((stream << torch.arange(bits)).sum(1) * distance + first).to(dtype).view(shape)
 
 
+def pack_trits(codes: Tensor) -> Tensor:
+    """Packs codes -1, 0 and 1, five into a byte.
+
+    Returns:
+        uint8 `[ceil(codes.numel() / 5)]`.
+    """
+    digits = codes.flatten().to(torch.int64) + 1
+    if codes.numel() and not (int(digits.min()) >= 0 and int(digits.max()) <= 2):
+        raise ValueError(f"codes {int(codes.min())} .. {int(codes.max())} are not -1, 0 and 1")
+    digits = nn.functional.pad(digits, (0, -digits.numel() % TRITS)).view(-1, TRITS)
+    return (digits * 3 ** torch.arange(TRITS)).sum(1).to(torch.uint8)
+
+
+def unpack_trits(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The inverse of `pack_trits`."""
+    digits = packed.to(torch.int64)[:, None] // 3 ** torch.arange(TRITS) % 3
+    return (digits.flatten()[: torch.Size(shape).numel()] - 1).to(dtype).view(shape)
+
+
 def _integer_tensors(model: nn.Module) -> dict[str, IntegerTensor]:
     """The weights, stored packed, by their name (int32 biases gain nothing from it)."""
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, IntegerTensor) and module.bits <= 8
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, IntegerTensor) and module.bits <= 16
     }
 
 
@@ -71,7 +94,7 @@ def _layout(tensor: IntegerTensor) -> dict[str, int]:
     """Bits, first code and distance of codes."""
     if tensor.odd and (tensor.codes % 2 != 0).all():  # a channel that a BatchNorm made constant has zeros
         return {"bits": tensor.bits - 1, "first_code": 1 - 2 ** (tensor.bits - 1), "distance": 2}
-    signed = tensor.codes.dtype == torch.int8
+    signed = tensor.codes.dtype in (torch.int8, torch.int16)
     return {"bits": tensor.bits, "first_code": -(2 ** (tensor.bits - 1)) if signed else 0, "distance": 1}
 
 
@@ -79,7 +102,7 @@ def save_packed(model: nn.Module, plan: Plan, folder: str | Path) -> None:
     """Writes a converted model into `folder`; both files whole or not at all."""
     folder = Path(folder)
     tensors: dict[str, Tensor] = {}
-    manifest: dict[str, Any] = {"packed": {}, "scales": {}, "zeros": {}, "shared": {}}
+    manifest: dict[str, Any] = {"packed": {}, "trits": {}, "scales": {}, "zeros": {}, "shared": {}}
     first_key: dict[int, str] = {}
     packable = _integer_tensors(model)
     for key, value in model.state_dict(keep_vars=True).items():
@@ -104,11 +127,13 @@ def _store(tensors: dict[str, Tensor], manifest: dict[str, Any], key: str, leaf:
     """Writes the codes, scales or zero points of a weight, and how."""
     value = getattr(tensor, leaf)
     if leaf == "codes":
-        layout = _layout(tensor)
-        tensors[key] = pack(value, layout["bits"], layout["first_code"], layout["distance"])
-        manifest["packed"][key] = {
-            "shape": list(value.shape), **layout, "dtype": str(value.dtype).removeprefix("torch."),
-        }  # fmt: skip
+        described = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if tensor.trits:
+            tensors[key], manifest["trits"][key] = pack_trits(value), described
+        else:
+            layout = _layout(tensor)
+            tensors[key] = pack(value, layout["bits"], layout["first_code"], layout["distance"])
+            manifest["packed"][key] = described | layout
     elif leaf == "zero_point" and tensor.number is not None:
         manifest["zeros"][key] = list(value.shape)
     elif leaf == "scale" and (stored := pack_scale(value, tensor.scale_format)) is not None:
@@ -165,6 +190,8 @@ def _tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
         for key, how in manifest["packed"].items():
             shape, dtype = tuple(how["shape"]), getattr(torch, how["dtype"])
             tensors[key] = unpack(tensors[key], how["bits"], how["first_code"], shape, dtype, how["distance"])
+        for key, how in manifest.get("trits", {}).items():
+            tensors[key] = unpack_trits(tensors[key], tuple(how["shape"]), getattr(torch, how["dtype"]))
         for key, how in manifest.get("scales", {}).items():
             tensors[key] = unpack_scale(tensors[key], how["format"], how["unit"])
         tensors |= {key: torch.zeros(shape, dtype=torch.uint8) for key, shape in manifest.get("zeros", {}).items()}
@@ -208,6 +235,7 @@ class PackedTarget(Target):
     """`model.safetensors` + `manifest.json`, loaded back into the architecture and run by torch."""
 
     file = WEIGHTS
+    max_bits = 16
     holds: ClassVar[Holds] = EVERYTHING
 
     def export(self, model: nn.Module, plan: Plan, example: Tensor, path: Path) -> None:

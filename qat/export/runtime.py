@@ -14,12 +14,13 @@ import onnxruntime as ort
 from qat.errors import UserError
 from qat.export.onnx_layers import expose, layer_values, shared_weights
 from qat.export.onnx_nbits import packed_codes
-from qat.export.onnx_passes import PASS_THROUGH, is_weight
+from qat.export.onnx_passes import PASS_THROUGH, SHIFTED_WEIGHT, is_weight
 from qat.export.target import INPUT, Runner
 
 CODES: dict[int, Any] = {
     **dict.fromkeys([onnx.TensorProto.INT8, onnx.TensorProto.INT4, onnx.TensorProto.INT2], np.int8),
     **dict.fromkeys([onnx.TensorProto.UINT8, onnx.TensorProto.UINT4, onnx.TensorProto.UINT2], np.uint8),
+    **{onnx.TensorProto.INT16: np.int16, onnx.TensorProto.UINT16: np.uint16},
 }
 """Types of stored weights, and what they are compared as."""
 FP8 = (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2)
@@ -120,7 +121,15 @@ def weight_codes(path: str | Path) -> dict[str, np.ndarray]:
     found |= packed_codes(model)
     for name, same in shared_weights(model).items():
         found[name] = found[same]
-    return {name.rpartition(".")[0]: array for name, array in found.items()}
+    return {name.rpartition(".")[0]: _unshifted(name, array) for name, array in found.items()}
+
+
+def _unshifted(name: str, codes: np.ndarray) -> np.ndarray:
+    """Signed codes, if half of their range was added to them."""
+    if name.rpartition(".")[2] != SHIFTED_WEIGHT:
+        return codes
+    kind = np.dtype(f"int{codes.itemsize * 8}")
+    return (codes.astype(np.int32) + np.iinfo(kind).min).astype(kind)
 
 
 def float_convolutions(path: str | Path) -> int:

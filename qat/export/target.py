@@ -18,6 +18,7 @@ import copy
 import importlib.util
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -25,14 +26,37 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 from torch import Tensor, nn
 
-from qat.convert import INTEGERS, Holds, convert, inconvertible, storage_bits
+from qat.convert import INTEGERS, Holds, convert, inconvertible
 from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.files import replace
 from qat.export.manifest import check_manifest, made_by, write_manifest
 from qat.insert import Plan
+from qat.integer import storage_bits
 
 INPUT, OUTPUT = "input", "output"
+
+
+@dataclass(frozen=True)
+class OnGrid:
+    """The output of a layer as a runtime shows it that has it as codes alone, behind the limits that follow the layer.
+
+    Attributes:
+        values: What the codes stand for.
+        scale, zero_point: The grid, of int8 codes.
+        low, high: The limits.
+    """
+
+    values: np.ndarray
+    scale: np.float32
+    zero_point: int
+    low: np.float32
+    high: np.float32
+
+    def of(self, output: np.ndarray) -> np.ndarray:
+        """What the runtime would show of a layer that returns `output`."""
+        codes = np.rint(output.clip(self.low, self.high) / self.scale) + self.zero_point
+        return (codes.clip(-128, 127) - self.zero_point) * self.scale
 
 
 class Runner(Protocol):
@@ -46,7 +70,7 @@ class Runner(Protocol):
         """Runs one batch."""
         ...
 
-    def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
+    def layer_outputs(self, x: np.ndarray, only: str | None = None) -> Mapping[str, np.ndarray | OnGrid]:
         """The outputs of layers on one batch, by name, in the order of execution; what the file does not show is left
         out.
 

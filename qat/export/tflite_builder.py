@@ -108,7 +108,7 @@ class Builder:
 
     def _quantization(self, scales: Sequence[float], zeros: Sequence[int], axis: int) -> Any:
         quantization = self.s.QuantizationParametersT()
-        quantization.scale, quantization.zeroPoint = [float(x) for x in scales], [int(x) for x in zeros]
+        quantization.scale, quantization.zeroPoint = np.array(scales, np.float32), np.array(zeros, np.int64)
         quantization.quantizedDimension = axis
         return quantization
 
@@ -191,7 +191,20 @@ def serialize(model: Any) -> bytes:
     """A model's objects as the bytes of a file."""
     import flatbuffers  # pyright: ignore[reportMissingImports]
 
-    builder = flatbuffers.Builder(2**16)
+    class Sharing(flatbuffers.Builder):
+        """Stores equal vectors once: the zero points of all weights and biases are zero."""
+
+        def __init__(self) -> None:
+            super().__init__(2**16)
+            self.stored: dict[Any, int] = {}
+
+        def CreateNumpyVector(self, x: np.ndarray) -> int:  # noqa: N802 - the package's name
+            key = x.dtype.str, x.tobytes()
+            if key not in self.stored:
+                self.stored[key] = super().CreateNumpyVector(x)
+            return self.stored[key]
+
+    builder = Sharing()
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
 

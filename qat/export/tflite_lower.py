@@ -17,9 +17,10 @@ from torch.export import ExportedProgram
 from qat.errors import UserError
 from qat.export.int8_program import ATEN, DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, layer_of
 from qat.export.tflite_builder import Builder, Grid, Value
-from qat.integer import IntegerLayer
+from qat.integer import IntegerLayer, reads_elementwise
 
 LOW, HIGH = -128, 127
+CODES = ".integer_weight.codes"
 CLIPS = {ATEN.relu.default: (0.0, None), ATEN.relu6.default: (0.0, 6.0), ATEN.hardtanh.default: (-1.0, 1.0)}
 
 
@@ -126,6 +127,9 @@ class Lowering:
         if node.target in (DEQUANTIZE, DEQUANTIZE_CHANNELS):
             if node.args[0].name not in self.parameters:  # pyright: ignore
                 self.values[node] = self.values[node.args[0]]  # pyright: ignore
+            elif self._is_operand(node):
+                shape, grid = self.shape(node), (node.args[1], node.args[2])
+                self.values[node] = Value(self.weight(node, range(len(shape))), shape, grid)  # pyright: ignore
         elif node.target not in self.handlers:
             if node.users:
                 where = f"'{layer_of(node)}': " if layer_of(node) else ""
@@ -160,12 +164,17 @@ class Lowering:
 
     def bits(self, node: fx.Node) -> int:
         """Width that constant codes are stored in."""
-        return self._layer(node).integer_weight.bits if self.int4 else 8
+        return self._layer(node).integer_weight.bits if self.int4 and not self._is_operand(node) else 8
+
+    def _is_operand(self, node: fx.Node) -> bool:
+        """Whether constant codes are an operand like any other, of an addition or an elementwise product."""
+        name = self.owners.get(node.args[0].name, "")  # pyright: ignore
+        return name.endswith(CODES) and reads_elementwise(self._layer(node))
 
     def _layer(self, node: fx.Node) -> IntegerLayer:
         """Whose constant codes they are."""
         name = self.owners[node.args[0].name].removeprefix("model.")  # pyright: ignore
-        layer = self.model.get_submodule(name.removesuffix(".integer_weight.codes"))
+        layer = self.model.get_submodule(name.removesuffix(CODES))
         assert isinstance(layer, IntegerLayer)
         return layer
 
@@ -173,7 +182,9 @@ class Lowering:
         """Constant codes as a tensor of the file, their axes in the order that its operation wants."""
         scales, axis = self.scales(node)
         codes: Any = self.array(node)
-        index = self.build.constant(codes.transpose(axes), scales, list(axes).index(axis), bits=self.bits(node))
+        zero: Any = node.args[2] if self._is_operand(node) else 0
+        at = list(axes).index(axis)
+        index = self.build.constant(codes.transpose(axes), scales, at, zero=zero, bits=self.bits(node))
         own = self._layer(node).integer_weight
         for name, module in self.model.named_modules():
             if isinstance(module, IntegerLayer) and module.integer_weight is own:  # tied layers have one

@@ -24,6 +24,8 @@ class Site(TwinMixin, nn.Module):
 
     Attributes:
         explicit: Whether an attention, or a product that adds to a tensor, is computed in plain operations.
+        held: Which operand is a weight, whatever the caller gives: the second, if that is a parameter; in a converted
+            model also a parameter that is added or multiplied elementwise.
 
     Children: `input_quantizer_0` and on, one for each operand (`None`: it stays float), or `output_quantizer`;
     `probability_quantizer` of an attention, which is then computed explicitly; `weight_quantizer`, if the second
@@ -59,6 +61,7 @@ class Site(TwinMixin, nn.Module):
         self.explicit = probabilities is not None
         self.register_module("weight_quantizer", weight)
         self.holder = parameter  # in a tuple, where it is no child
+        self.held = 1 if parameter else None
         self.stacked = stacked
 
     @property
@@ -96,7 +99,7 @@ class Site(TwinMixin, nn.Module):
         return original.copy_(result) if function.in_place else result
 
     def _quantized(self, index: int, x: Tensor) -> Tensor:
-        if index == 1 and self.holder is not None:
+        if index == self.held:
             return self.quantized_weight()
         quantizer = self._modules[self.operands[index]]
         return x if quantizer is None else read(quantizer, x)

@@ -6,6 +6,10 @@ activation (`granularity: tensor`), at each vector along its last axis (`token`)
 along that axis (`group`); at a weight as a whole, by channel or by group. Tensors, and fp8 block scales (`scale: e4m3`,
 whose float32 scale is one per tensor), mix the samples of a batch; tokens and other groups do not.
 
+`options: {calibrated: true}` takes the float32 scale above fp8 block scales from calibration instead, as hardware does
+with the inputs of NVFP4 layers: a kernel cannot look at the whole tensor before it rounds the first block. Samples do
+not mix then, and what is larger than anything in calibration saturates.
+
 The gradient is the clipped straight-through estimator; none flows through the scale:
 
     dL/dx = dL/dy where low - 1/2 <= x / scale <= high + 1/2, else 0
@@ -20,13 +24,15 @@ from torch import Tensor
 
 from qat import ranges
 from qat.errors import UserError
-from qat.formats import Rounding
-from qat.functional import ratio
+from qat.formats import FLOATS, Rounding
+from qat.functional import TINY, ratio
 from qat.kernels import Grads, gradient
 from qat.quantizers.base import Grid, Quantizer
 from qat.quantizers.fixed import forward
-from qat.scales import snap
+from qat.scales import snap, two_level
 from qat.spec import QuantSpec
+
+E4M3 = FLOATS["e4m3"]
 
 
 def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
@@ -36,14 +42,24 @@ def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Te
 
 class Dynamic(Quantizer):
     """Measured range; see the module's docstring. `scale` and `zero_point` exist for the keys' sake, and say
-    nothing."""
+    nothing, but for the scale above block scales if that is calibrated.
+
+    Args:
+        spec, shape, axis: See `Quantizer`.
+        calibrated: Whether the scale above block scales stays what calibration found.
+    """
 
     static: ClassVar[bool] = False
 
-    def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
+    def __init__(
+        self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0, calibrated: bool = False
+    ) -> None:
         super().__init__(spec, shape, axis)
+        if calibrated and (spec.scale != "e4m3" or shape is not None):
+            raise UserError("options.calibrated=true: is for activations with block scales of e4m3, under one scale")
+        self.calibrated = calibrated
         self.gradient = gradient(forward, backward, spec.rounding)
-        self.initialised.fill_(True)
+        self.initialised.fill_(not calibrated)
         self._read_flags()
 
     def _scale_shape(self, shape: torch.Size | None) -> tuple[int, ...]:
@@ -86,7 +102,7 @@ class Dynamic(Quantizer):
         if rows.numel():
             low, high = getattr(ranges, self.spec.range)(rows, self.spec)
             scale, zero_point = ranges.scale_and_zero_point(low, high, self.spec)
-            scale = snap(scale, self.spec)
+            scale = two_level(scale, self.scale) if self.calibrated else snap(scale, self.spec)
         else:
             scale = torch.ones(len(rows), device=x.device)
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
@@ -105,11 +121,18 @@ class Dynamic(Quantizer):
         return self.gradient(x, scale, low, high)
 
     def _observe(self, x: Tensor) -> None:
-        """Nothing to remember."""
+        if self.calibrated:
+            super()._observe(x)
 
     def calibrate(self, x: Tensor | None = None) -> None:
-        """Ends observing; there is nothing to set."""
+        """Ends observing; there is nothing to set but the scale above block scales."""
+        if self.calibrated:
+            super().calibrate(x)
         self.observe(False)
 
+    def _fit(self, rows: Tensor) -> None:
+        largest = rows.abs().amax() / self.spec.quant_max
+        self.scale.copy_((largest / E4M3.largest).clamp_min(TINY / E4M3.smallest))
+
     def versions(self) -> tuple[Any, ...]:
-        return (self.on,)
+        return (self.on, self.scale._version) if self.calibrated else (self.on,)

@@ -83,12 +83,12 @@ def _packed(space: Space, layer: Layer, pair: Pair) -> int:
 
 
 def _exported(space: Space, layer: Layer, pair: Pair) -> int:
-    """Bytes of codes in an ONNX file, which has integers of 2, 4 and 8 bits."""
+    """Bytes of codes in an ONNX file, which has integers of 2, 4, 8 and 16 bits."""
     plan, spec = space.plans[pair[0]], _spec(space, layer, pair[0])
     if plan.layers[layer.name]["weight"] != layer.name:
         return 0
     bits = stored_bits(space.model, plan, layer.name, spec)
-    size = next((size for size in (2, 4) if bits <= size), 8)
+    size = next(size for size in (2, 4, 8, 16) if bits <= size)
     return code_bytes(space.model.get_submodule(layer.name).weight.numel(), size)  # pyright: ignore
 
 
