@@ -115,7 +115,11 @@ def training(name: str, compiled: bool, seconds: float, table: Table) -> None:
     """Adds one model to the table."""
     model, x, y = workload(name)
     twin = quantized(copy.deepcopy(model), x)
-    named = {"float": (model, "never"), "qat, plain torch": (twin, "never"), "qat, compiled kernels": (twin, "always")}
+    named: dict[str, tuple[nn.Module, kernels.Mode]] = {
+        "float": (model, "never"),
+        "qat, plain torch": (twin, "never"),
+        "qat, compiled kernels": (twin, "always"),
+    }
     eager = {k: step(m, m, x, y, mode) for k, (m, mode) in named.items()}
     results = interleave(eager, "float", seconds)
     peaks = {k: peak(run) for k, run in eager.items()}
