@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from small_models import Drawn, Shape, lived, quantized
+from torch import nn
 
 from qat.cli.targets import build
 from qat.convert import convert
@@ -47,6 +49,29 @@ def test_a_file_for_tensorrt_has_int8_codes_without_zero_points_and_float_biases
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     assert not {onnx.TensorProto.INT32, onnx.TensorProto.UINT8}.intersection(kinds.values())
     assert kinds["stem.bias"] == onnx.TensorProto.FLOAT
+
+
+class Patches(nn.Module):
+    """How a vision transformer begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, 8)
+        self.positions = nn.Parameter(torch.randn(16, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.positions
+        return x + self.head(x)
+
+
+def test_int8_activations_that_onnxruntime_stumbles_over_are_left_as_they_are(tmp_path):
+    model, x, path = Patches().eval(), torch.randn(4, 3, 16, 16), tmp_path / "model.onnx"
+    plan = quantized(model, x, {"weight": {"granularity": "channel"}, "act": {"bits": 8}, "target": "tensorrt"})
+    build("onnx_tensorrt", {}).export(convert(model, plan), plan, x, path)
+    with pytest.raises(Exception, match="does not match"):
+        onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        np.testing.assert_allclose(OnnxRunner(path)(x.numpy()), model(x), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("act", [{}, {"bits": 16}, {"symmetric": False}], ids=["u8", "u16", "affine"])

@@ -25,6 +25,7 @@ CODES: dict[int, Any] = {
 """Types of stored weights, and what they are compared as."""
 FP8 = (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2)
 """Those that are compared as bit patterns."""
+PROVIDERS = ["CPUExecutionProvider"]
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
 
 
@@ -60,9 +61,15 @@ class OnnxRunner:
         if optimized_copy is not None:
             options.optimized_model_filepath = optimized_copy
         try:
-            return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(content, options, providers=PROVIDERS)
         except Exception as error:  # the runtime's own exception types are private
-            raise UserError(f"{self.path}: onnxruntime refuses it: {str(error).splitlines()[0]}") from None
+            refused = UserError(f"{self.path}: onnxruntime refuses it: {str(error).splitlines()[0]}")
+        # It makes int8 activations uint8, and stumbles over those that it moved before. So it gets to leave them.
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
+        try:
+            return ort.InferenceSession(content, options, providers=PROVIDERS)
+        except Exception:
+            raise refused from None
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Runs one batch.
