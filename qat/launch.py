@@ -7,11 +7,13 @@ alone, so each such signature has a program of its own, compiled for all sizes, 
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.overrides import _pop_mode_temporarily
 
 ADDRESSABLE = 1 << 31
 """Programs may count elements in 32 bits, as GPUs like to."""
@@ -60,12 +62,14 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         return captured[0][1]
 
     examples = _examples(tensors, args)
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast(args[0].device.type, enabled=False),
-        torch._C._EnableTorchFunction(),  # layers run without it, and compilers need it
-    ):
+    with ExitStack() as state:
+        for context in (
+            torch.inference_mode(False), torch.no_grad(), torch.autocast(args[0].device.type, enabled=False),
+            torch._C._EnableTorchFunction(),  # layers run without it, and compilers need it
+        ):  # fmt: skip
+            state.enter_context(context)
+        for _ in range(torch._C._len_torch_function_stack()):  # nobody follows what compilers do
+            state.enter_context(_pop_mode_temporarily())
         results = torch.compile(_own_code(function), dynamic=True, fullgraph=True, backend=capture)(*examples)
     [(graph, run)] = captured
     takes = _arguments(graph)

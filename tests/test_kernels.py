@@ -7,6 +7,8 @@ import warnings
 
 import pytest
 import torch
+from small_models import quantized
+from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,6 +144,8 @@ def test_short_runs_never_compile(monkeypatch):
 SECOND_PROCESS = """
 import torch
 from torch._dynamo.utils import counters
+from small_models import quantized
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from qat import kernels
@@ -166,13 +170,28 @@ def test_a_second_process_finds_the_kernels_compiled(tmp_path):
     assert found == [["0", "2"], ["2", "0"]]
 
 
-def test_a_kernel_first_met_inside_a_layer_is_compiled_all_the_same():
-    """Where a layer runs without torch functions, which compilers need."""
-    kernels.configure("always")
-    quantizer = lsq(bits=5)
-    with warnings.catch_warnings(), torch._C.DisableTorchFunction():
-        warnings.simplefilter("error")
-        found = train_on(quantizer, 3, 50_000)
-    kernels.configure("never")
-    expected = train_on(quantizer, 3, 50_000)
-    assert torch.equal(found[0], expected[0])
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)  # whose codes are multiplied
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.linear(x)
+
+
+@pytest.mark.parametrize("bits", [5, 6])  # kernels that no other test has made
+def test_a_kernel_first_met_inside_a_layer_is_compiled_and_nobody_follows_it(bits):
+    """Where torch functions are off, which compilers need, and a mode looks for sites."""
+    model, x = Residual(), torch.linspace(-1, 1, 81_920).view(-1, 64)
+    quantized(model, x, {"weight": {"bits": 4}, "act": {"bits": bits, "format": "int", "signed": True}})
+    model.train()
+    results = {}
+    for mode in ("always", "never"):
+        kernels.configure(mode)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            model.zero_grad()
+            y = model(x)
+            y.square().sum().backward()
+        results[mode] = y.detach()
+    torch.testing.assert_close(results["always"], results["never"], rtol=0, atol=1e-5)
