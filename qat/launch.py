@@ -62,14 +62,15 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         return captured[0][1]
 
     examples = _examples(tensors, args)
-    with ExitStack() as state:
-        for context in (
-            torch.inference_mode(False), torch.no_grad(), torch.autocast(args[0].device.type, enabled=False),
-            torch._C._EnableTorchFunction(),  # layers run without it, and compilers need it
-        ):  # fmt: skip
-            state.enter_context(context)
-        for _ in range(torch._C._len_torch_function_stack()):  # nobody follows what compilers do
-            state.enter_context(_pop_mode_temporarily())
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(args[0].device.type, enabled=False),
+        torch._C._EnableTorchFunction(),  # layers run without it, and compilers need it
+        ExitStack() as unfollowed,
+    ):
+        for _ in range(torch._C._len_torch_function_stack()):
+            unfollowed.enter_context(_pop_mode_temporarily())
         results = torch.compile(_own_code(function), dynamic=True, fullgraph=True, backend=capture)(*examples)
     [(graph, run)] = captured
     takes = _arguments(graph)
