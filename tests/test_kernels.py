@@ -144,8 +144,6 @@ def test_short_runs_never_compile(monkeypatch):
 SECOND_PROCESS = """
 import torch
 from torch._dynamo.utils import counters
-from small_models import quantized
-from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from qat import kernels
