@@ -20,11 +20,11 @@ def convert_sites(
     """Gives functional sites integer weights, and fused functions the products that integer kernels compute.
 
     Returns:
-        The parameters that became integers, by path.
+        The parameters that became integers for all sites that read them, by path.
     """
     for name in dict.fromkeys(site.removesuffix(f".{PROBABILITIES}") for site in plan.sites):
         modules[name].explicit = kind_of(name) in ("attention", "matmul")  # pyright: ignore[reportArgumentType]
-    parameters = {}
+    parameters, left_float = {}, set()
     for name, described in plan.parameters.items():
         site = modules.get(name)
         if isinstance(site, Site) and site.weight_quantizer is not None and site.weight_quantizer.enabled:
@@ -34,12 +34,14 @@ def convert_sites(
             _become_integer(site, codes, site.weight.dtype)
     for name, operand in plan.operands.items():
         parameter, codes = _operand(modules, name, operand, shared)
-        if codes is not None:
+        if codes is None:
+            left_float.add(operand["parameter"])
+        else:
             parameters[operand["parameter"]] = parameter
             site: Any = modules[name]
             site.held, site._modules[site.operands[operand["index"]]] = operand["index"], None
             _become_integer(site, codes, parameter.dtype)
-    return parameters
+    return {path: parameter for path, parameter in parameters.items() if path not in left_float}
 
 
 def _operand(

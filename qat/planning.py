@@ -154,7 +154,7 @@ def _parameter_operands(plan: Plan, recording: Recording, calls: dict[str, list[
     times: dict[str, int] = {}
     for name, chains in plan.sites.items():
         first, *more = calls[name]
-        if first.kind not in ELEMENTWISE or first.parameter is None or {c.parameter for c in more} - {first.parameter}:
+        if first.kind not in ELEMENTWISE or first.parameter is None or any(c.held != first.held for c in more):
             continue
         index = first.held.index(first.parameter)
         if chains[index]:

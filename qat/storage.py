@@ -46,7 +46,8 @@ def _row_bytes(row: AuditRow, model: nn.Module, plan: Plan) -> int:
         return FLOAT_BYTES * row.params
     if row.name in plan.operands and row.params:
         spec = operand_spec(plan, row.name)
-        return _code_bytes(row.params, spec, spec.width) + SCALE_BYTES.get(spec.scale, FLOAT_BYTES) + _zero_bytes(spec)
+        codes = _code_bytes(row.params, spec, spec.width) + SCALE_BYTES.get(spec.scale, FLOAT_BYTES) + _zero_bytes(spec)
+        return codes + (0 if plan.operands[row.name]["alone"] else FLOAT_BYTES * row.params)
     module = dict(model.named_modules()).get(row.name)
     kept = () if module is None or not isinstance(module, nn.modules.batchnorm._NormBase) else module.buffers(False)
     return FLOAT_BYTES * row.params + sum(b.numel() * b.element_size() for b in kept)

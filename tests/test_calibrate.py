@@ -189,9 +189,9 @@ def test_both_grids_of_a_cascade_are_calibrated_on_the_float_tensor():
 class Mixture(nn.Module):
     """Experts as a list of modules, of which the router uses those that it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 4) -> None:
         super().__init__()
-        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
         self.used = (0, 1, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -209,6 +209,18 @@ def test_an_expert_that_no_token_was_sent_to_starts_with_the_widest_range_of_the
     grids = [expert.input_quantizer for expert in model.experts]
     assert torch.equal(grids[2].scale, grids[1].scale) and grids[1].scale > grids[0].scale
     assert all(grid.on for grid in grids)
+
+
+def test_so_does_the_scale_above_its_measured_block_scales():
+    model, x = Mixture(16).eval(), torch.randn(8, 16)
+    blocks = {"format": "e2m1", "bits": None, "granularity": "group", "group_size": 16, "scale": "e4m3"}
+    act = {**blocks, "range": "minmax", "quantizer": "dynamic", "options": {"calibrated": True}}
+    plan, _ = make_plan(model, QuantPolicy.from_dict({"act": act, "sites": False}), lambda: model(x))
+    apply_plan(model, plan)
+    model.used = (0, 1)
+    with pytest.warns(UserWarning, match=r"nothing passed through 'experts.2.input_quantizer'.*'experts.1"):
+        calibrate(model, lambda: model(x))
+    assert model.experts[2].input_quantizer.scale == model.experts[1].input_quantizer.scale
 
 
 def test_an_expert_that_is_called_with_no_tokens_has_a_grid_too():

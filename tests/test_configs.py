@@ -44,6 +44,13 @@ def test_every_config_composes_and_its_targets_take_every_key(choice, config):
     QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
 
 
+@pytest.mark.parametrize("recipe", [name for name in _options("experiment/cifar10") if name != "full"])
+def test_the_full_budget_goes_with_every_recipe_beside_it(recipe, config):
+    cfg = config(f"experiment=[cifar10/{recipe},cifar10/full]")
+    _check(cfg, "", {})
+    assert cfg.trainer.max_epochs == 300 and all("_target_" in node for node in cfg.callbacks.values() if node)
+
+
 @pytest.mark.parametrize("option", _options("trainer"))
 def test_a_trainer_is_built_with_every_key_of_its_config(option, config, tmp_path):
     cfg = config(f"trainer={option}", "trainer.accelerator=cpu")

@@ -107,20 +107,22 @@ def test_a_shared_weight_is_counted_once():
 @pytest.mark.parametrize(
     "act", [{"bits": 8}, {"bits": 3}, {"bits": 5, "scale": "pow2"}, {"bits": 4, "symmetric": False}], ids=str
 )
-def test_a_parameter_that_is_added_costs_its_codes_and_their_scale(act, tmp_path):
+@pytest.mark.parametrize("read", [False, True], ids=["alone", "read-by-others"])
+def test_a_parameter_that_is_added_costs_its_codes_and_their_scale(act, read, tmp_path):
     class Added(nn.Module):
         def __init__(self):
             super().__init__()
             self.a, self.b, self.table = nn.Linear(8, 8), nn.Linear(8, 8), nn.Parameter(torch.randn(5, 8))
 
         def forward(self, x):
-            return self.b(self.a(x) + self.table)
+            y = self.b(self.a(x) + self.table)
+            return y + self.table.mean() if read else y
 
     model, x = Added(), torch.randn(2, 5, 8)
     plan, rows = _rows(model, x, {"weight": {"bits": 8}, "act": act})
     added = next(row for row in rows if row.name == "add_0")
     assert added.params == 40 and added.weight_bits == act["bits"] and added.reason is None
-    assert added.bytes == 40 * act["bits"] // 8 + (2 if "scale" in act else 5)
+    assert added.bytes == 40 * act["bits"] // 8 + (2 if "scale" in act else 5) + 160 * read
     stored, grids = _stored(model, plan, x, tmp_path)
     assert sum(row.bytes for row in rows) == stored - grids
 

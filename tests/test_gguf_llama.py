@@ -41,6 +41,28 @@ def exported(folder: Any, bits: int, **architecture: Any) -> tuple[nn.Module, to
     return model, x, converted
 
 
+def test_a_llama_that_is_no_part_of_another_module_is_read_back(tmp_path) -> None:
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**{k: v for k, v in LLAMA.items() if k != "model_type"})
+    )
+    x, target = torch.randint(40, (3, 12)), target_of("gguf")
+    policy = {"weight": {"bits": 8, **BLOCKS["weight"]}, "act": None, "sites": "off", "rules": RULES}
+    plan, verdict = quantized(model, x, policy), Verdict()
+    converted = convert(model, plan)
+    target.export(converted, plan, x, tmp_path / target.file)
+    check_codes(verdict, converted, target.codes(tmp_path / target.file))
+    assert verdict.passed, verdict.checks
+
+
+def test_a_llama_with_another_layer_in_it_is_not_called_one() -> None:
+    model = CausalLM(LLAMA)
+    assert Llama.of_model(model) is not None
+    attention = next(m for n, m in model.named_modules() if n.endswith("layers.1.self_attn"))
+    attention.q_proj = nn.Sequential(nn.Linear(64, 4, bias=False), nn.Linear(4, 64, bias=False))
+    assert Llama.of_model(model) is None
+
+
 @pytest.mark.parametrize(
     ("bits", "architecture"),
     [

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -338,3 +340,37 @@ def test_float_training_can_start_from_float_weights(finished, tmp_path, capfd):
     assert after == pytest.approx(before, abs=0.01), "one epoch at no learning rate leaves it as it was"
     assert _train(tmp_path / "other", weights, f"ckpt={finished / 'float.safetensors'}") == 2
     assert "leave one out" in capfd.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_a_callback_without_a_target_is_refused_before_anything_is_trained(tmp_path, capfd):
+    assert _train(tmp_path / "run", "+callbacks.stop={monitor: val/loss}") == 2
+    assert "callbacks.stop: has no _target_, so there is no callback for its monitor" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+FULL_PRECISION = """
+import sys, torch
+from qat.lightning.evaluate import full_precision
+exec(sys.argv[1])
+cudnn, mkldnn, cuda = torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cuda
+kinds = [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul]
+before = [kind.fp32_precision for kind in kinds]
+with full_precision():
+    assert not {"tf32", "bf16"} & {kind.fp32_precision for kind in kinds}, [kind.fp32_precision for kind in kinds]
+assert before == [kind.fp32_precision for kind in kinds], before
+"""
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        pytest.param("", id="as-torch-comes"),
+        pytest.param("torch.set_float32_matmul_precision('high')", id="high"),
+        pytest.param("torch.backends.cuda.matmul.allow_tf32 = True", id="by-an-old-name"),
+        pytest.param("torch.backends.cudnn.conv.fp32_precision = 'ieee'", id="by-a-new-name"),
+        pytest.param("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", id="on-the-cpu"),
+    ],
+)
+def test_full_precision_is_full_and_leaves_what_it_found(setting):
+    run = subprocess.run([sys.executable, "-c", FULL_PRECISION, setting], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -11,6 +11,7 @@ from test_insert import Model, inserted, planned
 from test_targets import W8A8, target_of
 from torch import Tensor, nn
 
+from qat.convert import EVERYTHING, convert
 from qat.export.verify import Comparison, Verdict, check_codes
 from qat.integer import IntegerTensor
 
@@ -112,6 +113,31 @@ def test_gradients_reach_the_parameter_and_its_scale() -> None:
     assert model.table.grad.abs().sum() > 0 and model.add_0.input_quantizer_1.scale.grad.abs() > 0
 
 
+def test_a_parameter_that_a_measured_grid_reads_stays_float() -> None:
+    model = with_table(lambda m, x: m.b(m.a(x) + m.table) * m.table, 6, 8)
+    measured = {"match": "mul_0", "act": {"quantizer": "dynamic"}}
+    x, policy = torch.randn(X), {**W8A8, "kinds": "all", "rules": {"m": measured}}
+    plan = quantized(model, x, policy)
+    converted = convert(model, plan, EVERYTHING)
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_parameter_that_changes_sides_stays_float() -> None:
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.flipped = nn.Parameter(torch.randn(6, 8)), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.flipped = not self.flipped
+            return x + self.w if self.flipped else self.w + x
+
+    model = with_table(lambda m, x: m.b(m.adds(m.adds(m.a(x)))), 6, 8)
+    model.adds, x = Adds(), torch.randn(X)
+    fake, converted = both(model, x, W8A8)
+    torch.testing.assert_close(converted(x), fake(x), rtol=1e-5, atol=1e-6)
+
+
 AFFINE = {**W8A8, "act": {"bits": 8, "symmetric": False}}
 NARROW = {**W8A8, "act": {"bits": 4}}
 FAST = ["onnx", "onnx_qnn", "onnx_openvino", "openvino", "torch", "packed"]
@@ -141,8 +167,14 @@ def test_codes_of_16_bits_come_back_from_a_file(tmp_path) -> None:
     assert verdict.passed and prepared.add_0.integer_weight.codes.dtype == torch.int16, verdict.checks
 
 
-def agrees(name: str, policy: dict[str, Any], model: nn.Module, folder: Any) -> None:
-    target, x = target_of(name), torch.randn(32, 3, 8, 8)
+@pytest.mark.parametrize("name", ["onnx", "onnx_qnn", "openvino", "litert", "packed"])
+def test_a_file_holds_a_parameter_of_two_sums_once_and_computes_both(name, tmp_path) -> None:
+    model = with_table(lambda m, x: m.b(F.relu(m.a(x) + m.table)) + m.table, 6, 8)
+    agrees(name, W8A8, model, tmp_path, torch.randn(32, *X[1:]))
+
+
+def agrees(name: str, policy: dict[str, Any], model: nn.Module, folder: Any, x: Tensor | None = None) -> None:
+    target, x = target_of(name), torch.randn(32, 3, 8, 8) if x is None else x
     policy, original = policy | {"target": target.engine}, copy.deepcopy(model)
     plan = quantized(model, x, policy)
     prepared, path = target.prepared(model, plan), folder / target.file

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -108,10 +109,13 @@ def expose(content: bytes, layers: Mapping[str, str], only: str | None = None) -
         for call in (instruction.instr_args for instruction in chain.instructions)
         if isinstance(call, schema.DelegateCall)
     }
+    graphs = {index: decompile(bytes(program.backend_delegate_data[index].data)) for index in calls}
+    found = {index: _layers(graph, owners) for index, graph in graphs.items()}
+    times = Counter(name for layers in found.values() for name, *_ in layers)
     for index, call in calls.items():
-        data = program.backend_delegate_data[index]
-        graph, blob = decompile(bytes(data.data)), bytes(data.data)
-        for name, how, tensor in _layers(graph, owners):
+        data, graph = program.backend_delegate_data[index], graphs[index]
+        blob = bytes(data.data)
+        for name, how, tensor in (each for each in found[index] if times[each[0]] == 1):
             shown[name] = how
             tensor["flags"], tensor["external_id"] = EXTERNAL_OUTPUT, graph["num_externs"]
             graph["num_externs"] += 1

@@ -51,7 +51,9 @@ class Llama:
         if not plain or config.attention_bias or config.mlp_bias:
             return None
         heads = config.num_attention_heads, config.num_key_value_heads
-        return cls(f"{name}." if name else "", heads, config.num_hidden_layers), config
+        llama = cls(f"{name}." if name else "", heads, config.num_hidden_layers)
+        own = {f"{llama.prefix}{n}.weight" for n, m in model.named_modules() if _has_weight(m)}
+        return (llama, config) if own == set(llama.names()) else None
 
     @classmethod
     def of_file(cls, fields: dict[str, Any]) -> "Llama | None":
@@ -60,11 +62,11 @@ class Llama:
             return None
         keys = ("attention.head_count", "attention.head_count_kv", "block_count")
         heads, kv_heads, blocks = (int(fields[f"{ARCHITECTURE}.{key}"].contents()) for key in keys)
-        return cls(str(fields[MODULE_KEY].contents()), (heads, kv_heads), blocks)
+        return cls(str(fields[MODULE_KEY].contents())[1:], (heads, kv_heads), blocks)
 
     def describe(self, writer: Any, config: Any) -> None:
         """Adds the metadata to a writer of the `gguf` package."""
-        writer.add_string(MODULE_KEY, self.prefix)
+        writer.add_string(MODULE_KEY, f".{self.prefix}")  # the package leaves out what is empty
         writer.add_context_length(config.max_position_embeddings)
         writer.add_block_count(self.blocks)
         writer.add_embedding_length(config.hidden_size)
@@ -94,3 +96,7 @@ class Llama:
         half = len(rows) // heads // 2
         pairs = (half, 2) if back else (2, half)
         return np.ascontiguousarray(rows.reshape(heads, *pairs, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape))
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return module._parameters.get("weight") is not None or hasattr(module, "integer_weight")

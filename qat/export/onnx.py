@@ -82,6 +82,8 @@ class OnnxEmitter:
 
     def _prepare_operand(self, constant: IntegerTensor) -> None:
         """The runtime adds codes of one type: signed ones become unsigned where those of activations do."""
+        if hasattr(constant, SHIFTED):  # that of another sum, too
+            return
         if self.placement.signed_codes == "none" and constant.number is None and constant.codes.dtype in UNSIGNED:
             kind = UNSIGNED[constant.codes.dtype]
             offset = 2 ** (torch.iinfo(kind).bits - 1)

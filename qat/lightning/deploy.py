@@ -25,13 +25,12 @@ from qat.lightning.calm import calm
 from qat.lightning.module import CHECKPOINT_KEY, INPUT_KEY, insert_plan
 from qat.lightning.run import Run
 from qat.lightning.weights import read_checkpoint
+from qat.lightning.workspace import ON_THE_CPU, unmixed
 from qat.report import report_table
 from qat.report.format import verdict as outcome
 
 TRAINED = "quantized.ckpt"
 """What a finished run keeps of its training."""
-ON_THE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
-"""How a run's trainer goes on, wherever it trained."""
 
 
 class Trained(NamedTuple):
@@ -66,10 +65,7 @@ def restore(path: Path) -> Trained:
     cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
     assert isinstance(cfg, DictConfig)
     cfg.run_dir, cfg.ckpt = str(folder), "last"
-    cpu = dict(ON_THE_CPU)
-    if str(cfg.trainer.get("precision", "")).endswith("-mixed"):
-        cpu["precision"] = "32-true"
-    for key, value in cpu.items():
+    for key, value in {**ON_THE_CPU, **unmixed(cfg.trainer)}.items():
         OmegaConf.update(cfg, f"trainer.{key}", value, merge=False, force_add=True)
     OmegaConf.resolve(cfg)
     file = path / TRAINED if path.is_dir() else path

@@ -23,8 +23,8 @@ def full_precision() -> Iterator[None]:
     """While it lasts, GPUs multiply float32 in float32 and not in TF32, which rounds the values of a grid to ten bits:
     what is measured would not be what a file computes.
     """
-    cudnn: Any = torch.backends.cudnn
-    kinds = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul]
+    cudnn, mkldnn = (getattr(torch.backends, name) for name in ("cudnn", "mkldnn"))
+    kinds = [cudnn.conv, cudnn.rnn, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul]
     before = [kind.fp32_precision for kind in kinds]
     try:
         old = cudnn.allow_tf32, torch.get_float32_matmul_precision()
@@ -42,8 +42,8 @@ def full_precision() -> Iterator[None]:
         if old:
             cudnn.allow_tf32 = old[0]
             torch.set_float32_matmul_precision(old[1])
-        else:
-            for kind, precision in zip(kinds, before, strict=True):
+        for kind, precision in zip(kinds, before, strict=True):
+            if kind.fp32_precision != precision:  # what an old name sets is more than it says
                 kind.fp32_precision = precision
 
 

@@ -45,7 +45,7 @@ from qat.lightning.module import CHECKPOINT_KEY
 from qat.lightning.resume import SeedEpochs, continue_csv
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights, read_checkpoint
-from qat.lightning.workspace import Workspace
+from qat.lightning.workspace import ON_THE_CPU, Workspace
 from qat.report import audit_table, layer_rows, report_table, save_plot
 from qat.stats import quantizer_stats
 
@@ -183,7 +183,7 @@ class Run(Workspace):
         the runtimes compute, and where sums of codes are exact.
         """
         trained = self.progress["stages"]["qat"]["metric"]
-        trainer = self.measuring(accelerator="cpu", devices=1, strategy="auto")
+        trainer = self.measuring(**ON_THE_CPU)
         return verify_file(
             file or self.folder / target.file, target, prepared, float_model, trainer, self.module, self.data,
             self.cfg.metric, trained,

@@ -37,6 +37,8 @@ from qat.lightning.weights import load_weights
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
 
+ON_THE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+"""How a run's trainer goes on where it need not be as it trained."""
 OTHER_KEYS = ("calibration_samples", "scale_lr", "module", "predicted")
 """Of `quant`, what is no setting of the policy."""
 
@@ -67,6 +69,9 @@ class Workspace:
             settings["target"] = self.target.engine
         policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
         self.policy = NetworkPolicies({cfg.quant.module: policy}) if cfg.quant.module else policy
+        for name, node in (cfg.callbacks or {}).items():
+            if node and "_target_" not in node:
+                raise UserError(f"callbacks.{name}: has no _target_, so there is no callback for its {', '.join(node)}")
         self.callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node]
         self.loggers: list[Any] = [instantiate(cfg.logger)] if cfg.logger else []
         self.trainer(logger=False)
@@ -124,8 +129,7 @@ class Workspace:
 
         In float32 where training is in mixed precision: what is reported is what the exported file computes.
         """
-        if str(self.cfg.trainer.get("precision", "")).endswith("-mixed"):
-            settings = {"precision": "32-true", **settings}
+        settings = {**unmixed(self.cfg.trainer), **settings}
         if self.cfg.trainer.get("devices") == 1 and self.cfg.trainer.get("num_nodes", 1) == 1:
             return self.trainer(**settings)
         environment = LightningEnvironment()
@@ -175,3 +179,8 @@ class Workspace:
         if self.main:
             with atomic(self.folder / name) as temporary:
                 temporary.write_text(json.dumps(content, indent=1))
+
+
+def unmixed(trainer: DictConfig) -> dict[str, str]:
+    """The precision in place of a mixed one."""
+    return {"precision": "32-true"} if str(trainer.get("precision", "")).endswith("-mixed") else {}

@@ -153,6 +153,11 @@ class Quantizer(nn.Module):
         """The scale that acts, format and floor applied: float32, detached, of the shape of `scale`."""
         return snap(self.scale.detach().float(), self.spec)
 
+    @property
+    def needs_range(self) -> bool:
+        """Whether calibration has to find something."""
+        return self.static
+
     def grid(self, x: Tensor) -> Grid:
         """The grid for `x`, with gradients to what is learned."""
         # Not `self.scale` and so on: torch looks those up in Python, which shows in the time of small layers.

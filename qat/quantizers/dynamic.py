@@ -95,6 +95,10 @@ class Dynamic(Quantizer):
             row = row.view(*x.shape[:axis], x.shape[axis] // self.spec.group_size, *x.shape[axis + 1 :])
         return self._spread(row, x.ndim)
 
+    @property
+    def needs_range(self) -> bool:
+        return self.calibrated
+
     @torch.no_grad()
     def grid(self, x: Tensor) -> Grid:
         """The grid that fits `x`, without gradients."""
