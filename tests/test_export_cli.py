@@ -57,6 +57,12 @@ def test_an_export_needs_no_data_and_writes_the_same_file_again(run, tmp_path, m
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.onnx", "again.onnx.json"], "and nothing temporary"
 
 
+@pytest.mark.parametrize("target", ["onnx", "packed"])
+def test_a_folder_gets_the_file_under_its_own_name(target, run, tmp_path):
+    assert main(["export", str(run), f"target={target}", f"out={tmp_path}"]) == 0
+    assert (tmp_path / build(target, {}).file).is_file()
+
+
 def test_a_checkpoint_of_the_run_is_exported_and_verified_as_itself(run, tmp_path, capfd):
     checkpoint, out = str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "last.onnx")
     assert main(["export", checkpoint, "target=onnx", f"out={out}"]) == 0

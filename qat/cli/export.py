@@ -16,11 +16,11 @@ def main(argv: list[str]) -> int:
     """Writes the file and its manifest, and prints its name and size."""
     parser = argparse.ArgumentParser(prog="qat export", description=__doc__)
     parser.add_argument(
-        "arguments", metavar="RUN_DIR target=NAME [out=FILE] [key=value ...]", nargs="+", help="settings"
+        "arguments", metavar="RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]", nargs="+", help="settings"
     )
     paths, settings = split(parser.parse_args(argv).arguments)
     if len(paths) != 1 or "target" not in settings:
-        raise UserError("write qat export RUN_DIR target=NAME [out=FILE] [key=value ...]")
+        raise UserError("write qat export RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]")
     path = Path(paths[0]).absolute()
     if not path.exists():
         raise UserError(f"RUN_DIR {path}: no such file or directory")
@@ -30,6 +30,10 @@ def main(argv: list[str]) -> int:
     from qat.lightning.deploy import export
     from qat.report.format import size
 
-    written = export(path, target, None if out is None else Path(out).absolute())
+    if out is not None:
+        out = Path(out).absolute()
+        if out.is_dir() and Path(target.file).suffix:
+            out = out / target.file
+    written = export(path, target, out)
     print(f"{written}  {size(files_bytes(written))}")
     return 0
