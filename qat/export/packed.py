@@ -241,7 +241,7 @@ class PackedTarget(Target):
     def export(self, model: nn.Module, plan: Plan, example: Tensor, path: Path) -> None:
         if path.name != WEIGHTS:
             raise UserError(
-                f"{path}: a packed model is {WEIGHTS} beside {MANIFEST}; give a folder, or write {path.parent / WEIGHTS}"
+                f"{path}: a packed model is {WEIGHTS} beside {MANIFEST}; name its folder, or {path.parent / WEIGHTS}"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         save_packed(model, plan, path.parent)
