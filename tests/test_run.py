@@ -319,8 +319,8 @@ def test_a_model_with_nothing_to_quantize_is_refused_before_training(in_an_empty
     package.write_text(
         "from qat.models.classifier import Classifier\nimport torch\nfrom torch import nn\n"
         "class Bare(Classifier):\n    def __init__(self):\n        super().__init__(10)\n"
-        "        self.table = nn.Parameter(torch.zeros(64, 10))\n"
-        "    def forward(self, x):\n        return (x.flatten(1).unsqueeze(2) * self.table).sum(1)\n"
+        "        self.scale = nn.Parameter(torch.zeros(10))\n"
+        "    def forward(self, x):\n        return x.flatten(1)[:, :10] * self.scale\n"
     )
     monkeypatch.syspath_prepend(str(in_an_empty_folder))
     monkeypatch.setenv("QAT_TARGETS", "bare_model")
