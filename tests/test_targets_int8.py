@@ -1,5 +1,6 @@
 """Runtimes that have int8 kernels alone: LiteRT, ExecuTorch's XNNPACK, Inductor's oneDNN."""
 
+import copy
 import subprocess
 import sys
 from typing import Any
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from small_models import POLICY, Shape, both, lived
+from small_models import POLICY, Shape, both, lived, quantized
 from test_sites_policy import preset
 from test_targets import TENSOR, W8A8, Case, target_of
 from torch import nn
@@ -278,6 +279,29 @@ def test_bisection_of_an_executorch_file_names_the_layer_whose_scale_is_wrong(
     before = path.read_bytes()
     found = first_divergence(case.converted, target.load(path, case.float_model), case.x.numpy())
     assert found.endswith(said) and path.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_bisection_of_an_executorch_file_leaves_out_a_layer_that_runs_in_two_graphs(tmp_path) -> None:
+    class Again(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.relu(self.a(x))
+            for _ in range(2):
+                x = torch.cumsum(x + torch.relu(self.b(x)), 1)  # sums along an axis are none of XNNPACK's
+            return self.head(x)
+
+    model, x, target = Again(), torch.randn(16, 8), target_of("executorch")
+    original = copy.deepcopy(model)
+    plan = quantized(model, x, W8A8 | {"target": target.engine})
+    prepared, path = target.prepared(model, plan), tmp_path / target.file
+    target.export(prepared, plan, x[:4], path)
+    runner: Any = target.load(path, original)
+    assert "b" not in runner.layer_outputs(x.numpy())
+    assert first_divergence(prepared, runner, x.numpy())
 
 
 @pytest.mark.slow
