@@ -91,8 +91,17 @@ def test_one_index_gives_one_sample():
     assert (x.tolist(), y.item()) == ([[[7]]], 7)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_seeding_torch_reproduces_order_and_augmentation(workers):
+def test_seeding_torch_reproduces_order_and_augmentation():
+    reproduced(0)
+
+
+def test_it_does_so_with_processes_that_prepare_batches():
+    script = "import test_data; test_data.reproduced(2)"  # forks are no good for a process that runs tests
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def reproduced(workers: int) -> None:
     data = ready(Digits(crop_padding=1, flip=True, batch_size=100, num_workers=workers))
 
     loader = data.train_dataloader()
