@@ -111,6 +111,7 @@ def expose(content: bytes, layers: Mapping[str, str], only: str | None = None) -
     }
     graphs = {index: decompile(bytes(program.backend_delegate_data[index].data)) for index in calls}
     found = {index: _layers(graph, owners) for index, graph in graphs.items()}
+    # One that runs twice has no output of its own.
     times = Counter(name for layers in found.values() for name, *_ in layers)
     for index, call in calls.items():
         data, graph = program.backend_delegate_data[index], graphs[index]
@@ -166,8 +167,7 @@ def _layers(graph: dict[str, Any], owners: Mapping[str, str]) -> list[tuple[str,
         found.append(
             (owners[key], partial(_shown, image, number(grid["scale"]), grid["zero_point"], low, high), output)
         )
-    names = [name for name, _, _ in found]
-    return [each for each in found if names.count(each[0]) == 1]  # one that runs twice has no output of its own
+    return found
 
 
 def _shown(
