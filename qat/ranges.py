@@ -8,7 +8,7 @@ Each takes rows `x [R, N]` (one row per scale, finite, N >= 1) and the spec of t
 import torch
 from torch import Tensor
 
-from qat.functional import SCALE_FLOOR, TINY, levels, ratio, values
+from qat.functional import SCALE_FLOOR, TINY, levels, over, ratio, values
 from qat.scales import binade, snap
 from qat.spec import QuantSpec
 
@@ -160,14 +160,14 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
     if spec.scale == "e8m0":
         scale = torch.maximum(-low, high) / 2.0**spec.max_exponent
     elif spec.symmetric and spec.quant_min < 0 and spec.range == "centred":
-        scale = _over(torch.maximum(-low, high), (spec.quant_max - spec.quant_min) / 2)
+        scale = over(torch.maximum(-low, high), (spec.quant_max - spec.quant_min) / 2)
     elif spec.symmetric:
-        scale = _over(high, max(spec.quant_max, 1))
+        scale = over(high, max(spec.quant_max, 1))
         if spec.quant_min < 0:
-            scale = torch.maximum(scale, _over(-low, -spec.quant_min))
+            scale = torch.maximum(scale, over(-low, -spec.quant_min))
     else:
         codes = spec.quant_max - spec.quant_min
-        scale = _over(high, codes) - _over(low, codes)
+        scale = over(high, codes) - over(low, codes)
     # A scale below the normal numbers cannot be divided by without overflow, so such a row counts as zeros.
     scale = scale.clamp_max(torch.finfo(scale.dtype).max)  # with one code above zero, the sum may overflow
     usable = scale > TINY
@@ -179,8 +179,3 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     zero_point = (spec.quant_min - (low / snap(scale, spec)).round()).clamp(spec.quant_min, spec.quant_max)
     return scale, zero_point.to(torch.int32)
-
-
-def _over(x: Tensor, number: float) -> Tensor:
-    """`x / number`, everywhere the same: for a number of Python's, GPUs multiply by its reciprocal."""
-    return x / torch.full((), number, dtype=x.dtype, device=x.device)

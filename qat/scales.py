@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qat.formats import FLOATS
-from qat.functional import TINY
+from qat.functional import TINY, over
 from qat.spec import QuantSpec
 
 HUGE = 2.0**127
@@ -65,7 +65,7 @@ def two_level(scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
     """
     e4m3 = FLOATS["e4m3"]
     if tensor_scale is None:
-        tensor_scale = (scale.float().amax() / e4m3.largest).clamp_min(TINY / e4m3.smallest)
+        tensor_scale = over(scale.float().amax(), e4m3.largest).clamp_min(TINY / e4m3.smallest)
     low, high = (torch.full((1,), v, device=scale.device) for v in (e4m3.smallest, e4m3.largest))
     return e4m3.round((scale.float() / tensor_scale).clamp(low, high)) * tensor_scale
 

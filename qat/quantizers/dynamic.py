@@ -25,7 +25,7 @@ from torch import Tensor
 from qat import ranges
 from qat.errors import UserError
 from qat.formats import FLOATS, Rounding
-from qat.functional import TINY, ratio
+from qat.functional import TINY, over, ratio
 from qat.kernels import Grads, gradient
 from qat.quantizers.base import Grid, Quantizer
 from qat.quantizers.fixed import forward
@@ -135,8 +135,8 @@ class Dynamic(Quantizer):
         self.observe(False)
 
     def _fit(self, rows: Tensor) -> None:
-        largest = rows.abs().amax() / self.spec.quant_max
-        self.scale.copy_((largest / E4M3.largest).clamp_min(TINY / E4M3.smallest))
+        largest = over(rows.abs().amax(), self.spec.quant_max)
+        self.scale.copy_(over(largest, E4M3.largest).clamp_min(TINY / E4M3.smallest))
 
     def versions(self) -> tuple[Any, ...]:
         return (self.on, self.scale._version) if self.calibrated else (self.on,)
