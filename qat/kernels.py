@@ -121,7 +121,10 @@ class Gradient:
         """Fake-quantizes `x`; gradients of `scale` and `extra` are multiplied by `grad_scale`."""
         tensors = x, scale, low, high, *extra
         if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
-            return _Plain.apply(self, grad_scale, *tensors)  # pyright: ignore[reportReturnType]
+            y: Any = _Plain.apply(self, grad_scale, *tensors)
+            if _recipes is not None:
+                _recipes.append((y, self, tensors))
+            return y
         count, learning = x.numel(), torch.is_grad_enabled()
         if type(count) is not int or count < (SMALL if learning else SMALL_FORWARD):  # symbolic, while somebody exports
             return _small(self, grad_scale, *tensors) if learning else self.forward.function(*tensors)
@@ -250,6 +253,19 @@ class Made:
                 f"{tuple(self.tensors[0].shape)} is at version {self.tensors[0]._version}, expected {self.version}"
             )
         return self.gradient.forward.large(self.tensors)
+
+
+_recipes: list[tuple[Tensor, Gradient, tuple[Tensor, ...]]] | None = None
+"""What compilers see being quantized, while somebody asks for it: a tensor keeps no attribute for them."""
+
+
+def with_recipe(quantize: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Gradient | None, tuple[Tensor, ...]]:
+    """`quantize(x)` for a compiler, and what made it, if known: `Made` in another form."""
+    global _recipes
+    previous, _recipes = _recipes, []
+    y = quantize(x)
+    found, _recipes = _recipes, previous
+    return found[-1] if found and found[-1][0] is y else (y, None, ())
 
 
 _left: list[Tensor] | None = None

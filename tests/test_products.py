@@ -1,10 +1,14 @@
 """Training multiplies codes where it pays, and gets what multiplying fake-quantized floats gets."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -374,3 +378,29 @@ def test_compiled_steps_are_the_same_and_compile_once():
     assert graphs == [1, 1, 1]
     ops = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
     assert any("autograd_function_apply" in op for op in ops)
+
+
+def test_compiled_steps_round_once():
+    """Compilers drop what is computed twice, but not codes that are computed from rounded values again."""
+    x = torch.randn(4, 24)
+    model = quantized(nn.Sequential(nn.Linear(24, 10)), x, act={"bits": 4})
+    finer = copy.deepcopy(model[0].input_quantizer)
+    finer.change_bits(8)
+    several = copy.deepcopy(model)
+    several[0].input_quantizer = nn.Sequential(finer, several[0].input_quantizer)
+    assert _roundings(model, x) == [2, 2]
+    assert _roundings(several, x) == [3, 3]
+
+
+def _roundings(model: nn.Module, x: torch.Tensor) -> list[int]:
+    """How often a compiled step rounds, forward and backward."""
+    counts = []
+
+    def count(graph: torch.fx.GraphModule, example_inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        counts.append(sum(node.target is torch.ops.aten.round.default for node in graph.graph.nodes))
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=count, partition_fn=min_cut_rematerialization_partition)
+    kernels.configure("auto")
+    torch.compile(model, fullgraph=True, backend=backend)(x.requires_grad_()).sum().backward()
+    return counts

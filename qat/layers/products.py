@@ -22,7 +22,7 @@ from torch.nn.modules import module as modules
 from qat import kernels, onednn
 from qat.formats import Rounding
 from qat.functional import TINY, levels
-from qat.kernels import Kernel
+from qat.kernels import Gradient, Kernel
 from qat.layers.accumulator import grids
 from qat.layers.sources import from_sources, innermost_hooks
 from qat.layers.twin import ours
@@ -54,14 +54,25 @@ def trained_on_codes(layer: Any, x: Tensor) -> Tensor | None:
         return None
     alone = layer.input_quantizer is grid and getattr(grid, "readers", 1) == 1
     with ours():
-        x = _quantized(grid, x) if alone else layer.quantized_input(x)
-        weight = _quantized(weight_grid, layer.weight)
+        quantize = partial(_quantized, grid) if alone else layer.quantized_input
+        if compiling:
+            return _compiled(layer, geometry, quantize, x)
+        x, weight = quantize(x), _quantized(weight_grid, layer.weight)
         with torch.no_grad():
             codes = *_codes(input_codes, x, grid), *_codes(weight_codes, weight, weight_grid)[:2]
-        args = geometry, x, weight, layer.quantized_bias(), *codes
-        if compiling:
-            return _Product.apply(*args)  # pyright: ignore[reportReturnType]
-        return from_sources((x, weight), _product, *args)
+        return from_sources((x, weight), _product, geometry, x, weight, layer.quantized_bias(), *codes)
+
+
+def _compiled(layer: Any, geometry: Geometry, quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The same for compilers: codes are computed from what was quantized, so that both are one rounding to them."""
+    grid, weight_grid = grids(layer)
+    assert grid is not None and weight_grid is not None
+    x, *made = kernels.with_recipe(quantize, x)
+    weight, *weight_made = kernels.with_recipe(weight_grid, layer.weight)
+    with torch.no_grad():
+        codes = *_codes(input_codes, x, grid, *made), *_codes(weight_codes, weight, weight_grid, *weight_made)[:2]
+    args = geometry, x, weight, layer.quantized_bias(), *codes
+    return _Product.apply(*args)  # pyright: ignore[reportReturnType]
 
 
 def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
@@ -177,16 +188,25 @@ def _rounds(x: Tensor) -> bool:
     return not hasattr(x, "made") or x.made.gradient.parts[0] is plain_rounding  # pyright: ignore
 
 
-def _codes(function: Callable[..., Any], x: Tensor, quantizer: Quantizer) -> tuple[Tensor, Tensor, Tensor]:
+def _codes(
+    function: Callable[..., Any],
+    x: Tensor,
+    quantizer: Quantizer,
+    gradient: Gradient | None = None,
+    made_of: tuple[Tensor, ...] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and scale (one axis) of `x`, and the level that code 0 of an input stands for.
 
     Args:
         function: `input_codes` or `weight_codes`.
         x: Fake-quantized, so that rounding it again changes nothing, or what the quantizer is about to round.
         quantizer: Its grid.
+        gradient, made_of: What made `x`, where `x.made` cannot say so.
     """
-    known = getattr(x, "made", None) if _rounds(x) else None
-    tensors = (x, *quantizer.grid(x)) if known is None else known.tensors[:4]
+    if hasattr(x, "made"):
+        gradient, made_of = x.made.gradient, x.made.tensors  # pyright: ignore[reportAttributeAccessIssue]
+    plain = gradient is not None and gradient.parts[0] is plain_rounding
+    tensors = made_of[:4] if plain else (x, *quantizer.grid(x))
     rounding = quantizer.spec.rounding
     if torch.compiler.is_dynamo_compiling() or tensors[0].numel() < kernels.SMALL:
         codes, scale = function(rounding, *tensors)

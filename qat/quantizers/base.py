@@ -244,7 +244,8 @@ class Quantizer(nn.Module):
         inner, grid = self._grouped(self.transform(x)) if self._moves else x, self.grid(x)
         if self._dithers and self.training:
             inner = dither(inner, *grid)
-        y = self.fake_quantize(inner, *grid).to(x.dtype)
+        y = self.fake_quantize(inner, *grid)
+        y = y if y.dtype is x.dtype else y.to(x.dtype)  # the very tensor, to compilers, too
         return y if y.shape == x.shape else y.view(x.shape)  # groups, and a scalar that met a scale of shape (1,)
 
     def follow(self, x: Tensor) -> None:
