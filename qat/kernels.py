@@ -123,7 +123,7 @@ class Gradient:
         if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
             y: Any = _Plain.apply(self, grad_scale, *tensors)
             if _recipes is not None:
-                _recipes.append((y, self, tensors))
+                _recipes.append((y, (self, tensors)))
             return y
         count, learning = x.numel(), torch.is_grad_enabled()
         if type(count) is not int or count < (SMALL if learning else SMALL_FORWARD):  # symbolic, while somebody exports
@@ -255,17 +255,20 @@ class Made:
         return self.gradient.forward.large(self.tensors)
 
 
-_recipes: list[tuple[Tensor, Gradient, tuple[Tensor, ...]]] | None = None
+Recipe = tuple[Gradient, tuple[Tensor, ...]]
+"""What made a fake-quantized tensor, and of what (`x, scale, low, high, *extra`)."""
+
+_recipes: list[tuple[Tensor, Recipe]] | None = None
 """What compilers see being quantized, while somebody asks for it: a tensor keeps no attribute for them."""
 
 
-def with_recipe(quantize: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Gradient | None, tuple[Tensor, ...]]:
-    """`quantize(x)` for a compiler, and what made it, if known: `Made` in another form."""
+def with_recipe(quantize: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Recipe | None]:
+    """`quantize(x)` for a compiler, and its recipe if it has one."""
     global _recipes
     previous, _recipes = _recipes, []
     y = quantize(x)
     found, _recipes = _recipes, previous
-    return found[-1] if found and found[-1][0] is y else (y, None, ())
+    return found[-1] if found and found[-1][0] is y else (y, None)
 
 
 _left: list[Tensor] | None = None

@@ -22,7 +22,7 @@ from torch.nn.modules import module as modules
 from qat import kernels, onednn
 from qat.formats import Rounding
 from qat.functional import TINY, levels
-from qat.kernels import Gradient, Kernel
+from qat.kernels import Kernel, Recipe
 from qat.layers.accumulator import grids
 from qat.layers.sources import from_sources, innermost_hooks
 from qat.layers.twin import ours
@@ -67,10 +67,10 @@ def _compiled(layer: Any, geometry: Geometry, quantize: Callable[[Tensor], Tenso
     """The same for compilers: codes are computed from what was quantized, so that both are one rounding to them."""
     grid, weight_grid = grids(layer)
     assert grid is not None and weight_grid is not None
-    x, *made = kernels.with_recipe(quantize, x)
-    weight, *weight_made = kernels.with_recipe(weight_grid, layer.weight)
+    x, recipe = kernels.with_recipe(quantize, x)
+    weight, weight_recipe = kernels.with_recipe(weight_grid, layer.weight)
     with torch.no_grad():
-        codes = *_codes(input_codes, x, grid, *made), *_codes(weight_codes, weight, weight_grid, *weight_made)[:2]
+        codes = *_codes(input_codes, x, grid, recipe), *_codes(weight_codes, weight, weight_grid, weight_recipe)[:2]
     args = geometry, x, weight, layer.quantized_bias(), *codes
     return _Product.apply(*args)  # pyright: ignore[reportReturnType]
 
@@ -189,11 +189,7 @@ def _rounds(x: Tensor) -> bool:
 
 
 def _codes(
-    function: Callable[..., Any],
-    x: Tensor,
-    quantizer: Quantizer,
-    gradient: Gradient | None = None,
-    made_of: tuple[Tensor, ...] = (),
+    function: Callable[..., Any], x: Tensor, quantizer: Quantizer, recipe: Recipe | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes and scale (one axis) of `x`, and the level that code 0 of an input stands for.
 
@@ -201,12 +197,12 @@ def _codes(
         function: `input_codes` or `weight_codes`.
         x: Fake-quantized, so that rounding it again changes nothing, or what the quantizer is about to round.
         quantizer: Its grid.
-        gradient, made_of: What made `x`, where `x.made` cannot say so.
+        recipe: How `x` was made, where `x.made` cannot say so.
     """
     if hasattr(x, "made"):
-        gradient, made_of = x.made.gradient, x.made.tensors  # pyright: ignore[reportAttributeAccessIssue]
-    plain = gradient is not None and gradient.parts[0] is plain_rounding
-    tensors = made_of[:4] if plain else (x, *quantizer.grid(x))
+        recipe = x.made.gradient, x.made.tensors  # pyright: ignore[reportAttributeAccessIssue]
+    rounded = recipe is not None and recipe[0].parts[0] is plain_rounding
+    tensors = recipe[1][:4] if recipe and rounded else (x, *quantizer.grid(x))
     rounding = quantizer.spec.rounding
     if torch.compiler.is_dynamo_compiling() or tensors[0].numel() < kernels.SMALL:
         codes, scale = function(rounding, *tensors)
