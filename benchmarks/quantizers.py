@@ -20,6 +20,7 @@ from timing import bytes_saved_for_backward, interleave
 from torch import Tensor, nn
 
 from qat import kernels
+from qat.memory import keep_freed
 from qat.quantizers import create
 from qat.spec import QuantSpec
 
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed()
     warnings.simplefilter("ignore")
     console, missing = Console(width=120), {}
     for size in map(int, args.sizes):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from qat import kernels
 from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan
+from qat.memory import keep_freed
 from qat.policy import QuantPolicy
 
 COLUMNS = (
@@ -138,6 +139,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed()  # for all of them
     warnings.simplefilter("ignore")
     table, notes = Table(title=f"training step, W8A8, {args.threads} thread(s)"), []
     for i, column in enumerate(COLUMNS):

@@ -24,6 +24,7 @@ from qat.lightning.module import QuantizedModule, insert_plan
 from qat.lightning.sharded import average_gradients
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import at_home, described_input, run_steps, trainer_source
+from qat.memory import keep_freed
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
 from qat.starts import Start
@@ -85,6 +86,7 @@ class QATCallback(Callback):
         pl_module.scale_lr_factors = {c.module or "": c.scale_lr_factor for c in callbacks}  # pyright: ignore
         if stage != "fit":
             return
+        keep_freed()
         follow_insertion(trainer, pl_module)
         if pl_module.quantization_plan is not None:
             return

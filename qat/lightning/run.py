@@ -46,6 +46,7 @@ from qat.lightning.resume import SeedEpochs, continue_csv
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights, read_checkpoint
 from qat.lightning.workspace import ON_THE_CPU, Workspace
+from qat.memory import keep_freed
 from qat.report import audit_table, layer_rows, report_table, save_plot
 from qat.stats import quantizer_stats
 
@@ -233,6 +234,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
         UserError: for mistakes in the config, before anything is written.
         SystemExit: with status 1 if the exported file falls short.
     """
+    keep_freed()
     with calm():
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         this = Run(cfg, run_dir)
