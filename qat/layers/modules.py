@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.layers.base import QuantizedLayer
+from qat.layers.data import convolved, reads_data
 from qat.layers.twin import ours
 from qat.onednn import Geometry
 
@@ -28,7 +29,8 @@ class _QuantConv(QuantizedLayer):
     channel_axis = 0
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.run(self._conv_forward, input)  # pyright: ignore[reportAttributeAccessIssue]
+        function = self._conv_forward  # pyright: ignore[reportAttributeAccessIssue]
+        return convolved(self, function, input) if reads_data(self, input) else self.run(function, input)
 
 
 class QuantConv1d(_QuantConv):

@@ -86,7 +86,7 @@ def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     with ours():
         both = grid, weight_grid
         kept = layer.once_per_change("packed", (layer.weight,), both, lambda: _packed(layer, *both, x.shape, geometry))
-        if kept is None or _looked_at(grid):
+        if kept is None or looked_at(grid):
             return None
         packed, scale = kept
         for quantizer in list(layer.input_quantizer)[:-1] if layer.input_quantizer is not grid else ():
@@ -169,7 +169,7 @@ def _kernel(function: Callable[..., Any], rounding: Rounding) -> Kernel:
     return Kernel(partial(function, rounding), 1)
 
 
-def _looked_at(quantizer: Quantizer) -> bool:
+def looked_at(quantizer: Quantizer) -> bool:
     """Whether somebody else sees what the quantizer gets and returns."""
     hooks = quantizer._forward_hooks or quantizer._forward_pre_hooks
     return bool(hooks or modules._global_forward_hooks or modules._global_forward_pre_hooks)
@@ -177,7 +177,7 @@ def _looked_at(quantizer: Quantizer) -> bool:
 
 def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
     """`quantizer(x)`, its values left unwritten if they can be made from a recipe and nobody else gets to see them."""
-    if torch.compiler.is_dynamo_compiling() or _looked_at(quantizer):
+    if torch.compiler.is_dynamo_compiling() or looked_at(quantizer):
         return quantizer(x)
     y = kernels.unwritten(quantizer, x)
     return y if y is not None and _rounds(y) else quantizer(x, follow=False)

@@ -25,11 +25,20 @@ from qat.quantizers.fixed import forward
 from qat.spec import QuantSpec
 
 
-def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
+def slopes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """`d value / d scale` of each element."""
+    return _slopes(rounding, x, scale, low, high)[0]
+
+
+def _slopes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     v = ratio(x, scale)
     level = v.clamp_min(low).clamp_max_(high)
     inside = level == v
-    slope = rounding(level).sub_(torch.where(inside, v, 0))
+    return rounding(level).sub_(torch.where(inside, v, 0)), inside
+
+
+def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
+    slope, inside = _slopes(rounding, x, scale, low, high)
     return torch.where(inside, grad, 0).to(x.dtype), sum_to(slope.mul_(grad), scale)
 
 
@@ -52,7 +61,10 @@ class LSQ(Quantizer):
         self.scale = nn.Parameter(scale)
 
     def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        count = self._per_scale or x.numel() // ((x.ndim and x.shape[0]) or 1)
-        grad_scale = (max(count, 1) * max(self.quant_max, 1)) ** -0.5
         extra = [getattr(self, name) for name in self.extra] if self.extra else ()
-        return self.gradient(x, scale, low, high, *extra, grad_scale=grad_scale)
+        return self.gradient(x, scale, low, high, *extra, grad_scale=self.gradient_scale(x))
+
+    def gradient_scale(self, x: Tensor) -> float:
+        """What the gradient of the scale is multiplied by."""
+        count = self._per_scale or x.numel() // ((x.ndim and x.shape[0]) or 1)
+        return (max(count, 1) * max(self.quant_max, 1)) ** -0.5
