@@ -29,7 +29,7 @@ def codes_always_pay(monkeypatch):
     monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(products, "MIN_POSITIONS", 0)
     monkeypatch.setattr(products, "MIN_TERMS", 0)
-    monkeypatch.setattr(products, "MIN_PRODUCTS", 0)
+    monkeypatch.setattr(products, "MIN_PRODUCTS", {"linear": 0, "conv2d": 0})
     yield
     kernels._settings.update(before)
 

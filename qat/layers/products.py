@@ -34,8 +34,9 @@ MIN_POSITIONS = 768
 """Outputs per channel from which codes pay in training: with fewer, packing the weight takes as long as multiplying."""
 MIN_TERMS = 64
 """Products per output from which they pay there: the sums of a depthwise convolution are too short."""
-MIN_PRODUCTS = 1 << 24
-"""Products in all from which they pay in evaluation."""
+MIN_PRODUCTS = {"linear": 1 << 20, "conv2d": 1 << 24}
+"""Products in all from which they pay in evaluation. Few rows of a linear layer wait for its weight, which is a quarter
+as large in codes."""
 CODES = 256
 """How many codes an input may have; those of a weight have to fit int8."""
 
@@ -81,7 +82,8 @@ def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     if geometry is None or torch.compiler.is_dynamo_compiling() or not _runs_here(x, layer.weight):
         return None
     grid, weight_grid = grids(layer)
-    if grid is None or weight_grid is None or _positions(x, geometry) * layer.weight.numel() < MIN_PRODUCTS:
+    products = _positions(x, geometry) * layer.weight.numel()
+    if grid is None or weight_grid is None or products < MIN_PRODUCTS["conv2d" if geometry else "linear"]:
         return None
     with ours():
         both = grid, weight_grid
