@@ -262,8 +262,16 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
         pytest.param(
             ["quant.calibration_samples=many"], "quant.calibration_samples='many': must be int", id="samples-in-words"
         ),
-        pytest.param(["quant.calibration_samples=0"], "calibration_samples=0: must be at least 1", id="no-samples"),
-        pytest.param(["quant.scale_lr=-1"], "scale_lr_factor=-1", id="negative-rate"),
+        pytest.param(["quant.calibration_samples=0"], "quant.calibration_samples=0: must be at least 1", id="no-samples"),
+        pytest.param(["quant.scale_lr=-1"], "error: quant.scale_lr=-1: must be 0 or more", id="negative-rate"),
+        pytest.param(["data.num_workers=-1"], "error: data.num_workers=-1: expected 0 or more", id="workers"),
+        pytest.param(["data.split_seed=-1"], "error: data.split_seed=-1: expected a seed from 0", id="split-seed"),
+        pytest.param(["data.mean=[nan]"], "error: data.mean=[nan]: expected one number", id="mean-nan"),
+        pytest.param(["model.lr=inf"], "error: model.lr=inf: expected a positive number", id="rate-infinite"),
+        pytest.param(["float_model.lr=-1"], "error: float_model.lr=-1: expected a positive", id="float-model-value"),
+        pytest.param(
+            ["start=equalize", "start.equalize.rounds=0"], "error: start.equalize.rounds=0: must be", id="start-value"
+        ),
         pytest.param(["seed=one"], "seed='one': must be int", id="seed-in-words"),
         pytest.param(["seed=-1"], "seed=-1: must be between 0 and", id="negative-seed"),
         pytest.param(["mode=maxx"], "mode='maxx': must be 'max' or 'min'; did you mean 'max'", id="mode"),
@@ -275,7 +283,7 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
         pytest.param(["float_model.lr=fast"], "float_model.lr='fast': MLP wants float", id="float-model-type"),
         pytest.param(["trainer.max_epochs=three"], "trainer.max_epochs='three'", id="trainer-type"),
         pytest.param(["callbacks.best.mode=maxx"], "callbacks.best", id="callback-value"),
-        pytest.param(["export.min_agreement=2"], "export: min_agreement=2", id="export-value"),
+        pytest.param(["export.min_agreement=2"], "error: export.min_agreement=2", id="export-value"),
         pytest.param(["data=cifar10", "data.root=/nope"], "/nope", id="data-folder"),
         pytest.param(
             ["metric=test/accuracy"],

@@ -9,6 +9,7 @@ run, so only packages in `allowed_roots` may be named (Hydra 1.4 asks for such a
 import inspect
 import os
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
@@ -67,8 +68,18 @@ def instantiate(node: Any, **kwargs: Any) -> Any:
         )  # by name: importing Lightning is not our business
         if by_name or isinstance(cause, (ValueError, ModuleNotFoundError)):
             where = str(error).rpartition(_FULL_KEY)[2] if _FULL_KEY in str(error) else key
-            raise UserError(f"{where}: {str(cause).partition(_FULL_KEY)[0]}") from error
+            raise UserError(_under(where, str(cause).partition(_FULL_KEY)[0], node, key)) from error
         raise
+
+
+def _under(where: str, said: str, root: Any, key: str) -> str:
+    """What a constructor said, under the key that the user wrote: `alpha=2: ...` becomes `callbacks.distill.alpha=2`."""
+    if said.startswith((f"{where}.", f"{where}:")):
+        return said
+    node = OmegaConf.select(root, where.removeprefix(key).lstrip("."))
+    name = re.match(r"(\w+)[.=]", said)
+    known = name is not None and isinstance(node, DictConfig) and name[1] in node
+    return _join(where, said) if known else f"{where}: {said}"
 
 
 def _check(node: Any, key: str, kwargs: dict[str, Any]) -> None:

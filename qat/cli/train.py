@@ -21,7 +21,7 @@ from hydra._internal.utils import (
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from qat.cli.configs import configs_dir, finish
+from qat.cli.configs import configs_dir, finish, group_overrides
 from qat.cli.explain import COMPOSITION_ERRORS, explain
 from qat.cli.instantiate import HYDRA_1_4, allowed_patterns
 from qat.cli.output import discard, discard_all
@@ -64,13 +64,14 @@ def main(argv: list[str]) -> int:
     """Runs the command; every mistake in `argv` or in the config is a `UserError`, and leaves nothing written."""
     task = _Task(sys.argv)
     args = _parse(argv)
+    options = argv.copy()
+    for text in args.overrides:
+        options.remove(text)
+    args.overrides = group_overrides(args.overrides, args.config_dir)
     if _sweeping(args):
         from qat.cli.sweep import main as sweep
 
         return sweep(args, VERSION)
-    options = argv.copy()
-    for text in args.overrides:
-        options.remove(text)
     overrides = _resumed(args.overrides)
     try:
         with _hydra_environment([*options, *overrides]):
@@ -97,7 +98,7 @@ def quieten(logger: str) -> None:
 def _sweeping(args: argparse.Namespace) -> bool:
     """Whether the command line asks for a sweep, and not only to be shown something."""
     shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
-    chosen = any(text.startswith(("sweep=", "sweep/")) for text in args.overrides)
+    chosen = any(text.startswith(("sweep=", "sweep/")) and text != "sweep=[]" for text in args.overrides)
     return not shows and (args.multirun or chosen or "hydra.mode=MULTIRUN" in args.overrides)
 
 
