@@ -285,6 +285,19 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
         pytest.param(["callbacks.best.mode=maxx"], "callbacks.best", id="callback-value"),
         pytest.param(["export.min_agreement=2"], "error: export.min_agreement=2", id="export-value"),
         pytest.param(["data=cifar10", "data.root=/nope"], "/nope", id="data-folder"),
+        pytest.param(["model.num_classes=5"], "model.num_classes=5, but the data has the label 9", id="too-few-classes"),
+        pytest.param(["trainer.limit_test_batches=0"], "there is no test batch to measure it on", id="no-test-batch"),
+        pytest.param(
+            ["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0: must be above 0", id="division"
+        ),
+        pytest.param(["+trainer.callbacks=[]"], "trainer.callbacks: a run has its own", id="trainers-callbacks"),
+        pytest.param(["callbacks.best=true"], "callbacks.best: has no _target_", id="callback-of-no-kind"),
+        pytest.param(
+            ["+callbacks.mine={_target_: torch.nn.ReLU}"], "callbacks.mine._target_: 'torch.nn.ReLU' makes no Callback",
+            id="callback-of-another-kind",
+        ),
+        pytest.param(["ckpt=."], "checkpoint .: is no file", id="checkpoint-is-a-folder"),
+        pytest.param(["run_dir=/dev/null/run"], "/dev/null/run: Not a directory", id="run-dir-below-a-file"),
         pytest.param(
             ["metric=test/accuracy"],
             "metric=test/accuracy: MLP.test_step logs no such value; did you mean 'test/acc'",

@@ -32,6 +32,8 @@ TYPES: dict[str, Any] = {
     "quant.predicted": dict[str, float] | None,
     "quant.module": str | None,
 }
+DIVISORS = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
+"""What Lightning's trainer divides by without a look at it."""
 REQUIRED = ("data", "model", "quant", "trainer")
 """Groups without which there is no run."""
 
@@ -134,9 +136,14 @@ def finish(cfg: DictConfig, run_dir: Path) -> None:
         ("float_epochs", cfg.float_epochs >= 1, "at least 1"),
         ("quant.calibration_samples", cfg.quant.calibration_samples >= 1, "at least 1"),
         ("quant.scale_lr", scale_lr is None or 0 <= scale_lr < math.inf, "0 or more, or null to let the optimizer decide"),
+        *((f"trainer.{key}", _divides(cfg.trainer.get(key)), "above 0") for key in DIVISORS),
     ):  # fmt: skip
         if not fits:
             raise UserError(f"{key}={OmegaConf.select(cfg, key)}: must be {expected}")
+
+
+def _divides(value: Any) -> bool:
+    return not isinstance(value, (int, float)) or value > 0
 
 
 def _leave_out(cfg: DictConfig, group: str) -> None:

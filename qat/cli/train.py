@@ -25,7 +25,7 @@ from qat.cli.configs import configs_dir, finish, group_overrides
 from qat.cli.explain import COMPOSITION_ERRORS, explain
 from qat.cli.instantiate import HYDRA_1_4, allowed_patterns
 from qat.cli.output import discard, discard_all
-from qat.errors import UserError, nearest
+from qat.errors import UserError, nearest, refused
 
 # Hydra 1.3 warns without version_base, 1.4 warns with it and wants to know whose code a config may call.
 VERSION: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
@@ -55,9 +55,12 @@ class _Task:
             from qat.lightning.run import run
 
             return run(cfg, run_dir)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            mistake = refused(error) if isinstance(error, OSError) else error
+            if mistake is None:
+                raise
             discard(run_dir)
-            self.error = error
+            self.error = mistake
 
 
 def main(argv: list[str]) -> int:
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> int:
             hydra.main(config_path=str(configs_dir()), config_name="train", **VERSION, **TRUST)(task)()
         if task.error is not None:
             raise task.error
-    except UserError:
+    except (UserError, OSError):
         discard_all()
         raise
     except COMPOSITION_ERRORS as error:

@@ -18,12 +18,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
 from qat.audit import AuditRow, audit, check_coverage
-from qat.cli.instantiate import instantiate
+from qat.cli.instantiate import build
 from qat.errors import UserError
 from qat.export.files import atomic
 from qat.export.target import Target
@@ -36,9 +38,16 @@ from qat.lightning.steps import run_steps
 from qat.lightning.weights import load_weights
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
+from qat.starts import Start
 
 ON_THE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 """How a run's trainer goes on where it need not be as it trained."""
+SET_BY_THE_RUN = {
+    "logger": "logger=NAME chooses the logger",
+    "callbacks": "callbacks.NAME=... adds one",
+    "enable_checkpointing": "callbacks.best=null callbacks.last=null leave checkpoints out",
+}
+"""Arguments of the trainer that cannot be configured as such, and what can be instead."""
 OTHER_KEYS = ("calibration_samples", "scale_lr", "module", "predicted")
 """Of `quant`, what is no setting of the policy."""
 
@@ -64,22 +73,22 @@ class Workspace:
             self._recall()
         settings = OmegaConf.to_container(cfg.quant, resolve=True)
         assert isinstance(settings, dict)
-        self.target: Target | None = instantiate(cfg.export) if cfg.export else None
+        self.target: Target | None = build(cfg, "export", Target) if cfg.export else None
         if settings.get("target") is None and self.target is not None:
             settings["target"] = self.target.engine
         policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
         self.policy = NetworkPolicies({cfg.quant.module: policy}) if cfg.quant.module else policy
-        for name, node in (cfg.callbacks or {}).items():
-            if node and "_target_" not in node:
-                raise UserError(f"callbacks.{name}: has no _target_, so there is no callback for its {', '.join(node)}")
-        self.callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node]
-        self.loggers: list[Any] = [instantiate(cfg.logger)] if cfg.logger else []
+        self.callbacks = [build(cfg, f"callbacks.{n}", Callback) for n, node in (cfg.callbacks or {}).items() if node]
+        self.loggers: list[Any] = [build(cfg, "logger", Logger)] if cfg.logger else []
+        for name, instead in SET_BY_THE_RUN.items():
+            if name in cfg.trainer:
+                raise UserError(f"trainer.{name}: a run has its own; {instead}")
         self.trainer(logger=False)
-        self.module: pl.LightningModule = instantiate(cfg.model)
+        self.module = build(cfg, "model", pl.LightningModule)
         self.float_module: pl.LightningModule = self._float_module()
         if cfg.float_ckpt:
             self._start_float(cfg.float_ckpt)
-        self.data: pl.LightningDataModule = instantiate(cfg.data)
+        self.data = build(cfg, "data", pl.LightningDataModule)
         self.data.prepare_data()
         self.data.setup("fit")
         if self.progress["start"] and not self.done("float"):
@@ -88,7 +97,7 @@ class Workspace:
     def _float_module(self) -> pl.LightningModule:
         """The model with the settings of `float_model`, under whose key mistakes are reported."""
         settings = {**self.cfg.model, **(self.cfg.float_model or {})}
-        return instantiate(OmegaConf.create({"float_model": settings}).float_model)
+        return build(OmegaConf.create({"float_model": settings}), "float_model", pl.LightningModule)
 
     def _start_float(self, path: str) -> None:
         if self.progress["start"]:
@@ -108,7 +117,9 @@ class Workspace:
         """Tries policy and metric on copies of the module, for mistakes that would else show after float training."""
         self.qat_callback()
         shell = copy.deepcopy(self.module)
-        test_metric(self.measuring(limit_test_batches=1, enable_progress_bar=False), shell, self.data, self.cfg.metric)
+        batches = int(self.cfg.trainer.get("limit_test_batches") != 0)
+        trainer = self.measuring(limit_test_batches=batches, enable_progress_bar=False)
+        test_metric(trainer, shell, self.data, self.cfg.metric)
         if not self.policy.is_off:
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
             if self.target is not None and (reason := self.target.why_not(shell, plan)):
@@ -122,7 +133,7 @@ class Workspace:
 
     def trainer(self, **settings: Any) -> pl.Trainer:
         """A trainer as configured, but for `settings`."""
-        return instantiate(self.cfg.trainer, **{"logger": False, "enable_checkpointing": False, **settings})
+        return build(self.cfg, "trainer", pl.Trainer, **{"logger": False, "enable_checkpointing": False, **settings})
 
     def measuring(self, **settings: Any) -> pl.Trainer:
         """A trainer on one device for this process alone: a distributed sampler would count some samples twice.
@@ -147,7 +158,7 @@ class Workspace:
 
     def qat_callback(self) -> QATCallback:
         quant = self.cfg.quant
-        starts = [instantiate(node) for node in (self.cfg.get("start") or {}).values() if node]
+        starts = [build(self.cfg, f"start.{n}", Start) for n, node in (self.cfg.get("start") or {}).items() if node]
         shared = FloatCache(self.cfg, self.progress["start"], self.main).folder
         ranges = None
         if shared is not None and not starts:
