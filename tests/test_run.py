@@ -297,7 +297,6 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
             id="callback-of-another-kind",
         ),
         pytest.param(["ckpt=."], "checkpoint .: is no file", id="checkpoint-is-a-folder"),
-        pytest.param(["run_dir=/dev/null/run"], "/dev/null/run: Not a directory", id="run-dir-below-a-file"),
         pytest.param(
             ["metric=test/accuracy"],
             "metric=test/accuracy: MLP.test_step logs no such value; did you mean 'test/acc'",

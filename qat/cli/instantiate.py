@@ -99,11 +99,11 @@ def _users(cause: BaseException | None, node: Any) -> bool:
 
 def _under(where: str, said: str, node: Any) -> str:
     """What a constructor said, under the key that the user wrote: `alpha=2: ...` becomes `callbacks.distill.alpha=2`."""
-    if said.startswith((f"{where}.", f"{where}:")):
+    if where and said.startswith((f"{where}.", f"{where}:")):
         return said
     name = re.match(r"(\w+)[.=]", said)
     known = name is not None and isinstance(node, DictConfig) and name[1] in node
-    return _join(where, said) if known else f"{where}: {said}"
+    return _join(where, said) if known or not where else f"{where}: {said}"
 
 
 def _check(node: Any, key: str, kwargs: dict[str, Any]) -> None:

@@ -21,11 +21,12 @@ from hydra._internal.utils import (
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from qat.cli.arguments import complaint
 from qat.cli.configs import configs_dir, finish, group_overrides
 from qat.cli.explain import COMPOSITION_ERRORS, explain
 from qat.cli.instantiate import HYDRA_1_4, allowed_patterns
 from qat.cli.output import discard, discard_all
-from qat.errors import UserError, nearest, refused
+from qat.errors import UserError, refused
 
 # Hydra 1.3 warns without version_base, 1.4 warns with it and wants to know whose code a config may call.
 VERSION: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
@@ -81,14 +82,14 @@ def main(argv: list[str]) -> int:
             hydra.main(config_path=str(configs_dir()), config_name="train", **VERSION, **TRUST)(task)()
         if task.error is not None:
             raise task.error
-    except (UserError, OSError):
-        discard_all()
-        raise
-    except COMPOSITION_ERRORS as error:
+    except COMPOSITION_ERRORS as error:  # some are OSErrors, too
         if task.started:
             raise
         discard_all()
         raise explain(error, overrides, args.config_dir, VERSION) from error
+    except (UserError, OSError):
+        discard_all()
+        raise
     return 0
 
 
@@ -148,11 +149,9 @@ def _hydra_environment(argv: list[str]) -> Iterator[None]:
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Hydra's parser, run before Hydra does: a wrong option is one line, and options may stand among overrides."""
     parser = get_args_parser()
-    options = [text for action in parser._actions for text in action.option_strings]
 
     def refuse(message: str) -> NoReturn:
-        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
-        raise UserError(f"unknown option '{unknown}'{nearest(unknown, options)}" if unknown else message)
+        raise complaint(parser, message) or UserError(message)
 
     parser.error = refuse
     return parser.parse_intermixed_args(argv)
