@@ -125,8 +125,8 @@ def test_a_mistake_is_one_line_with_status_2_and_nothing_written(arguments, said
 
 def test_a_file_may_have_a_name_like_a_setting(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(run), "target=packed", "out=x=y.safetensors"]) == 0
-    assert main(["verify", "x=y.safetensors", str(run)]) == 0
+    assert main(["export", str(run), "target=onnx", "out=x=y.onnx"]) == 0
+    assert main(["verify", "x=y.onnx", str(run), "min_agreement=0"]) == 0
 
 
 def truncate(path: Path) -> None:
