@@ -254,6 +254,24 @@ def test_an_interrupt_is_status_130(interrupt, monkeypatch):
     assert main(["train"]) == 130
 
 
+def test_an_interrupted_run_says_how_to_go_on_with_it(monkeypatch, capfd):
+    def begin(cfg, run_dir):
+        (run_dir / "progress.json").write_text("{}")
+        _interrupt_as_lightning_does(cfg, run_dir)
+
+    _replace_run(monkeypatch, begin)
+    assert main(["train", "run_dir=here"]) == 130
+    assert f"qat train ckpt=last run_dir={Path('here').absolute()}" in capfd.readouterr().err
+
+
+def test_a_mistake_leaves_the_config_of_a_run_that_is_there_as_it_was(runs, monkeypatch, capfd):
+    assert main(["train", "run_dir=here", "seed=3"]) == 0
+    before = {path: path.read_bytes() for path in Path("here/.hydra").iterdir()}
+    _replace_run(monkeypatch, _refuse)
+    _error(capfd, "train", "run_dir=here", "seed=4")
+    assert before and {path: path.read_bytes() for path in Path("here/.hydra").iterdir()} == before
+
+
 def test_a_config_with_a_sweep_is_not_run_as_one_run(tmp_path, capfd):
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\ndefaults:\n  - override /sweep: bits_grid\n"

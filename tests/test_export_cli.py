@@ -107,7 +107,9 @@ def test_a_file_that_falls_short_fails_with_the_layer_where_it_begins(run, tmp_p
         pytest.param(["{run}", "target=onx"], "target=onx: there is no such target; did you mean 'onnx'?", id="target"),
         pytest.param(["{run}", "target=none"], "target=none: there is no such target", id="none"),
         pytest.param(["{run}", "target=onnx", "min_agremeent=1"], "did you mean 'min_agreement'", id="setting"),
-        pytest.param(["{run}", "target=onnx", "min_agreement=2"], "error: min_agreement=2: must be between", id="value"),
+        pytest.param(
+            ["{run}", "target=onnx", "min_agreement=2"], "error: min_agreement=2: must be between", id="value"
+        ),
         pytest.param(["{run}", "target=onnx", "out=x.tflite"], "this target writes files called *.onnx", id="suffix"),
         pytest.param(["nowhere", "target=onnx"], "nowhere: no such file or directory", id="nowhere"),
         pytest.param(["{run}/csv/metrics.csv", "target=onnx"], "is damaged or no checkpoint", id="no-checkpoint"),

@@ -262,7 +262,9 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
         pytest.param(
             ["quant.calibration_samples=many"], "quant.calibration_samples='many': must be int", id="samples-in-words"
         ),
-        pytest.param(["quant.calibration_samples=0"], "quant.calibration_samples=0: must be at least 1", id="no-samples"),
+        pytest.param(
+            ["quant.calibration_samples=0"], "quant.calibration_samples=0: must be at least 1", id="no-samples"
+        ),
         pytest.param(["quant.scale_lr=-1"], "error: quant.scale_lr=-1: must be 0 or more", id="negative-rate"),
         pytest.param(["data.num_workers=-1"], "error: data.num_workers=-1: expected 0 or more", id="workers"),
         pytest.param(["data.split_seed=-1"], "error: data.split_seed=-1: expected a seed from 0", id="split-seed"),
@@ -285,7 +287,9 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
         pytest.param(["callbacks.best.mode=maxx"], "callbacks.best", id="callback-value"),
         pytest.param(["export.min_agreement=2"], "error: export.min_agreement=2", id="export-value"),
         pytest.param(["data=cifar10", "data.root=/nope"], "/nope", id="data-folder"),
-        pytest.param(["model.num_classes=5"], "model.num_classes=5, but the data has the label 9", id="too-few-classes"),
+        pytest.param(
+            ["model.num_classes=5"], "model.num_classes=5, but the data has the label 9", id="too-few-classes"
+        ),
         pytest.param(["trainer.limit_test_batches=0"], "there is no test batch to measure it on", id="no-test-batch"),
         pytest.param(
             ["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0: must be above 0", id="division"
@@ -293,7 +297,8 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
         pytest.param(["+trainer.callbacks=[]"], "trainer.callbacks: a run has its own", id="trainers-callbacks"),
         pytest.param(["callbacks.best=true"], "callbacks.best: has no _target_", id="callback-of-no-kind"),
         pytest.param(
-            ["+callbacks.mine={_target_: torch.nn.ReLU}"], "callbacks.mine._target_: 'torch.nn.ReLU' makes no Callback",
+            ["+callbacks.mine={_target_: torch.nn.ReLU}"],
+            "callbacks.mine._target_: 'torch.nn.ReLU' makes no Callback",
             id="callback-of-another-kind",
         ),
         pytest.param(["ckpt=."], "checkpoint .: is no file", id="checkpoint-is-a-folder"),
@@ -312,6 +317,14 @@ def test_a_mistake_is_one_line_with_status_2_and_nothing_written(overrides, said
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0], lines
     assert list(in_an_empty_folder.iterdir()) == []
+
+
+def test_a_run_is_not_written_over_another(finished, capfd):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.suffix != ".log"}
+    assert _train(finished, "seed=5") == 2
+    assert f"{finished} holds a run: ckpt=last goes on with it" in capfd.readouterr().err
+    after = {path: path.stat().st_mtime_ns for path in before if ".hydra" not in path.parts}
+    assert after == {path: at for path, at in before.items() if path in after}
 
 
 @pytest.mark.parametrize(
@@ -364,7 +377,7 @@ def test_float_training_can_start_from_float_weights(finished, tmp_path, capfd):
 
 def test_a_callback_without_a_target_is_refused_before_anything_is_trained(tmp_path, capfd):
     assert _train(tmp_path / "run", "+callbacks.stop={monitor: val/loss}") == 2
-    assert "callbacks.stop: has no _target_, so there is no callback for its monitor" in capfd.readouterr().err
+    assert "callbacks.stop: has no _target_, so there is no Callback for its monitor" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -1,8 +1,8 @@
 """The `qat` command: finds the subcommand and turns its outcome into an exit status.
 
-A mistake of the user (`UserError`), or what the file system refuses, is one line on stderr and status 2. An interrupt is status 130, as shells have it.
-Anything else is a bug and keeps its traceback (status 1). Only the chosen subcommand is imported, and none of them
-imports torch before it has something to compute.
+A mistake of the user (`UserError`), or what the file system refuses, is one line on stderr and status 2. An interrupt
+is status 130, as shells have it. Anything else is a bug and keeps its traceback (status 1). Only the chosen subcommand
+is imported, and none of them imports torch before it has something to compute.
 """
 
 import sys

@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def complaint(parser: argparse.ArgumentParser, message: str) -> UserError | None:
-    """The error for an option that a parser does not have, from argparse's own words; `None` if they say another thing."""
+    """The error for an unknown option, from argparse's own words; `None` if they are about something else."""
     unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
     if not unknown.startswith("-"):
         return None

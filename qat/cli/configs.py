@@ -135,7 +135,7 @@ def finish(cfg: DictConfig, run_dir: Path) -> None:
         ("seed", 0 <= cfg.seed < 2**32, f"between 0 and {2**32 - 1}"),
         ("float_epochs", cfg.float_epochs >= 1, "at least 1"),
         ("quant.calibration_samples", cfg.quant.calibration_samples >= 1, "at least 1"),
-        ("quant.scale_lr", scale_lr is None or 0 <= scale_lr < math.inf, "0 or more, or null to let the optimizer decide"),
+        ("quant.scale_lr", 0 <= (scale_lr or 0) < math.inf, "0 or more, or null to let the optimizer decide"),
         *((f"trainer.{key}", _divides(cfg.trainer.get(key)), "above 0") for key in DIVISORS),
     ):  # fmt: skip
         if not fits:
@@ -150,7 +150,9 @@ def _leave_out(cfg: DictConfig, group: str) -> None:
     if group in REQUIRED:
         options = sorted(path.stem for path in (configs_dir() / group).glob("*.yaml"))
         off = " (quant=off leaves everything float)" if group == "quant" else ""
-        raise UserError(f"config group '{group}' is left out, and there is no run without it{off}{nearest('', options)}")
+        raise UserError(
+            f"config group '{group}' is left out, and there is no run without it{off}{nearest('', options)}"
+        )
     OmegaConf.update(cfg, group, None, force_add=True)
 
 

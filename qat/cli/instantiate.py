@@ -98,7 +98,7 @@ def _users(cause: BaseException | None, node: Any) -> bool:
 
 
 def _under(where: str, said: str, node: Any) -> str:
-    """What a constructor said, under the key that the user wrote: `alpha=2: ...` becomes `callbacks.distill.alpha=2`."""
+    """What a constructor said, under the key that was written: `alpha=2: ...` as `callbacks.distill.alpha=2: ...`."""
     if where and said.startswith((f"{where}.", f"{where}:")):
         return said
     name = re.match(r"(\w+)[.=]", said)

@@ -43,7 +43,9 @@ def main(argv: list[str], command: str = "search") -> int:
     cfg = _compose(overrides, args.config_dir)
     finish(cfg, Path("search"))
     if not (cfg.search and "_target_" in cfg.search):
-        raise UserError(f"config group 'search' is left out, and there is no `qat {command}` without it: search=default")
+        raise UserError(
+            f"config group 'search' is left out, and there is no `qat {command}` without it: search=default"
+        )
     from qat.lightning.search import folder_of, search  # imports torch
 
     folder = folder_of(cfg)

@@ -62,6 +62,11 @@ class _Task:
                 raise
             discard(run_dir)
             self.error = mistake
+        except (KeyboardInterrupt, SystemExit) as stop:  # the second is Lightning's, after its own clean-up
+            interrupted = isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)
+            if interrupted and (run_dir / "progress.json").is_file():
+                print(f"qat: it goes on with: qat train ckpt=last run_dir={run_dir}", file=sys.stderr)
+            raise
 
 
 def main(argv: list[str]) -> int:

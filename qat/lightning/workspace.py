@@ -60,7 +60,7 @@ class Workspace:
         folder: The run's folder.
 
     Raises:
-        UserError: if a part of the config is wrong, or if there is no run to resume.
+        UserError: if a part of the config is wrong, if there is no run to resume, or another one in the folder.
     """
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
@@ -71,6 +71,10 @@ class Workspace:
         self.progress: dict[str, Any] = {"start": cfg.ckpt, "stages": {}, "seconds": {}}
         if self.resuming:
             self._recall()
+        elif self.main and self._remembered.is_file():
+            raise UserError(
+                f"{folder} holds a run: ckpt=last goes on with it; give another a folder of its own with run_dir=..."
+            )
         settings = OmegaConf.to_container(cfg.quant, resolve=True)
         assert isinstance(settings, dict)
         self.target: Target | None = build(cfg, "export", Target) if cfg.export else None
@@ -108,10 +112,9 @@ class Workspace:
         load_weights(self.float_module, path)
 
     def _recall(self) -> None:
-        path = self.folder / "progress.json"
-        if not path.is_file():
+        if not self._remembered.is_file():
             raise UserError(f"ckpt=last: there is no run to resume in {self.folder}; name its folder with run_dir=...")
-        self.progress = json.loads(path.read_text())
+        self.progress = json.loads(self._remembered.read_text())
 
     def check(self) -> None:
         """Tries policy and metric on copies of the module, for mistakes that would else show after float training."""
@@ -181,7 +184,11 @@ class Workspace:
 
     def remember(self) -> None:
         """Writes `progress.json`, from which a run resumes."""
-        self.write_json("progress.json", self.progress)
+        self.write_json(self._remembered.name, self.progress)
+
+    @property
+    def _remembered(self) -> Path:
+        return self.folder / "progress.json"
 
     def done(self, name: str) -> bool:
         return name in self.progress["stages"]

@@ -134,7 +134,9 @@ class Classifier(pl.LightningModule):
         x, y = batch
         self.check_input(x)
         if not self.training and int(y.max()) >= self.hparams["num_classes"]:  # the metrics look at the labels, too
-            raise UserError(f"model.num_classes={self.hparams['num_classes']}, but the data has the label {int(y.max())}")
+            raise UserError(
+                f"model.num_classes={self.hparams['num_classes']}, but the data has the label {int(y.max())}"
+            )
         logits = self(x)
         return F.cross_entropy(logits, y), logits, y
 
