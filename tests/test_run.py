@@ -366,6 +366,44 @@ def test_a_model_with_nothing_to_quantize_is_refused_before_training(in_an_empty
     assert not Path("run").exists()
 
 
+OWN = """
+import torch
+from torch.utils.data import DataLoader
+from qat.data import Digits
+from qat.models import MLP
+class Pair(MLP):
+    def forward(self, x):
+        return super().forward(x), x
+    def _step(self, batch):
+        logits = self(batch[0])[0]
+        return torch.nn.functional.cross_entropy(logits, batch[1]), logits, batch[1]
+class Nothing(Digits):
+    def train_dataloader(self):
+        return DataLoader([])
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        pytest.param(
+            "model._target_=own_parts_of_run.Pair", "Pair returns a tuple: ONNX export needs", id="two-outputs"
+        ),
+        pytest.param("data._target_=own_parts_of_run.Nothing", "the train_dataloader is empty", id="no-training-data"),
+    ],
+)
+def test_what_cannot_be_exported_or_trained_is_refused_before_training(
+    override, said, in_an_empty_folder, monkeypatch, capfd
+):
+    (in_an_empty_folder / "own_parts_of_run.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(in_an_empty_folder))
+    monkeypatch.setenv("QAT_TARGETS", "own_parts_of_run")
+    assert main(["train", *TINY, "run_dir=run", override]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("qat: error: ")]
+    assert len(lines) == 1 and said in lines[0], lines
+    assert not Path("run").exists()
+
+
 def test_float_training_can_start_from_float_weights(finished, tmp_path, capfd):
     weights = f"float_ckpt={finished / 'float.safetensors'}"
     assert _train(tmp_path / "run", "quant=off", weights, "float_model.lr=1e-9") == 0

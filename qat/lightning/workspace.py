@@ -28,13 +28,14 @@ from qat.audit import AuditRow, audit, check_coverage
 from qat.cli.instantiate import build
 from qat.errors import UserError
 from qat.export.files import atomic
+from qat.export.onnx import traceable
 from qat.export.target import Target
 from qat.insert import Plan, apply_plan, make_plan
 from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
 from qat.lightning.evaluate import test_metric
 from qat.lightning.shared_ranges import RangeCache
-from qat.lightning.steps import run_steps
+from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
@@ -123,6 +124,7 @@ class Workspace:
         batches = int(self.cfg.trainer.get("limit_test_batches") != 0)
         trainer = self.measuring(limit_test_batches=batches, enable_progress_bar=False)
         test_metric(trainer, shell, self.data, self.cfg.metric)
+        traceable(shell, example_input(shell, self.data.train_dataloader))
         if not self.policy.is_off:
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
             if self.target is not None and (reason := self.target.why_not(shell, plan)):
