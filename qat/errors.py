@@ -5,11 +5,25 @@ The command line prints the message as it is, without a traceback, and exits wit
 """
 
 import difflib
+import errno
 from collections.abc import Iterable
+
+# What a file system refuses, whoever asks; a file that is merely missing may be a bug.
+_REFUSALS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT,
+    errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 class UserError(ValueError):
     """Something the user wrote or passed is wrong; the message is complete without a traceback."""
+
+
+def refused(error: OSError) -> UserError | None:
+    """What the file system did not allow, with the path; `None` for an error of another kind."""
+    if error.errno not in _REFUSALS or error.filename is None:
+        return None
+    return UserError(f"{error.filename}: {error.strerror}")
 
 
 def nearest(name: str, options: Iterable[str], *, shown: int = 8) -> str:

@@ -94,6 +94,8 @@ class QuantPolicy:
         Raises:
             UserError: naming the key under `where`, the value, and the nearest valid one.
         """
+        if not isinstance(settings, Mapping):
+            raise UserError(f"{where}={settings!r}: must be settings such as {{weight: {{bits: 8}}, act: {{bits: 8}}}}")
         if "modules" in settings:  # several networks, a policy for each
             return import_module("qat.networks").NetworkPolicies.from_dict(settings, where)
         for key in settings:

@@ -135,12 +135,58 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
         pytest.param(["train", "--help", "sed=1"], "did you mean 'seed'?", id="help-with-a-wrong-key"),
         pytest.param(["train", "--config-dir", "nowhere"], "nowhere", id="config-dir"),
         pytest.param(["verify", "nowhere"], "nowhere is not a directory", id="verify"),
+        pytest.param(["export"], "write qat export RUN_DIR target=NAME [out=FILE|FOLDER]", id="export-of-nothing"),
+        pytest.param(["inspect", "a", "b"], "write qat inspect [--json] CKPT", id="inspect-of-two"),
+        pytest.param(["inspect", "a", "--jsn"], "unknown option '--jsn'; did you mean '--json'", id="inspects-option"),
+        pytest.param(["report"], "write qat report SWEEP_DIR", id="report-of-nothing"),
+        pytest.param(["bench"], "write qat bench FILE...", id="bench-of-nothing"),
+        pytest.param(["bench", "a.onnx", "seconds=1,2"], "seconds=1,2: must be one whole number", id="two-durations"),
+        pytest.param(["train", "~quant.scale_lr"], "is null already, and stays", id="deletion-of-null"),
+        pytest.param(["train", "run_dir=/dev/null/x"], "/dev/null/x: Not a directory", id="run-dir-below-a-file"),
+        pytest.param(["train", "model=null"], "'model' is left out, and there is no run without it", id="no-model"),
+        pytest.param(["train", "~data"], "'data' is left out, and there is no run without it", id="no-data"),
+        pytest.param(["train", "quant=null"], "(quant=off leaves everything float)", id="no-quant"),
+        pytest.param(["train", "~hydra"], "~hydra: without it, run_dir would be read by nothing", id="no-hydra"),
+        pytest.param(["train", "-m", "model=null,cnn"], "'model' is left out", id="a-point-without-a-model"),
+        pytest.param(["search", "trainer=null", "avg_bits=4"], "'trainer' is left out", id="a-search-of-nothing"),
+        pytest.param(["search", "search=null", "avg_bits=4"], "no `qat search` without it", id="a-search-without-one"),
+        pytest.param(["sensitivity", "search=null"], "no `qat sensitivity` without it", id="sensitivity-without-one"),
+        pytest.param(["train", "-m", "sweep=null", "seed=1"], "nothing varies", id="a-sweep-of-nothing"),
+        pytest.param(
+            ["train", "logger=false"], "logger=false: there is no such option; choose from csv, none", id="no-name"
+        ),
+        pytest.param(["train", "-m", "logger=false,csv"], "logger=False: there is no such option", id="no-name-of-two"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing_written(argv, said, runs, capfd, in_an_empty_folder):
     assert said in _error(capfd, *argv)
     assert not runs
     assert list(in_an_empty_folder.iterdir()) == []
+
+
+OPTIONAL = ["start", "callbacks", "distill", "logger", "export", "sweep", "search", "experiment", "debug"]
+
+
+@pytest.mark.parametrize("group", OPTIONAL)
+@pytest.mark.parametrize("text", ["{}=null", "~{}"])
+def test_a_group_is_left_out_by_null_as_by_a_tilde(text, group, runs):
+    assert main(["train", text.format(group)]) == 0
+    [(cfg, _)] = runs
+    assert cfg[group] is None
+
+
+def test_null_also_leaves_out_what_an_experiment_chose(runs, in_an_empty_folder):
+    (in_an_empty_folder / "own" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /start: [equalize, adaround]\n  - override /sweep: bits_grid\n"
+    (in_an_empty_folder / "own" / "experiment" / "mine.yaml").write_text(text)
+    assert main(["train", "--config-dir", "own", "experiment=mine", "start=null", "sweep=null"]) == 0
+    assert runs[0][0].start is None and runs[0][0].sweep is None
+
+
+def test_a_point_may_leave_a_group_out(points):
+    assert main(["train", "-m", "start=null,equalize", "export=null", "sweep=null"]) == 0
+    assert all("export=[]" in point.command for point in points)
+    assert [point.params for point in points] == [{"start": "null"}, {"start": "equalize"}]
 
 
 def test_a_users_own_config_folder_is_searched_for_suggestions(runs, capfd, in_an_empty_folder):
@@ -206,6 +252,24 @@ def _interrupt_as_lightning_does(cfg, run_dir) -> None:
 def test_an_interrupt_is_status_130(interrupt, monkeypatch):
     _replace_run(monkeypatch, interrupt)
     assert main(["train"]) == 130
+
+
+def test_an_interrupted_run_says_how_to_go_on_with_it(monkeypatch, capfd):
+    def begin(cfg, run_dir):
+        (run_dir / "progress.json").write_text("{}")
+        _interrupt_as_lightning_does(cfg, run_dir)
+
+    _replace_run(monkeypatch, begin)
+    assert main(["train", "run_dir=here"]) == 130
+    assert f"qat train ckpt=last run_dir={Path('here').absolute()}" in capfd.readouterr().err
+
+
+def test_a_mistake_leaves_the_config_of_a_run_that_is_there_as_it_was(runs, monkeypatch, capfd):
+    assert main(["train", "run_dir=here", "seed=3"]) == 0
+    before = {path: path.read_bytes() for path in Path("here/.hydra").iterdir()}
+    _replace_run(monkeypatch, _refuse)
+    _error(capfd, "train", "run_dir=here", "seed=4")
+    assert before and {path: path.read_bytes() for path in Path("here/.hydra").iterdir()} == before
 
 
 def test_a_config_with_a_sweep_is_not_run_as_one_run(tmp_path, capfd):

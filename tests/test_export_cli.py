@@ -107,7 +107,9 @@ def test_a_file_that_falls_short_fails_with_the_layer_where_it_begins(run, tmp_p
         pytest.param(["{run}", "target=onx"], "target=onx: there is no such target; did you mean 'onnx'?", id="target"),
         pytest.param(["{run}", "target=none"], "target=none: there is no such target", id="none"),
         pytest.param(["{run}", "target=onnx", "min_agremeent=1"], "did you mean 'min_agreement'", id="setting"),
-        pytest.param(["{run}", "target=onnx", "min_agreement=2"], "min_agreement=2: must be between", id="value"),
+        pytest.param(
+            ["{run}", "target=onnx", "min_agreement=2"], "error: min_agreement=2: must be between", id="value"
+        ),
         pytest.param(["{run}", "target=onnx", "out=x.tflite"], "this target writes files called *.onnx", id="suffix"),
         pytest.param(["nowhere", "target=onnx"], "nowhere: no such file or directory", id="nowhere"),
         pytest.param(["{run}/csv/metrics.csv", "target=onnx"], "is damaged or no checkpoint", id="no-checkpoint"),
@@ -121,6 +123,12 @@ def test_a_mistake_is_one_line_with_status_2_and_nothing_written(arguments, said
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0], lines
     assert sorted(p.name for p in run.iterdir()) == before and list(tmp_path.iterdir()) == []
+
+
+def test_a_file_may_have_a_name_like_a_setting(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(run), "target=onnx", "out=x=y.onnx"]) == 0
+    assert main(["verify", "x=y.onnx", str(run), "min_agreement=0"]) == 0
 
 
 def truncate(path: Path) -> None:
@@ -295,6 +303,7 @@ def test_bench_measures_every_file_against_float_in_a_table_and_a_chart(run, tmp
         pytest.param(["{run}/model.onnx", "threads=0"], "threads=0: must be at least 1", id="no-threads"),
         pytest.param(["{run}/model.onnx", "batch=many"], "batch=many: must be whole numbers", id="words"),
         pytest.param(["{run}/report.png"], "no target writes such a file", id="no-export"),
+        pytest.param(["{run}/model.onnx", "out=/dev/null/x.png"], "error: /dev/null: ", id="no-place-for-the-chart"),
         pytest.param(["{run}/model.onnx", "run=/"], "holds no float.onnx to compare with", id="no-float"),
     ],
 )

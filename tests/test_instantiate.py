@@ -32,6 +32,11 @@ class Layer:
         self.inner = inner
 
 
+class Keyed:
+    def __init__(self, bits: int) -> None:
+        raise UserError(f"quant.bits={bits}: expected fewer")
+
+
 class Open:
     def __init__(self, **kwargs: object) -> None:
         self.kwargs = kwargs
@@ -58,7 +63,7 @@ def add(a: int, b: int = 2) -> int:
 def parts(monkeypatch):
     """A package of the user's, trusted through QAT_TARGETS."""
     module = types.ModuleType("own_parts")
-    for thing in (Layer, Open, Strict, Spec, add):
+    for thing in (Layer, Keyed, Open, Strict, Spec, add):
         setattr(module, thing.__name__, thing)
         monkeypatch.setattr(thing, "__module__", "own_parts")
     vars(module).update(Optional=Optional, Literal=Literal, Sequence=Sequence)
@@ -171,8 +176,26 @@ def test_an_argument_from_code_that_the_target_does_not_take_is_named():
 
 def test_a_constructors_own_user_error_is_prefixed_with_the_key():
     config = OmegaConf.create({"quant": _node("Strict", bits=17)})
-    with pytest.raises(UserError, match=r"^quant: bits=17 is more than 16$"):
+    with pytest.raises(UserError, match=r"^quant.bits=17 is more than 16$"):
         instantiate(config.quant)
+
+
+def test_a_key_that_a_constructor_names_whole_is_not_named_twice():
+    config = OmegaConf.create({"quant": _node("Keyed", bits=17)})
+    with pytest.raises(UserError, match=r"^quant.bits=17: expected fewer$"):
+        instantiate(config.quant)
+
+
+def test_a_nested_constructors_user_error_names_the_nested_key():
+    config = OmegaConf.create({"quant": _node("Layer", bits=1, inner=_node("Strict", bits=17))})
+    with pytest.raises(UserError, match=r"^quant.inner.bits=17 is more than 16$"):
+        instantiate(config.quant)
+
+
+@pytest.mark.parametrize("path", [None, 3, "", "own_parts..Layer"])
+def test_a_target_that_is_no_dotted_name_is_no_package_to_trust(path):
+    with pytest.raises(UserError, match=r"^quant._target_=.*: must be the dotted name"):
+        instantiate(OmegaConf.create({"quant": {"_target_": path}}).quant)
 
 
 def test_a_bug_in_a_constructor_is_not_a_user_error():
@@ -186,12 +209,13 @@ def test_a_bug_in_a_constructor_is_not_a_user_error():
     [
         pytest.param("accelerator", "abacus", id="a-value-error"),
         pytest.param("fast_dev_run", -1, id="a-misconfiguration"),
+        pytest.param("devices", -1, id="a-type-error"),
     ],
 )
 def test_lightnings_own_refusal_names_the_key(key, value):
     pytest.importorskip("pytorch_lightning")
     trainer = {"_target_": "pytorch_lightning.Trainer", "accelerator": "cpu", "logger": False, key: value}
-    with pytest.raises(UserError, match=rf"^trainer: .*{key}.*{value}"):
+    with pytest.raises(UserError, match=rf"^trainer[:.].*{key}.*({value}|int > 0)"):
         instantiate(OmegaConf.create({"trainer": trainer}).trainer)
 
 

@@ -371,6 +371,36 @@ def test_resuming_under_another_policy_is_an_error_that_names_the_setting(tmp_pa
         _trainer(tmp_path, policy=POLICY | {"weight": {"bits": 8}}, max_epochs=2).fit(Net(), _loader(), ckpt_path=path)
 
 
+def test_a_quantized_module_does_not_take_another_policy_in_silence(tmp_path):
+    trainer, net = _fitted(tmp_path)
+    trainer.fit(net, _loader(), _loader())  # the same one goes on
+    other = _trainer(tmp_path, policy={"weight": {"bits": 8}, "act": SPEC})
+    with pytest.raises(UserError, match=r"Net is quantized already, with another policy \(weight differ\)"):
+        other.fit(net, _loader(), _loader())
+
+
+def test_a_float_checkpoint_is_not_loaded_as_a_quantized_model(tmp_path):
+    trainer = pl.Trainer(accelerator="cpu", logger=False, max_epochs=1, default_root_dir=tmp_path)
+    trainer.fit(Net(), _loader(), _loader())
+    trainer.save_checkpoint(tmp_path / "float.ckpt")
+    with pytest.raises(UserError, match=r"is of a float model; Net\.load_from_checkpoint loads it"):
+        load_from_checkpoint(Net, tmp_path / "float.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param({"policy": "w4a4"}, "quant='w4a4': must be settings such as", id="a-presets-name"),
+        pytest.param({"policy": None}, "quant=None: must be settings such as", id="no-policy"),
+        pytest.param({"policy": POLICY, "starts": "equalize"}, "starts='equalize': must be a list", id="a-starts-name"),
+        pytest.param({"policy": POLICY, "starts": [3]}, r"starts=\[3\]: must be a list", id="no-start"),
+    ],
+)
+def test_a_wrong_argument_of_the_callback_is_named(arguments, said):
+    with pytest.raises(UserError, match=said):
+        QATCallback(**arguments)
+
+
 def test_the_module_can_be_pickled_and_copied_in_the_middle_of_training(tmp_path):
     copies = []
 

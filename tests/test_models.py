@@ -149,20 +149,20 @@ def test_an_endless_run_is_refused_because_the_cosine_has_no_end():
     ("build", "message"),
     [
         pytest.param(
-            lambda: MLP(optimizer="adam"), "model.optimizer='adam' is unknown; did you mean 'adamw'", id="optimizer"
+            lambda: MLP(optimizer="adam"), "optimizer='adam' is unknown; did you mean 'adamw'", id="optimizer"
         ),
-        pytest.param(lambda: MLP(lr=0.0), "model.lr=0.0: expected a positive number", id="lr"),
-        pytest.param(lambda: MLP(weight_decay=-1.0), "model.weight_decay=-1.0", id="weight-decay"),
-        pytest.param(lambda: MLP(momentum=1.0), "model.momentum=1.0", id="momentum"),
-        pytest.param(lambda: MLP(warmup=1.5), "model.warmup=1.5: expected a fraction", id="warmup"),
-        pytest.param(lambda: MLP(num_classes=1), "model.num_classes=1", id="classes"),
-        pytest.param(lambda: MLP(width=0), "model.width=0", id="mlp-width"),
-        pytest.param(lambda: SmallCNN(width=0), "model.width=0", id="cnn-width"),
+        pytest.param(lambda: MLP(lr=0.0), "lr=0.0: expected a positive number", id="lr"),
+        pytest.param(lambda: MLP(weight_decay=-1.0), "weight_decay=-1.0", id="weight-decay"),
+        pytest.param(lambda: MLP(momentum=1.0), "momentum=1.0", id="momentum"),
+        pytest.param(lambda: MLP(warmup=1.5), "warmup=1.5: expected a fraction", id="warmup"),
+        pytest.param(lambda: MLP(num_classes=1), "num_classes=1", id="classes"),
+        pytest.param(lambda: MLP(width=0), "width=0", id="mlp-width"),
+        pytest.param(lambda: SmallCNN(width=0), "width=0", id="cnn-width"),
         pytest.param(
-            lambda: ResNet(depth=21), "model.depth=21: expected 6n + 2, such as 20 or 56; the nearest is 20", id="depth"
+            lambda: ResNet(depth=21), "depth=21: expected 6n + 2, such as 20 or 56; the nearest is 20", id="depth"
         ),
-        pytest.param(lambda: ResNet(depth=2), "model.depth=2: .* the nearest is 8", id="depth-too-small"),
-        pytest.param(lambda: ResNet(depth=-4), "model.depth=-4: .* the nearest is 8", id="depth-negative"),
+        pytest.param(lambda: ResNet(depth=2), "depth=2: .* the nearest is 8", id="depth-too-small"),
+        pytest.param(lambda: ResNet(depth=-4), "depth=-4: .* the nearest is 8", id="depth-negative"),
     ],
 )
 def test_a_bad_hyperparameter_is_named(build, message):

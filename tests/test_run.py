@@ -262,8 +262,18 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
         pytest.param(
             ["quant.calibration_samples=many"], "quant.calibration_samples='many': must be int", id="samples-in-words"
         ),
-        pytest.param(["quant.calibration_samples=0"], "calibration_samples=0: must be at least 1", id="no-samples"),
-        pytest.param(["quant.scale_lr=-1"], "scale_lr_factor=-1", id="negative-rate"),
+        pytest.param(
+            ["quant.calibration_samples=0"], "quant.calibration_samples=0: must be at least 1", id="no-samples"
+        ),
+        pytest.param(["quant.scale_lr=-1"], "error: quant.scale_lr=-1: must be 0 or more", id="negative-rate"),
+        pytest.param(["data.num_workers=-1"], "error: data.num_workers=-1: expected 0 or more", id="workers"),
+        pytest.param(["data.split_seed=-1"], "error: data.split_seed=-1: expected a seed from 0", id="split-seed"),
+        pytest.param(["data.mean=[nan]"], "error: data.mean=[nan]: expected one number", id="mean-nan"),
+        pytest.param(["model.lr=inf"], "error: model.lr=inf: expected a positive number", id="rate-infinite"),
+        pytest.param(["float_model.lr=-1"], "error: float_model.lr=-1: expected a positive", id="float-model-value"),
+        pytest.param(
+            ["start=equalize", "start.equalize.rounds=0"], "error: start.equalize.rounds=0: must be", id="start-value"
+        ),
         pytest.param(["seed=one"], "seed='one': must be int", id="seed-in-words"),
         pytest.param(["seed=-1"], "seed=-1: must be between 0 and", id="negative-seed"),
         pytest.param(["mode=maxx"], "mode='maxx': must be 'max' or 'min'; did you mean 'max'", id="mode"),
@@ -275,8 +285,23 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
         pytest.param(["float_model.lr=fast"], "float_model.lr='fast': MLP wants float", id="float-model-type"),
         pytest.param(["trainer.max_epochs=three"], "trainer.max_epochs='three'", id="trainer-type"),
         pytest.param(["callbacks.best.mode=maxx"], "callbacks.best", id="callback-value"),
-        pytest.param(["export.min_agreement=2"], "export: min_agreement=2", id="export-value"),
+        pytest.param(["export.min_agreement=2"], "error: export.min_agreement=2", id="export-value"),
         pytest.param(["data=cifar10", "data.root=/nope"], "/nope", id="data-folder"),
+        pytest.param(
+            ["model.num_classes=5"], "model.num_classes=5, but the data has the label 9", id="too-few-classes"
+        ),
+        pytest.param(["trainer.limit_test_batches=0"], "there is no test batch to measure it on", id="no-test-batch"),
+        pytest.param(
+            ["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0: must be above 0", id="division"
+        ),
+        pytest.param(["+trainer.callbacks=[]"], "trainer.callbacks: a run has its own", id="trainers-callbacks"),
+        pytest.param(["callbacks.best=true"], "callbacks.best: has no _target_", id="callback-of-no-kind"),
+        pytest.param(
+            ["+callbacks.mine={_target_: torch.nn.ReLU}"],
+            "callbacks.mine._target_: 'torch.nn.ReLU' makes no Callback",
+            id="callback-of-another-kind",
+        ),
+        pytest.param(["ckpt=."], "checkpoint .: is no file", id="checkpoint-is-a-folder"),
         pytest.param(
             ["metric=test/accuracy"],
             "metric=test/accuracy: MLP.test_step logs no such value; did you mean 'test/acc'",
@@ -292,6 +317,14 @@ def test_a_mistake_is_one_line_with_status_2_and_nothing_written(overrides, said
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0], lines
     assert list(in_an_empty_folder.iterdir()) == []
+
+
+def test_a_run_is_not_written_over_another(finished, capfd):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.suffix != ".log"}
+    assert _train(finished, "seed=5") == 2
+    assert f"{finished} holds a run: ckpt=last goes on with it" in capfd.readouterr().err
+    after = {path: path.stat().st_mtime_ns for path in before if ".hydra" not in path.parts}
+    assert after == {path: at for path, at in before.items() if path in after}
 
 
 @pytest.mark.parametrize(
@@ -333,6 +366,44 @@ def test_a_model_with_nothing_to_quantize_is_refused_before_training(in_an_empty
     assert not Path("run").exists()
 
 
+OWN = """
+import torch
+from torch.utils.data import DataLoader
+from qat.data import Digits
+from qat.models import MLP
+class Pair(MLP):
+    def forward(self, x):
+        return super().forward(x), x
+    def _step(self, batch):
+        logits = self(batch[0])[0]
+        return torch.nn.functional.cross_entropy(logits, batch[1]), logits, batch[1]
+class Nothing(Digits):
+    def train_dataloader(self):
+        return DataLoader([])
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        pytest.param(
+            "model._target_=own_parts_of_run.Pair", "Pair returns a tuple: ONNX export needs", id="two-outputs"
+        ),
+        pytest.param("data._target_=own_parts_of_run.Nothing", "the train_dataloader is empty", id="no-training-data"),
+    ],
+)
+def test_what_cannot_be_exported_or_trained_is_refused_before_training(
+    override, said, in_an_empty_folder, monkeypatch, capfd
+):
+    (in_an_empty_folder / "own_parts_of_run.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(in_an_empty_folder))
+    monkeypatch.setenv("QAT_TARGETS", "own_parts_of_run")
+    assert main(["train", *TINY, "run_dir=run", override]) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("qat: error: ")]
+    assert len(lines) == 1 and said in lines[0], lines
+    assert not Path("run").exists()
+
+
 def test_float_training_can_start_from_float_weights(finished, tmp_path, capfd):
     weights = f"float_ckpt={finished / 'float.safetensors'}"
     assert _train(tmp_path / "run", "quant=off", weights, "float_model.lr=1e-9") == 0
@@ -344,7 +415,7 @@ def test_float_training_can_start_from_float_weights(finished, tmp_path, capfd):
 
 def test_a_callback_without_a_target_is_refused_before_anything_is_trained(tmp_path, capfd):
     assert _train(tmp_path / "run", "+callbacks.stop={monitor: val/loss}") == 2
-    assert "callbacks.stop: has no _target_, so there is no callback for its monitor" in capfd.readouterr().err
+    assert "callbacks.stop: has no _target_, so there is no Callback for its monitor" in capfd.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

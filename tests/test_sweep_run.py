@@ -103,6 +103,9 @@ def test_points_share_one_float_model_of_the_same_parts_only(tmp_path):
         cache.save(tmp_path / "run", {"metric": 0.5})
     assert FloatCache(config(), None, main=True).load(tmp_path / "again") == {"metric": 0.5}
     assert (tmp_path / "again" / "float.safetensors").read_text() == "weights"
+    (cache.folder / ".lock").unlink()
+    with cache.locked():
+        assert not (cache.folder / ".lock").exists(), "a folder that cannot be written to serves as well"
 
 
 # -- engines ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """The `qat` command: finds the subcommand and turns its outcome into an exit status.
 
-A mistake of the user (`UserError`) is one line on stderr and status 2. An interrupt is status 130, as shells have it.
-Anything else is a bug and keeps its traceback (status 1). Only the chosen subcommand is imported, and none of them
-imports torch before it has something to compute.
+A mistake of the user (`UserError`), or what the file system refuses, is one line on stderr and status 2. An interrupt
+is status 130, as shells have it. Anything else is a bug and keeps its traceback (status 1). Only the chosen subcommand
+is imported, and none of them imports torch before it has something to compute.
 """
 
 import sys
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from qat import __version__
-from qat.errors import UserError, nearest
+from qat.errors import UserError, nearest, refused
 
 COMMANDS = {
     "train": "calibrate, train, convert, export and verify: qat train [key=value ...]",
@@ -43,8 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv[0], argv[1:])
     except UserError as error:
-        print(f"qat: error: {error}", file=sys.stderr)
-        return 2
+        return _mistake(error)
+    except OSError as error:
+        if (refusal := refused(error)) is None:
+            raise
+        return _mistake(refusal)
     except KeyboardInterrupt:
         print("qat: interrupted", file=sys.stderr)
         return 130
@@ -53,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stop.__context__, KeyboardInterrupt):
             return 130
         raise
+
+
+def _mistake(error: UserError) -> int:
+    print(f"qat: error: {error}", file=sys.stderr)
+    return 2
 
 
 def _run(command: str, argv: list[str]) -> int:

@@ -4,15 +4,16 @@ Each FILE is one that `qat train` or `qat export` wrote; all of one run, whose f
 `run=DIR` names the run for files that lie elsewhere. More settings: threads=1,2 batch=1,16 seconds=2 out=bench.png
 """
 
-import argparse
 from pathlib import Path
 from typing import Any
 
+from qat.cli.arguments import Parser
 from qat.cli.targets import of_file, split
 from qat.errors import UserError, nearest
 
 DEFAULTS = {"threads": "1,2", "batch": "1,16", "seconds": "2", "out": "bench.png", "run": ""}
 FLOAT = "float.onnx"
+USAGE = "qat bench FILE... [threads=1,2] [batch=1,16] [seconds=2] [out=FILE|FOLDER] [run=DIR]"
 
 
 class Opener:
@@ -53,17 +54,19 @@ class Opener:
 
 def main(argv: list[str]) -> int:
     """Prints the table, draws the chart, and warns of files that are slower than the float one; status 0."""
-    parser = argparse.ArgumentParser(prog="qat bench", description=__doc__)
+    parser = Parser(USAGE, __doc__)
     parser.add_argument("arguments", metavar="FILE [FILE ...] [key=value ...]", nargs="+")
     names, settings = split(parser.parse_args(argv).arguments)
     if unknown := [key for key in settings if key not in DEFAULTS]:
         raise UserError(f"qat bench has no setting '{unknown[0]}'{nearest(unknown[0], DEFAULTS)}")
     settings = DEFAULTS | settings
     threads, batches = numbers("threads", settings["threads"]), numbers("batch", settings["batch"])
-    [seconds] = numbers("seconds", settings["seconds"])
+    seconds = numbers("seconds", settings["seconds"])
+    if len(seconds) > 1:
+        raise UserError(f"seconds={settings['seconds']}: must be one whole number")
     files = {name: Path(name).absolute() for name in names}
     if not files:
-        raise UserError("write qat bench FILE...")
+        raise UserError(f"write {USAGE}")
     for file in files.values():
         if not file.exists():
             raise UserError(f"{file}: no such file")
@@ -71,7 +74,11 @@ def main(argv: list[str]) -> int:
     run_dir = Path(settings["run"] or next(iter(files.values())).parent).absolute()
     if not (run_dir / FLOAT).is_file():
         raise UserError(f"{run_dir} holds no {FLOAT} to compare with; name the run with run=DIR")
-    measured = _measure(Opener(run_dir), {"float": run_dir / FLOAT} | files, threads, batches, float(seconds))
+    chart = Path(settings["out"])
+    if chart.is_dir():
+        chart = chart / DEFAULTS["out"]
+    chart.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written to shows before anything is measured
+    measured = _measure(Opener(run_dir), {"float": run_dir / FLOAT} | files, threads, batches, float(seconds[0]))
     from rich.console import Console
 
     from qat.report.bench import bench_table, save_bench_plot, warnings
@@ -80,8 +87,8 @@ def main(argv: list[str]) -> int:
     console.print(bench_table(measured))
     for line in warnings(measured):
         console.print(line, style="yellow", highlight=False, markup=False)
-    save_bench_plot(measured, Path(settings["out"]))
-    console.print(f"chart: {settings['out']}", highlight=False)
+    save_bench_plot(measured, chart)
+    console.print(f"chart: {chart}", highlight=False)
     return 0
 
 

@@ -3,10 +3,13 @@
 A checkout keeps them in `configs/` beside the package; the wheel carries the same folder as `qat/configs`.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
@@ -29,6 +32,10 @@ TYPES: dict[str, Any] = {
     "quant.predicted": dict[str, float] | None,
     "quant.module": str | None,
 }
+DIVISORS = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
+"""What Lightning's trainer divides by without a look at it."""
+REQUIRED = ("data", "model", "quant", "trainer")
+"""Groups without which there is no run."""
 
 
 def configs_dir() -> Path:
@@ -40,10 +47,52 @@ def configs_dir() -> Path:
 
 def known_keys() -> list[str]:
     """The top-level keys that something reads: those written in train.yaml and its config groups."""
+    return list(dict.fromkeys([*(key for key in _main() if key != "defaults"), *_groups()]))
+
+
+def _groups() -> list[str]:
+    """The config groups of a run; hydra's own settings are none."""
+    return [name for entry in _main()["defaults"] if isinstance(entry, dict) for name in entry if name != "hydra"]
+
+
+def _main() -> dict[str, Any]:
     main = OmegaConf.to_container(OmegaConf.load(configs_dir() / "train.yaml"), resolve=False)
     assert isinstance(main, dict)
-    groups = [name for entry in main.pop("defaults") if isinstance(entry, dict) for name in entry]
-    return [str(key) for key in dict.fromkeys([*main, *groups]) if key != "hydra"]
+    return {str(key): value for key, value in main.items()}
+
+
+def group_overrides(overrides: Sequence[str], config_dir: str | None) -> list[str]:
+    """Overrides as Hydra takes them: `group=null` leaves a group out, which Hydra itself knows as `group=[]`.
+
+    Args:
+        overrides: the `key=value` arguments of the command line.
+        config_dir: the user's own folder of YAML files (`--config-dir`), if any.
+
+    Raises:
+        UserError: for a group that is set to a number or the like, which no option's name is.
+    """
+    roots = [configs_dir(), *([Path(config_dir)] if config_dir else [])]
+    return [_group_override(text, roots) for text in overrides]
+
+
+def _group_override(text: str, roots: list[Path]) -> str:
+    key, _, value = text.partition("=")
+    if text in ("~hydra", "hydra=null", "hydra=[]"):
+        raise UserError(f"{text}: without it, run_dir would be read by nothing; hydra=default")
+    group = key.lstrip("+").partition("@")[0]
+    folders = [root / group for root in roots if (root / group).is_dir()]
+    if key.startswith("~") or not folders:
+        return text
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except OverrideParseException:
+        return text  # Hydra is about to say so itself
+    if override.is_sweep_override() or isinstance(override.value(), (str, list, dict)):
+        return text
+    if override.value() is None:
+        return f"{key.lstrip('+')}=[]"
+    options = [path.stem for folder in folders for path in sorted(folder.glob("*.yaml"))]
+    raise UserError(f"{text}: there is no such option{nearest(value, options)}")
 
 
 def dotted_keys(tree: Any, prefix: str = "") -> Iterator[str]:
@@ -55,16 +104,21 @@ def dotted_keys(tree: Any, prefix: str = "") -> Iterator[str]:
 
 
 def finish(cfg: DictConfig, run_dir: Path) -> None:
-    """Makes a composed config final, in place: `run_dir` is filled in, every interpolation is resolved.
+    """Makes a composed config final, in place: `run_dir` is filled in, every interpolation is resolved, and groups that
+    were left out are null.
 
     Raises:
-        UserError: for a top-level key that nothing reads (`+key=...` adds what it is told), for a mandatory value
-            (`???`) that nobody gave, for an interpolation that leads nowhere, and for a value of the wrong type.
+        UserError: for a top-level key that nothing reads (`+key=...` adds what it is told), for a group that no run can
+            do without, for a mandatory value (`???`) that nobody gave, for an interpolation that leads nowhere, and for
+            a value of the wrong type.
     """
     known = known_keys()
     for key in cfg:
         if key not in known:
             raise UserError(f"config key '{key}' is read by nothing{nearest(str(key), known)}")
+    for group in _groups():
+        if cfg.get(group) is None:
+            _leave_out(cfg, group)
     cfg.run_dir = str(run_dir)
     for key in dotted_keys(OmegaConf.to_container(cfg, resolve=False)):  # OmegaConf.resolve would not tell which
         try:
@@ -76,10 +130,30 @@ def finish(cfg: DictConfig, run_dir: Path) -> None:
         raise UserError(f"config key '{missing[0]}' needs a value: {missing[0]}=...")
     for key, hint in TYPES.items():
         _check_type(key, hint, OmegaConf.select(cfg, key))
-    if not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed={cfg.seed}: must be between 0 and {2**32 - 1}")
-    if cfg.float_epochs < 1:
-        raise UserError(f"float_epochs={cfg.float_epochs}: must be at least 1")
+    scale_lr = cfg.quant.get("scale_lr")
+    for key, fits, expected in (
+        ("seed", 0 <= cfg.seed < 2**32, f"between 0 and {2**32 - 1}"),
+        ("float_epochs", cfg.float_epochs >= 1, "at least 1"),
+        ("quant.calibration_samples", cfg.quant.calibration_samples >= 1, "at least 1"),
+        ("quant.scale_lr", 0 <= (scale_lr or 0) < math.inf, "0 or more, or null to let the optimizer decide"),
+        *((f"trainer.{key}", _divides(cfg.trainer.get(key)), "above 0") for key in DIVISORS),
+    ):  # fmt: skip
+        if not fits:
+            raise UserError(f"{key}={OmegaConf.select(cfg, key)}: must be {expected}")
+
+
+def _divides(value: Any) -> bool:
+    return not isinstance(value, (int, float)) or value > 0
+
+
+def _leave_out(cfg: DictConfig, group: str) -> None:
+    if group in REQUIRED:
+        options = sorted(path.stem for path in (configs_dir() / group).glob("*.yaml"))
+        off = " (quant=off leaves everything float)" if group == "quant" else ""
+        raise UserError(
+            f"config group '{group}' is left out, and there is no run without it{off}{nearest('', options)}"
+        )
+    OmegaConf.update(cfg, group, None, force_add=True)
 
 
 def _check_type(key: str, hint: Any, value: Any) -> None:

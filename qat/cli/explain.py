@@ -44,6 +44,8 @@ def explain(error: Exception, overrides: list[str], config_dir: str | None, vers
     if found := re.match(r"Could not (?:override|delete from config\.) '(?P<key>[^']+)'", text):
         key = found["key"]
         keys = _existing_keys(key, overrides, config_dir, version)
+        if text.startswith("Could not delete") and key in keys:
+            return UserError(f"config key '{key}' is null already, and stays: there is nothing to delete")
         if any(other == key or other.startswith(f"{key}.") for other in keys):
             return UserError(
                 f"config key '{key}': from here, a mapping changes values that are there and adds none; to replace it "

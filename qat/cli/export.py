@@ -5,22 +5,24 @@ RUN_DIR may also be a checkpoint below a run's folder:
 `qat export RUN_DIR/checkpoints/best.ckpt target=onnx out=best.onnx`.
 """
 
-import argparse
 from pathlib import Path
 
+from qat.cli.arguments import Parser
 from qat.cli.targets import build, split
 from qat.errors import UserError
+
+USAGE = "qat export RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]"
 
 
 def main(argv: list[str]) -> int:
     """Writes the file and its manifest, and prints its name and size."""
-    parser = argparse.ArgumentParser(prog="qat export", description=__doc__)
+    parser = Parser(USAGE, __doc__)
     parser.add_argument(
         "arguments", metavar="RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]", nargs="+", help="settings"
     )
     paths, settings = split(parser.parse_args(argv).arguments)
     if len(paths) != 1 or "target" not in settings:
-        raise UserError("write qat export RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]")
+        raise UserError(f"write {USAGE}")
     path = Path(paths[0]).absolute()
     if not path.exists():
         raise UserError(f"RUN_DIR {path}: no such file or directory")

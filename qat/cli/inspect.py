@@ -1,15 +1,15 @@
 """`qat inspect CKPT`: how well each quantizer of a trained model does, what hurts most first."""
 
-import argparse
 import json
 from pathlib import Path
 
+from qat.cli.arguments import Parser
 from qat.errors import UserError
 
 
 def main(argv: list[str]) -> int:
     """Prints the health of the quantizers in a checkpoint; status 1 if one has collapsed."""
-    parser = argparse.ArgumentParser(prog="qat inspect", description=__doc__)
+    parser = Parser("qat inspect [--json] CKPT", __doc__)
     parser.add_argument("path", metavar="CKPT", type=Path, help="a checkpoint, or a directory that `qat train` wrote")
     parser.add_argument("--json", action="store_true", help="print one JSON object per quantizer instead of a table")
     args = parser.parse_args(argv)

@@ -9,10 +9,11 @@ run, so only packages in `allowed_roots` may be named (Hydra 1.4 asks for such a
 import inspect
 import os
 import pkgutil
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra
 from hydra.errors import InstantiationException
@@ -25,6 +26,7 @@ HYDRA_1_4 = tuple(int(part) for part in hydra.__version__.split(".")[:2]) >= (1,
 ROOTS = ("qat", "torch", "torchmetrics", "pytorch_lightning", "optuna")
 # Where names of the packages above may really live: Lightning re-exports from these two.
 HOMES = ("lightning_fabric", "lightning_utilities")
+T = TypeVar("T")
 _FULL_KEY = "\nfull_key: "
 RESERVED = ("_target_", "_partial_", "_args_", "_convert_", "_recursive_")
 
@@ -49,8 +51,9 @@ def instantiate(node: Any, **kwargs: Any) -> Any:
 
     Raises:
         UserError: a `_target_` outside `allowed_roots` or not importable; a key that the target does not take or lacks;
-            a value of another simple type than the annotation; a ValueError (a UserError is one), a missing package or
-            Lightning's MisconfigurationException from the constructor itself. Each begins with the full config key.
+            a value of another simple type than the annotation; a ValueError (a UserError is one), a missing package,
+            Lightning's MisconfigurationException or a TypeError of its own classes from the constructor itself. Each
+            begins with the full config key.
     """
     if not OmegaConf.is_config(node):
         node = OmegaConf.create(node)
@@ -62,13 +65,45 @@ def instantiate(node: Any, **kwargs: Any) -> Any:
     except Exception as error:
         # Hydra 1.3 wraps what the target raised; 1.4 lets it pass. Both add the node's key as the message's last line.
         cause = error.__cause__ if isinstance(error, InstantiationException) else error
-        by_name = (
-            type(cause).__name__ == "MisconfigurationException"
-        )  # by name: importing Lightning is not our business
-        if by_name or isinstance(cause, (ValueError, ModuleNotFoundError)):
-            where = str(error).rpartition(_FULL_KEY)[2] if _FULL_KEY in str(error) else key
-            raise UserError(f"{where}: {str(cause).partition(_FULL_KEY)[0]}") from error
-        raise
+        where = str(error).rpartition(_FULL_KEY)[2] if _FULL_KEY in str(error) else key
+        at = OmegaConf.select(node, where.removeprefix(key).lstrip("."))
+        if not _users(cause, at):
+            raise
+        said = str(cause).partition(_FULL_KEY)[0]
+        raise UserError(_under(where, said if isinstance(cause, UserError) else " ".join(said.split()), at)) from error
+
+
+def build(cfg: Any, key: str, kind: type[T], **kwargs: Any) -> T:
+    """`instantiate` of the node under a key, which must describe an object of one kind.
+
+    Raises:
+        UserError: if it has no `_target_`, if what it builds is something else, and see `instantiate`.
+    """
+    node = OmegaConf.select(cfg, key)
+    if not isinstance(node, DictConfig) or "_target_" not in node:
+        what = ", ".join(map(str, node)) if isinstance(node, DictConfig) else node
+        raise UserError(f"{key}: has no _target_, so there is no {kind.__name__} for its {what}")
+    made = instantiate(node, **kwargs)
+    if not isinstance(made, kind):
+        raise UserError(f"{key}._target_: '{node['_target_']}' makes no {kind.__name__}")
+    return made
+
+
+def _users(cause: BaseException | None, node: Any) -> bool:
+    """Whether what a constructor raised is about its arguments."""
+    if isinstance(cause, TypeError) and isinstance(node, DictConfig):
+        return str(node.get("_target_")).startswith("pytorch_lightning.")  # it says so of values, too
+    by_name = type(cause).__name__ == "MisconfigurationException"  # importing Lightning is not our business
+    return by_name or isinstance(cause, (ValueError, ModuleNotFoundError))
+
+
+def _under(where: str, said: str, node: Any) -> str:
+    """What a constructor said, under the key that was written: `alpha=2: ...` as `callbacks.distill.alpha=2: ...`."""
+    if where and said.startswith((f"{where}.", f"{where}:")):
+        return said
+    name = re.match(r"(\w+)[.=]", said)
+    known = name is not None and isinstance(node, DictConfig) and name[1] in node
+    return _join(where, said) if known or not where else f"{where}: {said}"
 
 
 def _check(node: Any, key: str, kwargs: dict[str, Any]) -> None:
@@ -134,7 +169,9 @@ def locate(path: Any, key: str) -> Any:
     Raises:
         UserError: the package is not allowed, or the name does not exist (with the nearest one in its module).
     """
-    root, *rest = str(path).split(".")
+    if not isinstance(path, str) or not all(path.split(".")):
+        raise UserError(f"{key}={path!r}: must be the dotted name of a class or function, package.module.Name")
+    root, *rest = path.split(".")
     if root not in allowed_roots():
         raise UserError(
             f"{key}: '{path}' is outside the packages that a config may name ({', '.join(allowed_roots())}); "

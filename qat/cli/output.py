@@ -2,7 +2,7 @@
 
 Hydra makes the run directory, a log file and `.hydra/` before our code sees the config. If a mistake is found there,
 they say nothing that the error message did not say. `NoteNewDirs` runs before Hydra's mkdir, so that only what this
-process made is ever removed.
+process made is ever removed; and what Hydra writes over in a folder that was there, such as a run's config, comes back.
 """
 
 import shutil
@@ -19,6 +19,7 @@ class NoteNewDirs(Callback):
     """A Hydra callback (`hydra.callbacks`) that notes which directories did not exist before the run."""
 
     made: ClassVar[list[Path]] = []  # every directory that was missing, run or sweep first
+    before: ClassVar[dict[Path, bytes]] = {}  # Hydra's files that were there
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         self._note(config.hydra.run)
@@ -27,14 +28,21 @@ class NoteNewDirs(Callback):
         self._note(config.hydra.sweep)
 
     def _note(self, where: DictConfig) -> None:
+        self.made.clear()
+        self.before.clear()
         with suppress(OmegaConfBaseException):  # an interpolation without a target: Hydra is about to say so itself
             directory = Path(where.dir).absolute()
             self.made.extend(path for path in (directory, *directory.parents) if not path.exists())
+            self.before.update({path: path.read_bytes() for path in (directory / ".hydra").glob("*.yaml")})
 
 
 def discard(directory: Path) -> None:
-    """Removes a directory if this process made it and only Hydra wrote to it, and then its empty new parents."""
+    """Removes a directory if this process made it and only Hydra wrote to it, and then its empty new parents; gives one
+    that was there Hydra's files back."""
     directory = directory.absolute()
+    for path, content in NoteNewDirs.before.items():
+        if path.parent.parent == directory:
+            path.write_bytes(content)
     made = set(NoteNewDirs.made)
     if not made.intersection([directory, *directory.parents]) or not directory.is_dir():
         return

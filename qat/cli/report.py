@@ -1,12 +1,13 @@
 """`qat report SWEEP_DIR`: the points of a sweep, or of any folder of runs, as a table, a page and a picture."""
 
-import argparse
 from pathlib import Path
+
+from qat.cli.arguments import Parser
 
 
 def main(argv: list[str]) -> int:
     """Prints the table and writes report.html and report.png (or report.* beside a run's own) under SWEEP_DIR."""
-    parser = argparse.ArgumentParser(prog="qat report", description=__doc__)
+    parser = Parser("qat report SWEEP_DIR", __doc__)
     parser.add_argument("sweep_dir", metavar="SWEEP_DIR", type=Path, help="a directory that `qat train -m` wrote")
     folder: Path = parser.parse_args(argv).sweep_dir.absolute()
     from rich.console import Console

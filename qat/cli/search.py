@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from qat.cli.configs import configs_dir, finish, known_keys
+from qat.cli.configs import configs_dir, finish, group_overrides, known_keys
 from qat.cli.explain import COMPOSITION_ERRORS, explain
 from qat.cli.train import VERSION, _key, _parse, quieten
 from qat.errors import UserError, nearest
@@ -41,9 +41,13 @@ def main(argv: list[str], command: str = "search") -> int:
     overrides += [f"++search.budget.{text}" for text in budgets]
     _check_names(overrides)
     cfg = _compose(overrides, args.config_dir)
+    finish(cfg, Path("search"))
+    if not (cfg.search and "_target_" in cfg.search):
+        raise UserError(
+            f"config group 'search' is left out, and there is no `qat {command}` without it: search=default"
+        )
     from qat.lightning.search import folder_of, search  # imports torch
 
-    finish(cfg, Path("search"))
     folder = folder_of(cfg)
     OmegaConf.update(cfg, "run_dir", str(folder))
     if args.cfg:
@@ -70,6 +74,7 @@ def _check_names(overrides: list[str]) -> None:
 
 
 def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
+    overrides = group_overrides(overrides, config_dir)
     chosen = [] if any(_key(text) == GROUP for text in overrides) else [f"{GROUP}=default"]
     path = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
     GlobalHydra.instance().clear()

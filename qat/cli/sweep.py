@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from qat.cli.configs import configs_dir, finish
+from qat.cli.configs import configs_dir, finish, group_overrides
 from qat.cli.explain import COMPOSITION_ERRORS, explain
 from qat.cli.instantiate import instantiate
 from qat.errors import UserError
@@ -88,7 +88,7 @@ class _Line:
         self.swept: dict[str, Override] = {}
         for text, override in zip(texts, parsed, strict=True):
             if _key(text).partition(".")[0].partition("/")[0] == GROUP:
-                self.own.append(text)
+                self.own.append(f"{GROUP}=grid" if text == f"{GROUP}=[]" else text)  # none, but -m: a plain grid
             elif override.is_sweep_override():
                 self.swept[text.partition("=")[0]] = override
             else:
@@ -148,7 +148,8 @@ class _Line:
         GlobalHydra.instance().clear()
         search = [f"hydra.searchpath=[file://{self.config_dir}]"] if self.config_dir else []
         with initialize_config_dir(str(configs_dir()), **self.version):
-            cfg = compose("train", overrides=[*self.fixed, *more, *search])
+            overrides = group_overrides([*self.fixed, *more], self.config_dir)
+            cfg = compose("train", overrides=[*overrides, *search])
         finish(cfg, Path("point"))
         return cfg
 

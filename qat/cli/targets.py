@@ -19,9 +19,9 @@ def _configs() -> dict[str, Any]:
 
 
 def split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Separates paths from `key=value` settings."""
-    settings = dict(text.split("=", 1) for text in arguments if "=" in text)
-    return [text for text in arguments if "=" not in text], settings
+    """Separates paths, which may have a `=` in their names if they exist, from `key=value` settings."""
+    paths = [text for text in arguments if "=" not in text or Path(text).exists()]
+    return paths, dict(text.split("=", 1) for text in arguments if text not in paths)
 
 
 def build(name: str, settings: dict[str, str]) -> Any:
@@ -41,7 +41,7 @@ def build(name: str, settings: dict[str, str]) -> Any:
         changed = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{k}={v}" for k, v in settings.items()]))
     except OmegaConfBaseException as error:
         raise UserError(f"target={name}: {str(error).splitlines()[0]}") from None
-    return instantiate(OmegaConf.create({"export": changed}).export)
+    return instantiate(changed)
 
 
 def of_file(path: Path, settings: dict[str, str]) -> Any:

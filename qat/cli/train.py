@@ -21,11 +21,12 @@ from hydra._internal.utils import (
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from qat.cli.configs import configs_dir, finish
+from qat.cli.arguments import complaint
+from qat.cli.configs import configs_dir, finish, group_overrides
 from qat.cli.explain import COMPOSITION_ERRORS, explain
 from qat.cli.instantiate import HYDRA_1_4, allowed_patterns
 from qat.cli.output import discard, discard_all
-from qat.errors import UserError, nearest
+from qat.errors import UserError, refused
 
 # Hydra 1.3 warns without version_base, 1.4 warns with it and wants to know whose code a config may call.
 VERSION: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
@@ -55,36 +56,45 @@ class _Task:
             from qat.lightning.run import run
 
             return run(cfg, run_dir)
-        except UserError as error:
+        except (UserError, OSError) as error:
+            mistake = refused(error) if isinstance(error, OSError) else error
+            if mistake is None:
+                raise
             discard(run_dir)
-            self.error = error
+            self.error = mistake
+        except (KeyboardInterrupt, SystemExit) as stop:  # the second is Lightning's, after its own clean-up
+            interrupted = isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)
+            if interrupted and (run_dir / "progress.json").is_file():
+                print(f"qat: it goes on with: qat train ckpt=last run_dir={run_dir}", file=sys.stderr)
+            raise
 
 
 def main(argv: list[str]) -> int:
     """Runs the command; every mistake in `argv` or in the config is a `UserError`, and leaves nothing written."""
     task = _Task(sys.argv)
     args = _parse(argv)
+    options = argv.copy()
+    for text in args.overrides:
+        options.remove(text)
+    args.overrides = group_overrides(args.overrides, args.config_dir)
     if _sweeping(args):
         from qat.cli.sweep import main as sweep
 
         return sweep(args, VERSION)
-    options = argv.copy()
-    for text in args.overrides:
-        options.remove(text)
     overrides = _resumed(args.overrides)
     try:
         with _hydra_environment([*options, *overrides]):
             hydra.main(config_path=str(configs_dir()), config_name="train", **VERSION, **TRUST)(task)()
         if task.error is not None:
             raise task.error
-    except UserError:
-        discard_all()
-        raise
-    except COMPOSITION_ERRORS as error:
+    except COMPOSITION_ERRORS as error:  # some are OSErrors, too
         if task.started:
             raise
         discard_all()
         raise explain(error, overrides, args.config_dir, VERSION) from error
+    except (UserError, OSError):
+        discard_all()
+        raise
     return 0
 
 
@@ -97,7 +107,7 @@ def quieten(logger: str) -> None:
 def _sweeping(args: argparse.Namespace) -> bool:
     """Whether the command line asks for a sweep, and not only to be shown something."""
     shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
-    chosen = any(text.startswith(("sweep=", "sweep/")) for text in args.overrides)
+    chosen = any(text.startswith(("sweep=", "sweep/")) and text != "sweep=[]" for text in args.overrides)
     return not shows and (args.multirun or chosen or "hydra.mode=MULTIRUN" in args.overrides)
 
 
@@ -144,11 +154,9 @@ def _hydra_environment(argv: list[str]) -> Iterator[None]:
 def _parse(argv: list[str]) -> argparse.Namespace:
     """Hydra's parser, run before Hydra does: a wrong option is one line, and options may stand among overrides."""
     parser = get_args_parser()
-    options = [text for action in parser._actions for text in action.option_strings]
 
     def refuse(message: str) -> NoReturn:
-        unknown = message.partition("unrecognized arguments: ")[2].split(" ")[0]
-        raise UserError(f"unknown option '{unknown}'{nearest(unknown, options)}" if unknown else message)
+        raise complaint(parser, message) or UserError(message)
 
     parser.error = refuse
     return parser.parse_intermixed_args(argv)

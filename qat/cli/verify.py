@@ -4,20 +4,22 @@ Without FILE, it checks what `qat train` wrote; with it, any file that `qat expo
 checkpoint that FILE was made of. Settings of the target (min_agreement=0.9) may follow FILE.
 """
 
-import argparse
 from pathlib import Path
 
+from qat.cli.arguments import Parser
 from qat.cli.targets import of_file, split
 from qat.errors import UserError
+
+USAGE = "qat verify [FILE] RUN_DIR [key=value ...]"
 
 
 def main(argv: list[str]) -> int:
     """Verifies exported files; status 0 if all agree with the trained model, 1 if one does not."""
-    parser = argparse.ArgumentParser(prog="qat verify", description=__doc__)
+    parser = Parser(USAGE, __doc__)
     parser.add_argument("arguments", metavar="[FILE] RUN_DIR [key=value ...]", nargs="+")
     paths, settings = split(parser.parse_args(argv).arguments)
     if len(paths) not in (1, 2):
-        raise UserError("write qat verify [FILE] RUN_DIR [key=value ...]")
+        raise UserError(f"write {USAGE}")
     run_dir = Path(paths[-1]).absolute()
     if not run_dir.exists() or (len(paths) == 1 and not run_dir.is_dir()):
         raise UserError(f"RUN_DIR {run_dir} is not a directory")

@@ -5,6 +5,7 @@ seeded by `split_seed`, so that runs with different training seeds are compared 
 and augmentation come from torch's global generator, which `seed_everything` sets.
 """
 
+import math
 from collections.abc import Sequence
 
 import pytorch_lightning as pl
@@ -60,10 +61,11 @@ class ImageDataModule(pl.LightningDataModule):
         require("batch_size", batch_size, batch_size >= 1, "at least 1")
         require("crop_padding", crop_padding, crop_padding >= 0, "0 or more pixels")
         require("num_workers", num_workers, num_workers >= 0, "0 or more processes")
-        require("mean", list(mean), len(mean) in (1, 3), "one number per channel, 1 or 3 of them")
-        require(
-            "std", list(std), len(std) == len(mean) and min(std) > 0, f"{len(mean)} positive numbers, as in data.mean"
-        )
+        require("split_seed", split_seed, 0 <= split_seed < 2**32, f"a seed from 0 to {2**32 - 1}")
+        finite = all(map(math.isfinite, mean))
+        require("mean", list(mean), len(mean) in (1, 3) and finite, "one number per channel, 1 or 3 of them")
+        positive = all(0 < value < math.inf for value in std)
+        require("std", list(std), len(std) == len(mean) and positive, f"{len(mean)} positive numbers, as in data.mean")
         self.batch_size, self.limits, self.split_seed = batch_size, limits, split_seed
         self.num_workers = num_workers
         self.channels = len(mean)

@@ -131,18 +131,11 @@ class OnnxEmitter:
         )
 
 
-def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: Placement = ORT) -> None:
-    """Writes `model`, a converted or a float one, with a dynamic batch dimension, one input and one output.
-
-    Args:
-        model: Its forward takes one tensor `[N, ...]` and returns one. A copy of it is traced on the CPU in evaluation
-            mode.
-        example: An input of at least two samples (a batch of one would be taken for a constant).
-        path: The file; written whole or not at all.
-        placement: Of the engine that is going to read it.
+def traceable(model: nn.Module, example: Tensor) -> nn.Module:
+    """A copy of a model on the CPU in evaluation mode, if its forward can be exported at all.
 
     Raises:
-        UserError: if the model takes or returns something else, or cannot be traced, with torch's reason.
+        UserError: if it takes or returns something else than one tensor, or the example holds fewer than two samples.
     """
     name = type(model).__name__
     if not isinstance(example, Tensor):
@@ -158,6 +151,23 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
         raise UserError(
             f"{name} returns a {type(output).__name__}: ONNX export needs a forward that returns one tensor"
         )
+    return model
+
+
+def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: Placement = ORT) -> None:
+    """Writes `model`, a converted or a float one, with a dynamic batch dimension, one input and one output.
+
+    Args:
+        model: Its forward takes one tensor `[N, ...]` and returns one. A copy of it is traced on the CPU in evaluation
+            mode.
+        example: An input of at least two samples (a batch of one would be taken for a constant).
+        path: The file; written whole or not at all.
+        placement: Of the engine that is going to read it.
+
+    Raises:
+        UserError: if the model takes or returns something else, or cannot be traced, with torch's reason.
+    """
+    model = traceable(model, example)
     emitter = OnnxEmitter(placement)
     emitter.prepare(model)
     with emitting(emitter):

@@ -71,8 +71,8 @@ class FloatCache:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """One process at a time makes the entry."""
-        if self.folder is None or not self.main:
+        """One process at a time makes the entry; one that is there may be in a folder that nobody can write to."""
+        if self.folder is None or not self.main or (self.folder / VALUES).is_file():
             yield
             return
         self.folder.mkdir(parents=True, exist_ok=True)

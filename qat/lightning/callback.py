@@ -71,6 +71,8 @@ class QATCallback(Callback):
         self.calibration_samples = calibration_samples
         self.scale_lr_factor = scale_lr_factor
         self.module = module
+        if not isinstance(starts, Sequence) or not all(isinstance(start, Start) for start in starts):
+            raise UserError(f"starts={starts!r}: must be a list of starts, such as [qat.starts.Equalize()]")
         self.starts = list(starts)
         if ranges is not None and self.starts:
             raise UserError("ranges: with starts there is no range that could be known from elsewhere")
@@ -88,7 +90,13 @@ class QATCallback(Callback):
             return
         keep_freed()
         follow_insertion(trainer, pl_module)
-        if pl_module.quantization_plan is not None:
+        if (plan := pl_module.quantization_plan) is not None:
+            policy = _joint_policy(callbacks, pl_module).settings
+            if changed := [key for key in policy if policy[key] != plan.policy.get(key)]:  # pyright: ignore
+                raise UserError(
+                    f"{original_class(pl_module).__name__} is quantized already, with another policy "
+                    f"({', '.join(changed)} differ); train it on with that, or start from a float module"
+                )
             return
         configure = pl_module.configure_model
 

@@ -28,3 +28,7 @@ def calm() -> Iterator[None]:
             yield
         except MisconfigurationException as error:
             raise UserError(" ".join(str(error).split())) from error
+        except RuntimeError as error:  # what EarlyStopping says of a metric that is not logged
+            if not str(error).startswith("Early stopping conditioned on metric"):
+                raise
+            raise UserError(" ".join(str(error).split())) from error

@@ -51,10 +51,13 @@ def test_metric(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightn
     """Runs the test loop.
 
     Raises:
-        UserError: if the module logs no such metric, with the nearest one that it does.
+        UserError: if there is no test batch, or if the module logs no such metric, with the nearest one that it does.
     """
     with full_precision():
-        results = trainer.test(module, datamodule=data, verbose=False)[0]
+        loaders = trainer.test(module, datamodule=data, verbose=False)
+    if not loaders:
+        raise UserError(f"metric={metric}: there is no test batch to measure it on; is trainer.limit_test_batches 0?")
+    results = {name: value for loader in loaders for name, value in loader.items()}
     if metric not in results:
         raise UserError(
             f"metric={metric}: {type(module).__name__}.test_step logs no such value{nearest(metric, results)}"

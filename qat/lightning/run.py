@@ -20,7 +20,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -100,7 +100,10 @@ class Run(Workspace):
         with self.stage("qat", "Quantization-aware training") as values:
             last = self._resume_from(self.folder / "checkpoints" / "last.ckpt", *self.loggers)
             callbacks = [self.qat_callback(), SeedEpochs(self.cfg.seed), *self.callbacks]
-            trainer = self.trainer(callbacks=callbacks, logger=self.loggers, enable_checkpointing=True)
+            saves = any(
+                isinstance(callback, Checkpoint) for callback in callbacks
+            )  # else Lightning adds one of its own
+            trainer = self.trainer(callbacks=callbacks, logger=self.loggers, enable_checkpointing=saves)
             trainer.fit(self.module, datamodule=self.data, ckpt_path=last, weights_only=True)
             trainer.save_checkpoint(self.folder / "quantized.ckpt", weights_only=True)
             if (

@@ -129,6 +129,8 @@ def batches(source: Source, samples: int) -> Iterator[Any]:
         seen += batch_size(batch)
         if seen >= samples:
             return
+    if not seen:
+        raise UserError("there is no training batch to look at: the train_dataloader is empty")
 
 
 def batch_size(batch: Any) -> int:

@@ -25,7 +25,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        if path.exists():
+            raise UserError(f"checkpoint {path}: is no file; name the .ckpt or .safetensors itself")
+        siblings = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
         raise UserError(f"checkpoint {path}: no such file{nearest(path.name, siblings) if siblings else ''}")
     try:
         if path.suffix == ".safetensors":

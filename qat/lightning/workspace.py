@@ -18,27 +18,37 @@ from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
 from qat.audit import AuditRow, audit, check_coverage
-from qat.cli.instantiate import instantiate
+from qat.cli.instantiate import build
 from qat.errors import UserError
 from qat.export.files import atomic
+from qat.export.onnx import traceable
 from qat.export.target import Target
 from qat.insert import Plan, apply_plan, make_plan
 from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
 from qat.lightning.evaluate import test_metric
 from qat.lightning.shared_ranges import RangeCache
-from qat.lightning.steps import run_steps
+from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights
 from qat.networks import NetworkPolicies
 from qat.policy import QuantPolicy
+from qat.starts import Start
 
 ON_THE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 """How a run's trainer goes on where it need not be as it trained."""
+SET_BY_THE_RUN = {
+    "logger": "logger=NAME chooses the logger",
+    "callbacks": "callbacks.NAME=... adds one",
+    "enable_checkpointing": "callbacks.best=null callbacks.last=null leave checkpoints out",
+}
+"""Arguments of the trainer that cannot be configured as such, and what can be instead."""
 OTHER_KEYS = ("calibration_samples", "scale_lr", "module", "predicted")
 """Of `quant`, what is no setting of the policy."""
 
@@ -51,7 +61,7 @@ class Workspace:
         folder: The run's folder.
 
     Raises:
-        UserError: if a part of the config is wrong, or if there is no run to resume.
+        UserError: if a part of the config is wrong, if there is no run to resume, or another one in the folder.
     """
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
@@ -62,24 +72,28 @@ class Workspace:
         self.progress: dict[str, Any] = {"start": cfg.ckpt, "stages": {}, "seconds": {}}
         if self.resuming:
             self._recall()
+        elif self.main and self._remembered.is_file():
+            raise UserError(
+                f"{folder} holds a run: ckpt=last goes on with it; give another a folder of its own with run_dir=..."
+            )
         settings = OmegaConf.to_container(cfg.quant, resolve=True)
         assert isinstance(settings, dict)
-        self.target: Target | None = instantiate(cfg.export) if cfg.export else None
+        self.target: Target | None = build(cfg, "export", Target) if cfg.export else None
         if settings.get("target") is None and self.target is not None:
             settings["target"] = self.target.engine
         policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
         self.policy = NetworkPolicies({cfg.quant.module: policy}) if cfg.quant.module else policy
-        for name, node in (cfg.callbacks or {}).items():
-            if node and "_target_" not in node:
-                raise UserError(f"callbacks.{name}: has no _target_, so there is no callback for its {', '.join(node)}")
-        self.callbacks = [instantiate(node) for node in (cfg.callbacks or {}).values() if node]
-        self.loggers: list[Any] = [instantiate(cfg.logger)] if cfg.logger else []
+        self.callbacks = [build(cfg, f"callbacks.{n}", Callback) for n, node in (cfg.callbacks or {}).items() if node]
+        self.loggers: list[Any] = [build(cfg, "logger", Logger)] if cfg.logger else []
+        for name, instead in SET_BY_THE_RUN.items():
+            if name in cfg.trainer:
+                raise UserError(f"trainer.{name}: a run has its own; {instead}")
         self.trainer(logger=False)
-        self.module: pl.LightningModule = instantiate(cfg.model)
+        self.module = build(cfg, "model", pl.LightningModule)
         self.float_module: pl.LightningModule = self._float_module()
         if cfg.float_ckpt:
             self._start_float(cfg.float_ckpt)
-        self.data: pl.LightningDataModule = instantiate(cfg.data)
+        self.data = build(cfg, "data", pl.LightningDataModule)
         self.data.prepare_data()
         self.data.setup("fit")
         if self.progress["start"] and not self.done("float"):
@@ -88,7 +102,7 @@ class Workspace:
     def _float_module(self) -> pl.LightningModule:
         """The model with the settings of `float_model`, under whose key mistakes are reported."""
         settings = {**self.cfg.model, **(self.cfg.float_model or {})}
-        return instantiate(OmegaConf.create({"float_model": settings}).float_model)
+        return build(OmegaConf.create({"float_model": settings}), "float_model", pl.LightningModule)
 
     def _start_float(self, path: str) -> None:
         if self.progress["start"]:
@@ -99,16 +113,18 @@ class Workspace:
         load_weights(self.float_module, path)
 
     def _recall(self) -> None:
-        path = self.folder / "progress.json"
-        if not path.is_file():
+        if not self._remembered.is_file():
             raise UserError(f"ckpt=last: there is no run to resume in {self.folder}; name its folder with run_dir=...")
-        self.progress = json.loads(path.read_text())
+        self.progress = json.loads(self._remembered.read_text())
 
     def check(self) -> None:
         """Tries policy and metric on copies of the module, for mistakes that would else show after float training."""
         self.qat_callback()
         shell = copy.deepcopy(self.module)
-        test_metric(self.measuring(limit_test_batches=1, enable_progress_bar=False), shell, self.data, self.cfg.metric)
+        batches = int(self.cfg.trainer.get("limit_test_batches") != 0)
+        trainer = self.measuring(limit_test_batches=batches, enable_progress_bar=False)
+        test_metric(trainer, shell, self.data, self.cfg.metric)
+        traceable(shell, example_input(shell, self.data.train_dataloader))
         if not self.policy.is_off:
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
             if self.target is not None and (reason := self.target.why_not(shell, plan)):
@@ -122,7 +138,7 @@ class Workspace:
 
     def trainer(self, **settings: Any) -> pl.Trainer:
         """A trainer as configured, but for `settings`."""
-        return instantiate(self.cfg.trainer, **{"logger": False, "enable_checkpointing": False, **settings})
+        return build(self.cfg, "trainer", pl.Trainer, **{"logger": False, "enable_checkpointing": False, **settings})
 
     def measuring(self, **settings: Any) -> pl.Trainer:
         """A trainer on one device for this process alone: a distributed sampler would count some samples twice.
@@ -147,7 +163,7 @@ class Workspace:
 
     def qat_callback(self) -> QATCallback:
         quant = self.cfg.quant
-        starts = [instantiate(node) for node in (self.cfg.get("start") or {}).values() if node]
+        starts = [build(self.cfg, f"start.{n}", Start) for n, node in (self.cfg.get("start") or {}).items() if node]
         shared = FloatCache(self.cfg, self.progress["start"], self.main).folder
         ranges = None
         if shared is not None and not starts:
@@ -170,7 +186,11 @@ class Workspace:
 
     def remember(self) -> None:
         """Writes `progress.json`, from which a run resumes."""
-        self.write_json("progress.json", self.progress)
+        self.write_json(self._remembered.name, self.progress)
+
+    @property
+    def _remembered(self) -> Path:
+        return self.folder / "progress.json"
 
     def done(self, name: str) -> bool:
         return name in self.progress["stages"]

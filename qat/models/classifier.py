@@ -69,10 +69,10 @@ class Classifier(pl.LightningModule):
     ) -> None:
         super().__init__()
         if optimizer not in OPTIMIZERS:
-            raise UserError(f"model.optimizer={optimizer!r} is unknown" + nearest(optimizer, OPTIMIZERS))
+            raise UserError(f"optimizer={optimizer!r} is unknown" + nearest(optimizer, OPTIMIZERS))
         require("num_classes", num_classes, num_classes >= 2, "at least 2")
-        require("lr", lr, lr > 0, "a positive number")
-        require("weight_decay", weight_decay, weight_decay >= 0, "zero or more")
+        require("lr", lr, 0 < lr < math.inf, "a positive number")
+        require("weight_decay", weight_decay, 0 <= weight_decay < math.inf, "zero or more")
         require("momentum", momentum, 0 <= momentum < 1, "a number in [0, 1)")
         require("warmup", warmup, 0 <= warmup < 1, "a fraction in [0, 1)")
         self.save_hyperparameters()  # also collects the subclass's arguments
@@ -133,6 +133,10 @@ class Classifier(pl.LightningModule):
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         x, y = batch
         self.check_input(x)
+        if not self.training and int(y.max()) >= self.hparams["num_classes"]:  # the metrics look at the labels, too
+            raise UserError(
+                f"model.num_classes={self.hparams['num_classes']}, but the data has the label {int(y.max())}"
+            )
         logits = self(x)
         return F.cross_entropy(logits, y), logits, y
 
@@ -146,9 +150,9 @@ def cosine_factor(step: int, *, total: int, warmup: int) -> float:
 
 
 def require(key: str, value: object, ok: bool, expected: str) -> None:
-    """Raises a UserError that names the hyperparameter `model.<key>` unless `ok`."""
+    """Raises a UserError that names the hyperparameter unless `ok`."""
     if not ok:
-        raise UserError(f"model.{key}={value!r}: expected {expected}")
+        raise UserError(f"{key}={value!r}: expected {expected}")
 
 
 def check_channels(x: Tensor, in_channels: int) -> None:
