@@ -79,11 +79,13 @@ def _compiled(layer: Any, geometry: Geometry, quantize: Callable[[Tensor], Tenso
 def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     """The output of a quantized layer in evaluation, without gradients; `None` where float arithmetic has to do it."""
     geometry = layer.geometry()
-    if geometry is None or torch.compiler.is_dynamo_compiling() or not _runs_here(x, layer.weight):
+    if geometry is None or torch.compiler.is_dynamo_compiling():
+        return None
+    few = _positions(x, geometry) * layer.weight.numel() < MIN_PRODUCTS["conv2d" if geometry else "linear"]
+    if few or not _runs_here(x, layer.weight):  # in this order: small layers are to lose no time
         return None
     grid, weight_grid = grids(layer)
-    products = _positions(x, geometry) * layer.weight.numel()
-    if grid is None or weight_grid is None or products < MIN_PRODUCTS["conv2d" if geometry else "linear"]:
+    if grid is None or weight_grid is None:
         return None
     with ours():
         both = grid, weight_grid
