@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from qat.cli import main
+from qat.errors import UserError
 from qat.lightning import read_checkpoint
+from qat.lightning.resume import check_settled, settled
 
 ROOT = Path(__file__).parents[1]
 MODULE = '''
@@ -112,3 +115,29 @@ def test_a_finished_run_resumes_to_the_same_report_and_trains_no_more(uninterrup
 def test_another_seed_gives_another_curve(uninterrupted, tmp_path):
     assert main(["train", *OVERRIDES, "seed=8", f"run_dir={tmp_path / 'other'}"]) == 0
     assert _curve(tmp_path / "other" / "csv" / "metrics.csv") != _curve(uninterrupted / "csv" / "metrics.csv")
+
+
+@pytest.mark.parametrize(
+    ("change", "before"),
+    [
+        pytest.param("seed=8", "seed=7", id="seed"),
+        pytest.param("data.batch_size=16", "data.batch_size=32", id="data"),
+        pytest.param("model.lr=0.2", "model.lr=0.05", id="model"),
+        pytest.param("float_epochs=4", "float_epochs=3", id="finished stage"),
+    ],
+)
+def test_a_resumed_run_keeps_to_what_it_began_with(change, before, uninterrupted, capfd):
+    config = (uninterrupted / ".hydra" / "config.yaml").read_text()
+    assert main(["train", "ckpt=last", f"run_dir={uninterrupted}", change]) == 2
+    error = capfd.readouterr().err
+    assert f"{change}: the run in {uninterrupted} has {before}, which a resumed one keeps" in error
+    assert (uninterrupted / ".hydra" / "config.yaml").read_text() == config
+
+
+def test_where_data_lies_may_change_when_a_run_is_resumed():
+    of = {"seed": 0, "model": {"lr": 0.1}, "data": {"root": "/there", "num_workers": 0, "flip": True}}
+    moved = {**of, "data": {"root": None, "num_workers": 3, "flip": True}}
+    check_settled(settled(OmegaConf.create(moved)), settled(OmegaConf.create(of)), Path("run"))
+    with pytest.raises(UserError, match=r"^data\.flip=False: the run in run has data\.flip=True"):
+        flipped = {**moved, "data": {"root": None, "flip": False}}
+        check_settled(settled(OmegaConf.create(flipped)), settled(OmegaConf.create(of)), Path("run"))

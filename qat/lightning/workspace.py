@@ -34,6 +34,7 @@ from qat.insert import Plan, apply_plan, make_plan
 from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
 from qat.lightning.evaluate import test_metric
+from qat.lightning.resume import check_settled, settled
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights
@@ -69,7 +70,7 @@ class Workspace:
         self.main = getattr(rank_zero_only, "rank", 0) == 0
         self.console = Console(quiet=not self.main)
         self.resuming = cfg.ckpt == "last"
-        self.progress: dict[str, Any] = {"start": cfg.ckpt, "stages": {}, "seconds": {}}
+        self.progress: dict[str, Any] = {"start": cfg.ckpt, "settings": settled(cfg), "stages": {}, "seconds": {}}
         if self.resuming:
             self._recall()
         elif self.main and self._remembered.is_file():
@@ -116,6 +117,7 @@ class Workspace:
         if not self._remembered.is_file():
             raise UserError(f"ckpt=last: there is no run to resume in {self.folder}; name its folder with run_dir=...")
         self.progress = json.loads(self._remembered.read_text())
+        check_settled(settled(self.cfg), self.progress.get("settings", {}), self.folder)
 
     def check(self) -> None:
         """Tries policy and metric on copies of the module, for mistakes that would else show after float training."""
