@@ -1,6 +1,7 @@
 """One float network in several frameworks' fake quantization, at any bits, for benchmarks/accuracy_vs_peers.py.
 
-    ours              learned steps, MSE start; weights of more than two bits leave out their lowest code
+    ours              learned steps, MSE start; weights of four bits and more leave out their lowest code
+    ours_all_codes    the same with all codes (`narrow: false`)
     ours_progressive  the same, by way of 4 and 3 bits, as our recipe for two bits does; W2A2 only
     torch             torch's own fake-quantize modules: ranges that follow the data (moving average)
     pt2e              torchao's `prepare_qat_pt2e` of the exported graph: the same ranges, BatchNorm folded in training
@@ -16,6 +17,7 @@ weights per output channel, symmetric.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,11 +40,11 @@ def bits_of(name: str, bits: int) -> int:
     return 8 if name in (FIRST, LAST) else bits
 
 
-def ours(model: nn.Module, x: Tensor, weight: int, act: int) -> nn.Module:
+def ours(model: nn.Module, x: Tensor, weight: int, act: int, narrow: bool | None = None) -> nn.Module:
     eight = {"weight": {"bits": 8}, "act": {"bits": 8}}
     policy = QuantPolicy.from_dict(
         {
-            "weight": {"bits": weight, "granularity": "channel"},
+            "weight": {"bits": weight, "granularity": "channel", "narrow": narrow},
             "act": {"bits": act},
             "sites": "off",
             "rules": {"first": {"match": FIRST, **eight}, "last": {"match": LAST, **eight}},
@@ -199,6 +201,7 @@ TORCHAO = ("torchao==0.18.0",)
 BREVITAS = ("brevitas==0.13.4",)
 PEERS = {
     "ours": Peer(ours),
+    "ours_all_codes": Peer(partial(ours, narrow=False)),
     "ours_progressive": Peer(ours, progress, only="W2A2"),
     "torch": Peer(with_torch),
     "torch_frozen": Peer(with_torch, settle_torch),
