@@ -416,3 +416,9 @@ def test_the_module_can_be_pickled_and_copied_in_the_middle_of_training(tmp_path
         for each in made:
             assert type(each) is type(net) and _same(each.state_dict(), state)
     assert torch.equal(copies[-1][0][0].eval()(x), copies[-1][0][1].eval()(x))
+
+
+@pytest.mark.parametrize("first", ["last.ckpt", 3, nn.Linear], ids=["a path", "a number", "another class"])
+def test_what_is_loaded_is_a_class_and_then_a_path(first):
+    with pytest.raises(UserError, match="the LightningModule's class comes first"):
+        load_from_checkpoint(first, "last.ckpt")

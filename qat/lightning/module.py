@@ -113,8 +113,13 @@ def load_from_checkpoint(cls: type[Module], path: str | Path, **kwargs: Any) -> 
         **kwargs: Passed on (hyperparameters, `map_location`, ...).
 
     Raises:
-        UserError: if the file is no checkpoint that can be loaded safely, or of a float model.
+        UserError: if the file is no checkpoint that can be loaded safely, or of a float model, or `cls` no class.
     """
+    if not (isinstance(cls, type) and issubclass(cls, pl.LightningModule)):
+        given = cls if isinstance(cls, str | Path) else type(cls).__name__
+        raise UserError(
+            f"load_from_checkpoint({given}, ...): the LightningModule's class comes first, then the checkpoint's path"
+        )
     if CHECKPOINT_KEY not in read_checkpoint(path):
         raise UserError(f"checkpoint {path}: is of a float model; {cls.__name__}.load_from_checkpoint loads it")
     return twin_of(cls, QuantizedModule).load_from_checkpoint(str(path), weights_only=True, **kwargs)
