@@ -41,8 +41,10 @@ CODES = 256
 """How many codes an input may have; those of a weight have to fit int8."""
 
 
-def trained_on_codes(layer: Any, x: Tensor) -> Tensor | None:
-    """The output of a quantized layer, with its gradients; `None` where float arithmetic has to do it."""
+def trained_on_codes(layer: Any, x: Tensor, around: Callable[..., Tensor] | None = None) -> Tensor | None:
+    """The output of a quantized layer, with its gradients; `None` where float arithmetic has to do it. See
+    `QuantizedLayer.run` for `around`.
+    """
     geometry = layer.geometry()
     if geometry is None or not (torch.is_grad_enabled() and _runs_here(x, layer.weight)):
         return None
@@ -61,7 +63,12 @@ def trained_on_codes(layer: Any, x: Tensor) -> Tensor | None:
         x, weight = quantize(x), _quantized(weight_grid, layer.weight)
         with torch.no_grad():
             codes = *_codes(input_codes, x, grid), *_codes(weight_codes, weight, weight_grid)[:2]
-        return from_sources((x, weight), _product, geometry, x, weight, layer.quantized_bias(), *codes)
+
+        def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return _product(geometry, x, weight, bias, *codes)
+
+        function = multiply if around is None else partial(around, multiply)
+        return from_sources((x, weight), function, x, weight, layer.quantized_bias())
 
 
 def _compiled(layer: Any, geometry: Geometry, quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -172,9 +179,10 @@ def _kernel(function: Callable[..., Any], rounding: Rounding) -> Kernel:
 
 
 def looked_at(quantizer: Quantizer) -> bool:
-    """Whether somebody else sees what the quantizer gets and returns."""
-    hooks = quantizer._forward_hooks or quantizer._forward_pre_hooks
-    return bool(hooks or modules._global_forward_hooks or modules._global_forward_pre_hooks)
+    """Whether somebody else sees what the quantizer gets and returns, or its gradients."""
+    q = quantizer
+    hooks = q._forward_hooks or q._forward_pre_hooks or q._backward_hooks or q._backward_pre_hooks
+    return bool(hooks) or modules._has_any_global_hook()
 
 
 def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
