@@ -76,9 +76,10 @@ class _StepOfData(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad, (scale, low, high, x, weight, bias) = grads[0], ctx.saved_tensors
+        grad = grads[0]
         if torch.is_grad_enabled():
             return None, *_whole(ctx, grad), None, None
+        scale, low, high, x, weight, _ = ctx.saved_tensors
         slope = _slopes(ctx.grid.spec.rounding).large((x, scale, low, high))
         product = ctx.function(slope.to(grad.dtype), weight.to(grad.dtype), None)
         step = (wide(product) * grad).sum() * ctx.grid.gradient_scale(x)
