@@ -116,6 +116,7 @@ class QuantizedLayer(TwinMixin):
     def release(self) -> None:
         """Gives up the float weight and bias (conversion has made codes of them)."""
         del self.weight
+        self.__dict__.pop("_kept", None)
         self._parameters.pop("bias", None)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _rounded_bias(self) -> Tensor | None:
