@@ -136,7 +136,7 @@ class Gradient:
             tensors = x, *tensors[1:]
         left = _left.tensors
         y = (_large if left is None else _unwritten)(self, grad_scale, *tensors)
-        y.made = Made(self, tensors, x._version)
+        y.made = Made(self, tensors, x._version, y._version)
         if left is not None:
             left.append(y)
         return y
@@ -237,11 +237,13 @@ class Made:
         gradient: Whose forward pass it was.
         tensors: `x, scale, low, high, *extra`.
         version: Of `x` then.
+        own: Of what was made, then: written to since, it is something else.
     """
 
     gradient: Gradient
     tensors: tuple[Tensor, ...]
     version: int
+    own: int
 
     def again(self) -> Tensor:
         """The fake-quantized tensor, made anew.

@@ -247,6 +247,21 @@ def test_a_quantizer_that_goes_on_computing_is_made_again(used, monkeypatch):
     assert used
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("of", ["input", "weight"])
+@pytest.mark.parametrize("hook", [lambda m, args, y: 2 * y, lambda m, args, y: y.mul_(2)], ids=["new", "in place"])
+def test_what_hooks_make_of_a_quantized_tensor_is_multiplied(hook, of, training):
+    x = torch.randn(4, 24)
+    model = quantized(nn.Sequential(nn.Linear(24, 10)), x)
+    plain = [*step(model, x, "never")[:1], model[0].bias.detach()]
+    getattr(model[0], f"{of}_quantizer").register_forward_hook(hook)
+    kernels.configure()
+    with torch.set_grad_enabled(training):
+        y = model.train(training)(x)
+    bias = model[0].bias.detach()
+    torch.testing.assert_close(y.detach() - bias, 2 * (plain[0] - bias), atol=0.01, rtol=0.01)
+
+
 def test_another_thread_gets_values(monkeypatch):
     x = torch.randn(4, 24)
     model = quantized(nn.Sequential(nn.Linear(24, 10)), x)

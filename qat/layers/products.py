@@ -52,6 +52,8 @@ def trained_on_codes(layer: Any, x: Tensor, around: Callable[..., Tensor] | None
     grid, weight_grid = grids(layer)
     if not pays or grid is None or weight_grid is None or not _have_codes(grid, weight_grid):
         return None
+    if looked_at(grid) or looked_at(weight_grid):  # hooks may return what has no codes
+        return None
     compiling = torch.compiler.is_dynamo_compiling()
     if not compiling and innermost_hooks() is not None:  # somebody wants the tensors that are saved
         return None
@@ -95,7 +97,7 @@ def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     with ours():
         both = grid, weight_grid
         kept = layer.once_per_change("packed", (layer.weight,), both, lambda: _packed(layer, *both, x.shape, geometry))
-        if kept is None or looked_at(grid):
+        if kept is None or looked_at(grid) or looked_at(weight_grid):
             return None
         packed, scale = kept
         for quantizer in list(layer.input_quantizer)[:-1] if layer.input_quantizer is not grid else ():
@@ -182,12 +184,12 @@ def looked_at(quantizer: Quantizer) -> bool:
     """Whether somebody else sees what the quantizer gets and returns, or its gradients."""
     q = quantizer
     hooks = q._forward_hooks or q._forward_pre_hooks or q._backward_hooks or q._backward_pre_hooks
-    return bool(hooks) or modules._has_any_global_hook()
+    return bool(hooks or modules._has_any_global_hook())
 
 
 def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
-    """`quantizer(x)`, its values left unwritten if they can be made from a recipe and nobody else gets to see them."""
-    if torch.compiler.is_dynamo_compiling() or looked_at(quantizer):
+    """`quantizer(x)`, its values left unwritten if they can be made from a recipe."""
+    if torch.compiler.is_dynamo_compiling():
         return quantizer(x)
     y = kernels.unwritten(quantizer, x)
     return y if y is not None and _rounds(y) else quantizer(x, follow=False)
