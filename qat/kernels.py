@@ -13,6 +13,7 @@ Compiling costs seconds, which a run of a minute never earns back, so it starts 
 (see `configure`). torch keeps the result on disk: the next process loads it.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,10 +134,11 @@ class Gradient:
         if not (x.is_contiguous() or dense(x)):  # one copy for forward and backward
             x = x.contiguous()
             tensors = x, *tensors[1:]
-        y = (_large if _left is None else _unwritten)(self, grad_scale, *tensors)
-        y.made = Made(self, tensors, x._version)
-        if _left is not None:
-            _left.append(y)
+        left = _left.tensors
+        y = (_large if left is None else _unwritten)(self, grad_scale, *tensors)
+        y.made = Made(self, tensors, x._version, y._version)
+        if left is not None:
+            left.append(y)
         return y
 
     def __reduce__(self) -> Any:
@@ -235,11 +237,13 @@ class Made:
         gradient: Whose forward pass it was.
         tensors: `x, scale, low, high, *extra`.
         version: Of `x` then.
+        own: Of what was made, then: written to since, it is something else.
     """
 
     gradient: Gradient
     tensors: tuple[Tensor, ...]
     version: int
+    own: int
 
     def again(self) -> Tensor:
         """The fake-quantized tensor, made anew.
@@ -271,8 +275,13 @@ def with_recipe(quantize: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor
     return found[-1] if found and found[-1][0] is y else (y, None)
 
 
-_left: list[Tensor] | None = None
-"""Tensors that were left unwritten, while somebody asks for them."""
+class _Left(threading.local):
+    """Tensors that were left unwritten, while somebody in this thread asks for them."""
+
+    tensors: list[Tensor] | None = None
+
+
+_left = _Left()
 
 
 def unwritten(quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
@@ -281,10 +290,10 @@ def unwritten(quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
     Returns:
         `None` if values were left unwritten that the result is computed from: it has to be made again.
     """
-    global _left
-    previous, _left = _left, []
+    previous, left = _left.tensors, []
+    _left.tensors = left
     try:
         y = quantize(x)
     finally:
-        left, _left = _left, previous
+        _left.tensors = previous
     return y if not left or y is left[0] else None

@@ -12,8 +12,8 @@ import sys
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of mallopt(3)
 KEPT = 2**31 - 1
 """Free bytes at the top of the heap below which none is given back: the most that can be asked for."""
-LARGEST = 2**30
-"""Bytes of a block from which it is not taken from the heap."""
+LARGEST = 2**30, 2**25
+"""Bytes of a block from which it is not taken from the heap: the second is the most that older C libraries allow."""
 OWN_CHOICE = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
 
 
@@ -27,6 +27,6 @@ def keep_freed() -> None:
     if chosen or not sys.platform.startswith("linux"):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
-    if mallopt is not None:
+    # Any setting ends malloc's own adjustment of both thresholds, so one alone would do harm.
+    if mallopt is not None and any(mallopt(MMAP_THRESHOLD, size) for size in LARGEST):
         mallopt(TRIM_THRESHOLD, KEPT)
-        mallopt(MMAP_THRESHOLD, LARGEST)

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from qat import memory
+
 STEPS = """
 import resource
 import torch
@@ -48,3 +50,30 @@ def test_what_is_freed_is_used_again():
 )
 def test_settings_of_the_environment_are_left_alone(environment):
     assert min(faults(**environment)) > PAGES / 2
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"),
+    [
+        pytest.param(2**31, {memory.MMAP_THRESHOLD: 2**30, memory.TRIM_THRESHOLD: memory.KEPT}, id="any"),
+        pytest.param(2**25, {memory.MMAP_THRESHOLD: 2**25, memory.TRIM_THRESHOLD: memory.KEPT}, id="half a heap"),
+        pytest.param(0, {}, id="none"),
+    ],
+)
+def test_a_threshold_that_malloc_refuses_is_lowered_or_both_are_left(most, expected, monkeypatch):
+    settings: dict[int, int] = {}
+
+    class Library:
+        @staticmethod
+        def mallopt(parameter: int, value: int) -> int:
+            """Like that of older versions of glibc, where the threshold is at most half of HEAP_MAX_SIZE."""
+            if parameter == memory.MMAP_THRESHOLD and value > most:
+                return 0
+            settings[parameter] = value
+            return 1
+
+    for name in (*memory.OWN_CHOICE, "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Library)
+    memory.keep_freed()
+    assert settings == expected

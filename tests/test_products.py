@@ -1,6 +1,7 @@
 """Training multiplies codes where it pays, and gets what multiplying fake-quantized floats gets."""
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -244,6 +245,41 @@ def test_a_quantizer_that_goes_on_computing_is_made_again(used, monkeypatch):
     expected = step(model, x, "never")
     assert_same(step(model, x), expected)
     assert used
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("of", ["input", "weight"])
+@pytest.mark.parametrize("hook", [lambda m, args, y: 2 * y, lambda m, args, y: y.mul_(2)], ids=["new", "in place"])
+def test_what_hooks_make_of_a_quantized_tensor_is_multiplied(hook, of, training):
+    x = torch.randn(4, 24)
+    model = quantized(nn.Sequential(nn.Linear(24, 10)), x)
+    plain = [*step(model, x, "never")[:1], model[0].bias.detach()]
+    getattr(model[0], f"{of}_quantizer").register_forward_hook(hook)
+    kernels.configure()
+    with torch.set_grad_enabled(training):
+        y = model.train(training)(x)
+    bias = model[0].bias.detach()
+    torch.testing.assert_close(y.detach() - bias, 2 * (plain[0] - bias), atol=0.01, rtol=0.01)
+
+
+def test_another_thread_gets_values(monkeypatch):
+    x = torch.randn(4, 24)
+    model = quantized(nn.Sequential(nn.Linear(24, 10)), x)
+    grid, seen = model[0].input_quantizer, []
+    expected = grid(x).detach()
+    inner = type(grid).fake_quantize
+
+    def meanwhile(*args: torch.Tensor) -> torch.Tensor:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: seen.append(grid(x).detach()))
+            thread.start()
+            thread.join()
+        return inner(grid, *args)
+
+    monkeypatch.setattr(grid, "fake_quantize", meanwhile)
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, float("nan")))  # unwritten, for all to see
+    model(x)
+    assert torch.equal(seen[0], expected)
 
 
 @pytest.mark.parametrize("where", ["input", "weight"])

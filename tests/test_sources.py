@@ -75,6 +75,24 @@ def test_gradients_are_those_of_saved_copies_to_the_bit(make, shape, monkeypatch
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("of", ["input", "weight"])
+def test_what_a_hook_writes_into_is_not_made_again(of, monkeypatch):
+    x = torch.randn(4, 16)
+    model = quantized(nn.Linear(16, 8), x)
+    getattr(model, f"{of}_quantizer").register_forward_hook(lambda m, args, y: y.mul_(2))
+    found = gradients(model, x)
+    monkeypatch.setattr(kernels, "SMALL", 10**9)
+    for a, b in zip(found, gradients(model, x), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_training_graphs_with_large_tensors_are_exported(strict):
+    x = torch.randn(4, 16)
+    model = quantized(nn.Linear(16, 8), x)
+    torch.testing.assert_close(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
+
+
 def test_no_copy_outlives_the_forward_pass():
     x = torch.randn(8, 16)
     model = quantized(nn.Linear(16, 16), x)

@@ -242,6 +242,24 @@ def test_the_quantized_weight_follows_every_change(change, net):
         assert not torch.equal(after, before)
 
 
+@torch.no_grad()
+def test_another_tensor_at_the_same_address_is_another_weight():
+    x = torch.randn(4, 64)
+    model = nn.Sequential(nn.Linear(64, 64))
+    plan, _ = make_plan(model, QuantPolicy.from_dict({**POLICY, "rules": {}}), lambda: model(x))
+    apply_plan(model, plan)
+    calibrate(model, lambda: model(x))
+    model.eval()
+    for name in ("weight", "weight_quantizer.scale"):
+        plain = model[0].get_parameter(name)
+        for i in range(20):
+            replaced = {f"0.{name}": plain * (1 + i / 4)}
+            y = torch.func.functional_call(model, replaced, (x,))
+            fresh = copy.deepcopy(model)
+            fresh[0].get_parameter(name).copy_(replaced.pop(f"0.{name}"))
+            assert torch.equal(y, fresh(x))
+
+
 # -- evaluation is what conversion will be -----------------------------------------------------------------------------
 
 

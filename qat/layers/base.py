@@ -6,6 +6,7 @@ one more mixin in this folder, listed in `qat/layers/__init__.py`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -52,15 +53,23 @@ class QuantizedLayer(TwinMixin):
     folds: bool = False
     round_bias: str = "eval"
 
-    def run(self, function: Callable[..., Tensor], x: Tensor) -> Tensor:
-        """`function(input, weight, bias)` of the quantized tensors."""
+    def run(self, function: Callable[..., Tensor], x: Tensor, around: Callable[..., Tensor] | None = None) -> Tensor:
+        """`function(input, weight, bias)` of the quantized tensors.
+
+        Args:
+            function: What multiplies in float32; the same product may run on codes instead.
+            x: The input before its grid.
+            around: In training, called with whatever multiplies and with the three quantized tensors for it.
+        """
         if not self.training:
             y = None if torch.is_grad_enabled() else evaluated_on_codes(self, x)
         else:
-            y = trained_on_codes(self, x) if x.numel() >= kernels.SMALL else None
+            y = trained_on_codes(self, x, around) if x.numel() >= kernels.SMALL else None
         if y is not None:
             return y
         x, weight, bias = self.quantized_input(x), self.quantized_weight(), self.quantized_bias()
+        if around is not None:
+            function = partial(around, function)
         if hasattr(x, "made") or hasattr(weight, "made"):
             return from_sources((x, weight), function, x, weight, bias)
         return function(x, weight, bias)
@@ -107,6 +116,7 @@ class QuantizedLayer(TwinMixin):
     def release(self) -> None:
         """Gives up the float weight and bias (conversion has made codes of them)."""
         del self.weight
+        self.__dict__.pop("_kept", None)
         self._parameters.pop("bias", None)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _rounded_bias(self) -> Tensor | None:

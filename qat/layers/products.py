@@ -41,14 +41,18 @@ CODES = 256
 """How many codes an input may have; those of a weight have to fit int8."""
 
 
-def trained_on_codes(layer: Any, x: Tensor) -> Tensor | None:
-    """The output of a quantized layer, with its gradients; `None` where float arithmetic has to do it."""
+def trained_on_codes(layer: Any, x: Tensor, around: Callable[..., Tensor] | None = None) -> Tensor | None:
+    """The output of a quantized layer, with its gradients; `None` where float arithmetic has to do it. See
+    `QuantizedLayer.run` for `around`.
+    """
     geometry = layer.geometry()
     if geometry is None or not (torch.is_grad_enabled() and _runs_here(x, layer.weight)):
         return None
     pays = _positions(x, geometry) >= MIN_POSITIONS and layer.weight.shape[1:].numel() >= MIN_TERMS
     grid, weight_grid = grids(layer)
     if not pays or grid is None or weight_grid is None or not _have_codes(grid, weight_grid):
+        return None
+    if looked_at(grid) or looked_at(weight_grid):  # hooks may return what has no codes
         return None
     compiling = torch.compiler.is_dynamo_compiling()
     if not compiling and innermost_hooks() is not None:  # somebody wants the tensors that are saved
@@ -61,7 +65,12 @@ def trained_on_codes(layer: Any, x: Tensor) -> Tensor | None:
         x, weight = quantize(x), _quantized(weight_grid, layer.weight)
         with torch.no_grad():
             codes = *_codes(input_codes, x, grid), *_codes(weight_codes, weight, weight_grid)[:2]
-        return from_sources((x, weight), _product, geometry, x, weight, layer.quantized_bias(), *codes)
+
+        def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return _product(geometry, x, weight, bias, *codes)
+
+        function = multiply if around is None else partial(around, multiply)
+        return from_sources((x, weight), function, x, weight, layer.quantized_bias())
 
 
 def _compiled(layer: Any, geometry: Geometry, quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -90,7 +99,7 @@ def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     with ours():
         both = grid, weight_grid
         kept = layer.once_per_change("packed", (layer.weight,), both, lambda: _packed(layer, *both, x.shape, geometry))
-        if kept is None or looked_at(grid):
+        if kept is None or looked_at(grid) or looked_at(weight_grid):
             return None
         packed, scale = kept
         for quantizer in list(layer.input_quantizer)[:-1] if layer.input_quantizer is not grid else ():
@@ -174,14 +183,15 @@ def _kernel(function: Callable[..., Any], rounding: Rounding) -> Kernel:
 
 
 def looked_at(quantizer: Quantizer) -> bool:
-    """Whether somebody else sees what the quantizer gets and returns."""
-    hooks = quantizer._forward_hooks or quantizer._forward_pre_hooks
-    return bool(hooks or modules._global_forward_hooks or modules._global_forward_pre_hooks)
+    """Whether somebody else sees what the quantizer gets and returns, or its gradients."""
+    q = quantizer
+    hooks = q._forward_hooks or q._forward_pre_hooks or q._backward_hooks or q._backward_pre_hooks
+    return bool(hooks or modules._has_any_global_hook())
 
 
 def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
-    """`quantizer(x)`, its values left unwritten if they can be made from a recipe and nobody else gets to see them."""
-    if torch.compiler.is_dynamo_compiling() or looked_at(quantizer):
+    """`quantizer(x)`, its values left unwritten if they can be made from a recipe."""
+    if torch.compiler.is_dynamo_compiling():
         return quantizer(x)
     y = kernels.unwritten(quantizer, x)
     return y if y is not None and _rounds(y) else quantizer(x, follow=False)

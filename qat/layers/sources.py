@@ -28,11 +28,11 @@ def from_sources(tensors: Iterable[Tensor], function: Callable[..., Any], /, *ar
     What else the operation saves is saved as ever, and so is everything where another hook is in place (activation
     checkpointing, offloading): only the innermost hook sees a tensor.
     """
-    if innermost_hooks() is not None:
+    if innermost_hooks() is not None or torch.compiler.is_compiling():  # exported tensors have no address
         return function(*args, **kwargs)
     made: dict[int, Made] = {}
     for tensor in tensors:
-        if hasattr(tensor, "made"):
+        if hasattr(tensor, "made") and tensor.made.own == tensor._version:  # pyright: ignore[reportAttributeAccessIssue]
             made[tensor.data_ptr()] = tensor.made  # pyright: ignore[reportAttributeAccessIssue]
     _hooks._push_saved_tensors_default_hooks(partial(_pack, made), _unpack)
     try:
