@@ -251,12 +251,17 @@ class Made:
         Raises:
             RuntimeError: if `x` has been written to since.
         """
-        if self.tensors[0]._version != self.version:
-            raise RuntimeError(
-                "a tensor that backward needs was modified in place after it had been quantized: "
-                f"{tuple(self.tensors[0].shape)} is at version {self.tensors[0]._version}, expected {self.version}"
-            )
+        check_version(self.tensors[0], self.version)
         return self.gradient.forward.large(self.tensors)
+
+
+def check_version(tensor: Tensor, version: int) -> None:
+    """Raises RuntimeError if `tensor` has been written to since it was at `version`."""
+    if tensor._version != version:
+        raise RuntimeError(
+            "a tensor that backward needs was modified in place after it had been saved or quantized: "
+            f"{tuple(tensor.shape)} is at version {tensor._version}, expected {version}"
+        )
 
 
 Recipe = tuple[Gradient, tuple[Tensor, ...]]

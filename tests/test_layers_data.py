@@ -182,6 +182,20 @@ def test_the_output_may_be_written_to(used):
     assert used
 
 
+@pytest.mark.parametrize("small", [True, False], ids=["small", "remembered as recipes"])
+def test_a_step_that_is_changed_before_backward_is_an_error(small, used, monkeypatch):
+    if not small:
+        monkeypatch.setattr(kernels, "SMALL", 0)
+    x = torch.randn(4, 3, 8, 8)
+    model = quantized(nn.Conv2d(3, 8, 3), x)
+    y = model(x)
+    assert used
+    with torch.no_grad():
+        model[0].input_quantizer.scale.mul_(2)
+    with pytest.raises(RuntimeError, match="modified"):
+        y.sum().backward()
+
+
 def second_derivatives(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """The product of the Hessian with a vector, of a loss that is not linear in the output."""
     names, parameters = zip(*model.named_parameters(), strict=True)

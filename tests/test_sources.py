@@ -133,6 +133,17 @@ def test_second_derivatives_pass_through_what_is_made_again(monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_a_float_weight_that_is_changed_in_place_before_backward_is_an_error():
+    x = torch.randn(4, 6)
+    model = quantized(nn.Linear(6, 5), x)
+    model.weight_quantizer.enable(False)
+    y = model(x.clone().requires_grad_())
+    with torch.no_grad():
+        model.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified"):
+        y.sum().backward()
+
+
 def test_an_input_that_is_changed_in_place_before_backward_is_an_error():
     x = torch.randn(4, 6)
     model = quantized(nn.Linear(6, 5), x)

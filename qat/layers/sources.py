@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.kernels import Made
+from qat.kernels import Made, check_version
 
 _hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 """torch's stack of hooks on saved tensors, without the objects that `torch.autograd.graph` puts around it."""
@@ -44,13 +44,14 @@ def from_sources(tensors: Iterable[Tensor], function: Callable[..., Any], /, *ar
 def _pack(made: dict[int, Made], tensor: Tensor) -> Any:
     source = made.get(tensor.data_ptr())
     if source is None or tensor.numel() != source.tensors[0].numel():
-        return tensor
+        return tensor, tensor._version  # which torch does not check where a hook has seen the tensor
     return source, tensor.shape, tensor.stride()
 
 
 def _unpack(packed: Any) -> Tensor:
-    if isinstance(packed, Tensor):
-        return packed
+    if isinstance(packed[0], Tensor):
+        check_version(*packed)
+        return packed[0]
     made, shape, stride = packed
     with torch.no_grad():
         return made.again().as_strided(shape, stride)
