@@ -88,7 +88,7 @@ def _compiled(layer: Any, geometry: Geometry, quantize: Callable[[Tensor], Tenso
 def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     """The output of a quantized layer in evaluation, without gradients; `None` where float arithmetic has to do it."""
     geometry = layer.geometry()
-    if geometry is None or torch.compiler.is_dynamo_compiling():
+    if geometry is None or type(x) is not Tensor or torch.compiler.is_dynamo_compiling():  # sizes may be symbols
         return None
     few = _positions(x, geometry) * layer.weight.numel() < MIN_PRODUCTS["conv2d" if geometry else "linear"]
     if few or not _runs_here(x, layer.weight):  # in this order: small layers are to lose no time
