@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from qat.cli import main
 from qat.errors import UserError
 from qat.lightning import read_checkpoint
-from qat.lightning.resume import check_settled, settled
+from qat.lightning.settled import check_settled, settled
 
 ROOT = Path(__file__).parents[1]
 MODULE = '''

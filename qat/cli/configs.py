@@ -91,16 +91,22 @@ def _group_override(text: str, roots: list[Path]) -> str:
         return text
     if override.value() is None:
         return f"{key.lstrip('+')}=[]"
-    options = [path.stem for folder in folders for path in sorted(folder.glob("*.yaml"))]
-    raise UserError(f"{text}: there is no such option{nearest(value, options)}")
+    raise UserError(f"{text}: there is no such option{nearest(value, _options(folders))}")
 
 
-def dotted_keys(tree: Any, prefix: str = "") -> Iterator[str]:
-    """All keys of a nested dict as they are written on the command line: `trainer`, `trainer.max_epochs`, ..."""
+def _options(folders: Sequence[Path]) -> list[str]:
+    """The names that a group's folders offer."""
+    return [path.stem for folder in folders for path in sorted(folder.glob("*.yaml"))]
+
+
+def dotted_items(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All keys of a nested dict as they are written on the command line (`trainer`, `trainer.max_epochs`, ...), and
+    what they hold.
+    """
     if isinstance(tree, dict):
         for key, value in tree.items():
-            yield f"{prefix}{key}"
-            yield from dotted_keys(value, f"{prefix}{key}.")
+            yield f"{prefix}{key}", value
+            yield from dotted_items(value, f"{prefix}{key}.")
 
 
 def finish(cfg: DictConfig, run_dir: Path) -> None:
@@ -120,7 +126,7 @@ def finish(cfg: DictConfig, run_dir: Path) -> None:
         if cfg.get(group) is None:
             _leave_out(cfg, group)
     cfg.run_dir = str(run_dir)
-    for key in dotted_keys(OmegaConf.to_container(cfg, resolve=False)):  # OmegaConf.resolve would not tell which
+    for key, _ in dotted_items(OmegaConf.to_container(cfg, resolve=False)):  # OmegaConf.resolve would not tell which
         try:
             OmegaConf.select(cfg, key)
         except InterpolationResolutionError as error:
@@ -148,10 +154,10 @@ def _divides(value: Any) -> bool:
 
 def _leave_out(cfg: DictConfig, group: str) -> None:
     if group in REQUIRED:
-        options = sorted(path.stem for path in (configs_dir() / group).glob("*.yaml"))
         off = " (quant=off leaves everything float)" if group == "quant" else ""
         raise UserError(
-            f"config group '{group}' is left out, and there is no run without it{off}{nearest('', options)}"
+            f"config group '{group}' is left out, and there is no run without it{off}"
+            f"{nearest('', _options([configs_dir() / group]))}"
         )
     OmegaConf.update(cfg, group, None, force_add=True)
 

@@ -15,7 +15,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from qat.cli.configs import configs_dir, dotted_keys
+from qat.cli.configs import configs_dir, dotted_items
 from qat.errors import UserError, nearest
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
@@ -96,5 +96,5 @@ def _existing_keys(key: str, overrides: list[str], config_dir: str | None, versi
         except COMPOSITION_ERRORS:
             continue  # another mistake on the same command line; without overrides all is well
         groups = [path.name for path in configs_dir().iterdir() if path.is_dir()]
-        return list(dict.fromkeys([*dotted_keys(OmegaConf.to_container(cfg, resolve=False)), *groups]))
+        return list(dict.fromkeys([*dict(dotted_items(OmegaConf.to_container(cfg, resolve=False))), *groups]))
     return []

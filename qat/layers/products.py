@@ -59,10 +59,10 @@ def trained_on_codes(layer: Any, x: Tensor, around: Callable[..., Tensor] | None
         return None
     alone = layer.input_quantizer is grid and getattr(grid, "readers", 1) == 1
     with ours():
-        quantize = partial(_quantized, grid) if alone else layer.quantized_input
         if compiling:
-            return _compiled(layer, geometry, quantize, x)
-        x, weight = quantize(x), _quantized(weight_grid, layer.weight)
+            return _compiled(layer, geometry, grid if alone else layer.quantized_input, x, grid, weight_grid)
+        x = _quantized(grid, x) if alone else layer.quantized_input(x)
+        weight = _quantized(weight_grid, layer.weight)
         with torch.no_grad():
             codes = *_codes(input_codes, x, grid), *_codes(weight_codes, weight, weight_grid)[:2]
 
@@ -73,10 +73,11 @@ def trained_on_codes(layer: Any, x: Tensor, around: Callable[..., Tensor] | None
         return from_sources((x, weight), function, x, weight, layer.quantized_bias())
 
 
-def _compiled(layer: Any, geometry: Geometry, quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _compiled(
+    layer: Any, geometry: Geometry, quantize: Callable[[Tensor], Tensor], x: Tensor,
+    grid: Quantizer, weight_grid: Quantizer,
+) -> Tensor:  # fmt: skip
     """The same for compilers: codes are computed from what was quantized, so that both are one rounding to them."""
-    grid, weight_grid = grids(layer)
-    assert grid is not None and weight_grid is not None
     x, recipe = kernels.with_recipe(quantize, x)
     weight, weight_recipe = kernels.with_recipe(weight_grid, layer.weight)
     with torch.no_grad():
@@ -191,8 +192,6 @@ def looked_at(quantizer: Quantizer) -> bool:
 
 def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
     """`quantizer(x)`, its values left unwritten if they can be made from a recipe."""
-    if torch.compiler.is_dynamo_compiling():
-        return quantizer(x)
     y = kernels.unwritten(quantizer, x)
     return y if y is not None and _rounds(y) else quantizer(x, follow=False)
 

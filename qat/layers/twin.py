@@ -42,14 +42,14 @@ class TwinMixin:
         for tensor in tensors:
             if tensor is not None:
                 stamp += object() if tensor.is_inference() else tensor._version, tensor.data_ptr()
-        seen = list(tensors)
         for grid in grids:
             if grid is not None:
                 stamp += grid.versions()
-                seen.append(grid.scale)
         kept = self.__dict__.setdefault("_kept", {})
         if name not in kept or kept[name][0] != stamp:
-            kept[name] = stamp, compute(), seen  # while they live, no other tensor gets their address
+            # While these live, no other tensor gets their address.
+            seen = *tensors, *(grid.scale for grid in grids if grid is not None)
+            kept[name] = stamp, compute(), seen
         return kept[name][1]
 
     def train(self, mode: bool = True) -> Self:

@@ -26,9 +26,8 @@ def calm() -> Iterator[None]:
             warnings.filterwarnings("ignore", message=message)
         try:
             yield
-        except MisconfigurationException as error:
-            raise UserError(" ".join(str(error).split())) from error
-        except RuntimeError as error:  # what EarlyStopping says of a metric that is not logged
-            if not str(error).startswith("Early stopping conditioned on metric"):
+        except (MisconfigurationException, RuntimeError) as error:
+            # The second is what EarlyStopping raises for a metric that is not logged, and many others for bugs.
+            if isinstance(error, RuntimeError) and not str(error).startswith("Early stopping conditioned on metric"):
                 raise
             raise UserError(" ".join(str(error).split())) from error

@@ -4,60 +4,21 @@ it.
 Lightning restores weights, optimizers and loops, but not the state of random number generators. So every epoch starts
 from a seed of its own, and a run that was killed and resumed from an epoch's end draws the same order of samples,
 augmentation and dropout as one that was not. (A checkpoint from the middle of an epoch continues with other samples:
-a plain dataloader cannot be wound forward.) What would give other numbers from here on than before is refused.
+a plain dataloader cannot be wound forward.)
 """
 
 import csv
 import random
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import CSVLogger
 
-from qat.errors import UserError
-
 PRIME = 1_000_003
 """Keeps the epochs' seeds of neighbouring runs (seed=0, seed=1, ...) apart."""
-
-SETTLED = ("seed", "metric", "float_epochs", "float_model", "model", "data")
-"""Parts of a config that all stages have in common; how many epochs, and where, is for each run to say."""
-INDIFFERENT = "data.num_workers"
-
-
-def settled(cfg: DictConfig) -> dict[str, Any]:
-    """What a run keeps to when it is resumed, by dotted key; not the texts of `data`, which may say where it lies."""
-    parts = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(SETTLED)), resolve=True)
-    flat = dict(_flat("", parts))
-    free = {key for key, value in flat.items() if key.startswith("data.") and isinstance(value, str)} | {INDIFFERENT}
-    return {key: value for key, value in flat.items() if key not in free}
-
-
-def check_settled(now: dict[str, Any], before: dict[str, Any], folder: Path) -> None:
-    """Compares what two configs of one run say.
-
-    Raises:
-        UserError: naming the first key that differs.
-    """
-    for key in before:
-        if key in now and now[key] != before[key]:
-            raise UserError(
-                f"{key}={now[key]}: the run in {folder} has {key}={before[key]}, which a resumed one keeps; leave it "
-                "out, or start another run"
-            )
-
-
-def _flat(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(node, dict):
-        yield prefix, node
-        return
-    for key, child in node.items():
-        yield from _flat(f"{prefix}.{key}" if prefix else str(key), child)
 
 
 class SeedEpochs(Callback):

@@ -100,9 +100,7 @@ class Run(Workspace):
         with self.stage("qat", "Quantization-aware training") as values:
             last = self._resume_from(self.folder / "checkpoints" / "last.ckpt", *self.loggers)
             callbacks = [self.qat_callback(), SeedEpochs(self.cfg.seed), *self.callbacks]
-            saves = any(
-                isinstance(callback, Checkpoint) for callback in callbacks
-            )  # else Lightning adds one of its own
+            saves = any(isinstance(callback, Checkpoint) for callback in callbacks)  # else Lightning adds its own
             trainer = self.trainer(callbacks=callbacks, logger=self.loggers, enable_checkpointing=saves)
             trainer.fit(self.module, datamodule=self.data, ckpt_path=last, weights_only=True)
             trainer.save_checkpoint(self.folder / "quantized.ckpt", weights_only=True)

@@ -34,7 +34,7 @@ from qat.insert import Plan, apply_plan, make_plan
 from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
 from qat.lightning.evaluate import test_metric
-from qat.lightning.resume import check_settled, settled
+from qat.lightning.settled import check_settled, settled
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights

@@ -1,0 +1,35 @@
+"""What a run keeps to when it is resumed: settings that would give other numbers from there on than before."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from qat.cli.configs import dotted_items
+from qat.errors import UserError
+
+SETTLED = ("seed", "metric", "float_epochs", "float_model", "model", "data")
+"""Parts of a config that all stages have in common; how many epochs, and where, is for each run to say."""
+INDIFFERENT = "data.num_workers"
+
+
+def settled(cfg: DictConfig) -> dict[str, Any]:
+    """What a run keeps to when it is resumed, by dotted key; not the texts of `data`, which may say where it lies."""
+    parts = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(SETTLED)), resolve=True)
+    values = {key: value for key, value in dotted_items(parts) if not isinstance(value, dict)}
+    free = {key for key, value in values.items() if key.startswith("data.") and isinstance(value, str)} | {INDIFFERENT}
+    return {key: value for key, value in values.items() if key not in free}
+
+
+def check_settled(now: dict[str, Any], before: dict[str, Any], folder: Path) -> None:
+    """Compares what two configs of one run say.
+
+    Raises:
+        UserError: naming the first key that differs.
+    """
+    for key in before:
+        if key in now and now[key] != before[key]:
+            raise UserError(
+                f"{key}={now[key]}: the run in {folder} has {key}={before[key]}, which a resumed one keeps; leave it "
+                "out, or start another run"
+            )
