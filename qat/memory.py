@@ -18,7 +18,7 @@ OWN_CHOICE = {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"}
 
 
 def keep_freed() -> None:
-    """Has malloc keep, for this process, what is freed; it then never shrinks again, and rarely grows by more than 3%.
+    """Has malloc keep, for this process, what is freed; it then never shrinks again.
 
     Does nothing where malloc is not glibc's, or where the environment has settings for it (MALLOC_TRIM_THRESHOLD_,
     MALLOC_MMAP_THRESHOLD_, or GLIBC_TUNABLES).

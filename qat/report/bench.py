@@ -95,7 +95,7 @@ def save_bench_plot(measured: Sequence[Measured], path: Path) -> None:
         axes.set_xlim(min(t.p50 for t in timings) / 3, max(t.p99 for t in timings) * 4)
         title = f"batch {batch}, {threads} thread{'s' * (threads > 1)}"
         axes.set_title(title, loc="left", fontsize=10, color=INK)
-        axes.tick_params(colors=MUTED, labelsize=8, length=0)
+        axes.tick_params(which="both", colors=MUTED, labelsize=8, length=0)  # minor ones have labels on short axes
         axes.tick_params(axis="y", colors=INK, labelsize=9)
         axes.grid(axis="x", color=RULE)
         axes.set_axisbelow(True)
