@@ -17,6 +17,8 @@ from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.layers.twin import original_class
 from qat.lightning import load_from_checkpoint, load_weights
+from qat.lightning.losses import BatchLosses
+from qat.lightning.steps import trainer_source
 
 # -- compiled ----------------------------------------------------------------------------------------------------------
 
@@ -214,3 +216,19 @@ def test_a_module_is_probed_where_it_is_not_where_lightning_will_move_it(tmp_pat
     trainer(tmp_path, Ahead()).fit(module, loader(), loader())
     assert {name: t.device.type for name, t in module.state_dict().items() if t.is_meta} == {}
     assert all(quantizer.initialised for _, quantizer in named_quantizers(module))
+
+
+@pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_after_batch_transfer"])
+def test_calibration_and_loss_differences_see_batches_as_the_module_s_hooks_make_them(hook, tmp_path):
+    class Brighter(Tiny):
+        def forward(self, x):
+            seen.append(x.abs().max().item())
+            return super().forward(x)
+
+    seen: list[float] = []
+    setattr(Brighter, hook, lambda self, batch, index: (batch[0].abs() + 100, batch[1]))
+    model, t = Brighter(), trainer(tmp_path)
+    t.fit(model, loader(64), loader())
+    next(BatchLosses(trainer_source(t), samples=4)(model))
+    probing = 1  # of nothing but shapes
+    assert len(seen) > 20 and sum(peak < 100 for peak in seen) <= probing

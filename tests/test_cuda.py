@@ -113,8 +113,9 @@ def test_compiled_training_takes_the_same_steps(cudagraphs):
         torch.testing.assert_close(fast.state_dict()[name], value, rtol=0.02, atol=4e-3, msg=name)
 
 
-def test_a_run_on_a_gpu_exports_a_file_that_computes_what_it_measured(tmp_path):
-    overrides = ["trainer=gpu", "data.num_workers=2", "float_epochs=2", "trainer.max_epochs=2"]
+@pytest.mark.parametrize("made", ["data.num_workers=2", "data.on_device=true"])
+def test_a_run_on_a_gpu_exports_a_file_that_computes_what_it_measured(made, tmp_path):
+    overrides = ["trainer=gpu", made, "float_epochs=2", "trainer.max_epochs=2"]
     assert main(["train", *overrides, "trainer.enable_progress_bar=false", f"run_dir={tmp_path}"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["verify"]["passed"] and report["verify"]["codes_identical"]

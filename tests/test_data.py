@@ -115,6 +115,40 @@ def reproduced(workers: int) -> None:
     assert torch.equal(epoch(0), first)  # whatever epochs there were between
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_batches_made_where_the_model_is_are_those_of_a_loader(precision, tmp_path):
+    seen = []
+
+    class Model(pl.LightningModule):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch)
+
+        validation_step = test_step = training_step
+
+        def configure_optimizers(self):
+            return None
+
+    def run(**how):
+        seen.clear()
+        pl.seed_everything(0, verbose=False)
+        data = Digits(crop_padding=1, flip=True, batch_size=300, **how)
+        quiet = {name: False for name in ("logger", "enable_progress_bar", "enable_model_summary")}
+        trainer = pl.Trainer(max_epochs=2, precision=precision, default_root_dir=tmp_path, accelerator="cpu", **quiet)
+        trainer.fit(Model(), data)
+        trainer.test(Model(), data, verbose=False)
+        return list(seen)
+
+    there, here = run(on_device=True), run()
+    assert len(there) == len(here) == 15  # 2 x 5 in training, 3 in validation (one before it), 2 in the test
+    for batch, expected in zip(there, here, strict=True):
+        assert batch[0].dtype == expected[0].dtype
+        assert all(map(torch.equal, batch, expected))
+
+
+def test_a_model_keeps_its_own_transfer_hook():
+    assert "on_after_batch_transfer" not in vars(Digits()) and "on_after_batch_transfer" in vars(Digits(on_device=True))
+
+
 def test_only_training_batches_are_shuffled_and_augmented():
     data = ready(Digits(crop_padding=2, flip=True))
     for split, loader in {"val": data.val_dataloader(), "test": data.test_dataloader()}.items():

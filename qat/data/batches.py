@@ -5,7 +5,7 @@ the stored bytes, and the collate function sees [N, C, H, W] and augments and no
 operations. Unlike a loader that batches by itself, this leaves sampler and batch sampler to torch and Lightning:
 shuffling, resuming and the DistributedSampler that Lightning injects for DDP work as they do for any map-style data
 set. An augmented epoch of 45,000 CIFAR-10 images takes about a second on two cores, so worker processes are not
-needed.
+needed. A GPU that would wait for them can make the batches itself: `Resident`.
 
 Shapes: N samples, C channels, H by W pixels.
 """
@@ -70,7 +70,46 @@ class Collate:
         x, y = batch  # torch types it as a list of samples; it is what `__getitems__` returned
         if self.crop_padding or self.flip:
             x = augment(x, crop_padding=self.crop_padding, flip=self.flip)
-        return (x.float() / self.white - self.mean) / self.std, y
+        return (x.float() / self.white - self.mean.to(x.device)) / self.std.to(x.device), y
+
+
+class Indices(NamedTuple):
+    """A batch that is still to be made."""
+
+    split: str
+    indices: Tensor  # int64 [N]
+
+
+class IndexDataset(Dataset[int]):
+    """Stands for the images of a split in a loader whose batches are `Indices`."""
+
+    def __init__(self, split: str, count: int) -> None:
+        self.split, self.count = split, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def collate(self, indices: Sequence[int]) -> Indices:
+        return Indices(self.split, torch.as_tensor(indices))
+
+
+class Resident:
+    """Images that lie where their indices are, and are gathered, augmented and normalised there.
+
+    Random numbers come from torch's generator of that device.
+    """
+
+    def __init__(self, images: Images, collate: Collate) -> None:
+        self.images, self.collate = images, collate
+
+    def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """int64 [N] to (float32 [N, C, H, W], int64 [N]), on the device of `indices`."""
+        if self.images.labels.device != indices.device:
+            self.images = Images(*(tensor.to(indices.device) for tensor in self.images))
+        return self.collate(self.images.take(indices))
 
 
 def augment(x: Tensor, *, crop_padding: int, flip: bool) -> Tensor:
@@ -87,12 +126,12 @@ def augment(x: Tensor, *, crop_padding: int, flip: bool) -> Tensor:
     """
     n, _, height, width = x.shape
     padded = torch.nn.functional.pad(x, [crop_padding] * 4)
-    top, left = torch.randint(2 * crop_padding + 1, (2, n, 1))
-    rows = top + torch.arange(height)  # [N, H]
-    columns = torch.arange(width).expand(n, width)
+    top, left = torch.randint(2 * crop_padding + 1, (2, n, 1), device=x.device)
+    rows = top + torch.arange(height, device=x.device)  # [N, H]
+    columns = torch.arange(width, device=x.device).expand(n, width)
     if flip:
-        columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns)
+        columns = torch.where(torch.rand(n, 1, device=x.device) < 0.5, columns.flip(1), columns)
     columns = left + columns  # [N, W]
-    each = torch.arange(n).view(n, 1, 1)
+    each = torch.arange(n, device=x.device).view(n, 1, 1)
     # The sliced channel axis between indexed ones goes last: [N, H, W, C].
     return padded[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()

@@ -27,6 +27,7 @@ class Digits(ImageDataModule):
         flip: flip half of the training images horizontally.
         split_seed: seed of the split and of the limits.
         num_workers: processes that prepare the batches; 0: none.
+        on_device: keep the images where the model is, and make the batches there.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Digits(ImageDataModule):
         flip: bool = False,
         split_seed: int = 0,
         num_workers: int = 0,
+        on_device: bool = False,
     ) -> None:
         super().__init__(
             white=16,
@@ -54,6 +56,7 @@ class Digits(ImageDataModule):
             flip=flip,
             split_seed=split_seed,
             num_workers=num_workers,
+            on_device=on_device,
         )
         require("mean", list(mean), len(mean) == 1, "one number: digits are grey")
 

@@ -37,6 +37,7 @@ class HFImages(ImageDataModule):
         flip: flip half of the training images horizontally.
         split_seed: seed of the split and of the limits.
         num_workers: processes that prepare the batches; 0: none.
+        on_device: keep the images where the model is, and make the batches there.
         cache_dir: folder for the decoded images; None to decode on every run.
 
     Raises:
@@ -60,6 +61,7 @@ class HFImages(ImageDataModule):
         flip: bool = False,
         split_seed: int = 0,
         num_workers: int = 0,
+        on_device: bool = False,
         cache_dir: str | None = "~/.cache/qat",
     ) -> None:
         super().__init__(
@@ -74,6 +76,7 @@ class HFImages(ImageDataModule):
             flip=flip,
             split_seed=split_seed,
             num_workers=num_workers,
+            on_device=on_device,
         )
         require("val_fraction", val_fraction, 0 < val_fraction < 1, "a fraction between 0 and 1")
         if name is None and root is None:

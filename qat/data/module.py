@@ -7,16 +7,17 @@ and augmentation come from torch's global generator, which `seed_everything` set
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qat.data.batches import Collate, ImageDataset, Images
+from qat.data.batches import Collate, ImageDataset, Images, Indices, IndexDataset, Resident
 from qat.errors import UserError
 
-Loader = DataLoader[tuple[Tensor, Tensor]]  # batches: float32 [N, C, H, W], int64 [N]
+Loader = DataLoader[Any]  # batches: float32 [N, C, H, W], int64 [N]; or `Indices`
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -34,6 +35,8 @@ class ImageDataModule(pl.LightningDataModule):
         flip: flip half of the training images horizontally.
         split_seed: seed of the split and of the limits.
         num_workers: processes that prepare the batches, on a machine whose GPU would wait for them; 0: none.
+        on_device: keep the images where the model is, and make the batches there. A loader then yields `Indices`, from
+            which Lightning's transfer makes a batch.
 
     Raises:
         UserError: an option is out of its range, or on `setup` a limit exceeds what there is.
@@ -53,6 +56,7 @@ class ImageDataModule(pl.LightningDataModule):
         flip: bool,
         split_seed: int,
         num_workers: int,
+        on_device: bool,
     ) -> None:
         super().__init__()
         limits = {"train": train_limit, "val": val_limit, "test": test_limit}
@@ -67,11 +71,15 @@ class ImageDataModule(pl.LightningDataModule):
         positive = all(0 < value < math.inf for value in std)
         require("std", list(std), len(std) == len(mean) and positive, f"{len(mean)} positive numbers, as in data.mean")
         self.batch_size, self.limits, self.split_seed = batch_size, limits, split_seed
-        self.num_workers = num_workers
+        require("on_device", on_device, not (on_device and num_workers), "false, where data.num_workers prepare batches")
+        self.num_workers, self.on_device = num_workers, on_device
         self.channels = len(mean)
         self.plain = Collate(white, mean, std)
         self.augmented = Collate(white, mean, std, crop_padding=crop_padding, flip=flip)
         self.splits: dict[str, Images] = {}
+        self.resident: dict[str, Resident] = {}
+        if on_device:  # of the object, not the class, whose hook would keep Lightning from calling the model's own
+            self.on_after_batch_transfer = self._make_batch
 
     def load(self) -> dict[str, Images]:
         """Reads the images and returns them as "train", "val" and "test"; all of them, without limits."""
@@ -102,7 +110,19 @@ class ImageDataModule(pl.LightningDataModule):
         """The test batches."""
         return self.test_dataloader()
 
+    def _make_batch(self, batch: Any, dataloader_idx: int) -> Any:
+        """What a loader gave, once it is where the model is, as a batch in the trainer's precision."""
+        if not isinstance(batch, Indices):
+            return batch
+        images = self.resident[batch.split](batch.indices)
+        return images if self.trainer is None else self.trainer.precision_plugin.convert_input(images)
+
     def _loader(self, split: str, collate: Collate, shuffle: bool = False) -> Loader:
+        if self.on_device:
+            images = self.splits[split]
+            self.resident.setdefault(split, Resident(images, collate))
+            indices = IndexDataset(split, len(images.labels))
+            return DataLoader(indices, self.batch_size, shuffle=shuffle, collate_fn=indices.collate)
         # New processes for each epoch: those that stay would draw on where the last epoch left their random numbers.
         return DataLoader(
             ImageDataset(self.splits[split]),

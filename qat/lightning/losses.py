@@ -9,7 +9,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.lightning.steps import CALIBRATION_SEED, Source, batch_size, batches, no_trace, precision, step_of
+from qat.lightning.steps import CALIBRATION_SEED, Source, batch_size, batches, no_trace, precision, step_of, to_module
 
 
 class BatchLosses:
@@ -35,8 +35,7 @@ class BatchLosses:
         for batch in self.batches:
             gradients = torch.is_grad_enabled()
             with no_trace(module), precision(module), torch.set_grad_enabled(gradients):
-                moved = module._apply_batch_transfer_handler(batch, device=module.device)
-                loss = _loss(module, step_of(module, "training_step")(moved))
+                loss = _loss(module, step_of(module, "training_step")(to_module(module, batch)))
             yield loss, batch_size(batch)
 
 

@@ -10,14 +10,14 @@ from qat.errors import UserError
 
 SETTLED = ("seed", "metric", "float_epochs", "float_model", "model", "data")
 """Parts of a config that all stages have in common; how many epochs, and where, is for each run to say."""
-INDIFFERENT = "data.num_workers"
+INDIFFERENT = {"data.num_workers", "data.on_device"}
 
 
 def settled(cfg: DictConfig) -> dict[str, Any]:
     """What a run keeps to when it is resumed, by dotted key; not the texts of `data`, which may say where it lies."""
     parts = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(SETTLED)), resolve=True)
     values = {key: value for key, value in dotted_items(parts) if not isinstance(value, dict)}
-    free = {key for key, value in values.items() if key.startswith("data.") and isinstance(value, str)} | {INDIFFERENT}
+    free = {key for key, value in values.items() if key.startswith("data.") and isinstance(value, str)} | INDIFFERENT
     return {key: value for key, value in values.items() if key not in free}
 
 

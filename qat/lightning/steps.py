@@ -171,8 +171,10 @@ def precision(module: pl.LightningModule) -> AbstractContextManager[Any]:
 
 
 def to_module(module: pl.LightningModule, batch: Any) -> Any:
-    """The batch as the trainer would hand it to a step: on the module's device, in its precision."""
-    return module._apply_batch_transfer_handler(_plugin(module).convert_input(batch), device=module.device)
+    """The batch as the trainer would hand it to a step: in its precision, on the module's device, by way of the hooks
+    that Lightning lets change a batch."""
+    batch = module._on_before_batch_transfer(_plugin(module).convert_input(batch))
+    return module._apply_batch_transfer_handler(batch, device=module.device)
 
 
 def example_input(module: pl.LightningModule, source: Source) -> Tensor:
