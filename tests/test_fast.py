@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from qat.errors import UserError
-from qat.lightning import AnnealBits, ChannelsLast, Compile, QATCallback
+from qat.lightning import AnnealBits, ChannelsLast, Compile, Distill, QATCallback
 from qat.models import MLP, ResNet
 
 POLICY = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}, "sites": {"bits": 8}}
@@ -102,6 +102,17 @@ def test_a_batch_that_somebody_watches_runs_as_it_is_written(eager_backend):
     how = HowRun()
     trained(Hook(), Compile(), how)
     assert how.compiled == [True, False, False, False]
+
+
+@pytest.mark.parametrize("features", [[], ["layer1"]], ids=["outputs", "features"])
+def test_a_student_that_is_listened_to_is_compiled_once(features, eager_backend):
+    seen = torch._dynamo.utils.counters["stats"]
+    seen.clear()
+    distilled = dict(alpha=0.5, features=features)
+    plain, fast = trained(Distill(**distilled)), trained(Distill(**distilled), Compile(fullgraph=True))
+    assert seen["unique_graphs"] == 1  # of two epochs
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(fast.state_dict()[name], value, rtol=0.02, atol=2e-3, msg=name)
 
 
 def test_grids_stay_in_float32_under_autocast():

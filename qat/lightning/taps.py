@@ -2,7 +2,7 @@
 
 import fnmatch
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -37,6 +37,8 @@ class Taps:
         self._modules = {name: modules[name] for name in names}
         self.names = list(self._modules)
         self.calls: dict[str, list[Call]] = {name: [] for name in names}
+        # Made once: a compiler takes other functions for another program each time.
+        self._hooks = {name: _noting(calls) for name, calls in self.calls.items()}
         self._handles: list[Any] = []
 
     def module(self, name: str) -> nn.Module:
@@ -50,15 +52,20 @@ class Taps:
     def __enter__(self) -> Self:
         self.clear()
         for name, module in self._modules.items():
-            note = self.calls[name].append
-            hook = lambda _, args, kwargs, output, note=note: note((args, kwargs, output))  # noqa: E731
-            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._hooks[name], with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _noting(calls: list[Call]) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((args, kwargs, output))
+
+    return hook
 
 
 def answer(output: Any) -> Tensor:
