@@ -67,11 +67,14 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         torch.no_grad(),
         torch.autocast(args[0].device.type, enabled=False),
         torch._C._EnableTorchFunction(),  # layers run without it, and compilers need it
+        torch.compiler.set_stance("default"),  # whatever has been said about the user's own programs
         ExitStack() as unfollowed,
     ):
         for _ in range(torch._C._len_torch_function_stack()):
             unfollowed.enter_context(_pop_mode_temporarily())
         results = torch.compile(_own_code(function), dynamic=True, fullgraph=True, backend=capture)(*examples)
+    if not captured:
+        raise RuntimeError("it is disabled")
     [(graph, run)] = captured
     takes = _arguments(graph)
     single = isinstance(results, Tensor)

@@ -133,6 +133,17 @@ def test_without_a_compiler_it_warns_once_and_computes_the_same(monkeypatch):
         assert torch.equal(y, expected[0]) and torch.equal(grad, expected[1])
 
 
+@pytest.mark.parametrize("stance", ["force_eager", "fail_on_recompile"])
+def test_a_stance_toward_compiled_code_is_about_the_user_s(stance):
+    kernels.gradient.cache_clear()
+    kernels.configure("always")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="quantizers run uncompiled")
+        with torch.compiler.set_stance(stance):
+            train_on(lsq(), 32, 4096)
+    assert len(kernels.gradient(*lsq().gradient.parts).forward._programs) == 1
+
+
 def test_short_runs_never_compile(monkeypatch):
     monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("compiled before its patience ran out"))
