@@ -267,9 +267,10 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
         ),
         pytest.param(["quant.scale_lr=-1"], "error: quant.scale_lr=-1: must be 0 or more", id="negative-rate"),
         pytest.param(["data.num_workers=-1"], "error: data.num_workers=-1: expected 0 or more", id="workers"),
+        pytest.param(["cache_dir=/dev/null/x"], "error: cache_dir=/dev/null/x: there is no such folder", id="no-cache"),
         pytest.param(
             ["data.on_device=true", "data.num_workers=2"],
-            "error: data.on_device=True: expected false, where data.num_workers prepare batches",
+            "error: data.on_device=True: expected false, as data.num_workers prepare batches",
             id="both",
         ),
         pytest.param(["data.split_seed=-1"], "error: data.split_seed=-1: expected a seed from 0", id="split-seed"),

@@ -77,6 +77,9 @@ def main(argv: list[str]) -> int:
     for text in args.overrides:
         options.remove(text)
     args.overrides = group_overrides(args.overrides, args.config_dir)
+    for text in args.overrides:
+        if text in ("run_dir=null", "run_dir=", "~run_dir"):
+            raise UserError(f"{text}: a run writes into a folder; leave this out for one named after the time")
     if _sweeping(args):
         from qat.cli.sweep import main as sweep
 

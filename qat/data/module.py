@@ -11,10 +11,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
-from qat.data.batches import Collate, ImageDataset, Images, Indices, IndexDataset, Resident
+from qat.data.batches import Collate, ImageDataset, Images, IndexDataset, Indices, Resident
 from qat.errors import UserError
 
 Loader = DataLoader[Any]  # batches: float32 [N, C, H, W], int64 [N]; or `Indices`
@@ -71,7 +70,7 @@ class ImageDataModule(pl.LightningDataModule):
         positive = all(0 < value < math.inf for value in std)
         require("std", list(std), len(std) == len(mean) and positive, f"{len(mean)} positive numbers, as in data.mean")
         self.batch_size, self.limits, self.split_seed = batch_size, limits, split_seed
-        require("on_device", on_device, not (on_device and num_workers), "false, where data.num_workers prepare batches")
+        require("on_device", on_device, not (on_device and num_workers), "false, as data.num_workers prepare batches")
         self.num_workers, self.on_device = num_workers, on_device
         self.channels = len(mean)
         self.plain = Collate(white, mean, std)

@@ -121,6 +121,13 @@ class Workspace:
 
     def check(self) -> None:
         """Tries policy and metric on copies of the module, for mistakes that would else show after float training."""
+        if (cache := self.cfg.cache_dir) is not None:
+            try:
+                Path(cache).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(
+                    f"cache_dir={cache}: there is no such folder, and none can be made ({error})"
+                ) from error
         self.qat_callback()
         shell = copy.deepcopy(self.module)
         batches = int(self.cfg.trainer.get("limit_test_batches") != 0)
