@@ -170,10 +170,10 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        function, (x, scale, *_) = ctx.gradient.backward.function, ctx.saved_tensors
-        if torch.compiler.is_dynamo_compiling() and _is_part(x, scale):
+        function, tensors = ctx.gradient.backward.function, ctx.saved_tensors
+        if torch.compiler.is_dynamo_compiling() and _is_part(*tensors[:2]):
             function = partial(_in_memory, function)
-        grad_x, *others = function(grads[0], *ctx.saved_tensors)
+        grad_x, *others = function(grads[0], *tensors)
         return _returned(ctx.grad_scale, grad_x, others)
 
 
