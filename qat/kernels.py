@@ -170,8 +170,35 @@ class _Plain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, *others = ctx.gradient.backward.function(grads[0], *ctx.saved_tensors)
+        function, tensors = ctx.gradient.backward.function, ctx.saved_tensors
+        if torch.compiler.is_dynamo_compiling() and _is_part(*tensors[:2]):
+            function = partial(_in_memory, function)
+        grad_x, *others = function(grads[0], *tensors)
         return _returned(ctx.grad_scale, grad_x, others)
+
+
+def _is_part(x: Tensor, scale: Tensor) -> bool:
+    """Whether `x`, which has one scale, is a view of a larger tensor."""
+    return scale.numel() == 1 and x.untyped_storage().size() > x.numel() * x.element_size()
+
+
+def _in_memory(function: Callable[..., Grads], grad: Tensor, x: Tensor, *parameters: Tensor) -> Grads:
+    """`function(grad, x, *parameters)` for compilers, which are to write the gradient of `x` to memory.
+
+    The gradient of a tensor is the sum of those of its views (queries, keys and values of one projection), each filled
+    up with zeros. Fused with what makes them, every element of that sum would compute the gradients of all the views.
+    """
+    order: list[int] = []  # of the axes in memory, the outermost first
+    for axis in range(x.ndim):  # not sorted(): strides may be symbols
+        at = 0
+        while at < len(order) and x.stride(order[at]) >= x.stride(axis):
+            at += 1
+        order.insert(at, axis)
+    grad_x, *others = function(grad.permute(order), x.permute(order), *parameters)
+    assert grad_x is not None
+    grad_x = grad_x.contiguous()
+    grad_x = grad_x.as_strided(grad_x.shape, grad_x.stride())  # speaks of memory
+    return grad_x.permute([order.index(axis) for axis in range(x.ndim)]), *others
 
 
 class _Small(_Plain):

@@ -34,7 +34,10 @@ def _slopes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Ten
     v = ratio(x, scale)
     level = v.clamp_min(low).clamp_max_(high)
     inside = level == v
-    return rounding(level).sub_(torch.where(inside, v, 0)), inside
+    # A mask that two operations read is written to memory by compilers, which takes longer than all the rest (torch
+    # 2.13, CPU). So that each has its own:
+    again = v == level if torch.compiler.is_compiling() else inside
+    return rounding(level).sub_(torch.where(inside, v, 0)), again
 
 
 def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
