@@ -27,9 +27,14 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def positive(scale: Tensor) -> Tensor:
+    """The scale that acts: at least `TINY`."""
+    return scale.clamp_min(2.0**-126)  # written out: compiling for all shapes, torch takes a global float for an input
+
+
 def ratio(x: Tensor, scale: Tensor) -> Tensor:
     """`x` in units of its scale, in a tensor of its own."""
-    return x / scale.clamp_min(TINY)
+    return x / positive(scale)
 
 
 def over(x: Tensor, number: float) -> Tensor:
@@ -44,12 +49,12 @@ def levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, rounding: Roundi
         Levels in float32 (float64 for float64 input), of the shape of `x`. NaN stays NaN.
     """
     # Not clamp(low, high), which torch runs several times slower on tensors than its two halves.
-    return rounding((x / scale.clamp_min(TINY)).clamp_min_(low).clamp_max_(high))
+    return rounding((x / positive(scale)).clamp_min_(low).clamp_max_(high))
 
 
 def values(level: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The real values of `level` units of `scale`; the inverse of `levels` on the grid."""
-    return (level * scale.clamp_min(TINY)).to(dtype)
+    return (level * positive(scale)).to(dtype)
 
 
 def dither(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def dither(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     v = ratio(x.detach(), scale.detach())
     moved = (v + torch.rand_like(v) - 0.5).clamp(low, high)
     shift = torch.where((v >= low) & (v <= high), moved - v, 0)
-    return wide(x) + shift * scale.detach().clamp_min(TINY)
+    return wide(x) + shift * positive(scale.detach())
 
 
 def sum_to(x: Tensor, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qat.formats import FLOATS
-from qat.functional import TINY, over
+from qat.functional import TINY, over, positive
 from qat.spec import QuantSpec
 
 HUGE = 2.0**127
@@ -81,7 +81,7 @@ def snap(scale: Tensor, spec: QuantSpec) -> Tensor:
             return microscaling(scale)
         case "e4m3":
             return two_level(scale)
-    return scale.clamp_min(TINY)
+    return positive(scale)
 
 
 class SnapSTE(torch.autograd.Function):

@@ -198,12 +198,13 @@ def test_a_copy_quantizes_and_learns_alike(name, grid, copied):
     torch.testing.assert_close(gradients(twin, x, weights), gradients(quantizer, x, weights), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dynamic", [None, True], ids=["", "all-shapes"])
 @each(FEW)
-def test_it_compiles_into_one_graph(name, grid):
+def test_it_compiles_into_one_graph(name, grid, dynamic):
     torch._dynamo.reset()
     quantizer, x = ready(name, grid)
     twin, weights = copy.deepcopy(quantizer), numbers(seed=1)
-    compiled = torch.compile(twin, fullgraph=True, backend="eager")
+    compiled = torch.compile(twin, fullgraph=True, backend="eager", dynamic=dynamic)
     torch.testing.assert_close(gradients(twin, x, weights, compiled), gradients(quantizer, x, weights), rtol=0, atol=0)
     assert torch.equal(decoded(twin, x), decoded(quantizer, x))  # what it tracks moved alike
 

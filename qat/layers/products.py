@@ -21,7 +21,7 @@ from torch.nn.modules import module as modules
 
 from qat import kernels, onednn
 from qat.formats import Rounding
-from qat.functional import TINY, levels
+from qat.functional import levels, positive
 from qat.kernels import Kernel, Recipe
 from qat.layers.accumulator import grids
 from qat.layers.sources import from_sources, innermost_hooks
@@ -175,7 +175,7 @@ def weight_codes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high
 
 def _acting(scale: Tensor, level: Tensor) -> Tensor:
     """The scale of what was rounded, NaN if that holds one."""
-    return scale.clamp_min(TINY) + 0 * level.sum()
+    return positive(scale) + 0 * level.sum()
 
 
 @cache

@@ -26,15 +26,18 @@ from qat.kernels import Grads, gradient
 from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
 
-MIN_WIDTH = 1e-2
-"""A width acts as at least this (in steps), so that thresholds stay in order and slopes finite."""
 MAX_BITS = 8
+
+
+def acting(widths: Tensor, dtype: torch.dtype) -> Tensor:
+    """The widths that act: at least a hundredth of a step, so that thresholds stay in order and slopes finite."""
+    return widths.to(dtype).clamp_min(1e-2)
 
 
 def staircase(x: Tensor, scale: Tensor, low: Tensor, widths: Tensor) -> Tensor:
     """Levels of `x`: how many thresholds lie at or below it. NaN stays NaN."""
     v = ratio(x, scale)
-    widths = widths.to(v.dtype).clamp_min(MIN_WIDTH)
+    widths = acting(widths, v.dtype)
     thresholds = low + widths.cumsum(0) - widths / 2
     return torch.where(v.isnan(), v, low + torch.bucketize(v.contiguous(), thresholds, right=True))
 
@@ -47,7 +50,7 @@ def backward(
     rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, widths: Tensor
 ) -> Grads:
     v = ratio(x, scale)
-    a = widths.to(v.dtype).clamp_min(MIN_WIDTH)
+    a = acting(widths, v.dtype)
     ends = low + a.cumsum(0)
     segment = torch.bucketize(v.contiguous(), ends).clamp_max(len(a) - 1)
     inside = (v >= low) & (v <= ends[-1])
