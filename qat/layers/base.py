@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qat import kernels
 from qat.layers.accumulator import RoundedBias, accumulator_scale, bias_codes, grids
 from qat.layers.products import evaluated_on_codes, trained_on_codes
+from qat.layers.rounded import rounded
 from qat.layers.shared import forwards, read
 from qat.layers.sources import from_sources
 from qat.layers.twin import TwinMixin, ours
@@ -85,6 +86,9 @@ class QuantizedLayer(TwinMixin):
         if quantizer is None:
             return x
         with ours():
+            y = None if self.training or torch.is_grad_enabled() else rounded(quantizer, x)
+            if y is not None:
+                return y
             return read(quantizer, x) if forwards else quantizer(x)  # a call less where nothing is shared
 
     def quantized_weight(self) -> Tensor:
