@@ -92,7 +92,9 @@ def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
         return None
     weight = layer._parameters.get("weight")
     if weight is None:
-        weight = layer.weight
+        if layer.geometry() is None:  # converted, it has none
+            return None
+        weight = layer.weight  # computed
     # Small layers are to lose no time: at most so many products, before anybody asks what kind of layer it is.
     if x.numel() * weight.numel() < MIN_PRODUCTS["linear" if weight.ndim == 2 else "conv2d"] * weight.shape[1]:
         return None
