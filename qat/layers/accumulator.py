@@ -112,7 +112,7 @@ class FoldingNorm(TwinMixin):
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.plain = super(FoldingNorm, cls).forward is _BatchNorm.forward  # pyright: ignore[reportAttributeAccessIssue]
+        cls.plain = super().forward is _BatchNorm.forward  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training:
