@@ -71,7 +71,7 @@ class QuantizedLayer(TwinMixin):
         x, weight, bias = self.quantized_input(x), self.quantized_weight(), self.quantized_bias()
         if around is not None:
             function = partial(around, function)
-        if hasattr(x, "made") or hasattr(weight, "made"):
+        if hasattr(weight, "made") or (hasattr(x, "made") and not torch.compiler.is_dynamo_compiling()):
             return from_sources((x, weight), function, x, weight, bias)
         return function(x, weight, bias)
 
