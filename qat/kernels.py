@@ -15,22 +15,25 @@ Compiling costs seconds, which a run of a minute never earns back, so it starts 
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qat.formats import Rounding
 from qat.launch import launchable, program, signature
-from qat.layout import Layout, dense, layout_of
+from qat.layout import dense, layout_of
 
 SMALL = 1 << 15
 """Tensors below this many elements run in plain torch: a program costs as much to launch as it saves."""
 SMALL_FORWARD = 1 << 17
 """The same where there is no backward pass, most of what is saved."""
+
+PLAIN = (Tensor, nn.Parameter)
+"""The types of tensors that have memory of their own."""
 
 Grads = tuple[Tensor | None, ...]
 Mode = Literal["auto", "always", "never"]
@@ -56,15 +59,6 @@ def configure(mode: Mode = "auto", patience: int = 4_000_000_000) -> None:
 def products() -> bool:
     """Whether products of layers may run on codes."""
     return bool(_settings["products"])
-
-
-def _compilable(tensors: Sequence[Tensor]) -> Layout | None:
-    """How a compiled kernel sees large `x, scale, ...`, or `None` for plain torch; counts down the patience."""
-    x, scale = tensors[:2]
-    if _settings["patience"] > 0:
-        _settings["patience"] -= x.numel()
-        return None
-    return layout_of(x.shape, x.stride(), scale.shape) if launchable(x) else None
 
 
 class Kernel:
@@ -96,12 +90,21 @@ class Kernel:
                 return self.function(*args)
         return run(*args)
 
-    def large(self, tensors: tuple[Tensor, ...]) -> Any:
-        """Runs on large `x, scale, ...` of any shape, compiled where it pays; the first result has the shape of `x`."""
-        layout = _compilable(tensors)
+    def large(self, tensors: tuple[Tensor, ...], *grads: Tensor) -> Any:
+        """Runs on large `x, scale, ...` of any shape, compiled where it pays; the first result has the shape of `x`.
+
+        Args:
+            tensors: All but the first are parameters.
+            grads: What the kernel takes before them, of the shape of `x`.
+        """
+        x, scale, layout = tensors[0], tensors[1], None
+        if _settings["patience"] > 0:
+            _settings["patience"] -= x.numel()
+        elif launchable(x):
+            layout = layout_of(x.shape, x.stride(), scale.shape)
         if layout is None:
-            return self.function(*tensors)
-        results = self.compiled(*layout.all(tensors))
+            return self.function(*grads, *tensors)
+        results = self.compiled(*map(layout.rows, grads), *layout.all(tensors))
         if isinstance(results, Tensor):
             return layout.restore(results)
         return layout.restore(results[0]), *results[1:]
@@ -127,7 +130,8 @@ class Gradient:
                 _recipes.append((y, (self, tensors)))
             return y
         count, learning = x.numel(), torch.is_grad_enabled()
-        if type(count) is not int or count < (SMALL if learning else SMALL_FORWARD):  # symbolic, while somebody exports
+        if type(count) is not int or count < (SMALL if learning else SMALL_FORWARD) or type(x) not in PLAIN:
+            # Sizes are symbols and tensors have no address while somebody exports.
             return _small(self, grad_scale, *tensors) if learning else self.forward.function(*tensors)
         if not learning:
             return self.forward.large(tensors)
@@ -223,15 +227,13 @@ class _Large(_Plain):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
-        # With a graph of its own (a second derivative), backward is made of operations that torch can differentiate.
-        layout = None if torch.is_grad_enabled() else _compilable(tensors)
-        if layout is None:
+        if torch.is_grad_enabled():  # a second derivative: backward is made of operations that torch can differentiate
             grad_x, *others = ctx.gradient.backward.function(grads[0], *tensors)
             return _returned(ctx.grad_scale, grad_x, others)
-        grad_x, *others = ctx.gradient.backward.compiled(layout.rows(grads[0]), *layout.all(tensors))
+        grad_x, *others = ctx.gradient.backward.large(tensors, grads[0])
         parameters = (tensors[1], *tensors[4:])
         others = [g if g is None else g.view(p.shape) for g, p in zip(others, parameters, strict=True)]
-        return _returned(ctx.grad_scale, layout.restore(grad_x), others)
+        return _returned(ctx.grad_scale, grad_x, others)
 
 
 class _Unwritten(_Large):

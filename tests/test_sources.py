@@ -93,6 +93,14 @@ def test_training_graphs_with_large_tensors_are_exported(strict):
     torch.testing.assert_close(torch.export.export(model, (x,), strict=strict).module()(x), model(x))
 
 
+def test_what_was_quantized_outside_of_a_compiled_layer_goes_into_its_graph():
+    x = torch.randn(4, 16)
+    model, other = quantized(nn.Linear(16, 16), x), quantized(nn.Linear(16, 8), x)
+    y, other.input_quantizer = model.input_quantizer(x), None
+    assert hasattr(y, "made")
+    torch.testing.assert_close(torch.compile(other, fullgraph=True, backend="eager")(y), other(y))
+
+
 def test_no_copy_outlives_the_forward_pass():
     x = torch.randn(8, 16)
     model = quantized(nn.Linear(16, 16), x)

@@ -9,10 +9,12 @@ its twin adds the rounding error of the folded bias; training keeps the plain la
 float biases.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.functional import levels
 from qat.layers.twin import TwinMixin, ours
@@ -95,27 +97,47 @@ def folded(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, bias: Tensor 
 
 
 class FoldingNorm(TwinMixin):
-    """Twin of a BatchNorm that will fold: in evaluation it adds the rounding error of the folded bias.
+    """Twin of a BatchNorm that will fold: in evaluation its bias carries the rounding error of the folded bias.
 
     Attributes:
         host: The layer it folds into, in a tuple (it is no child of the norm).
+        plain: Whether it has the forward of torch, and does nothing but normalize.
     """
 
+    plain: ClassVar[bool]
     host: tuple[Any]
     training: bool
+    bias: Tensor | None
+    running_mean: Tensor
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.plain = super().forward is _BatchNorm.forward  # pyright: ignore[reportAttributeAccessIssue]
 
     def forward(self, input: Tensor) -> Tensor:
-        y = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
         if self.training:
-            return y
+            return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
+        this: Any = self
+        mean, variance, weight, layer = this.running_mean, this.running_var, this.weight, self.host[0]
+        tensors = mean, variance, weight, this.bias, layer.bias
+        if not self.plain:
+            y = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
+            with ours():
+                error = self.once_per_change("error", tensors, grids(layer), self._rounding_error)
+                return y if error is None else y + error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))
+        this._check_input_dim(input)
         with ours():
-            layer = self.host[0]
-            tensors = self.running_mean, self.running_var, self.weight, self.bias, layer.bias  # pyright: ignore
-            error = self.once_per_change("error", tensors, grids(layer), lambda: self._rounding_error(y))
-            return y if error is None else y + error
+            bias = self.once_per_change("bias", tensors, grids(layer), self._bias)
+        return F.batch_norm(input, mean, variance, weight, bias, eps=this.eps)
+
+    def _bias(self) -> Tensor | None:
+        error, bias = self._rounding_error(), self.bias
+        if error is None:
+            return bias
+        return error.to(self.running_mean.dtype) if bias is None else bias + error.to(bias.dtype)
 
     @torch.no_grad()
-    def _rounding_error(self, y: Tensor) -> Tensor | None:
+    def _rounding_error(self) -> Tensor | None:
         layer = self.host[0]
         scale = accumulator_scale(layer)
         if scale is None:
@@ -124,5 +146,4 @@ class FoldingNorm(TwinMixin):
         scale = scale * factor.abs()
         # gamma = 0 leaves a constant channel, whose scale conversion keeps as it is.
         scale = torch.where(scale > 0, scale, accumulator_scale(layer))  # pyright: ignore[reportArgumentType, reportCallIssue]
-        error = bias_codes(bias, scale) * scale - bias
-        return error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))
+        return bias_codes(bias, scale) * scale - bias

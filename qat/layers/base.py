@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from qat import kernels
 from qat.layers.accumulator import RoundedBias, accumulator_scale, bias_codes, grids
 from qat.layers.products import evaluated_on_codes, trained_on_codes
+from qat.layers.rounded import rounded
 from qat.layers.shared import forwards, read
 from qat.layers.sources import from_sources
 from qat.layers.twin import TwinMixin, ours
@@ -70,7 +71,7 @@ class QuantizedLayer(TwinMixin):
         x, weight, bias = self.quantized_input(x), self.quantized_weight(), self.quantized_bias()
         if around is not None:
             function = partial(around, function)
-        if hasattr(x, "made") or hasattr(weight, "made"):
+        if hasattr(weight, "made") or (hasattr(x, "made") and not torch.compiler.is_dynamo_compiling()):
             return from_sources((x, weight), function, x, weight, bias)
         return function(x, weight, bias)
 
@@ -85,6 +86,9 @@ class QuantizedLayer(TwinMixin):
         if quantizer is None:
             return x
         with ours():
+            y = None if self.training or torch.is_grad_enabled() else rounded(quantizer, x)
+            if y is not None:
+                return y
             return read(quantizer, x) if forwards else quantizer(x)  # a call less where nothing is shared
 
     def quantized_weight(self) -> Tensor:

@@ -30,7 +30,8 @@ class _QuantConv(QuantizedLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         function = self._conv_forward  # pyright: ignore[reportAttributeAccessIssue]
-        return convolved(self, function, input) if reads_data(self, input) else self.run(function, input)
+        learns = self.training and reads_data(self, input)
+        return convolved(self, function, input) if learns else self.run(function, input)
 
 
 class QuantConv1d(_QuantConv):

@@ -63,7 +63,8 @@ class HeldPart:
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self.part.quantized_input(x)
-        return from_sources((x,), F.linear, x, self.weight, self.bias) if hasattr(x, "made") else self.linear(x)
+        made = hasattr(x, "made") and not torch.compiler.is_dynamo_compiling()
+        return from_sources((x,), F.linear, x, self.weight, self.bias) if made else self.linear(x)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         return self.part.quantized_input(x)

@@ -88,18 +88,27 @@ def _compiled(
 
 def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     """The output of a quantized layer in evaluation, without gradients; `None` where float arithmetic has to do it."""
-    geometry = layer.geometry()
-    if geometry is None or type(x) is not Tensor or torch.compiler.is_dynamo_compiling():  # sizes may be symbols
+    if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor:  # sizes may be symbols
         return None
-    few = _positions(x, geometry) * layer.weight.numel() < MIN_PRODUCTS["conv2d" if geometry else "linear"]
-    if few or not _runs_here(x, layer.weight):  # in this order: small layers are to lose no time
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        if layer.geometry() is None:  # converted, it has none
+            return None
+        weight = layer.weight  # computed
+    # Small layers are to lose no time: at most so many products, before anybody asks what kind of layer it is.
+    if x.numel() * weight.numel() < MIN_PRODUCTS["linear" if weight.ndim == 2 else "conv2d"] * weight.shape[1]:
+        return None
+    geometry = layer.geometry()
+    if geometry is None or _positions(x, geometry) * weight.numel() < MIN_PRODUCTS["conv2d" if geometry else "linear"]:
+        return None
+    if not _runs_here(x, weight):
         return None
     grid, weight_grid = grids(layer)
     if grid is None or weight_grid is None:
         return None
     with ours():
         both = grid, weight_grid
-        kept = layer.once_per_change("packed", (layer.weight,), both, lambda: _packed(layer, *both, x.shape, geometry))
+        kept = layer.once_per_change("packed", (weight,), both, lambda: _packed(layer, *both, x.shape, geometry))
         if kept is None or looked_at(grid) or looked_at(weight_grid):
             return None
         packed, scale = kept
@@ -107,7 +116,7 @@ def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
             x = quantizer(x)
         with torch.no_grad():
             codes, x_scale, low = _codes(input_codes, x, grid)
-        channels_last = _lies_channels_last(x) or _lies_channels_last(layer.weight)
+        channels_last = _lies_channels_last(x) or _lies_channels_last(weight)
         bias = layer.quantized_bias()
         return onednn.multiply(geometry, codes, x_scale, low, packed, scale, bias, channels_last)
 

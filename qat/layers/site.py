@@ -92,7 +92,7 @@ class Site(TwinMixin, nn.Module):
             return explicit_attention(*args, **kwargs, probabilities=self._probabilities)
         if self.explicit and function.accumulates and all(kwargs.get(factor, 1) == 1 for factor in ("alpha", "beta")):
             return (args[0] if args else kwargs["input"]) + through[0] @ through[1]
-        if any(hasattr(x, "made") for x in through):
+        if any(hasattr(x, "made") for x in through) and not torch.compiler.is_dynamo_compiling():
             result = from_sources(through, func, *args, **kwargs)
         else:
             result = func(*args, **kwargs)

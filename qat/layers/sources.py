@@ -28,7 +28,7 @@ def from_sources(tensors: Iterable[Tensor], function: Callable[..., Any], /, *ar
     What else the operation saves is saved as ever, and so is everything where another hook is in place (activation
     checkpointing, offloading): only the innermost hook sees a tensor.
     """
-    if innermost_hooks() is not None or torch.compiler.is_compiling():  # exported tensors have no address
+    if innermost_hooks() is not None:
         return function(*args, **kwargs)
     made: dict[int, Made] = {}
     for tensor in tensors:

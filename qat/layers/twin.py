@@ -38,19 +38,23 @@ class TwinMixin:
         """
         if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return compute()
-        stamp = []
-        for tensor in tensors:
-            if tensor is not None:
-                stamp += object() if tensor.is_inference() else tensor._version, tensor.data_ptr()
-        for grid in grids:
-            if grid is not None:
-                stamp += grid.versions()
+        stamp: list[Any] = []
+        try:
+            for tensor in tensors:
+                if tensor is not None:
+                    stamp += tensor._version, tensor.data_ptr()
+            for grid in grids:
+                if grid is not None:
+                    stamp += grid.versions()
+        except RuntimeError:  # inference tensors
+            return compute()
         kept = self.__dict__.setdefault("_kept", {})
-        if name not in kept or kept[name][0] != stamp:
+        found = kept.get(name)
+        if found is None or found[0] != stamp:
             # While these live, no other tensor gets their address.
             seen = *tensors, *(grid.scale for grid in grids if grid is not None)
-            kept[name] = stamp, compute(), seen
-        return kept[name][1]
+            found = kept[name] = stamp, compute(), seen
+        return found[1]
 
     def train(self, mode: bool = True) -> Self:
         # Averaging callbacks swap weights through `.data`, which no version counter sees; they do so after switching

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.formats import Rounding
-from qat.functional import levels, positive, ratio
+from qat.functional import ratio
 from qat.kernels import Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.spec import QuantSpec
@@ -16,7 +16,8 @@ from qat.spec import QuantSpec
 
 def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *_: Tensor) -> Tensor:
     """Rounds to the grid; what else a gradient needs (`*_`) changes no value."""
-    return levels(x, scale, low, high, rounding).mul_(positive(scale)).to(x.dtype)
+    scale = scale.clamp_min(2.0**-126)  # `functional.levels` and `values`, with the scale that acts made once
+    return rounding((x / scale).clamp_min_(low).clamp_max_(high)).mul_(scale).to(x.dtype)
 
 
 def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:

@@ -1,0 +1,131 @@
+"""In evaluation small tensors are rounded without a call of their quantizer: to the same bits, and only where nobody
+looks.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+from qat.calibrate import calibrate
+from qat.insert import apply_plan, make_plan
+from qat.layers import FoldingNorm, rounded
+from qat.policy import QuantPolicy
+from qat.quantizers import create
+from qat.quantizers.lsq import LSQ
+from qat.spec import QuantSpec
+
+
+def grid(x: Tensor, **spec) -> nn.Module:
+    quantizer = create(QuantSpec(**{"range": "minmax", **spec}).resolved(nonnegative=False, weight=False))
+    quantizer.calibrate(x[x.isfinite()].float())
+    return quantizer.eval()
+
+
+def values(dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0)) * 2
+    x[0, :6] = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-30])
+    return x.to(dtype)
+
+
+FAST = [
+    pytest.param({"bits": 8}, id="8-bits"),
+    pytest.param({"bits": 3, "quantizer": "fixed"}, id="fixed"),
+    pytest.param({"bits": 1, "format": "binary", "quantizer": "lsq"}, id="binary"),
+    pytest.param({"format": "e4m3"}, id="fp8"),
+    pytest.param({"bits": 4, "signed": False}, id="unsigned"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("spec", FAST)
+@torch.no_grad()
+def test_the_bits_are_those_of_the_quantizer(spec, dtype):
+    x = values(dtype)
+    quantizer = grid(x, **spec)
+    for _ in range(2):
+        y, expected = rounded.rounded(quantizer, x), quantizer(x)
+        assert y is not None and y.dtype is expected.dtype and y.shape == expected.shape
+        assert torch.equal(y.nan_to_num(77), expected.nan_to_num(77)) and y.isnan().sum() == 1
+        quantizer.scale.data.mul_(0.7)  # which no version counts
+
+
+OTHERS = [
+    pytest.param({"bits": 8, "symmetric": False}, lambda q: None, id="affine"),
+    pytest.param({"bits": 8, "scale": "pow2"}, lambda q: None, id="scale-in-a-format"),
+    pytest.param({"bits": 4, "quantizer": "dynamic", "granularity": "token"}, lambda q: None, id="measured"),
+    pytest.param({"bits": 4, "quantizer": "pact", "signed": False}, lambda q: None, id="arithmetic-of-its-own"),
+    pytest.param({"bits": 8}, lambda q: q.enable(False), id="off"),
+    pytest.param({"bits": 8}, lambda q: q.observe(), id="observing"),
+    pytest.param({"bits": 8}, lambda q: q.train(), id="in-training"),
+    pytest.param({"bits": 8}, lambda q: q.register_forward_hook(lambda *_: None), id="hook"),
+    pytest.param({"bits": 8}, lambda q: q.register_forward_pre_hook(lambda *_: None), id="pre-hook"),
+    pytest.param({"bits": 8}, lambda q: setattr(q, "forward", lambda x: x), id="forward-put-in-its-place"),
+]
+
+
+@pytest.mark.parametrize(("spec", "change"), OTHERS)
+@torch.no_grad()
+def test_what_is_more_than_rounding_is_left_to_the_quantizer(spec, change):
+    quantizer = grid(values(), **spec)
+    change(quantizer)
+    assert rounded.rounded(quantizer, values()) is None
+
+
+@torch.no_grad()
+def test_other_tensors_and_other_classes_are_left_to_the_quantizer():
+    quantizer = grid(values(), bits=8)
+    assert rounded.rounded(quantizer, torch.tensor(1.0)) is None  # its shape would become (1,)
+    assert rounded.rounded(quantizer, nn.Parameter(values())) is None
+    assert rounded.rounded(nn.Sequential(quantizer), values()) is None
+    handle = register_module_forward_hook(lambda *_: None)
+    try:
+        assert rounded.rounded(quantizer, values()) is None
+    finally:
+        handle.remove()
+    quantizer.__class__ = type("Mine", (LSQ,), {"forward": lambda self, x: x})
+    assert rounded.rounded(quantizer, values()) is None
+
+
+class Shifted(nn.BatchNorm1d):
+    """Does more than normalize."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 100
+
+
+@torch.no_grad()
+def test_a_batch_norm_with_a_forward_of_its_own_runs_it_and_is_rounded_as_well():
+    torch.manual_seed(0)
+    x, nets = torch.randn(16, 8), []
+    for norm in (nn.BatchNorm1d(8), Shifted(8)):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(8, 8), norm)
+        norm.running_mean.normal_()
+        nn.init.normal_(norm.bias)
+        plan, _ = make_plan(
+            model, QuantPolicy.from_dict({"weight": {"bits": 3}, "act": {"bits": 3}}), lambda m=model: m(x)
+        )
+        apply_plan(model, plan)
+        calibrate(model, lambda m=model: m(x))
+        nets.append(model.eval())
+    plain, shifted = nets
+    assert isinstance(shifted[1], FoldingNorm)
+    assert torch.allclose(shifted(x), plain(x) + 100, atol=1e-4)
+    error = plain[1]._rounding_error()
+    assert error is not None and error.abs().max() > 1e-3
+    assert torch.allclose(plain(x) - error.float(), nn.BatchNorm1d.forward(plain[1], plain[0](x)), atol=1e-5)
+
+
+def test_a_weight_made_in_inference_mode_is_quantized_each_time():
+    x, model = torch.randn(4, 8), nn.Sequential(nn.Linear(8, 8))
+    plan, _ = make_plan(model, QuantPolicy.from_dict({"weight": {"bits": 4}, "act": {"bits": 4}}), lambda: model(x))
+    apply_plan(model, plan)
+    calibrate(model, lambda: model(x))
+    model.eval()
+    with torch.inference_mode():
+        weight = model[0].weight.clone()  # it counts no versions
+        before, expected = (torch.func.functional_call(model, {"0.weight": w}, (x,)) for w in (weight, weight.neg()))
+        weight.neg_()
+        assert torch.equal(torch.func.functional_call(model, {"0.weight": weight}, (x,)), expected)
+        assert not torch.equal(before, expected)
