@@ -175,6 +175,15 @@ def test_batches_made_where_the_model_is_serve_whoever_a_loader_serves(precision
     assert [len(y) for y in trainer.predict(model, data)] == [300, 60]
 
 
+def test_loaders_of_one_split_that_collate_differently_get_batches_of_their_own_on_a_device():
+    data = ready(Digits(on_device=True, crop_padding=2, flip=True, batch_size=2000))
+    loaders = data.train_dataloader(), data._loader("train", data.plain), data.train_dataloader()
+    batches = [next(iter(loader)) for loader in loaders]
+    x = data.transfer_batch_to_device(batches[1], torch.device("cpu"), 0)[0]
+    assert torch.equal(x, data.plain(data.splits["train"].take(batches[1].indices))[0])
+    assert batches[0].resident == batches[2].resident and len(data.resident) == 2
+
+
 def test_a_model_keeps_its_own_transfer_hook():
     hook = "transfer_batch_to_device"
     assert hook not in vars(Digits()) and hook in vars(Digits(on_device=True))

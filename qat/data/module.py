@@ -77,7 +77,7 @@ class ImageDataModule(pl.LightningDataModule):
         self.plain = Collate(white, mean, std)
         self.augmented = Collate(white, mean, std, crop_padding=crop_padding, flip=flip)
         self.splits: dict[str, Images] = {}
-        self.resident: dict[str, Resident] = {}
+        self.resident: list[Resident] = []
         if on_device:  # of the object, not the class, whose hook would keep Lightning from calling the model's own
             self.transfer_batch_to_device = self._make_batch
 
@@ -115,15 +115,18 @@ class ImageDataModule(pl.LightningDataModule):
         batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
         if not isinstance(batch, Indices):
             return batch
-        images = self.resident[batch.split](batch.indices)
+        images = self.resident[batch.resident](batch.indices)
         module = self.trainer and self.trainer.lightning_module
         return images if module is None else precision_plugin(module).convert_input(images)
 
     def _loader(self, split: str, collate: Collate, shuffle: bool = False) -> Loader:
         if self.on_device:
             images = self.splits[split]
-            self.resident.setdefault(split, Resident(images, collate))
-            indices = IndexDataset(split, len(images.labels))
+            known = [i for i, r in enumerate(self.resident) if r.source is images and r.collate is collate]
+            if not known:
+                known = [len(self.resident)]
+                self.resident.append(Resident(images, collate))
+            indices = IndexDataset(known[0], len(images.labels))
             # By name: Lightning makes such loaders again, with samplers of its own.
             return DataLoader(indices, batch_size=self.batch_size, shuffle=shuffle, collate_fn=indices.collate)
         # New processes for each epoch: those that stay would draw on where the last epoch left their random numbers.
