@@ -144,6 +144,7 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
         pytest.param(["train", "~quant.scale_lr"], "is null already, and stays", id="deletion-of-null"),
         pytest.param(["train", "run_dir=/dev/null/x"], "/dev/null/x: Not a directory", id="run-dir-below-a-file"),
         pytest.param(["train", "run_dir=null"], "run_dir=null: a run writes into a folder", id="no-run-dir"),
+        pytest.param(["train", "++run_dir=''"], "++run_dir='': a run writes into a folder", id="empty-run-dir"),
         pytest.param(["train", "model=null"], "'model' is left out, and there is no run without it", id="no-model"),
         pytest.param(["train", "~data"], "'data' is left out, and there is no run without it", id="no-data"),
         pytest.param(["train", "quant=null"], "(quant=off leaves everything float)", id="no-quant"),

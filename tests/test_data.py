@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader, DistributedSampler
 from qat.data import Digits, ImageDataModule, Images
 from qat.data.batches import Collate, ImageDataset, augment
 from qat.errors import UserError
+from qat.lightning import QATCallback
+from qat.models import MLP
 from qat.models.classifier import Training
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -145,8 +147,46 @@ def test_batches_made_where_the_model_is_are_those_of_a_loader(precision, tmp_pa
         assert all(map(torch.equal, batch, expected))
 
 
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true"])
+def test_batches_made_where_the_model_is_serve_whoever_a_loader_serves(precision, tmp_path):
+    """Probing and calibration, before the model has the trainer's precision and after; its own hook; predictions."""
+
+    class Model(MLP):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            seen.append(len(batch[0]))
+            return batch
+
+        def predict_step(self, batch, batch_idx):
+            return self(batch[0])
+
+    seen: list[int] = []
+    quiet = {name: False for name in ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")}
+    trainer = pl.Trainer(
+        max_epochs=1,
+        precision=precision,
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        callbacks=QATCallback({"weight": {"bits": 4}, "act": {"bits": 4}}),
+        **quiet,
+    )
+    model, data = Model(), Digits(on_device=True, batch_size=300)
+    trainer.fit(model, data)
+    assert len(seen) > 5
+    assert [len(y) for y in trainer.predict(model, data)] == [300, 60]
+
+
+def test_loaders_of_one_split_that_collate_differently_get_batches_of_their_own_on_a_device():
+    data = ready(Digits(on_device=True, crop_padding=2, flip=True, batch_size=2000))
+    loaders = data.train_dataloader(), data._loader("train", data.plain), data.train_dataloader()
+    batches = [next(iter(loader)) for loader in loaders]
+    x = data.transfer_batch_to_device(batches[1], torch.device("cpu"), 0)[0]
+    assert torch.equal(x, data.plain(data.splits["train"].take(batches[1].indices))[0])
+    assert batches[0].resident == batches[2].resident and len(data.resident) == 2
+
+
 def test_a_model_keeps_its_own_transfer_hook():
-    assert "on_after_batch_transfer" not in vars(Digits()) and "on_after_batch_transfer" in vars(Digits(on_device=True))
+    hook = "transfer_batch_to_device"
+    assert hook not in vars(Digits()) and hook in vars(Digits(on_device=True))
 
 
 def test_only_training_batches_are_shuffled_and_augmented():

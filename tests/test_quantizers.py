@@ -11,6 +11,7 @@ import torch
 
 from qat import quantizers
 from qat.errors import UserError
+from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
 
 SHAPE = torch.Size((4, 8, 8))
@@ -435,3 +436,17 @@ def test_stochastic_rounding_clips_what_nearest_rounding_clips():
 def test_what_does_not_go_together_is_refused_with_the_way_out(name, grid, changes, message):
     with pytest.raises(UserError, match=message):
         make(name, grid, **changes)
+
+
+def test_a_subclass_of_lsq_chooses_the_scale_of_its_gradient():
+    class Unscaled(LSQ):
+        def gradient_scale(self, x: torch.Tensor) -> float:
+            return 1.0
+
+    found = []
+    for kind in (LSQ, Unscaled):
+        quantizer, x = kind(QuantSpec(bits=4).resolved(nonnegative=False, weight=False)), numbers(seed=0)
+        quantizer.calibrate(x)
+        quantizer(x).sum().backward()
+        found.append(quantizer.scale.grad / quantizer.gradient_scale(x))
+    assert torch.equal(*found)

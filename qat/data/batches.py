@@ -76,15 +76,15 @@ class Collate:
 class Indices(NamedTuple):
     """A batch that is still to be made."""
 
-    split: str
+    resident: int  # which images, and how they are collated: the place in a list of `Resident`
     indices: Tensor  # int64 [N]
 
 
 class IndexDataset(Dataset[int]):
-    """Stands for the images of a split in a loader whose batches are `Indices`."""
+    """Stands for the images of a `Resident` in a loader whose batches are `Indices`."""
 
-    def __init__(self, split: str, count: int) -> None:
-        self.split, self.count = split, count
+    def __init__(self, resident: int, count: int) -> None:
+        self.resident, self.count = resident, count
 
     def __len__(self) -> int:
         return self.count
@@ -93,17 +93,21 @@ class IndexDataset(Dataset[int]):
         return index
 
     def collate(self, indices: Sequence[int]) -> Indices:
-        return Indices(self.split, torch.as_tensor(indices))
+        return Indices(self.resident, torch.as_tensor(indices))
 
 
 class Resident:
     """Images that lie where their indices are, and are gathered, augmented and normalised there.
 
     Random numbers come from torch's generator of that device.
+
+    Attributes:
+        source: The images as they were given; `images` are copies elsewhere, once somebody has asked for a batch there.
     """
 
     def __init__(self, images: Images, collate: Collate) -> None:
-        self.images, self.collate = images, collate
+        self.source = self.images = images
+        self.collate = collate
 
     def __call__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [N] to (float32 [N, C, H, W], int64 [N]), on the device of `indices`."""

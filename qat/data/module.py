@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from qat.data.batches import Collate, ImageDataset, Images, IndexDataset, Indices, Resident
 from qat.errors import UserError
+from qat.lightning.steps import precision_plugin
 
 Loader = DataLoader[Any]  # batches: float32 [N, C, H, W], int64 [N]; or `Indices`
 
@@ -76,9 +77,9 @@ class ImageDataModule(pl.LightningDataModule):
         self.plain = Collate(white, mean, std)
         self.augmented = Collate(white, mean, std, crop_padding=crop_padding, flip=flip)
         self.splits: dict[str, Images] = {}
-        self.resident: dict[str, Resident] = {}
+        self.resident: list[Resident] = []
         if on_device:  # of the object, not the class, whose hook would keep Lightning from calling the model's own
-            self.on_after_batch_transfer = self._make_batch
+            self.transfer_batch_to_device = self._make_batch
 
     def load(self) -> dict[str, Images]:
         """Reads the images and returns them as "train", "val" and "test"; all of them, without limits."""
@@ -109,19 +110,25 @@ class ImageDataModule(pl.LightningDataModule):
         """The test batches."""
         return self.test_dataloader()
 
-    def _make_batch(self, batch: Any, dataloader_idx: int) -> Any:
-        """What a loader gave, once it is where the model is, as a batch in the trainer's precision."""
+    def _make_batch(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """What a loader gave, on `device`; `Indices` as a batch in the trainer's precision."""
+        batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
         if not isinstance(batch, Indices):
             return batch
-        images = self.resident[batch.split](batch.indices)
-        return images if self.trainer is None else self.trainer.precision_plugin.convert_input(images)
+        images = self.resident[batch.resident](batch.indices)
+        module = self.trainer and self.trainer.lightning_module
+        return images if module is None else precision_plugin(module).convert_input(images)
 
     def _loader(self, split: str, collate: Collate, shuffle: bool = False) -> Loader:
         if self.on_device:
             images = self.splits[split]
-            self.resident.setdefault(split, Resident(images, collate))
-            indices = IndexDataset(split, len(images.labels))
-            return DataLoader(indices, self.batch_size, shuffle=shuffle, collate_fn=indices.collate)
+            known = [i for i, r in enumerate(self.resident) if r.source is images and r.collate is collate]
+            if not known:
+                known = [len(self.resident)]
+                self.resident.append(Resident(images, collate))
+            indices = IndexDataset(known[0], len(images.labels))
+            # By name: Lightning makes such loaders again, with samplers of its own.
+            return DataLoader(indices, batch_size=self.batch_size, shuffle=shuffle, collate_fn=indices.collate)
         # New processes for each epoch: those that stay would draw on where the last epoch left their random numbers.
         return DataLoader(
             ImageDataset(self.splits[split]),

@@ -20,7 +20,9 @@ from qat.quantizers.lsq import LSQ
 
 
 def rounded(quantizer: Any, x: Tensor) -> Tensor | None:
-    """`quantizer(x)` without gradients, bit for bit; `None` where it is more than rounding, or somebody may look."""
+    """`quantizer(x)` without gradients, the same numbers (but for the sign of zeros, as torch's clips differ in that);
+    `None` where it is more than rounding, or somebody may look.
+    """
     if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or not _is_plain(type(quantizer)):
         return None
     own = quantizer.__dict__

@@ -154,7 +154,7 @@ def run_steps(module: pl.LightningModule, source: Source, samples: int, title: s
     return run
 
 
-def _plugin(module: pl.LightningModule) -> Precision:
+def precision_plugin(module: pl.LightningModule) -> Precision:
     """The trainer's precision, once the module has been converted to it (probing comes before)."""
     if module._trainer is None:
         return Precision()
@@ -167,13 +167,14 @@ def _plugin(module: pl.LightningModule) -> Precision:
 
 def precision(module: pl.LightningModule) -> AbstractContextManager[Any]:
     """The arithmetic that the trainer prescribes (autocast, say)."""
-    return _plugin(module).forward_context()
+    return precision_plugin(module).forward_context()
 
 
 def to_module(module: pl.LightningModule, batch: Any) -> Any:
     """The batch as the trainer would hand it to a step: in its precision, on the module's device, by way of the hooks
-    that Lightning lets change a batch."""
-    batch = module._on_before_batch_transfer(_plugin(module).convert_input(batch))
+    that Lightning lets change a batch.
+    """
+    batch = module._on_before_batch_transfer(precision_plugin(module).convert_input(batch))
     return module._apply_batch_transfer_handler(batch, device=module.device)
 
 

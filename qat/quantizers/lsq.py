@@ -65,9 +65,7 @@ class LSQ(Quantizer):
 
     def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         extra = [getattr(self, name) for name in self.extra] if self.extra else ()
-        count = self._per_scale or x.numel() // ((x.ndim and x.shape[0]) or 1)
-        grad_scale = (max(count, 1) * max(self.quant_max, 1)) ** -0.5  # `gradient_scale`, but a call less
-        return self.gradient(x, scale, low, high, *extra, grad_scale=grad_scale)
+        return self.gradient(x, scale, low, high, *extra, grad_scale=self.gradient_scale(x))
 
     def gradient_scale(self, x: Tensor) -> float:
         """What the gradient of the scale is multiplied by."""
