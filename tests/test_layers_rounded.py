@@ -47,6 +47,7 @@ def test_the_bits_are_those_of_the_quantizer(spec, dtype):
         y, expected = rounded.rounded(quantizer, x), quantizer(x)
         assert y is not None and y.dtype is expected.dtype and y.shape == expected.shape
         assert torch.equal(y.nan_to_num(77), expected.nan_to_num(77)) and y.isnan().sum() == 1
+        assert torch.equal(y.signbit(), expected.signbit())  # of zeros, too
         quantizer.scale.data.mul_(0.7)  # which no version counts
 
 

@@ -78,8 +78,7 @@ def main(argv: list[str]) -> int:
         options.remove(text)
     args.overrides = group_overrides(args.overrides, args.config_dir)
     for text in args.overrides:
-        key, _, value = text.lstrip("+").partition("=")
-        if key == "~run_dir" or (key == "run_dir" and value.lower() in ("null", "", "''", '""')):
+        if _key(text) == "run_dir" and text.partition("=")[2].lower() in ("null", "", "''", '""'):
             raise UserError(f"{text}: a run writes into a folder; leave this out for one named after the time")
     if _sweeping(args):
         from qat.cli.sweep import main as sweep

@@ -122,11 +122,11 @@ class ImageDataModule(pl.LightningDataModule):
     def _loader(self, split: str, collate: Collate, shuffle: bool = False) -> Loader:
         if self.on_device:
             images = self.splits[split]
-            known = [i for i, r in enumerate(self.resident) if r.source is images and r.collate is collate]
-            if not known:
-                known = [len(self.resident)]
+            known = (i for i, r in enumerate(self.resident) if r.source is images and r.collate is collate)
+            place = next(known, len(self.resident))
+            if place == len(self.resident):
                 self.resident.append(Resident(images, collate))
-            indices = IndexDataset(known[0], len(images.labels))
+            indices = IndexDataset(place, len(images.labels))
             # By name: Lightning makes such loaders again, with samplers of its own.
             return DataLoader(indices, batch_size=self.batch_size, shuffle=shuffle, collate_fn=indices.collate)
         # New processes for each epoch: those that stay would draw on where the last epoch left their random numbers.

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as modules
 
-from qat.functional import TINY
 from qat.kernels import SMALL_FORWARD
 from qat.quantizers import Quantizer
 from qat.quantizers.fixed import Fixed
@@ -20,9 +19,7 @@ from qat.quantizers.lsq import LSQ
 
 
 def rounded(quantizer: Any, x: Tensor) -> Tensor | None:
-    """`quantizer(x)` without gradients, the same numbers (but for the sign of zeros, as torch's clips differ in that);
-    `None` where it is more than rounding, or somebody may look.
-    """
+    """`quantizer(x)` without gradients, bit for bit; `None` where it is more than rounding, or somebody may look."""
     if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or not _is_plain(type(quantizer)):
         return None
     own = quantizer.__dict__
@@ -37,8 +34,7 @@ def rounded(quantizer: Any, x: Tensor) -> Tensor | None:
         return None
     if not (x.ndim and x.numel() < SMALL_FORWARD) or torch._C._are_functorch_transforms_active():
         return None
-    scale = scale.clamp_min(TINY)
-    return rounding((x / scale).clamp_(own["quant_min"], own["quant_max"])).mul_(scale).to(x.dtype)
+    return plain_rounding(rounding, x, scale, own["_buffers"]["lowest"], own["_buffers"]["highest"])
 
 
 @cache
