@@ -12,11 +12,13 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 
 from qat.launch import exact_division
+from qat.lightning.distill import Distill
 from qat.lightning.steps import batch_size
 
 
 class Compile(Callback):
     """Runs training batches through `torch.compile(module)`: what the module's step computes by calling `self(...)`.
+    The teacher of `Distill` is compiled alike.
 
     Two kinds of batches run as they are written instead of being compiled for: those of another size than the first one
     (the last of an epoch is often smaller), and those for which a callback before this one has set hooks
@@ -31,31 +33,43 @@ class Compile(Callback):
     def __init__(self, fullgraph: bool = False, cudagraphs: bool = False) -> None:
         self.fullgraph, self.cudagraphs = fullgraph, cudagraphs
         self._size: int | None = None
-        self._compiled: Any = None
+        self._compiled: list[tuple[nn.Module, Any]] = []
         self._hooks = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._size, self._hooks = None, _hooks(pl_module)
+        self._size, self._hooks, self._compiled = None, _hooks(pl_module), []
+
+    def _compile(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         options = {"triton.cudagraphs": self.cudagraphs, **exact_division()}
-        self._compiled = torch.compile(pl_module._call_impl, fullgraph=self.fullgraph, options=options)
+        teachers = [c.teacher for c in trainer.callbacks if isinstance(c, Distill)]  # pyright: ignore[reportAttributeAccessIssue]
+        for module in (pl_module, *teachers):
+            run = torch.compile(module._call_impl, fullgraph=self.fullgraph, options=options)
+            self._compiled.append((module, run))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         size = batch_size(batch)
-        self._size = self._size or size
-        usual = size == self._size and _hooks(pl_module) == self._hooks
+        if self._size is None:
+            self._size = size
+            self._compile(trainer, pl_module)
         if self.cudagraphs:
             torch.compiler.cudagraph_mark_step_begin()
-        _call(pl_module, self._compiled if usual else None)
+        if size == self._size and _hooks(pl_module) == self._hooks:
+            for module, run in self._compiled:
+                _call(module, run)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        _call(pl_module, None)
+        self._as_written()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        _call(pl_module, None)
+        self._as_written()
+
+    def _as_written(self) -> None:
+        for module, _ in self._compiled:
+            _call(module, None)
 
 
 def _call(module: nn.Module, how: Any) -> None:

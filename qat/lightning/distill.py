@@ -80,6 +80,12 @@ class Distill(Callback):
         self._teacher: nn.Module | None = None
         self._student: pl.LightningModule | None = None
 
+    @property
+    def teacher(self) -> nn.Module:
+        """The teacher, from when training starts."""
+        assert self._teacher is not None
+        return self._teacher
+
     # -- the teacher ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -120,8 +126,7 @@ class Distill(Callback):
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        teacher = self._teacher
-        assert teacher is not None
+        teacher = self.teacher
         trainer.precision_plugin.convert_module(teacher)
         teacher.to(pl_module.device)
         names = [self.output_of, *named_layers(pl_module, self.patterns)]
