@@ -16,21 +16,26 @@ Compiling costs seconds, which a run of a minute never earns back, so it starts 
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from qat.formats import Rounding
-from qat.launch import launchable, program, signature
+from qat.launch import Launch, Program, launchable, program, signature
 from qat.layout import dense, layout_of
 
-SMALL = 1 << 15
+SMALL = 1 << 11
 """Tensors below this many elements run in plain torch: a program costs as much to launch as it saves."""
-SMALL_FORWARD = 1 << 17
+SMALL_FORWARD = 1 << 15
 """The same where there is no backward pass, most of what is saved."""
+SAVED = 1 << 15
+"""Fake-quantized tensors below this many elements are saved for backward as they are: to make them anew
+(`qat.layers.sources`) would take longer than it is worth in memory."""
+
+KEPT = 4096
+"""Shapes that a kernel remembers how to run on."""
 
 PLAIN = (Tensor, nn.Parameter)
 """The types of tensors that have memory of their own."""
@@ -72,23 +77,8 @@ class Kernel:
 
     def __init__(self, function: Callable[..., Any], tensors: int) -> None:
         self.function, self.tensors = function, tensors
-        self._programs: dict[Any, Callable[..., Any]] = {}
-
-    def compiled(self, *args: Tensor) -> Any:
-        """Runs compiled, or where compiling fails, and from then on, in plain torch."""
-        key = signature(self.tensors, args)
-        run = self._programs.get(key)
-        if run is None:
-            try:
-                run = self._programs[key] = program(self.function, self.tensors, args)
-            except Exception as error:  # a missing compiler surfaces as whatever its build step raises
-                _settings["patience"] = NEVER
-                reason = " ".join(str(error).split()[:40]) or type(error).__name__
-                warnings.warn(
-                    f"quantizers run uncompiled, several times slower: torch.compile failed ({reason})", stacklevel=2
-                )
-                return self.function(*args)
-        return run(*args)
+        self._programs: dict[Any, Program] = {}
+        self._launches: dict[Any, Launch | None] = {}
 
     def large(self, tensors: tuple[Tensor, ...], *grads: Tensor) -> Any:
         """Runs on large `x, scale, ...` of any shape, compiled where it pays; the first result has the shape of `x`.
@@ -97,17 +87,45 @@ class Kernel:
             tensors: All but the first are parameters.
             grads: What the kernel takes before them, of the shape of `x`.
         """
-        x, scale, layout = tensors[0], tensors[1], None
+        x, args = tensors[0], (*grads, *tensors)
         if _settings["patience"] > 0:
             _settings["patience"] -= x.numel()
-        elif launchable(x):
-            layout = layout_of(x.shape, x.stride(), scale.shape)
+            return self.function(*args)
+        if torch._C._len_torch_dispatch_stack():  # somebody has to see each operation (tracing, counting)
+            return self.function(*args)
+        # All in one expression: run from cold caches, each call of a function shows in the time of a training step.
+        key = x.shape, x.stride(), x.device, type(x), *[t.dtype for t in args], *[t.shape for t in tensors[1:]]
+        if grads:
+            key += (grads[0].stride(),)
+        try:
+            launch = self._launches[key]
+        except KeyError:
+            launch = self._launch(key, args)
+        return self.function(*args) if launch is None else launch(args)
+
+    def _launch(self, key: Any, args: tuple[Tensor, ...]) -> Launch | None:
+        """How to run compiled on arguments like these, which have this key; `None` in plain torch."""
+        if len(self._launches) == KEPT:  # sizes do not seem to come back
+            self._launches.clear()
+        x, scale = args[self.tensors - 1 : self.tensors + 1]
+        layout = layout_of(x.shape, x.stride(), scale.shape) if launchable(x) else None
         if layout is None:
-            return self.function(*grads, *tensors)
-        results = self.compiled(*map(layout.rows, grads), *layout.all(tensors))
-        if isinstance(results, Tensor):
-            return layout.restore(results)
-        return layout.restore(results[0]), *results[1:]
+            self._launches[key] = None
+            return None
+        seen = [*map(layout.rows, args[: self.tensors]), *map(layout.per_row, args[self.tensors :])]
+        kind = signature(self.tensors, seen)
+        try:
+            if kind not in self._programs:
+                self._programs[kind] = program(self.function, self.tensors, seen)
+        except Exception as error:  # a missing compiler surfaces as whatever its build step raises
+            _settings["patience"] = NEVER
+            reason = " ".join(str(error).split()[:40]) or type(error).__name__
+            warnings.warn(
+                f"quantizers run uncompiled, several times slower: torch.compile failed ({reason})", stacklevel=3
+            )
+            return None
+        launch = self._launches[key] = self._programs[kind].launch(layout, args)
+        return launch
 
 
 class Gradient:
@@ -138,6 +156,8 @@ class Gradient:
         if not (x.is_contiguous() or dense(x)):  # one copy for forward and backward
             x = x.contiguous()
             tensors = x, *tensors[1:]
+        if count < SAVED:
+            return _large(self, grad_scale, *tensors)
         left = _left.tensors
         y = (_large if left is None else _unwritten)(self, grad_scale, *tensors)
         y.made = Made(self, tensors, x._version, y._version)
@@ -232,7 +252,9 @@ class _Large(_Plain):
             return _returned(ctx.grad_scale, grad_x, others)
         grad_x, *others = ctx.gradient.backward.large(tensors, grads[0])
         parameters = (tensors[1], *tensors[4:])
-        others = [g if g is None else g.view(p.shape) for g, p in zip(others, parameters, strict=True)]
+        others = [
+            g if g is None or g.shape == p.shape else g.view(p.shape) for g, p in zip(others, parameters, strict=True)
+        ]
         return _returned(ctx.grad_scale, grad_x, others)
 
 
@@ -258,8 +280,7 @@ _unwritten = super(torch.autograd.Function, _Unwritten).apply  # pyright: ignore
 """Their `apply` without the dozen Python calls that prepare it for functorch and compilers."""
 
 
-@dataclass(frozen=True)
-class Made:
+class Made(NamedTuple):
     """How a large fake-quantized tensor was made, attached to it as `made`.
 
     Attributes:

@@ -2,18 +2,23 @@
 
 Whoever calls what torch.compile returns pays 40 microseconds for guards: a training step over a tensor of 100,000
 elements could be done meanwhile. Kernels need none. What they are called with differs in types and in numbers of axes
-alone, so each such signature has a program of its own, compiled for all sizes, and is its only guard.
+alone, so each such signature has a program of its own, compiled for all sizes, and is its only guard. What is called is
+the code that the compiler wrote, without the dozen Python calls that torch puts around it for aliases, mutations,
+subclasses and random numbers, none of which a kernel has: run from cold caches, they took as long as the arithmetic of
+100,000 elements.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.overrides import _pop_mode_temporarily
+
+from qat.layout import Layout
 
 ADDRESSABLE = 1 << 31
 """Programs may count elements in 32 bits, as GPUs like to."""
@@ -22,15 +27,68 @@ Argument = tuple[int, int | None]
 """What a program takes: one of a kernel's arguments, or the size of one of its axes."""
 
 
-def launchable(x: Tensor) -> bool:
-    """Whether programs can run on `x`, of any size: not for subclasses of tensors, nor under a mode that has to see
-    each operation (tracing, counting).
+Launch = Callable[[Sequence[Tensor]], Any]
+"""Runs a program on a kernel's arguments."""
+
+
+class Program(NamedTuple):
+    """A compiled kernel.
+
+    Attributes:
+        run: Takes a list of its inputs; returns the tensors it makes.
+        takes: What each input is.
+        tensors: How many of the kernel's first arguments are large.
+        present: Which of the kernel's results are tensors, not `None`; `None` if it returns a tensor alone.
+        code: What owns `run`.
     """
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and 1 < x.numel() < ADDRESSABLE
-        and not torch._C._len_torch_dispatch_stack()
-    )
+
+    run: Callable[[list[Any]], Sequence[Tensor]]
+    takes: list[Argument]
+    tensors: int
+    present: list[bool] | None
+    code: Any
+
+    def launch(self, layout: Layout, args: Sequence[Tensor]) -> Launch:
+        """How to run it on arguments of the types, shapes and strides of `args`.
+
+        Args:
+            layout: Of the large ones, and of the first result.
+            args: A kernel's arguments.
+        """
+        seen = [layout.view if i < self.tensors else layout.per_row(arg).shape for i, arg in enumerate(args)]
+        inputs: list[Any] = [None if axis is None else seen[i][axis] for i, axis in self.takes]
+        places = [(at, i) for at, (i, axis) in enumerate(self.takes) if axis is None]
+        parameters = [(at, i) for at, i in places if i >= self.tensors]
+        reshaped = [(at, i) for at, i in parameters if args[i].shape != seen[i]]
+        as_they_are = [pair for pair in parameters if pair not in reshaped]
+        strided = [(at, i) for at, i in places if i < self.tensors and args[i].stride() == layout.strides]
+        copied = [(at, i) for at, i in places if i < self.tensors and (at, i) not in strided]
+        run, present, view, steps = self.run, self.present, layout.view, layout.steps
+        shape, strides = layout.shape, layout.strides
+
+        def launch(args: Sequence[Tensor]) -> Any:
+            taken = inputs.copy()
+            for at, i in strided:
+                taken[at] = args[i].as_strided(view, steps)
+            for at, i in as_they_are:
+                taken[at] = args[i]
+            for at, i in copied:
+                taken[at] = layout.rows(args[i])
+            for at, i in reshaped:
+                taken[at] = layout.per_row(args[i])
+            made = run(taken)
+            made[0].as_strided_(shape, strides)  # in place: in-place operations would refuse a view
+            if present is None:
+                return made[0]
+            found = iter(made)
+            return tuple([next(found) if there else None for there in present])
+
+        return launch
+
+
+def launchable(x: Tensor) -> bool:
+    """Whether programs can run on tensors like `x`, of any size."""
+    return type(x) in (Tensor, torch.nn.Parameter) and 1 < x.numel() < ADDRESSABLE
 
 
 def signature(tensors: int, args: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -39,7 +97,7 @@ def signature(tensors: int, args: Sequence[Tensor]) -> tuple[Any, ...]:
     return x.device, x.ndim, *[a.dtype for a in args], *[p.shape if p.ndim == 1 else None for p in parameters]
 
 
-def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) -> Callable[..., Any]:
+def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) -> Program:
     """Compiles `function` for all arguments of this signature.
 
     Args:
@@ -51,15 +109,22 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
     Raises:
         Exception: whatever goes wrong in compiling.
     """
-    captured: list[tuple[fx.GraphModule, Callable[..., Any]]] = []
+    graphs: list[fx.GraphModule] = []
+    written: list[Any] = []
 
     def capture(graph: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        from torch._inductor import config  # seconds, which only those pay who compile
-        from torch._inductor.compile_fx import compile_fx
+        import torch._functorch.config as around  # seconds, which only those pay who compile
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-        with config.patch(exact_division()):
-            captured.append((graph, compile_fx(graph, examples)))  # pyright: ignore[reportArgumentType]
-        return captured[0][1]
+        def write(*args: Any, **kwargs: Any) -> Any:
+            written.append(compile_fx_inner(*args, **kwargs))
+            return written[0]
+
+        graphs.append(graph)
+        # What a cache keeps of all that is around the written code would hide it.
+        with config.patch({**exact_division(), **_settings()}), around.patch(enable_autograd_cache=False):
+            return compile_fx(graph, examples, inner_compile=write)  # pyright: ignore
 
     examples = _examples(tensors, args)
     with (
@@ -73,20 +138,13 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         for _ in range(torch._C._len_torch_function_stack()):
             unfollowed.enter_context(_pop_mode_temporarily())
         results = torch.compile(_own_code(function), dynamic=True, fullgraph=True, backend=capture)(*examples)
-    if not captured:
+    if not graphs:
         raise RuntimeError("it is disabled")
-    [(graph, run)] = captured
-    takes = _arguments(graph)
-    single = isinstance(results, Tensor)
-    present = [True] if single else [result is not None for result in results]
-    if sum(present) != len(graph.graph.output_node().args[0]):  # pyright: ignore[reportArgumentType]
+    [graph], [code] = graphs, written
+    present = None if isinstance(results, Tensor) else [result is not None for result in results]
+    if (1 if present is None else sum(present)) != len(graph.graph.output_node().args[0]):  # pyright: ignore
         raise RuntimeError("a kernel returned one of its arguments, or one tensor twice")
-
-    def launch(*args: Tensor) -> Tensor | tuple[Tensor | None, ...]:
-        found = iter(run(*[args[i] if axis is None else args[i].shape[axis] for i, axis in takes]))
-        return next(found) if single else tuple([next(found) if there else None for there in present])
-
-    return launch
+    return Program(code.current_callable, _arguments(graph), tensors, present, code)
 
 
 def exact_division() -> dict[str, Any]:
@@ -97,6 +155,17 @@ def exact_division() -> dict[str, Any]:
 
     names = ("eager_numerics.division_rounding", "emulate_divison_rounding")  # the second up to torch 2.10
     return {name: True for name in names if name in config.get_config_copy()}
+
+
+def _settings() -> dict[str, Any]:
+    """Options of torch's compiler for programs: no checks of sizes, which are what the program was made for; and sums
+    in at least so many parts on a GPU. Otherwise there are as many as the first tensor asks for, and few parts of a
+    large one leave most of the GPU idle: 10 ms for 1e8 bfloat16 elements, by a program that was made for 1e6.
+    """
+    from torch._inductor import config
+
+    wanted = {"size_asserts": False, "min_num_split": 512}  # torch 2.10 may not have the second
+    return {name: value for name, value in wanted.items() if name in config.get_config_copy()}
 
 
 def _examples(tensors: int, args: Sequence[Tensor]) -> list[Tensor]:

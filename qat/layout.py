@@ -23,25 +23,20 @@ class Layout:
     strides: tuple[int, ...]
     view: tuple[int, ...]
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The strides of `view`."""
+        return (self.view[1], 1) if len(self.view) == 2 else (1,)
+
     def rows(self, x: Tensor) -> Tensor:
+        """A tensor of this shape as kernels see it."""
         if x.stride() != self.strides:
             x = torch.empty_strided(self.shape, self.strides, dtype=x.dtype, device=x.device).copy_(x)
-        return x.as_strided(self.view, (self.view[1], 1) if len(self.view) == 2 else (1,))
+        return x.as_strided(self.view, self.steps)
 
-    def all(self, tensors: tuple[Tensor, ...]) -> list[Tensor]:
-        """`x, scale, low, high, *extra` as kernels see them."""
-        flat = len(self.view) == 1
-        return [
-            self.rows(tensors[0]),
-            *[p if p.ndim == 1 and (flat or p.shape[0] == 1) else self._per_row(p) for p in tensors[1:]],
-        ]
-
-    def _per_row(self, parameter: Tensor) -> Tensor:
+    def per_row(self, parameter: Tensor) -> Tensor:
+        """A parameter as kernels see it: one number, or one for each row."""
         return parameter.reshape((-1, 1) if len(self.view) == 2 and parameter.numel() > 1 else -1)
-
-    def restore(self, x: Tensor) -> Tensor:
-        """What a kernel made as the tensor it stands for, in place: in-place operations would refuse a view."""
-        return x.as_strided_(self.shape, self.strides)
 
 
 @lru_cache(4096)

@@ -65,7 +65,7 @@ class QuantizedLayer(TwinMixin):
         if not self.training:
             y = None if torch.is_grad_enabled() else evaluated_on_codes(self, x)
         else:
-            y = trained_on_codes(self, x, around) if x.numel() >= kernels.SMALL else None
+            y = trained_on_codes(self, x, around) if x.numel() >= kernels.SAVED else None
         if y is not None:
             return y
         x, weight, bias = self.quantized_input(x), self.quantized_weight(), self.quantized_bias()
