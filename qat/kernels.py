@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from functools import cache, partial
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,10 +31,11 @@ SMALL = 1 << 11
 """Tensors below this many elements run in plain torch: a program costs as much to launch as it saves."""
 SMALL_FORWARD = 1 << 15
 """The same where there is no backward pass, most of what is saved."""
-SAVED = 1 << 15
-"""Fake-quantized tensors below this many elements are saved for backward as they are: to make them anew
-(`qat.layers.sources`) would take longer than it is worth in memory."""
+SAVED = 1 << 17
+"""Fake-quantized tensors below this many elements are saved for backward as they are: making them anew
+(`qat.layers.sources`) would take longer than half a megabyte is worth."""
 
+_DESCRIBED = attrgetter("dtype", "shape")
 KEPT = 4096
 """Shapes that a kernel remembers how to run on."""
 
@@ -93,10 +95,8 @@ class Kernel:
             return self.function(*args)
         if torch._C._len_torch_dispatch_stack():  # somebody has to see each operation (tracing, counting)
             return self.function(*args)
-        # All in one expression: run from cold caches, each call of a function shows in the time of a training step.
-        key = x.shape, x.stride(), x.device, type(x), *[t.dtype for t in args], *[t.shape for t in tensors[1:]]
-        if grads:
-            key += (grads[0].stride(),)
+        # No calls in Python: run from cold caches, each shows in the time of a training step.
+        key = x.stride(), x.device, type(x), *map(_DESCRIBED, args), grads[0].stride() if grads else None
         try:
             launch = self._launches[key]
         except KeyError:

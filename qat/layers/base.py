@@ -12,9 +12,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from qat import kernels
 from qat.layers.accumulator import RoundedBias, accumulator_scale, bias_codes, grids
-from qat.layers.products import evaluated_on_codes, trained_on_codes
+from qat.layers.products import MIN_ELEMENTS, evaluated_on_codes, trained_on_codes
 from qat.layers.rounded import rounded
 from qat.layers.shared import forwards, read
 from qat.layers.sources import from_sources
@@ -65,10 +64,12 @@ class QuantizedLayer(TwinMixin):
         if not self.training:
             y = None if torch.is_grad_enabled() else evaluated_on_codes(self, x)
         else:
-            y = trained_on_codes(self, x, around) if x.numel() >= kernels.SAVED else None
+            y = trained_on_codes(self, x, around) if x.numel() >= MIN_ELEMENTS else None
         if y is not None:
             return y
-        x, weight, bias = self.quantized_input(x), self.quantized_weight(), self.quantized_bias()
+        x, weight = self.quantized_input(x), self.quantized_weight()
+        as_it_is = self.training and self.round_bias != "train" and "bias" in self._parameters
+        bias = self._parameters["bias"] if as_it_is else self.quantized_bias()
         if around is not None:
             function = partial(around, function)
         if hasattr(weight, "made") or (hasattr(x, "made") and not torch.compiler.is_dynamo_compiling()):

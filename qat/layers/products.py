@@ -30,6 +30,8 @@ from qat.onednn import Geometry
 from qat.quantizers import Quantizer
 from qat.quantizers.fixed import forward as plain_rounding
 
+MIN_ELEMENTS = 1 << 15
+"""Elements of the input below which nobody asks whether codes pay in training."""
 MIN_POSITIONS = 768
 """Outputs per channel from which codes pay in training: with fewer, packing the weight takes as long as multiplying."""
 MIN_TERMS = 64
