@@ -29,6 +29,7 @@ def codes_always_pay(monkeypatch):
     before = dict(kernels._settings)
     monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(kernels, "SAVED", 0)
+    monkeypatch.setattr("qat.layers.base.MIN_ELEMENTS", 0)
     monkeypatch.setattr(products, "MIN_POSITIONS", 0)
     monkeypatch.setattr(products, "MIN_TERMS", 0)
     monkeypatch.setattr(products, "MIN_PRODUCTS", {"linear": 0, "conv2d": 0})
