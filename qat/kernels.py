@@ -15,6 +15,7 @@ Compiling costs seconds, which a run of a minute never earns back, so it starts 
 
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
 from operator import attrgetter
@@ -49,6 +50,8 @@ _settings = {"patience": 4e9, "products": True}
 """`patience`: how many elements pass through plain torch before kernels are compiled; `products`: whether products may
 run on codes (`qat.layers.products`).
 """
+_passed: dict[torch.device, int] = defaultdict(int)
+"""How many have, on each device: what a run on a GPU ends with on the CPU is no reason to compile for that."""
 
 
 def configure(mode: Mode = "auto", patience: int = 4_000_000_000) -> None:
@@ -59,6 +62,7 @@ def configure(mode: Mode = "auto", patience: int = 4_000_000_000) -> None:
             products of layers do not run on codes either.
         patience: Elements that pass through plain torch first (about half a minute of work on two cores).
     """
+    _passed.clear()
     _settings["patience"] = {"auto": patience, "always": 0, "never": NEVER}[mode]
     _settings["products"] = mode != "never"
 
@@ -90,8 +94,8 @@ class Kernel:
             grads: What the kernel takes before them, of the shape of `x`.
         """
         x, args = tensors[0], (*grads, *tensors)
-        if _settings["patience"] > 0:
-            _settings["patience"] -= x.numel()
+        if _passed[x.device] < _settings["patience"]:
+            _passed[x.device] += x.numel()
             return self.function(*args)
         if torch._C._len_torch_dispatch_stack():  # somebody has to see each operation (tracing, counting)
             return self.function(*args)

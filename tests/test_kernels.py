@@ -152,6 +152,37 @@ def test_short_runs_never_compile(monkeypatch):
     train_on(lsq(), 32, 256)
 
 
+def test_what_passes_on_another_device_is_no_reason_to_compile(monkeypatch):
+    kernels.gradient.cache_clear()
+    kernels.configure("auto", patience=10**6)
+    grid = torch.ones(1), torch.tensor([-8.0]), torch.tensor([7.0])
+    lsq().gradient(torch.empty(10**7, device="meta"), *(t.to("meta") for t in grid))
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("compiled before its patience ran out"))
+    lsq().gradient(torch.randn(32, 4096), *grid)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_shape_that_was_met_before_may_come_with_other_strides_and_types(granularity):
+    shape = torch.Size((8, 16, 32, 8))
+    quantizer, plain = (lsq(4, granularity, shape if granularity == "channel" else None) for _ in range(2))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for of_x in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(shape).to(dtype=dtype, memory_format=of_x)
+            grad = torch.randn(shape).to(dtype)
+            for g in (grad, grad.to(memory_format=torch.channels_last), grad[:1, :1, :1, :1].expand(shape)):
+                found = []
+                for mode, q in (("always", quantizer), ("never", plain)):
+                    kernels.configure(mode)
+                    leaf = x.clone().requires_grad_()
+                    q.scale.grad = None
+                    y = q(leaf)
+                    y.backward(g)
+                    found.append((y.detach(), leaf.grad, q.scale.grad))
+                assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+                assert found[0][0].stride() == x.stride()
+                torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-2)
+
+
 SECOND_PROCESS = """
 import torch
 from torch._dynamo.utils import counters
