@@ -73,6 +73,18 @@ def dither(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return wide(x) + shift * positive(scale.detach())
 
 
+def masks(v: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where clipping left `v` as it is, once for each of up to three readers.
+
+    A mask that two operations read is written to memory by compilers, which takes longer than all the rest (torch 2.13,
+    CPU). Theirs are three expressions, so that none is.
+    """
+    inside = clipped == v
+    if not torch.compiler.is_compiling():
+        return inside, inside, inside
+    return inside, v == clipped, ~(v != clipped)
+
+
 def sum_to(x: Tensor, like: Tensor) -> Tensor:
     """Sums a gradient over the elements that share one entry of `like`, in `like`'s type."""
     return x.sum_to_size(like.shape).to(like.dtype)

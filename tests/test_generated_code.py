@@ -48,6 +48,12 @@ SPLITS: dict[str, Callable[[Tensor], Any]] = {
     "slices": lambda x: [_heads(x[..., i * WIDTH : (i + 1) * WIDTH]) for i in range(3)],
     "rows of a copy": lambda x: map(_heads, _thirds(x).movedim(-2, 0).contiguous()),
 }
+MASKED: dict[str, dict[str, Any]] = {
+    "lsq": {},
+    "lsq_plus": {"act": {"bits": 8, "quantizer": "lsq_plus", "signed": True, "symmetric": False}},
+    "pact": {"act": {"bits": 8, "quantizer": "pact"}},
+    "seq": {"weight": {"bits": None, "format": "ternary", "quantizer": "seq", "granularity": "channel"}},
+}
 each_split = pytest.mark.parametrize("split", [pytest.param(v, id=k) for k, v in SPLITS.items()])
 
 
@@ -59,9 +65,10 @@ def products_of_floats():
     kernels._settings.update(before)
 
 
-def quantized(model: nn.Module, x: Tensor) -> nn.Module:
+def quantized(model: nn.Module, x: Tensor, settings: dict[str, Any] | None = None) -> nn.Module:
     torch.manual_seed(1)
-    policy = QuantPolicy.from_dict({"weight": {"bits": 8}, "act": {"bits": 8}, "kinds": ["attention"], "rules": {}})
+    default = {"weight": {"bits": 8}, "act": {"bits": 8}, "kinds": ["attention"], "rules": {}}
+    policy = QuantPolicy.from_dict(default | (settings or {}))
     plan, _ = make_plan(model, policy, lambda: model(x))
     apply_plan(model, plan)
     calibrate(model, lambda: model(x))
@@ -104,10 +111,11 @@ def test_gradients_of_views_are_computed_once_each(split, generated):
     assert len(re.findall(r"= at::vec::minimum\(|= min_propagate_nan\(", found)) == 6  # forward and backward, clipped
 
 
-def test_no_mask_is_read_twice():
+@pytest.mark.parametrize("name", MASKED)
+def test_no_mask_is_read_twice(name):
     """Inductor writes to memory what two operations read, and masks byte by byte."""
     x = torch.randn(8, WIDTH)
-    model = quantized(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)), x)
+    model = quantized(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)), x, MASKED[name])
     masks = []
 
     def look(graph: torch.fx.GraphModule, example_inputs: list[Tensor]) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.formats import Rounding
-from qat.functional import ratio, sum_to
+from qat.functional import masks, ratio, sum_to
 from qat.kernels import Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
@@ -32,12 +32,9 @@ def slopes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tens
 
 def _slopes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     v = ratio(x, scale)
-    level = v.clamp_min(low).clamp_max_(high)
-    inside = level == v
-    # A mask that two operations read is written to memory by compilers, which takes longer than all the rest (torch
-    # 2.13, CPU). So that each has its own:
-    again = v == level if torch.compiler.is_compiling() else inside
-    return rounding(level).sub_(torch.where(inside, v, 0)), again
+    clipped = v.clamp_min(low).clamp_max_(high)
+    inside, again, _ = masks(v, clipped)
+    return rounding(clipped).sub_(torch.where(inside, v, 0)), again
 
 
 def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qat import ranges
 from qat.errors import UserError
 from qat.formats import Rounding
-from qat.functional import SCALE_FLOOR, ratio, sum_to, wide
+from qat.functional import SCALE_FLOOR, masks, ratio, sum_to, wide
 from qat.kernels import Grads, gradient
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
@@ -42,12 +42,11 @@ def backward(
     zero_point: Tensor,
 ) -> Grads:
     v = ratio(x, scale)
-    inside = (v >= low) & (v <= high)
-    grad = wide(grad)
-    level = rounding(v.clamp_min(low).clamp_max_(high))
-    partial = grad * (level + torch.where(inside, -v, zero_point))  # outside: the code, n or p
-    outside = grad.masked_fill(inside, 0)
-    return (grad * inside).to(x.dtype), sum_to(partial, scale), sum_to(outside, offset), None
+    grad, clipped = wide(grad), v.clamp_min(low).clamp_max_(high)
+    inside = masks(v, clipped)
+    partial = grad * (rounding(clipped) + torch.where(inside[0], -v, zero_point))  # outside: the code, n or p
+    outside = grad.masked_fill(inside[1], 0)
+    return (grad * inside[2]).to(x.dtype), sum_to(partial, scale), sum_to(outside, offset), None
 
 
 class LSQPlus(LSQ):

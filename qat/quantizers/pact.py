@@ -29,9 +29,10 @@ def backward(
 ) -> Grads:
     v = ratio(x, scale)
     inside = (v >= low) & (v < high)
+    again = (low <= v) & (high > v) if torch.compiler.is_compiling() else inside  # see `qat.functional.masks`
     grad = wide(grad)
     grad_scale = sum_to(grad * v.clamp_min(low).clamp_max_(high).masked_fill_(inside, 0), scale)
-    return (grad * inside).to(x.dtype), grad_scale + decay * scale * high.square(), None
+    return (grad * again).to(x.dtype), grad_scale + decay * scale * high.square(), None
 
 
 class PACT(Quantizer):

@@ -39,8 +39,9 @@ def backward(
     v = ratio(x, scale)
     grad = wide(grad)
     inside = v.abs() < reach
+    again = reach > v.abs() if torch.compiler.is_compiling() else inside  # see `qat.functional.masks`
     partial = grad * (torch.where(inside, -v, 0) + rounding(v.clamp_min(low).clamp_max_(high)))
-    return (grad * inside).to(x.dtype), sum_to(partial, scale), None
+    return (grad * again).to(x.dtype), sum_to(partial, scale), None
 
 
 def backward_binary(
