@@ -84,6 +84,14 @@ def test_the_packed_integers_are_verified_by_the_loader_that_users_have(run, cap
     assert "model.safetensors: verified: weight codes identical" in words(capfd)
 
 
+def test_data_that_lie_elsewhere_now_are_named_to_verify(run, capfd):
+    assert main(["verify", str(run / "model.onnx"), str(run), "data.on_device=true"]) == 0
+    assert main(["verify", str(run), "data.mean=[0.5]"]) == 2  # other numbers than the run was measured on
+    assert "data.mean=[0.5]: the run in" in words(capfd)
+    assert main(["verify", str(run), "data.on_devic=true"]) == 2
+    assert "data.on_devic=true: the run's data has no 'on_devic'; did you mean 'on_device'?" in words(capfd)
+
+
 def scale_up(tensors) -> None:
     tensor = tensors["fc2.weight_scale"]
     tensor.raw_data = (onnx.numpy_helper.to_array(tensor) * np.float32(1.5)).tobytes()

@@ -1,7 +1,8 @@
 """`qat verify [FILE] RUN_DIR`: the proof of a finished run, made again from the files alone.
 
 Without FILE, it checks what `qat train` wrote; with it, any file that `qat export` made of the run. RUN_DIR may be the
-checkpoint that FILE was made of. Settings of the target (min_agreement=0.9) may follow FILE.
+checkpoint that FILE was made of. Settings of the target (min_agreement=0.9) may follow FILE; where the data lie
+elsewhere than for the run, data.root=DIR says so.
 """
 
 from pathlib import Path
@@ -23,6 +24,7 @@ def main(argv: list[str]) -> int:
     run_dir = Path(paths[-1]).absolute()
     if not run_dir.exists() or (len(paths) == 1 and not run_dir.is_dir()):
         raise UserError(f"RUN_DIR {run_dir} is not a directory")
+    data = {key: settings.pop(key) for key in list(settings) if key.startswith("data.")}
     if len(paths) == 1:
         if settings:
             raise UserError(f"{next(iter(settings))}=...: name the FILE that it is for")
@@ -32,4 +34,4 @@ def main(argv: list[str]) -> int:
         target = of_file(file, settings)
     from qat.lightning.deploy import verify  # imports torch: only once there is something to verify
 
-    return 0 if verify(run_dir, target, file) else 1
+    return 0 if verify(run_dir, target, file, data) else 1

@@ -7,6 +7,7 @@ Nothing is trained or calibrated here: the checkpoint holds the plan, every scal
 import copy
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from qat.cli.instantiate import instantiate
-from qat.errors import UserError
+from qat.errors import UserError, nearest
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
 from qat.export.verify import Verdict
@@ -55,15 +56,25 @@ class Trained(NamedTuple):
     example: Tensor | None
 
 
-def restore(path: Path) -> Trained:
+def restore(path: Path, changed: Mapping[str, str] | None = None) -> Trained:
     """Rebuilds the quantized model of a run's folder, or of a checkpoint below one, on the CPU.
 
+    Args:
+        path: The folder or the checkpoint.
+        changed: Keys of the run's config that differ now (`data.root`), and their values as on a command line.
+
     Raises:
-        UserError: if there is no such run, or the checkpoint is damaged, of a float model, or of another architecture.
+        UserError: if there is no such run or key, or the checkpoint is damaged, of a float model, or of another
+            architecture.
     """
     folder = _folder(path)
     cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
     assert isinstance(cfg, DictConfig)
+    for key, value in (changed or {}).items():
+        group, _, name = key.partition(".")
+        if name not in cfg[group]:
+            raise UserError(f"{key}={value}: the run's {group} has no '{name}'{nearest(name, map(str, cfg[group]))}")
+        OmegaConf.update(cfg, key, OmegaConf.from_dotlist([f"{key}={value}"])[group][name])
     cfg.run_dir, cfg.ckpt = str(folder), "last"
     for key, value in {**ON_THE_CPU, **unmixed(cfg.trainer)}.items():
         OmegaConf.update(cfg, f"trainer.{key}", value, merge=False, force_add=True)
@@ -130,13 +141,16 @@ def export(path: Path, target: Target, out: Path | None = None) -> Path:
     return out
 
 
-def verify(path: Path, target: Target | None = None, file: Path | None = None) -> bool:
+def verify(
+    path: Path, target: Target | None = None, file: Path | None = None, data: Mapping[str, str] | None = None
+) -> bool:
     """Verifies exported files on the test set, and prints what was found.
 
     Args:
         path: The run's folder, or the checkpoint below it that the file was exported from.
         target: Format of `file`.
         file: The file; `None` for all that `qat train` wrote: the run's own target and the packed integers.
+        data: What differs in the run's data now (`data.root`).
 
     Returns:
         Whether everything was verified.
@@ -151,7 +165,7 @@ def verify(path: Path, target: Target | None = None, file: Path | None = None) -
     with calm():
         if path.is_dir() and not (path / TRAINED).is_file():
             raise UserError(f"{folder} was run with quant=off; there is no file to verify")
-        trained = restore(path)
+        trained = restore(path, data)
         this = Run(trained.cfg, folder)
         this.module = trained.module
         if trained.checkpoint.name != TRAINED:
