@@ -292,19 +292,23 @@ class Made(NamedTuple):
         tensors: `x, scale, low, high, *extra`.
         version: Of `x` then.
         own: Of what was made, then: written to since, it is something else.
+        decoded: The fake-quantized tensor of its codes, where somebody has them.
     """
 
     gradient: Gradient
     tensors: tuple[Tensor, ...]
     version: int
     own: int
+    decoded: Callable[[], Tensor] | None = None
 
     def again(self) -> Tensor:
         """The fake-quantized tensor, made anew.
 
         Raises:
-            RuntimeError: if `x` has been written to since.
+            RuntimeError: if `x`, where it is made of that, has been written to since.
         """
+        if self.decoded is not None:
+            return self.decoded()
         check_version(self.tensors[0], self.version)
         return self.gradient.forward.large(self.tensors)
 

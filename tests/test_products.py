@@ -105,6 +105,24 @@ GRIDS = {
 }
 
 
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
+def test_backward_makes_the_input_of_its_codes(grid, layout, monkeypatch):
+    made = []
+
+    def again(self: kernels.Made) -> torch.Tensor:
+        if self.decoded is not None:
+            made.append((self.decoded(), self.gradient.forward.large(self.tensors)))
+        return original(self)
+
+    original = kernels.Made.again
+    monkeypatch.setattr(kernels.Made, "again", again)
+    x = (torch.randn(2, 6, 7, 9) * 3).to(memory_format=layout)
+    step(quantized(nn.Conv2d(6, 8, 3), x, *GRIDS[grid]), x)
+    [(found, expected)] = made
+    assert torch.equal(found, expected) and found.stride() == expected.stride()
+
+
 @each_layer
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels last"])
 def test_a_step_on_codes_is_the_float_one(make, shape, layout, used):

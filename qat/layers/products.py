@@ -5,8 +5,8 @@ Fake quantization multiplies in float32 what stands for codes of at most 8 bits.
 float32's rounding errors and several times as fast where the processor has instructions for them.
 
 In training, forward alone multiplies codes. Backward is that of the float product of the fake-quantized tensors, which
-large ones are made for there (`qat.layers.sources`); in forward nobody writes them. In evaluation the weight is packed
-once.
+are made for there (`qat.layers.sources`), an input of its codes; in forward nobody writes them. In evaluation the
+weight is packed once.
 
 NaN has no code: the scale becomes NaN with it, and so does all of the output.
 """
@@ -21,7 +21,7 @@ from torch.nn.modules import module as modules
 
 from qat import kernels, onednn
 from qat.formats import Rounding
-from qat.functional import levels, positive
+from qat.functional import levels, positive, values
 from qat.kernels import Kernel, Recipe
 from qat.layers.accumulator import grids
 from qat.layers.sources import from_sources, innermost_hooks
@@ -67,6 +67,8 @@ def trained_on_codes(layer: Any, x: Tensor, around: Callable[..., Tensor] | None
         weight = _quantized(weight_grid, layer.weight)
         with torch.no_grad():
             codes = *_codes(input_codes, x, grid), *_codes(weight_codes, weight, weight_grid)[:2]
+        if hasattr(x, "made"):  # backward is to read a byte an element, not four
+            x.made = x.made._replace(decoded=partial(_decoded.large, codes[:3]))  # pyright: ignore
 
         def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             return _product(geometry, x, weight, bias, *codes)
@@ -182,6 +184,14 @@ def weight_codes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high
     """Levels of a weight as int8, and the scale that acts."""
     level = levels(x, scale, low, high, rounding)
     return level.to(torch.int8), _acting(scale, level)
+
+
+def _values(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
+    return values(codes + low, scale, torch.float32)
+
+
+_decoded = Kernel(_values, 1)
+"""What an input's codes stand for: `codes, scale, low`, code 0 being the level `low`."""
 
 
 def _acting(scale: Tensor, level: Tensor) -> Tensor:
