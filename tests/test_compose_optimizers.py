@@ -134,21 +134,23 @@ def test_each_network_of_a_gan_has_its_own_policy_optimizer_and_factor(tmp_path)
 @pytest.mark.parametrize(
     ("cls", "expected"),
     [
-        pytest.param(torch.optim.SGD, lambda scale, lr: scale - 0.1 * lr, id="sgd"),
-        pytest.param(torch.optim.Adam, lambda scale, lr: scale * math.exp(-min(3 * lr, math.log(2))), id="adam"),
+        pytest.param(torch.optim.SGD, lambda scale, lr: 0.1 * lr / scale, id="sgd"),
+        pytest.param(torch.optim.Adam, lambda scale, lr: 3 * lr, id="adam"),
     ],
 )
-@pytest.mark.parametrize("lr", [1e-3, 10.0])
-def test_adaptive_optimizers_move_a_scale_by_a_share_of_itself(cls, expected, lr):
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("lr", [1e-6, 1e-3, 10.0])
+def test_the_logarithm_of_a_scale_moves_and_no_step_more_than_doubles_or_halves_it(cls, expected, lr, sign):
     scales, weight = [nn.Parameter(torch.tensor([s])) for s in (1e-4, 0.5)], nn.Parameter(torch.tensor([1.0]))
     with own_groups([(scale, None) for scale in scales]):
         optimizer = cls([*scales, weight], lr=lr)
     for parameter in (*scales, weight):
-        parameter.grad = torch.ones(1)
+        parameter.grad = torch.full((1,), sign)
     optimizer.step()
-    assert weight.item() == pytest.approx(1.0 - lr)
+    assert weight.item() == pytest.approx(1.0 - sign * lr)
     for scale, before in zip(scales, (1e-4, 0.5), strict=True):
-        assert scale.item() == pytest.approx(expected(before, lr), rel=1e-4)
+        change = -sign * min(expected(before, lr), math.log(2))
+        assert scale.item() == pytest.approx(before * math.exp(change), rel=1e-4)
 
 
 def test_trying_a_manual_step_out_moves_nothing(tmp_path):

@@ -7,6 +7,10 @@ Adaptive optimizers divide any such factor out again: under Adam a step size mov
 whether it is 0.1 or 0.0001. So there it moves in proportion to itself: by that share, as if its logarithm were trained.
 The factor is `SGD_FACTOR` for SGD and `ADAPTIVE_FACTOR` for all others.
 
+No step makes a scale more than twice or less than half of what it was, nor negative: its change is applied to its
+logarithm, under SGD too, where that is the same for small changes. A single large one can otherwise leave a channel
+without a grid, and a BatchNorm behind it turns what is left into gradients that no later step survives.
+
 The split happens while the optimizer is constructed, not afterwards: schedulers copy the groups' learning rates when
 they are made, and so see the final groups. Two of them overwrite those rates (OneCycleLR, CyclicLR); what they are
 told is multiplied by each group's factor, too. Others give all groups one rate during training (the learning rate
@@ -22,6 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+from qat.functional import TINY
+
 SGD_FACTOR = 0.1
 ADAPTIVE_FACTOR = 3.0
 FACTOR = "scale_lr_factor"
@@ -29,7 +35,7 @@ FACTOR = "scale_lr_factor"
 BEFORE = "_scales_before"
 """Attribute under which an optimizer keeps them during a step."""
 LARGEST_CHANGE = 0.6931471805599453
-"""Of a scale's logarithm in one step; a learning rate finder goes up to rates at which it would overflow."""
+"""Of a scale's logarithm in one step."""
 
 
 def auto_factor(optimizer: torch.optim.Optimizer) -> float:
@@ -65,7 +71,7 @@ def own_groups(scales: list[tuple[nn.Parameter, float | None]]) -> Iterator[None
             add(self, {**group, **own})
         if split and rest and keep_ratio not in self._optimizer_step_pre_hooks.values():
             self.register_step_pre_hook(keep_ratio)
-        if split and not isinstance(self, torch.optim.SGD) and remember not in self._optimizer_step_pre_hooks.values():
+        if split and remember not in self._optimizer_step_pre_hooks.values():
             self.register_step_pre_hook(remember)
             self.register_step_post_hook(in_proportion)
 
@@ -107,8 +113,15 @@ def remember(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 @torch.no_grad()
 def in_proportion(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """After a step: makes each scale's change one of its logarithm, so that it stays positive; at most it doubles."""
-    for scale, before in zip(_scales(optimizer), vars(optimizer).pop(BEFORE), strict=True):
-        scale.copy_(before * (scale - before).clamp(-LARGEST_CHANGE, LARGEST_CHANGE).exp())
+    scales, before = list(_scales(optimizer)), vars(optimizer).pop(BEFORE)
+    change = torch._foreach_sub(scales, before)
+    if isinstance(optimizer, torch.optim.SGD):
+        torch._foreach_div_(change, torch._foreach_clamp_min(before, TINY))
+    torch._foreach_clamp_min_(change, -LARGEST_CHANGE)
+    torch._foreach_clamp_max_(change, LARGEST_CHANGE)
+    torch._foreach_exp_(change)
+    torch._foreach_mul_(change, before)
+    torch._foreach_copy_(scales, change)
 
 
 def _spread(values: list[Any] | tuple[Any, ...], factors: list[float | None]) -> list[Any]:
