@@ -18,7 +18,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache, partial
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ SAVED = 1 << 17
 """Fake-quantized tensors below this many elements are saved for backward as they are: making them anew
 (`qat.layers.sources`) would take longer than half a megabyte is worth."""
 
-_DESCRIBED = attrgetter("dtype", "shape")
+_KIND, _STRIDES = attrgetter("dtype", "shape"), methodcaller("stride")
 KEPT = 4096
 """Shapes that a kernel remembers how to run on."""
 
@@ -100,7 +100,7 @@ class Kernel:
         if torch._C._len_torch_dispatch_stack():  # somebody has to see each operation (tracing, counting)
             return self.function(*args)
         # No calls in Python: run from cold caches, each shows in the time of a training step.
-        key = x.stride(), x.device, type(x), *map(_DESCRIBED, args), grads[0].stride() if grads else None
+        key = x.device, x.is_neg(), *map(type, args), *map(_KIND, args), *map(_STRIDES, args)
         try:
             launch = self._launches[key]
         except KeyError:
@@ -112,7 +112,7 @@ class Kernel:
         if len(self._launches) == KEPT:  # sizes do not seem to come back
             self._launches.clear()
         x, scale = args[self.tensors - 1 : self.tensors + 1]
-        layout = layout_of(x.shape, x.stride(), scale.shape) if launchable(x) else None
+        layout = layout_of(x.shape, x.stride(), scale.shape) if launchable(x, args) else None
         if layout is None:
             self._launches[key] = None
             return None

@@ -59,7 +59,7 @@ class Program(NamedTuple):
         inputs: list[Any] = [None if axis is None else seen[i][axis] for i, axis in self.takes]
         places = [(at, i) for at, (i, axis) in enumerate(self.takes) if axis is None]
         parameters = [(at, i) for at, i in places if i >= self.tensors]
-        reshaped = [(at, i) for at, i in parameters if args[i].shape != seen[i]]
+        reshaped = [(at, i) for at, i in parameters if args[i].shape != seen[i] or not args[i].is_contiguous()]
         as_they_are = [pair for pair in parameters if pair not in reshaped]
         strided = [(at, i) for at, i in places if i < self.tensors and args[i].stride() == layout.strides]
         copied = [(at, i) for at, i in places if i < self.tensors and (at, i) not in strided]
@@ -86,9 +86,10 @@ class Program(NamedTuple):
         return launch
 
 
-def launchable(x: Tensor) -> bool:
-    """Whether programs can run on tensors like `x`, of any size."""
-    return type(x) in (Tensor, torch.nn.Parameter) and 1 < x.numel() < ADDRESSABLE
+def launchable(x: Tensor, args: Sequence[Tensor]) -> bool:
+    """Whether programs can run on tensors like `args`, the large ones being like `x`, of any size."""
+    plain = all(type(arg) in (Tensor, torch.nn.Parameter) for arg in args) and not x.is_neg()
+    return plain and x.device.type != "meta" and 1 < x.numel() < ADDRESSABLE
 
 
 def signature(tensors: int, args: Sequence[Tensor]) -> tuple[Any, ...]:
@@ -137,7 +138,7 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
     ):
         for _ in range(torch._C._len_torch_function_stack()):
             unfollowed.enter_context(_pop_mode_temporarily())
-        results = torch.compile(_own_code(function), dynamic=True, fullgraph=True, backend=capture)(*examples)
+        results = torch.compile(own_code(function), dynamic=True, fullgraph=True, backend=capture)(*examples)
     if not graphs:
         raise RuntimeError("it is disabled")
     [graph], [code] = graphs, written
@@ -199,12 +200,12 @@ def _arguments(graph: fx.GraphModule) -> list[Argument]:
     ]  # fmt: skip
 
 
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under a code object of its own: torch counts recompilations by code object, and kernels must not use
-    up each other's.
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under a code object of its own: torch keeps and counts what it compiles by code object, and kernels
+    must not use up each other's count.
     """
 
-    def run(*args: Tensor) -> Any:
-        return function(*args)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
 
     return FunctionType(run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__)

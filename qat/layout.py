@@ -35,8 +35,8 @@ class Layout:
         return x.as_strided(self.view, self.steps)
 
     def per_row(self, parameter: Tensor) -> Tensor:
-        """A parameter as kernels see it: one number, or one for each row."""
-        return parameter.reshape((-1, 1) if len(self.view) == 2 and parameter.numel() > 1 else -1)
+        """A parameter as kernels see it: one number, or one for each row, side by side."""
+        return parameter.reshape((-1, 1) if len(self.view) == 2 and parameter.numel() > 1 else -1).contiguous()
 
 
 @lru_cache(4096)

@@ -134,13 +134,13 @@ def test_each_network_of_a_gan_has_its_own_policy_optimizer_and_factor(tmp_path)
 @pytest.mark.parametrize(
     ("cls", "expected"),
     [
-        pytest.param(torch.optim.SGD, lambda scale, lr: 0.1 * lr / scale, id="sgd"),
-        pytest.param(torch.optim.Adam, lambda scale, lr: 3 * lr, id="adam"),
+        pytest.param(torch.optim.SGD, lambda scale, lr: min(0.1 * lr / scale, 0.03), id="sgd"),
+        pytest.param(torch.optim.Adam, lambda scale, lr: min(3 * lr, math.log(2)), id="adam"),
     ],
 )
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("lr", [1e-6, 1e-3, 10.0])
-def test_the_logarithm_of_a_scale_moves_and_no_step_more_than_doubles_or_halves_it(cls, expected, lr, sign):
+def test_the_logarithm_of_a_scale_moves_and_no_step_moves_it_far(cls, expected, lr, sign):
     scales, weight = [nn.Parameter(torch.tensor([s])) for s in (1e-4, 0.5)], nn.Parameter(torch.tensor([1.0]))
     with own_groups([(scale, None) for scale in scales]):
         optimizer = cls([*scales, weight], lr=lr)
@@ -149,7 +149,7 @@ def test_the_logarithm_of_a_scale_moves_and_no_step_more_than_doubles_or_halves_
     optimizer.step()
     assert weight.item() == pytest.approx(1.0 - sign * lr)
     for scale, before in zip(scales, (1e-4, 0.5), strict=True):
-        change = -sign * min(expected(before, lr), math.log(2))
+        change = -sign * expected(before, lr)
         assert scale.item() == pytest.approx(before * math.exp(change), rel=1e-4)
 
 

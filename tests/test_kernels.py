@@ -11,6 +11,7 @@ from small_models import quantized
 from torch import nn
 from torch._dynamo.utils import counters
 from torch._subclasses import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat import kernels
@@ -181,6 +182,43 @@ def test_a_shape_that_was_met_before_may_come_with_other_strides_and_types(granu
                 assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
                 assert found[0][0].stride() == x.stride()
                 torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("scale", ["strided", "expanded", "of another type"])
+def test_parameters_may_lie_in_memory_as_they_like(scale):
+    """Programs read parameters side by side, and only tensors that have memory of their own."""
+    x = torch.randn(64, 512)
+    quantizer = lsq(4, "channel", x.shape)
+    grid = quantizer.grid(x)
+    kernels.configure("always")
+    quantizer.gradient(x, *grid)
+    numbers = grid[0].detach()
+    other = {
+        "strided": torch.stack([numbers, numbers * 3], 1)[:, 0],
+        "expanded": numbers[:1].expand(64, 1),
+        "of another type": TwoTensor(numbers, numbers),
+    }[scale]
+    found = quantizer.gradient(x, other, *grid[1:])
+    kernels.configure("never")
+    expected = quantizer.gradient(x, other, *grid[1:])
+    assert type(found) is type(expected)
+    assert torch.equal(*(y.a if isinstance(y, TwoTensor) else y for y in (found, expected)))
+
+
+def test_a_tensor_without_values_turns_nothing_off():
+    kernels.configure("always")
+    grid = (torch.ones(1, device="meta") for _ in range(3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lsq().gradient(torch.empty(1 << 16, device="meta"), *grid)
+    assert kernels._settings["patience"] == 0
+
+
+def test_a_negated_view_is_read_as_what_it_stands_for():
+    kernels.configure("always")
+    quantizer, x = lsq(4), torch.randn(1 << 16)
+    expected = quantizer(-x)
+    assert torch.equal(quantizer(torch._neg_view(x)), expected)
 
 
 SECOND_PROCESS = """

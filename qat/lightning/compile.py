@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import nn
 
-from qat.launch import exact_division
+from qat.launch import exact_division, own_code
 from qat.lightning.distill import Distill
 from qat.lightning.steps import batch_size
 
@@ -25,7 +25,7 @@ class Compile(Callback):
     (`QuantizerHealth`, every so often).
 
     Args:
-        fullgraph: Whether a part that cannot be compiled is an error.
+        fullgraph: Whether a part of the module that cannot be compiled is an error.
         cudagraphs: Whether steps on a GPU are recorded once and replayed: for models so small that Python is slower
             than the GPU.
     """
@@ -33,42 +33,41 @@ class Compile(Callback):
     def __init__(self, fullgraph: bool = False, cudagraphs: bool = False) -> None:
         self.fullgraph, self.cudagraphs = fullgraph, cudagraphs
         self._size: int | None = None
-        self._compiled: list[tuple[nn.Module, Any]] = []
-        self._hooks = 0
+        self._compiled: list[tuple[nn.Module, Any, int]] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._size, self._hooks, self._compiled = None, _hooks(pl_module), []
-
-    def _compile(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         options = {"triton.cudagraphs": self.cudagraphs, **exact_division()}
         teachers = [c.teacher for c in trainer.callbacks if isinstance(c, Distill)]  # pyright: ignore[reportAttributeAccessIssue]
+        self._size, self._compiled = None, []
         for module in (pl_module, *teachers):
-            run = torch.compile(module._call_impl, fullgraph=self.fullgraph, options=options)
-            self._compiled.append((module, run))
+            # Code of its own, for compilers do not look whether what they have compiled before had other hooks.
+            whole = self.fullgraph and module is pl_module
+            run = torch.compile(own_code(module._call_impl), fullgraph=whole, options=options)
+            self._compiled.append((module, run, _hooks(module)))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         size = batch_size(batch)
-        if self._size is None:
-            self._size = size
-            self._compile(trainer, pl_module)
+        self._size = self._size or size
         if self.cudagraphs:
             torch.compiler.cudagraph_mark_step_begin()
-        if size == self._size and _hooks(pl_module) == self._hooks:
-            for module, run in self._compiled:
-                _call(module, run)
+        for module, run, hooks in self._compiled:
+            _call(module, run if size == self._size and _hooks(module) == hooks else None)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._as_written()
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._as_written()
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._as_written()
 
     def _as_written(self) -> None:
-        for module, _ in self._compiled:
+        for module, *_ in self._compiled:
             _call(module, None)
 
 

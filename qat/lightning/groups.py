@@ -7,9 +7,10 @@ Adaptive optimizers divide any such factor out again: under Adam a step size mov
 whether it is 0.1 or 0.0001. So there it moves in proportion to itself: by that share, as if its logarithm were trained.
 The factor is `SGD_FACTOR` for SGD and `ADAPTIVE_FACTOR` for all others.
 
-No step makes a scale more than twice or less than half of what it was, nor negative: its change is applied to its
-logarithm, under SGD too, where that is the same for small changes. A single large one can otherwise leave a channel
-without a grid, and a BatchNorm behind it turns what is left into gradients that no later step survives.
+Under SGD, too, a change is applied to the logarithm of a scale, which is the same where it is small, and never exceeds
+3% in one step. Scales of 8-bit weights are so small that a gradient ten times as large as usual, as every run has a
+few, would take them from their grid or below zero, and a BatchNorm behind a channel without a grid turns what is left
+into gradients that no later step survives.
 
 The split happens while the optimizer is constructed, not afterwards: schedulers copy the groups' learning rates when
 they are made, and so see the final groups. Two of them overwrite those rates (OneCycleLR, CyclicLR); what they are
@@ -34,7 +35,7 @@ FACTOR = "scale_lr_factor"
 """Key under which a group of scales keeps its factor; checkpoints carry it."""
 BEFORE = "_scales_before"
 """Attribute under which an optimizer keeps them during a step."""
-LARGEST_CHANGE = 0.6931471805599453
+LARGEST_SGD_CHANGE, LARGEST_CHANGE = 0.03, 0.6931471805599453
 """Of a scale's logarithm in one step."""
 
 
@@ -112,13 +113,15 @@ def remember(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 
 @torch.no_grad()
 def in_proportion(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """After a step: makes each scale's change one of its logarithm, so that it stays positive; at most it doubles."""
+    """After a step: makes each scale's change one of its logarithm, so that it stays positive, and limits it."""
     scales, before = list(_scales(optimizer)), vars(optimizer).pop(BEFORE)
     change = torch._foreach_sub(scales, before)
+    largest = LARGEST_CHANGE
     if isinstance(optimizer, torch.optim.SGD):
+        largest = LARGEST_SGD_CHANGE
         torch._foreach_div_(change, torch._foreach_clamp_min(before, TINY))
-    torch._foreach_clamp_min_(change, -LARGEST_CHANGE)
-    torch._foreach_clamp_max_(change, LARGEST_CHANGE)
+    torch._foreach_clamp_min_(change, -largest)
+    torch._foreach_clamp_max_(change, largest)
     torch._foreach_exp_(change)
     torch._foreach_mul_(change, before)
     torch._foreach_copy_(scales, change)
