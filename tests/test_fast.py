@@ -115,6 +115,21 @@ def test_a_student_that_is_listened_to_is_compiled_once(features, eager_backend)
         torch.testing.assert_close(fast.state_dict()[name], value, rtol=0.02, atol=2e-3, msg=name)
 
 
+def test_hooks_of_a_teacher_are_heard_by_whoever_is_compiled_next(eager_backend):
+    def teacher(factor):
+        torch.manual_seed(1)
+        model = ResNet(8)
+        if factor != 1:
+            model.conv1.register_forward_hook(lambda m, args, y: y * factor)
+        return model
+
+    for factor in (1, 5):
+        plain, fast = (trained(Distill(model=teacher(factor)), *more) for more in ([], [Compile()]))
+        for name, value in plain.state_dict().items():
+            torch.testing.assert_close(fast.state_dict()[name], value, rtol=0.02, atol=2e-3, msg=name)
+    assert not torch.equal(plain.linear.weight, trained(Distill(model=teacher(1))).linear.weight)
+
+
 def test_grids_stay_in_float32_under_autocast():
     watch = Watch()
     model = trained(watch, precision="bf16-mixed")
