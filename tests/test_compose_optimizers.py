@@ -134,7 +134,7 @@ def test_each_network_of_a_gan_has_its_own_policy_optimizer_and_factor(tmp_path)
 @pytest.mark.parametrize(
     ("cls", "expected"),
     [
-        pytest.param(torch.optim.SGD, lambda scale, lr: min(0.1 * lr / scale, 0.03), id="sgd"),
+        pytest.param(torch.optim.SGD, lambda scale, lr: min(0.1 * lr / scale, 0.2), id="sgd"),
         pytest.param(torch.optim.Adam, lambda scale, lr: min(3 * lr, math.log(2)), id="adam"),
     ],
 )

@@ -7,10 +7,10 @@ Adaptive optimizers divide any such factor out again: under Adam a step size mov
 whether it is 0.1 or 0.0001. So there it moves in proportion to itself: by that share, as if its logarithm were trained.
 The factor is `SGD_FACTOR` for SGD and `ADAPTIVE_FACTOR` for all others.
 
-Under SGD, too, a change is applied to the logarithm of a scale, which is the same where it is small, and never exceeds
-3% in one step. Scales of 8-bit weights are so small that a gradient ten times as large as usual, as every run has a
-few, would take them from their grid or below zero, and a BatchNorm behind a channel without a grid turns what is left
-into gradients that no later step survives.
+Under SGD, too, a change is applied to the logarithm of a scale, which is the same where it is small, and never exceeds a
+fifth in one step. Scales of 8-bit weights are so small that a gradient a hundred times as large as usual, as a run has
+now and then, would take one below zero, and a BatchNorm behind a channel without a grid turns what is left into
+gradients that no later step survives.
 
 The split happens while the optimizer is constructed, not afterwards: schedulers copy the groups' learning rates when
 they are made, and so see the final groups. Two of them overwrite those rates (OneCycleLR, CyclicLR); what they are
@@ -35,7 +35,7 @@ FACTOR = "scale_lr_factor"
 """Key under which a group of scales keeps its factor; checkpoints carry it."""
 BEFORE = "_scales_before"
 """Attribute under which an optimizer keeps them during a step."""
-LARGEST_SGD_CHANGE, LARGEST_CHANGE = 0.03, 0.6931471805599453
+LARGEST_SGD_CHANGE, LARGEST_CHANGE = 0.2, 0.6931471805599453
 """Of a scale's logarithm in one step."""
 
 
