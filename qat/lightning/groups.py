@@ -7,9 +7,9 @@ Adaptive optimizers divide any such factor out again: under Adam a step size mov
 whether it is 0.1 or 0.0001. So there it moves in proportion to itself: by that share, as if its logarithm were trained.
 The factor is `SGD_FACTOR` for SGD and `ADAPTIVE_FACTOR` for all others.
 
-Under SGD, too, a change is applied to the logarithm of a scale, which is the same where it is small, and never exceeds a
-fifth in one step. Scales of 8-bit weights are so small that a gradient a hundred times as large as usual, as a run has
-now and then, would take one below zero, and a BatchNorm behind a channel without a grid turns what is left into
+Under SGD, too, a change is applied to the logarithm of a scale, which is the same where it is small, and never exceeds
+a fifth in one step. Scales of 8-bit weights are so small that a gradient a hundred times as large as usual, as a run
+has now and then, would take one below zero, and a BatchNorm behind a channel without a grid turns what is left into
 gradients that no later step survives.
 
 The split happens while the optimizer is constructed, not afterwards: schedulers copy the groups' learning rates when
