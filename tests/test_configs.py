@@ -46,7 +46,7 @@ def test_every_config_composes_and_its_targets_take_every_key(choice, config):
 
 @pytest.mark.parametrize("recipe", [name for name in _options("experiment/cifar10") if name != "full"])
 def test_the_full_budget_goes_with_every_recipe_beside_it(recipe, config):
-    cfg = config(f"experiment=[cifar10/{recipe},cifar10/full]")
+    cfg = config(f"experiment=[cifar10/{recipe},cifar10/full]", "callbacks.distill.teacher=teacher.safetensors")
     _check(cfg, "", {})
     assert cfg.trainer.max_epochs == 300 and all("_target_" in node for node in cfg.callbacks.values() if node)
 
