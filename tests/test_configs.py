@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from qat.cli.configs import configs_dir, finish
 from qat.cli.instantiate import _check, instantiate
 from qat.cli.train import VERSION
+from qat.errors import UserError
 from qat.lightning.workspace import OTHER_KEYS
 from qat.policy import QuantPolicy
 
@@ -26,6 +27,8 @@ def config(tmp_path):
     return composed
 
 
+TEACHER = "callbacks.distill.teacher=teacher.safetensors"
+NEEDED = {"experiment=cifar10/full": [TEACHER]}  # values that a config leaves to its user
 EVERY = [
     f"{group}={'/'.join(option)}"
     for group, *option in sorted(
@@ -37,7 +40,7 @@ EVERY = [
 
 @pytest.mark.parametrize("choice", EVERY)
 def test_every_config_composes_and_its_targets_take_every_key(choice, config):
-    cfg = config(choice)
+    cfg = config(choice, *NEEDED.get(choice, []))
     _check(cfg, "", {})
     settings = OmegaConf.to_container(cfg.quant)
     assert isinstance(settings, dict)
@@ -46,9 +49,14 @@ def test_every_config_composes_and_its_targets_take_every_key(choice, config):
 
 @pytest.mark.parametrize("recipe", [name for name in _options("experiment/cifar10") if name != "full"])
 def test_the_full_budget_goes_with_every_recipe_beside_it(recipe, config):
-    cfg = config(f"experiment=[cifar10/{recipe},cifar10/full]", "callbacks.distill.teacher=teacher.safetensors")
+    cfg = config(f"experiment=[cifar10/{recipe},cifar10/full]", TEACHER)
     _check(cfg, "", {})
     assert cfg.trainer.max_epochs == 300 and all("_target_" in node for node in cfg.callbacks.values() if node)
+
+
+def test_the_full_budget_asks_for_its_teacher(config):
+    with pytest.raises(UserError, match="'callbacks.distill.teacher' needs a value"):
+        config("experiment=[cifar10/resnet20_w4a4,cifar10/full]")
 
 
 @pytest.mark.parametrize("option", _options("trainer"))
