@@ -55,7 +55,7 @@ def test_the_full_budget_goes_with_every_recipe_beside_it(recipe, config):
 
 
 def test_the_full_budget_asks_for_its_teacher(config):
-    with pytest.raises(UserError, match="'callbacks.distill.teacher' needs a value"):
+    with pytest.raises(UserError, match=r"'callbacks\.distill\.teacher' needs a value"):
         config("experiment=[cifar10/resnet20_w4a4,cifar10/full]")
 
 
