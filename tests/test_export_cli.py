@@ -88,6 +88,9 @@ def test_data_that_lie_elsewhere_now_are_named_to_verify(run, capfd):
     assert main(["verify", str(run / "model.onnx"), str(run), "data.on_device=true"]) == 0
     assert main(["verify", str(run), "data.mean=[0.5]"]) == 2  # other numbers than the run was measured on
     assert "data.mean=[0.5]: the run in" in words(capfd)
+    for wrong in (["verify", str(run), "data.mean=["], ["export", str(run), "target=onnx", "min_agreement=["]):
+        assert main(wrong) == 2
+        assert f"{wrong[-1]}: this is no value" in words(capfd)
     assert main(["verify", str(run), "data.on_devic=true"]) == 2
     assert "data.on_devic=true: the run's data has no 'on_devic'; did you mean 'on_device'?" in words(capfd)
 

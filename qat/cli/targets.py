@@ -1,11 +1,13 @@
 """Export targets by name (`target=onnx`) and by file (`model.onnx`): every YAML in `configs/export` that builds one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import get_class
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from qat.cli.configs import configs_dir
 from qat.cli.instantiate import instantiate
@@ -24,6 +26,21 @@ def split(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
     return paths, dict(text.split("=", 1) for text in arguments if text not in paths)
 
 
+def parsed(settings: Mapping[str, str]) -> DictConfig:
+    """Settings with dots in their keys as a config, their values read as on a command line.
+
+    Raises:
+        UserError: if a value is no YAML.
+    """
+    cfg = OmegaConf.create()
+    for key, value in settings.items():
+        try:
+            cfg.merge_with_dotlist([f"{key}={value}"])
+        except YAMLError:
+            raise UserError(f"{key}={value}: this is no value; quotes make any text one") from None
+    return cfg
+
+
 def build(name: str, settings: dict[str, str]) -> Any:
     """The target of `configs/export/NAME.yaml`, with settings of its own changed.
 
@@ -38,7 +55,7 @@ def build(name: str, settings: dict[str, str]) -> Any:
         if key not in cfg or key.startswith("_"):
             raise UserError(f"target={name} has no setting '{key}'{nearest(key, [str(k) for k in cfg if k[0] != '_'])}")
     try:
-        changed = OmegaConf.merge(cfg, OmegaConf.from_dotlist([f"{k}={v}" for k, v in settings.items()]))
+        changed = OmegaConf.merge(cfg, parsed(settings))
     except OmegaConfBaseException as error:
         raise UserError(f"target={name}: {str(error).splitlines()[0]}") from None
     return instantiate(changed)

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from qat.cli.instantiate import instantiate
+from qat.cli.targets import parsed
 from qat.errors import UserError, nearest
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
@@ -74,7 +75,7 @@ def restore(path: Path, changed: Mapping[str, str] | None = None) -> Trained:
         group, _, name = key.partition(".")
         if name not in cfg[group]:
             raise UserError(f"{key}={value}: the run's {group} has no '{name}'{nearest(name, map(str, cfg[group]))}")
-        OmegaConf.update(cfg, key, OmegaConf.from_dotlist([f"{key}={value}"])[group][name])
+        OmegaConf.update(cfg, key, parsed({key: value})[group][name])
     cfg.run_dir, cfg.ckpt = str(folder), "last"
     for key, value in {**ON_THE_CPU, **unmixed(cfg.trainer)}.items():
         OmegaConf.update(cfg, f"trainer.{key}", value, merge=False, force_add=True)
