@@ -19,8 +19,16 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
-@pytest.fixture(autouse=True)
-def seeded():
+def seed() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_collectstart(collector: pytest.Collector) -> None:
+    seed()  # modules of tests hold models, too
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    seed()
