@@ -21,6 +21,7 @@ from qat.layers import (
     FoldingNorm,
     Part,
     QuantizedLayer,
+    QuantSequential,
     Site,
     SiteOwner,
     SlowPath,
@@ -29,6 +30,7 @@ from qat.layers import (
     drop_mixins,
     is_computed,
     mixin_for,
+    rounds_within,
 )  # fmt: skip
 from qat.layers.experts import QuantExperts, rows
 from qat.plan import Plan
@@ -82,6 +84,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for name, module in modules.items():
         if isinstance(module, FUSED) and any(part.startswith(f"{name}." if name else "") for part in plan.layers):
             become_twin(module, SlowPath)
+    for module in [m for m in model.modules() if rounds_within(m)]:
+        become_twin(module, QuantSequential)
     adopt_modes(model)
 
 
@@ -168,7 +172,10 @@ def remove(model: nn.Module) -> None:
                     module.__dict__.pop(name, None)
             if isinstance(module, FoldingNorm):
                 del module.host
-            for mixin in (QuantExperts, QuantizedLayer, Composite, ComputedWeight, SlowPath, SiteOwner, FoldingNorm):
+            for mixin in (
+                QuantExperts, QuantizedLayer, Composite, ComputedWeight, SlowPath, SiteOwner, FoldingNorm,
+                QuantSequential,
+            ):  # fmt: skip
                 drop_mixins(module, mixin)
 
 

@@ -72,6 +72,11 @@ def products() -> bool:
     return bool(_settings["products"])
 
 
+def compiled(x: Tensor) -> bool:
+    """Whether kernels run compiled on tensors as large as `x` in training."""
+    return x.numel() >= SMALL and _passed[x.device] >= _settings["patience"]
+
+
 class Kernel:
     """A pure function of tensors and its compiled forms, each made when first asked for.
 

@@ -22,6 +22,7 @@ from qat.layers.modules import (
 )
 from qat.layers.parts import BoundPart, Composite, Part
 from qat.layers.recurrent import QuantGRU, QuantLSTM, QuantRNN
+from qat.layers.sequence import QuantSequential, rounds_within
 from qat.layers.site import Site
 from qat.layers.sites import SiteOwner, owner_mixin, sites_changed
 from qat.layers.transposed import QuantConvTranspose1d, QuantConvTranspose2d, QuantConvTranspose3d
@@ -48,7 +49,7 @@ def mixin_for(module: nn.Module) -> type[QuantizedLayer] | type[Composite] | Non
 
 
 __all__ = [
-    "FUSED", "MIXINS", "BoundPart", "Composite", "ComputedWeight", "FoldingNorm", "Part", "QuantizedLayer", "Site",
-    "SiteOwner", "SlowPath", "TwinMixin", "become_twin", "drop_mixins", "is_computed", "mixin_for", "original_class",
-    "owner_mixin", "sites_changed",
+    "FUSED", "MIXINS", "BoundPart", "Composite", "ComputedWeight", "FoldingNorm", "Part", "QuantSequential",
+    "QuantizedLayer", "Site", "SiteOwner", "SlowPath", "TwinMixin", "become_twin", "drop_mixins", "is_computed",
+    "mixin_for", "original_class", "owner_mixin", "rounds_within", "sites_changed",
 ]  # fmt: skip

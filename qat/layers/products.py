@@ -204,10 +204,10 @@ def _kernel(function: Callable[..., Any], rounding: Rounding) -> Kernel:
     return Kernel(partial(function, rounding), 1)
 
 
-def looked_at(quantizer: Quantizer) -> bool:
-    """Whether somebody else sees what the quantizer gets and returns, or its gradients."""
-    q = quantizer
-    hooks = q._forward_hooks or q._forward_pre_hooks or q._backward_hooks or q._backward_pre_hooks
+def looked_at(module: nn.Module) -> bool:
+    """Whether somebody else sees what the module gets and returns, or its gradients."""
+    m = module
+    hooks = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
     return bool(hooks or modules._has_any_global_hook())
 
 

@@ -20,7 +20,7 @@ from qat.quantizers.lsq import LSQ
 
 def rounded(quantizer: Any, x: Tensor) -> Tensor | None:
     """`quantizer(x)` without gradients, bit for bit; `None` where it is more than rounding, or somebody may look."""
-    if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or not _is_plain(type(quantizer)):
+    if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or not is_plain(type(quantizer)):
         return None
     own = quantizer.__dict__
     if own["training"] or own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
@@ -38,8 +38,8 @@ def rounded(quantizer: Any, x: Tensor) -> Tensor | None:
 
 
 @cache
-def _is_plain(kind: type) -> bool:
-    """Whether a class computes nothing of its own where nobody learns."""
+def is_plain(kind: type) -> bool:
+    """Whether a class rounds as `Fixed` and `LSQ` do, and computes nothing of its own but a gradient."""
     if not issubclass(kind, LSQ | Fixed):
         return False
     same = all(getattr(kind, name) is getattr(Quantizer, name) for name in ("forward", "grid", "transform"))

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from qat import ranges
 from qat.errors import UserError
 from qat.functional import dither, levels, values, wide
+from qat.rectified import made_by
 from qat.scales import SnapSTE, snap
 from qat.spec import QuantSpec
 
@@ -234,6 +235,8 @@ class Quantizer(nn.Module):
         """
         if not self.on:
             return self._pass(x)
+        if hasattr(x, "on_grid") and made_by(self, x):
+            return x
         if torch._C._are_functorch_transforms_active() and not torch.compiler.is_dynamo_compiling():
             raise UserError(
                 "torch.func transforms (vmap, grad, jvp, ...) do not know the gradients of quantizers: call backward, "
