@@ -21,7 +21,7 @@ from pages import DOCS, between
 LEFT_OUT = ("run_dir", "cache_dir", "seed", "logger", "trainer.enable_progress_bar", "data.cache_dir")
 PLACES = {
     "data.root": lambda value: "DIR",
-    **dict.fromkeys(("ckpt", "float_ckpt", "data.path"), lambda v: Path(v).name),
+    **dict.fromkeys(("ckpt", "float_ckpt", "data.path", "callbacks.distill.teacher"), lambda v: Path(v).name),
 }
 
 
@@ -83,6 +83,13 @@ def folder_of(run: dict[str, Any]) -> str:
     return found[1] if found else ""
 
 
+def label(run: dict[str, Any]) -> str:
+    """The recipe, and the budgets named behind it."""
+    found = re.search(r"experiment=\[([\w/,]+)\]", run["command"])
+    _, *budgets = found[1].split(",") if found else [""]
+    return ", ".join([f"`{run['name']}`", *(budget.rpartition("/")[2] for budget in budgets)])
+
+
 def shown(values: list[float | None], percent: bool) -> str:
     """Mean and, of values that differ, the range."""
     known = [100 * v if percent else v for v in values if v is not None]
@@ -115,7 +122,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         def mean(key: str, same: list[dict[str, Any]] = same) -> str:
             return shown([run[key] for run in same], percent=not lower)
 
-        row = [f"`{first['name']}`", str(first["epochs"]), *map(mean, ("float", "ptq", "qat", "best", "exported"))]
+        row = [label(first), str(first["epochs"]), *map(mean, ("float", "ptq", "qat", "best", "exported"))]
         agreements = [run["agreement"] for run in same if run["agreement"] is not None]
         row.append(f"{100 * min(agreements):.2f}%" if agreements else "-")
         row += [size(first["bytes"]), size(first["packed_bytes"]), str(len(same))]

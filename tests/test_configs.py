@@ -28,7 +28,8 @@ def config(tmp_path):
 
 
 TEACHER = "callbacks.distill.teacher=teacher.safetensors"
-NEEDED = {"experiment=cifar10/full": [TEACHER]}  # values that a config leaves to its user
+BUDGETS = {"full": 300, "taught": 8}  # to be named behind a recipe
+NEEDED = {f"experiment=cifar10/{budget}": [TEACHER] for budget in BUDGETS}  # values that a config leaves to its user
 EVERY = [
     f"{group}={'/'.join(option)}"
     for group, *option in sorted(
@@ -47,16 +48,19 @@ def test_every_config_composes_and_its_targets_take_every_key(choice, config):
     QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
 
 
-@pytest.mark.parametrize("recipe", [name for name in _options("experiment/cifar10") if name != "full"])
-def test_the_full_budget_goes_with_every_recipe_beside_it(recipe, config):
-    cfg = config(f"experiment=[cifar10/{recipe},cifar10/full]", TEACHER)
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("recipe", [name for name in _options("experiment/cifar10") if name not in BUDGETS])
+def test_a_budget_goes_with_every_recipe_beside_it(recipe, budget, config):
+    cfg = config(f"experiment=[cifar10/{recipe},cifar10/{budget}]", TEACHER)
     _check(cfg, "", {})
-    assert cfg.trainer.max_epochs == 300 and all("_target_" in node for node in cfg.callbacks.values() if node)
+    assert cfg.trainer.max_epochs == BUDGETS[budget]
+    assert all("_target_" in node for node in cfg.callbacks.values() if node)
 
 
-def test_the_full_budget_asks_for_its_teacher(config):
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_a_budget_asks_for_its_teacher(budget, config):
     with pytest.raises(UserError, match=r"'callbacks\.distill\.teacher' needs a value"):
-        config("experiment=[cifar10/resnet20_w4a4,cifar10/full]")
+        config(f"experiment=[cifar10/resnet20_w4a4,cifar10/{budget}]")
 
 
 @pytest.mark.parametrize("option", _options("trainer"))

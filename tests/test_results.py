@@ -62,3 +62,9 @@ def test_the_committed_page_is_what_the_committed_runs_give():
     runs = json.loads((ROOT / "docs" / "results.json").read_text())
     page = (ROOT / "docs" / "results.md").read_text()
     assert results.written(page, runs) == page
+
+
+def test_budgets_are_named_behind_their_recipe():
+    command = "qat train experiment=[cifar10/net,cifar10/taught] data.root=DIR"
+    assert results.label({"name": "net", "command": command}) == "`net`, taught"
+    assert results.label({"name": "net", "command": "qat train experiment=cifar10/net"}) == "`net`"
