@@ -1,5 +1,6 @@
 """`quant.target`: grids by the rules of an engine, and no file of a model that was trained by another one's."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -189,6 +190,29 @@ def test_biases_are_whole_accumulator_steps_when_asked(when, in_training, in_eva
     model.train()
     model(x).sum().backward()
     assert layer.bias.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d(6), nn.BatchNorm2d(6, affine=False)], ids=["affine", "plain"])
+def test_a_batch_norm_adds_in_training_what_it_will_add_in_evaluation(norm):
+    x = torch.randn(8, 3, 6, 6)
+    models = {}
+    for when in ("never", "eval", "train"):
+        torch.manual_seed(0)
+        models[when] = nn.Sequential(nn.Conv2d(3, 6, 3), copy.deepcopy(norm), nn.ReLU(), nn.Conv2d(6, 2, 3))
+        quantized(models[when], x, {"weight": {"bits": 4}, "act": {"bits": 4}, "round_bias": when})
+    outputs = {when: model.train()[:2](x) for when, model in models.items()}
+    torch.testing.assert_close(outputs["eval"], outputs["never"], rtol=0, atol=0)
+    added = outputs["train"] - outputs["never"]
+    assert added.abs().amax() > 1e-3 and added.std((0, 2, 3)).amax() < 1e-6  # one value for each channel
+    with torch.no_grad():
+        expected = models["eval"].eval()[:2](x) - models["never"].eval()[:2](x)
+    torch.testing.assert_close(added, expected)
+    grads = []
+    for when in ("never", "train"):
+        layer: Any = models[when].train()[0]
+        models[when][:2](x).square().sum().backward()
+        grads.append(layer.weight.grad)
+    assert not torch.equal(*grads)
 
 
 def test_float_biases_stay_float_in_the_integer_model_and_compute_the_same():

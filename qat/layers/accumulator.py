@@ -4,9 +4,9 @@ section 2.4).
 With few bits that scale is coarse: at 4 bits a step of the accumulator is often a twentieth of an output step, so a
 bias rounded to it moves a few percent of the outputs to another code. Evaluation therefore adds rounded biases, as the
 exported file will, and measures what it will do. A BatchNorm behind a layer becomes part of that bias when it folds, so
-its twin adds the rounding error of the folded bias; training keeps the plain layer and the plain BatchNorm.
-`round_bias=train` rounds the biases of layers without a BatchNorm in training, too; `never` is for engines that add
-float biases.
+its twin adds the rounding error of the folded bias. `round_bias=train` has training do the same, so that the network
+learns to live with it: a BatchNorm then normalizes by the batch and adds the error that its running statistics would
+have. `never` is for engines that add float biases.
 """
 
 from typing import Any, ClassVar
@@ -116,15 +116,18 @@ class FoldingNorm(TwinMixin):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training:
-            return super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
+            y = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
+            if self.host[0].round_bias != "train":
+                return y
+            with ours():
+                return _shifted(y, self._rounding_error())
         this: Any = self
         mean, variance, weight, layer = this.running_mean, this.running_var, this.weight, self.host[0]
         tensors = mean, variance, weight, this.bias, layer.bias
         if not self.plain:
             y = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
             with ours():
-                error = self.once_per_change("error", tensors, grids(layer), self._rounding_error)
-                return y if error is None else y + error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))
+                return _shifted(y, self.once_per_change("error", tensors, grids(layer), self._rounding_error))
         this._check_input_dim(input)
         with ours():
             bias = self.once_per_change("bias", tensors, grids(layer), self._bias)
@@ -147,3 +150,8 @@ class FoldingNorm(TwinMixin):
         # gamma = 0 leaves a constant channel, whose scale conversion keeps as it is.
         scale = torch.where(scale > 0, scale, accumulator_scale(layer))  # pyright: ignore[reportArgumentType, reportCallIssue]
         return bias_codes(bias, scale) * scale - bias
+
+
+def _shifted(y: Tensor, error: Tensor | None) -> Tensor:
+    """`y` with what is to be added to each of its channels (axis 1)."""
+    return y if error is None else y + error.to(y.dtype).view(-1, *[1] * (y.ndim - 2))
