@@ -1,6 +1,7 @@
 """One float network in several frameworks' fake quantization, at any bits, for benchmarks/accuracy_vs_peers.py.
 
-    ours              learned steps, MSE start; weights of four bits and more leave out their lowest code
+    ours              learned steps, MSE start; weights of four bits and more leave out their lowest code; biases stay
+                      float, as everybody else's do
     ours_all_codes    the same with all codes (`narrow: false`)
     ours_progressive  the same, by way of 4 and 3 bits, as our recipe for two bits does; W2A2 only
     torch             torch's own fake-quantize modules: ranges that follow the data (moving average)
@@ -47,6 +48,7 @@ def ours(model: nn.Module, x: Tensor, weight: int, act: int, narrow: bool | None
             "weight": {"bits": weight, "granularity": "channel", "narrow": narrow},
             "act": {"bits": act},
             "sites": "off",
+            "round_bias": "never",
             "rules": {"first": {"match": FIRST, **eight}, "last": {"match": LAST, **eight}},
         }
     )
