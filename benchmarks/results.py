@@ -84,10 +84,11 @@ def folder_of(run: dict[str, Any]) -> str:
 
 
 def label(run: dict[str, Any]) -> str:
-    """The recipe, and the budgets named behind it."""
+    """The recipe, the budgets named behind it, and what else the command changes."""
     found = re.search(r"experiment=\[([\w/,]+)\]", run["command"])
     _, *budgets = found[1].split(",") if found else [""]
-    return ", ".join([f"`{run['name']}`", *(budget.rpartition("/")[2] for budget in budgets)])
+    words = [word for word in run["command"].split()[2:] if word.partition("=")[0] not in ("experiment", *PLACES)]
+    return ", ".join([f"`{run['name']}`", *(budget.rpartition("/")[2] for budget in budgets), *words])
 
 
 def shown(values: list[float | None], percent: bool) -> str:

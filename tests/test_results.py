@@ -67,4 +67,5 @@ def test_the_committed_page_is_what_the_committed_runs_give():
 def test_budgets_are_named_behind_their_recipe():
     command = "qat train experiment=[cifar10/net,cifar10/taught] data.root=DIR"
     assert results.label({"name": "net", "command": command}) == "`net`, taught"
-    assert results.label({"name": "net", "command": "qat train experiment=cifar10/net"}) == "`net`"
+    command = "qat train experiment=cifar10/net ckpt=net.safetensors quant.round_bias=eval"
+    assert results.label({"name": "net", "command": command}) == "`net`, quant.round_bias=eval"
