@@ -69,6 +69,6 @@ def mark(x: Tensor, quantizer: Any) -> None:
 
 
 def made_by(quantizer: Any, x: Tensor) -> bool:
-    """Whether `quantizer` has made `x`, which nobody has written to since."""
-    found = getattr(x, "on_grid", None)
-    return found is not None and found[0] is quantizer and found[1] == x._version
+    """Whether it is `quantizer` that has made the marked `x`, and nobody has written to that since."""
+    maker, version = x.on_grid  # pyright: ignore[reportAttributeAccessIssue]
+    return maker is quantizer and version == x._version

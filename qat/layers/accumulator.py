@@ -142,13 +142,13 @@ class FoldingNorm(TwinMixin):
     @torch.no_grad()
     def _rounding_error(self) -> Tensor | None:
         layer = self.host[0]
-        scale = accumulator_scale(layer)
-        if scale is None:
+        own = accumulator_scale(layer)
+        if own is None:
             return None
         factor, bias = folded(self, layer.bias)  # pyright: ignore[reportArgumentType]
-        scale = scale * factor.abs()
+        scale = own * factor.abs()
         # gamma = 0 leaves a constant channel, whose scale conversion keeps as it is.
-        scale = torch.where(scale > 0, scale, accumulator_scale(layer))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        scale = torch.where(scale > 0, scale, own)
         return bias_codes(bias, scale) * scale - bias
 
 

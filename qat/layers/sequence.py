@@ -20,7 +20,6 @@ from qat.layers.sites import SiteOwner
 from qat.layers.sources import innermost_hooks
 from qat.layers.twin import TwinMixin, original_class, ours
 from qat.quantizers import Quantizer
-from qat.quantizers.lsq import LSQ
 from qat.rectified import RECTIFIERS, behind, mark
 
 READERS = (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d)
@@ -98,12 +97,7 @@ def _is_untouched(module: nn.Module) -> bool:
 
 def _rounded(rectifier: nn.Module, quantizer: Any, x: Tensor) -> Tensor:
     """`quantizer(rectifier(x))`, which the quantizer will let pass."""
-    gradient = behind(type(rectifier), quantizer.gradient)
     with ours():
-        if isinstance(quantizer, LSQ):
-            extra = [getattr(quantizer, name) for name in quantizer.extra]
-            y = gradient(x, *quantizer.grid(x), *extra, grad_scale=quantizer.gradient_scale(x))
-        else:
-            y = gradient(x, *quantizer.grid(x))
+        y = quantizer.fake_quantize(x, *quantizer.grid(x), behind(type(rectifier), quantizer.gradient))
         mark(y, quantizer)
     return y

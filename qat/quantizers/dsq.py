@@ -20,7 +20,7 @@ from torch import Tensor
 from qat.errors import UserError
 from qat.formats import Rounding
 from qat.functional import ratio, sum_to, wide
-from qat.kernels import Grads, gradient
+from qat.kernels import Gradient, Grads, gradient
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
@@ -74,8 +74,10 @@ class DSQ(LSQ):
         self.register_buffer("sharpness", torch.full((1,), float(start)))
         self.gradient = gradient(forward, backward, spec.rounding)
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        y = super().fake_quantize(x, scale, low, high)
+    def fake_quantize(
+        self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
+    ) -> Tensor:
+        y = super().fake_quantize(x, scale, low, high, gradient)
         if self.training:  # not in place: this pass's backward has yet to read it
             self.sharpness = (self.sharpness * self.growth).clamp(max=self.end)
         return y

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qat.formats import Rounding
 from qat.functional import ratio
-from qat.kernels import Grads, gradient
+from qat.kernels import Gradient, Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.spec import QuantSpec
 
@@ -32,5 +32,8 @@ class Fixed(Quantizer):
         super().__init__(spec, shape, axis)
         self.gradient = gradient(forward, backward, spec.rounding)
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return self.gradient(x, scale, low, high)
+    def fake_quantize(
+        self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
+    ) -> Tensor:
+        """See `Quantizer`; another `gradient` also knows what comes before (`qat.rectified`)."""
+        return (gradient or self.gradient)(x, scale, low, high)

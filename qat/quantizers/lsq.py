@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qat.formats import Rounding
 from qat.functional import masks, ratio, sum_to
-from qat.kernels import Grads, gradient
+from qat.kernels import Gradient, Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
 from qat.spec import QuantSpec
@@ -60,9 +60,12 @@ class LSQ(Quantizer):
     def _make_scale(self, scale: Tensor) -> None:
         self.scale = nn.Parameter(scale)
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def fake_quantize(
+        self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
+    ) -> Tensor:
+        """See `Quantizer`; another `gradient` also knows what comes before (`qat.rectified`)."""
         extra = [getattr(self, name) for name in self.extra] if self.extra else ()
-        return self.gradient(x, scale, low, high, *extra, grad_scale=self.gradient_scale(x))
+        return (gradient or self.gradient)(x, scale, low, high, *extra, grad_scale=self.gradient_scale(x))
 
     def gradient_scale(self, x: Tensor) -> float:
         """What the gradient of the scale is multiplied by."""

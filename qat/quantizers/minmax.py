@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.kernels import gradient
+from qat.kernels import Gradient, gradient
 from qat.quantizers import dynamic
 from qat.quantizers.fixed import Fixed, forward
 from qat.ranges import minmax
@@ -59,9 +59,11 @@ class MinMax(Fixed):
         self.running_high.copy_(high.view_as(self.running_high))
         super()._set_range(low, high)
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def fake_quantize(
+        self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
+    ) -> Tensor:
         # A copy: the tensor may be read twice before backward, and the second reading moves the scale in place.
-        return super().fake_quantize(x, scale.clone(), low, high)
+        return super().fake_quantize(x, scale.clone(), low, high, gradient)
 
 
 def _recomputing() -> bool:
