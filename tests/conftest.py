@@ -5,6 +5,7 @@ Property tests draw new examples on every run, but the same ones in CI: what fai
 
 import os
 import random
+import sys
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read by torch as it is imported
 os.environ["WANDB_CONSOLE"] = "off"  # it would wrap a stream of pytest's and write to it after the test
@@ -12,7 +13,12 @@ os.environ["WANDB_CONSOLE"] = "off"  # it would wrap a stream of pytest's and wr
 import numpy as np
 import pytest
 import torch
+from absl import logging as absl_logging
 from hypothesis import settings
+
+# Hydra closes the handlers that it finds, and this one closes its stream with it, if that is not sys.stderr just then:
+# pytest's own, if it was made (as TensorBoard was imported) in one test and Hydra called in another that captures.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
