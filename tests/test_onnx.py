@@ -202,19 +202,19 @@ def test_images_get_a_fourth_channel_that_changes_nothing(tmp_path, conv, weight
     assert_a_form_changes_nothing(tmp_path, conv, weight, (9, 9), operation)
 
 
-@pytest.mark.parametrize("weight", [pytest.param(W8, id="int8"), pytest.param(W4, id="packed")])
 @pytest.mark.parametrize(
-    ("kernel", "padding", "size"),
+    ("weight", "kernel", "padding", "size"),
     [
-        pytest.param(7, 3, (16, 16), id="resnet"),
-        pytest.param(3, 1, (8, 12), id="mobilenet"),
-        pytest.param(3, 0, (8, 8), id="unpadded"),
-        pytest.param((5, 4), (2, 1), (10, 8), id="oblong"),
-        pytest.param(3, 2, (6, 6), id="wide-padding"),
+        pytest.param(W8, 7, 3, (16, 16), id="resnet"),
+        pytest.param(W4, 7, 3, (16, 16), id="resnet-packed"),
+        pytest.param(W8, 3, 1, (8, 12), id="mobilenet"),
+        pytest.param(W8, 3, 0, (8, 8), id="unpadded"),
+        pytest.param(W4, (5, 4), (2, 1), (10, 8), id="oblong-packed"),
+        pytest.param(W8, 3, 2, (6, 6), id="wide-padding"),
     ],
 )
 def test_convolutions_of_stride_two_read_squares_of_pixels_that_change_nothing(
-    tmp_path, kernel, padding, size, weight
+    tmp_path, weight, kernel, padding, size
 ) -> None:
     assert_a_form_changes_nothing(tmp_path, nn.Conv2d(3, 8, kernel, 2, padding), weight, size, "SpaceToDepth")
 

@@ -426,28 +426,31 @@ def test_a_callback_without_a_target_is_refused_before_anything_is_trained(tmp_p
 
 
 FULL_PRECISION = """
-import sys, torch
+import os, sys, torch
 from qat.lightning.evaluate import full_precision
-exec(sys.argv[1])
-cudnn, mkldnn, cuda = torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cuda
-kinds = [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul]
-before = [kind.fp32_precision for kind in kinds]
-with full_precision():
-    assert not {"tf32", "bf16"} & {kind.fp32_precision for kind in kinds}, [kind.fp32_precision for kind in kinds]
-assert before == [kind.fp32_precision for kind in kinds], before
+for setting in sys.argv[1:]:
+    child = os.fork()  # settings belong to a process; importing takes seconds
+    if child:
+        assert os.waitpid(child, 0)[1] == 0, setting
+        continue
+    exec(setting)
+    cudnn, mkldnn, cuda = torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cuda
+    kinds = [cudnn.conv, cudnn.rnn, cuda.matmul, mkldnn.conv, mkldnn.matmul]
+    before = [kind.fp32_precision for kind in kinds]
+    with full_precision():
+        assert not {"tf32", "bf16"} & {kind.fp32_precision for kind in kinds}, [kind.fp32_precision for kind in kinds]
+    assert before == [kind.fp32_precision for kind in kinds], before
+    sys.exit()
 """
 
 
-@pytest.mark.parametrize(
-    "setting",
-    [
-        pytest.param("", id="as-torch-comes"),
-        pytest.param("torch.set_float32_matmul_precision('high')", id="high"),
-        pytest.param("torch.backends.cuda.matmul.allow_tf32 = True", id="by-an-old-name"),
-        pytest.param("torch.backends.cudnn.conv.fp32_precision = 'ieee'", id="by-a-new-name"),
-        pytest.param("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", id="on-the-cpu"),
-    ],
-)
-def test_full_precision_is_full_and_leaves_what_it_found(setting):
-    run = subprocess.run([sys.executable, "-c", FULL_PRECISION, setting], capture_output=True, text=True)
+def test_full_precision_is_full_and_leaves_what_it_found():
+    settings = [
+        "",  # as torch comes
+        "torch.set_float32_matmul_precision('high')",
+        "torch.backends.cuda.matmul.allow_tf32 = True",  # by an old name
+        "torch.backends.cudnn.conv.fp32_precision = 'ieee'",  # by a new one
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",  # on the CPU
+    ]
+    run = subprocess.run([sys.executable, "-c", FULL_PRECISION, *settings], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

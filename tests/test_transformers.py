@@ -28,11 +28,23 @@ STILL = {
     "CLIP": {"mul_0.input_quantizer_1": "its tensor lies on the grid"},  # one number: calibration made it the last code
 }
 """Scales whose gradient is zero because its closed form is."""
-COMPILED = [
-    pytest.param(n, False, marks=[] if n == "GPT-2" else pytest.mark.slow, id=f"{n}-evaluation") for n in MODELS
+TRACED = [
+    "ResNet",
+    "ConvNeXt",
+    "ViT",
+    "Swin",
+    "BERT",
+    "DistilBERT",
+    "Llama",
+    "Mixtral",
+    "T5",
+    "Wav2Vec2",
+    "SegFormer",
+    "CLIP",
 ]
+COMPILED = [pytest.param(n, False, marks=pytest.mark.slow, id=f"{n}-evaluation") for n in TRACED]
 COMPILED += [pytest.param(n, True, id=f"{n}-training") for n in ("ResNet", "ViT", "BERT", "GPT-2", "Wav2Vec2")]
-"""The others take minutes together in training; docs/coverage.md has them."""
+"""All of them in both modes take minutes; docs/coverage.md has them."""
 
 
 @cache
