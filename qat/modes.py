@@ -1,8 +1,9 @@
-"""Running a model for a look at it, and leaving its modes as they were."""
+"""How a model is run: for a look at it, which leaves its modes as they were, or again by a checkpoint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.backends import mha
 
@@ -32,3 +33,8 @@ def without_fast_path() -> Iterator[None]:
         yield
     finally:
         mha.set_fastpath_enabled(before)
+
+
+def recomputing() -> bool:
+    """Whether autograd is at work, and so a forward can only be gradient checkpointing's second one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

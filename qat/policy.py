@@ -82,9 +82,10 @@ class QuantPolicy:
         self.rules = tuple(rules)
         self.settings = settings
         self.kinds = tuple(kinds)
-        self.concat: str = settings.get("concat") or CONCAT[0]
+        self.concat: str = CONCAT[0] if settings.get("concat") is None else settings["concat"]
         self.target: str | None = settings.get("target")
-        self.round_bias: str = settings.get("round_bias") or engine_of(self.target).round_bias
+        own = settings.get("round_bias")
+        self.round_bias: str = engine_of(self.target).round_bias if own is None else own  # YAML reads `off` as false
         self.required_coverage: dict[str, float] = {"": settings.get("require_coverage") or 0.0}
 
     @classmethod

@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.functional import levels
 from qat.layers.twin import TwinMixin, ours
+from qat.modes import recomputing
 from qat.quantizers import Quantizer
 
 INT32_MAX = 2**31 - 1
@@ -101,7 +102,7 @@ class FoldingNorm(TwinMixin):
 
     Attributes:
         host: The layer it folds into, in a tuple (it is no child of the norm).
-        plain: Whether it has the forward of torch, and does nothing but normalize.
+        plain: Whether it normalizes as torch's do; a SyncBatchNorm asks the other processes.
     """
 
     plain: ClassVar[bool]
@@ -120,7 +121,7 @@ class FoldingNorm(TwinMixin):
             if self.host[0].round_bias != "train":
                 return y
             with ours():
-                return _shifted(y, self._rounding_error())
+                return _shifted(y, self._learned_error())
         this: Any = self
         mean, variance, weight, layer = this.running_mean, this.running_var, this.weight, self.host[0]
         tensors = mean, variance, weight, this.bias, layer.bias
@@ -132,6 +133,17 @@ class FoldingNorm(TwinMixin):
         with ours():
             bias = self.once_per_change("bias", tensors, grids(layer), self._bias)
         return F.batch_norm(input, mean, variance, weight, bias, eps=this.eps)
+
+    def _learned_error(self) -> Tensor | None:
+        """The rounding error in training; where a checkpoint runs a forward again, that of its first run, since the
+        statistics have moved meanwhile.
+        """
+        if torch.compiler.is_compiling():
+            return self._rounding_error()
+        kept = self.__dict__.setdefault("_kept", {})
+        if "learned" not in kept or not recomputing():
+            kept["learned"] = self._rounding_error()
+        return kept["learned"]
 
     def _bias(self) -> Tensor | None:
         error, bias = self._rounding_error(), self.bias

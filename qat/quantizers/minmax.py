@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qat.errors import UserError
 from qat.kernels import Gradient, gradient
+from qat.modes import recomputing
 from qat.quantizers import dynamic
 from qat.quantizers.fixed import Fixed, forward
 from qat.ranges import minmax
@@ -43,7 +44,7 @@ class MinMax(Fixed):
 
     @torch.no_grad()
     def follow(self, x: Tensor) -> None:
-        if not x.numel() or _recomputing():
+        if not x.numel() or recomputing():
             return
         low, high = (r.view_as(self.running_low) for r in minmax(self._rows(x.float()), self.spec))
         # A non-finite batch (an exploded step) must not poison the range for ever.
@@ -64,8 +65,3 @@ class MinMax(Fixed):
     ) -> Tensor:
         # A copy: the tensor may be read twice before backward, and the second reading moves the scale in place.
         return super().fake_quantize(x, scale.clone(), low, high, gradient)
-
-
-def _recomputing() -> bool:
-    """Whether autograd is at work, and so a forward can only be gradient checkpointing's second one."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
