@@ -35,6 +35,12 @@ RECTIFIERS: dict[type[nn.Module], tuple[Callable[[Tensor], Tensor], Callable[[Te
 """What each computes, and where its gradient is zero."""
 
 
+def is_rectifier(module: nn.Module) -> bool:
+    """Whether it computes what `RECTIFIERS` says: the limits of a ReLU6 are attributes that anybody may set."""
+    limits = getattr(module, "min_val", 0.0), getattr(module, "max_val", 6.0)
+    return type(module) in RECTIFIERS and limits == (0.0, 6.0)
+
+
 @cache
 def behind(rectifier: type[nn.Module], gradient: Gradient) -> Gradient:
     """The fake quantization of what a ReLU makes of a tensor.

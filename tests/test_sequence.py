@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from qat import kernels
@@ -185,6 +186,42 @@ def test_sequences_in_sequences_are_one(rounding):
     model[1].register_forward_hook(lambda m, args, y: seen.append(args[0].clone()))
     assert rounding(model, IMAGES) == 0
     torch.testing.assert_close(seen[0], model[0](IMAGES), rtol=0, atol=0)
+
+
+class Halved(nn.Sequential):
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return super().__call__(x) * 0.5
+
+
+def test_a_sequence_that_is_called_in_a_way_of_its_own_is_called(rounding):
+    model = quantized(nn.Sequential(*linears(), Halved(nn.Linear(3, 3)), nn.ReLU(), nn.Linear(3, 2)), ROWS)
+    assert rounding(model, ROWS) == 1
+    assert_same_step(model, ROWS)
+
+
+def test_a_relu6_with_limits_of_its_own_is_called(rounding):
+    model = quantized(cnn(nn.ReLU6()), IMAGES)
+    assert rounding(model, IMAGES) == 1
+    model[2].max_val = 1.0
+    assert rounding(model, IMAGES) == 0
+    assert_same_step(model, IMAGES)
+
+
+class Watching(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_that_sees_functions_sees_the_relu(rounding):
+    model = quantized(linears(), ROWS)
+    with Watching() as mode:
+        assert rounding(model, ROWS) == 0
+    assert F.relu in mode.seen
 
 
 def test_parts_called_alone_are_what_they_are():

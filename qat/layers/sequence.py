@@ -16,11 +16,11 @@ from qat.kernels import PLAIN, compiled
 from qat.layers.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from qat.layers.products import looked_at
 from qat.layers.rounded import is_plain
-from qat.layers.sites import SiteOwner
+from qat.layers.sites import SiteOwner, others_see
 from qat.layers.sources import innermost_hooks
 from qat.layers.twin import TwinMixin, original_class, ours
 from qat.quantizers import Quantizer
-from qat.rectified import RECTIFIERS, behind, mark
+from qat.rectified import behind, is_rectifier, mark
 
 READERS = (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d)
 PRODUCERS = {
@@ -50,7 +50,7 @@ class QuantSequential(TwinMixin):
     def _rounds(self) -> bool:
         if not (self.training and torch.is_grad_enabled()) or torch.compiler.is_dynamo_compiling():
             return False
-        return innermost_hooks() is None and not torch._C._are_functorch_transforms_active()
+        return innermost_hooks() is None and not torch._C._are_functorch_transforms_active() and not others_see()
 
 
 def rounds_within(module: nn.Module) -> bool:
@@ -62,7 +62,9 @@ def rounds_within(module: nn.Module) -> bool:
 
 
 def _is_sequence(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and original_class(module).forward is nn.Sequential.forward
+    own = original_class(module)
+    plain = own.forward is nn.Sequential.forward and own.__call__ is nn.Module.__call__
+    return plain and isinstance(module, nn.Sequential)
 
 
 def _flat(sequence: Any) -> Iterator[Any]:
@@ -75,7 +77,7 @@ def _flat(sequence: Any) -> Iterator[Any]:
 
 
 def _is_place(before: nn.Module | None, module: nn.Module, after: nn.Module | None) -> bool:
-    if type(module) not in RECTIFIERS or before is None or not isinstance(after, READERS):
+    if not is_rectifier(module) or before is None or not isinstance(after, READERS):
         return False
     return original_class(before) in PRODUCERS and isinstance(after.input_quantizer, Quantizer)
 

@@ -80,6 +80,11 @@ def _recomputed_later() -> bool:
 _running: list[SiteMode] = []
 
 
+def others_see() -> bool:
+    """Whether a torch function mode of somebody else sees what modules call."""
+    return torch._C._len_torch_function_stack() > len(_running)
+
+
 class SiteOwner(TwinMixin):
     """A module whose own forward runs functional sites.
 
