@@ -155,8 +155,8 @@ SILENT = [
         "BatchNorm's eps and momentum rewritten",
         f"{KNOWN}modes_batch_norm_settings_and_dropout_are_left_alone",
         "qat/insert.py",
-        "            become_twin(norm, FoldingNorm)",
-        "            become_twin(norm, FoldingNorm)\n            norm.eps = 1e-5",
+        "    become_twin(norm, FoldingNorm)",
+        "    become_twin(norm, FoldingNorm)\n    norm.eps = 1e-5",
     ),
     Break(
         "dropout's p changed by a switch of modes",

@@ -19,7 +19,12 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def is_leaf(module: nn.Module) -> bool:
-    return mixin_for(module) is not None or isinstance(module, NORMS)
+    return mixin_for(module) is not None or is_norm(module)
+
+
+def is_norm(module: Any) -> bool:
+    """Whether it is a BatchNorm that does nothing else; some subclasses also activate."""
+    return isinstance(module, NORMS) and original_class(module).forward is NORMS[0].forward
 
 
 def inside_of(module: nn.Module, *call: Any) -> list[Call] | None:

@@ -75,11 +75,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         module.register_module("weight_quantizer", weights.get(layer["weight"]))
         if plan.round_bias != mixin.round_bias:
             module.round_bias = plan.round_bias  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-        if name in plan.batch_norms:
-            norm = modules[plan.batch_norms[name]]
-            become_twin(norm, FoldingNorm)
-            norm.host = (module,)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
-            module.folds = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    for name, norm in plan.batch_norms.items():
+        _fold(modules[norm], modules[name])
     insert_sites(plan, modules, activations, weights)
     for name, module in modules.items():
         if isinstance(module, FUSED) and any(part.startswith(f"{name}." if name else "") for part in plan.layers):
@@ -87,6 +84,22 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for module in [m for m in model.modules() if rounds_within(m)]:
         become_twin(module, QuantSequential)
     adopt_modes(model)
+
+
+def _fold(norm: nn.Module, layer: nn.Module) -> None:
+    become_twin(norm, FoldingNorm)
+    norm.host = (layer,)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+    layer.folds = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+
+def fold_again(plan: Plan, model: nn.Module) -> None:
+    """Makes BatchNorms that somebody (Lightning's `sync_batchnorm`) has put in the places of those that fold their
+    twins.
+    """
+    modules = dict(model.named_modules())
+    for name, norm in plan.batch_norms.items():
+        if not isinstance(modules[norm], FoldingNorm) and getattr(modules[name], "folds", False):
+            _fold(modules[norm], modules[name])
 
 
 def adopt_modes(model: nn.Module) -> None:

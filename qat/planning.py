@@ -12,12 +12,12 @@ from torch import nn
 
 from qat.addressable import (
     CONVOLUTIONS,
-    NORMS,
     check_shapes_known,
     described,
     has_weight,
     inside_of,
     is_leaf,
+    is_norm,
     targets,
     type_of,
 )
@@ -201,7 +201,7 @@ def _batch_norm_pairs(recording: Recording) -> dict[str, str]:
     return {
         producers[call.inputs[0]]: call.name
         for call in recording.modules
-        if isinstance(call.what, NORMS)
+        if is_norm(call.what)
         and call.what.track_running_stats
         and call.inputs
         and call.inputs[0] in producers

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from qat.addressable import NORMS, computed, described, has_weight, is_complex, targets, type_of
+from qat.addressable import computed, described, has_weight, is_complex, is_norm, targets, type_of
 from qat.layers import MIXINS, Composite, Site, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
 from qat.plan import Plan
@@ -52,7 +52,7 @@ class Reasons:
             return self.of_target(name)
         if name in self.adapters:
             return ADAPTER
-        if isinstance(module, NORMS):
+        if is_norm(module):
             return self._norm(name)
         if mixin_for(module) is not None:
             return self._unreached(name, module)

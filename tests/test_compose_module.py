@@ -10,9 +10,12 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, ModelPruning
+from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from tiny_module import MINMAX, POLICY, Tiny, images, loader, quantizer_state, same, trainer
+from torch import nn
 
+from qat.convert import convert
 from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.layers.twin import original_class
@@ -216,6 +219,33 @@ def test_a_module_is_probed_where_it_is_not_where_lightning_will_move_it(tmp_pat
     trainer(tmp_path, Ahead()).fit(module, loader(), loader())
     assert {name: t.device.type for name, t in module.state_dict().items() if t.is_meta} == {}
     assert all(quantizer.initialised for _, quantizer in named_quantizers(module))
+
+
+@pytest.mark.parametrize("when", ["eval", "train"])
+def test_batch_norms_that_lightning_exchanges_for_training_fold_all_the_same(when, monkeypatch, tmp_path):
+    class Synced(SingleDeviceStrategy):
+        """What `sync_batchnorm=True` does, for which DDP on GPUs is needed otherwise."""
+
+        def setup(self, trainer):
+            self.model = TorchSyncBatchNorm().apply(self.model)
+            super().setup(trainer)
+
+        def teardown(self):
+            TorchSyncBatchNorm().revert(self.model)
+            super().teardown()
+
+    monkeypatch.setattr(nn.SyncBatchNorm, "forward", lambda self, x: nn.BatchNorm2d.forward(self, x))
+    policy, states = {**POLICY, "round_bias": when}, []
+    for strategy in (SingleDeviceStrategy(), Synced()):
+        torch.manual_seed(0)
+        module = Tiny()
+        trainer(tmp_path, policy=policy, strategy=strategy).fit(module, loader(), loader())
+        states.append(module.state_dict())
+    assert original_class(module.net.norm) is not nn.BatchNorm2d
+    assert same(*states)
+    x = images()
+    with torch.no_grad():
+        torch.testing.assert_close(convert(module, module.quantization_plan)(x), module.eval()(x))
 
 
 @pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_after_batch_transfer"])

@@ -8,8 +8,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from qat.calibrate import calibrate
-from qat.insert import apply_plan, make_plan
+from qat.convert import convert
+from qat.insert import apply_plan, fold_again, make_plan
 from qat.layers import FoldingNorm, rounded
+from qat.plan import Plan
 from qat.policy import QuantPolicy
 from qat.quantizers import create
 from qat.quantizers.lsq import LSQ
@@ -88,34 +90,40 @@ def test_other_tensors_and_other_classes_are_left_to_the_quantizer():
     assert rounded.rounded(quantizer, values()) is None
 
 
-class Shifted(nn.BatchNorm1d):
-    """Does more than normalize."""
+class Activating(nn.BatchNorm2d):
+    """As timm has them."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) + 100
+        return torch.nn.functional.silu(super().forward(input))
 
 
 @torch.no_grad()
-def test_a_batch_norm_with_a_forward_of_its_own_runs_it_and_is_rounded_as_well():
-    torch.manual_seed(0)
-    x, nets = torch.randn(16, 8), []
-    for norm in (nn.BatchNorm1d(8), Shifted(8)):
-        torch.manual_seed(1)
-        model = nn.Sequential(nn.Linear(8, 8), norm)
-        norm.running_mean.normal_()
-        nn.init.normal_(norm.bias)
-        plan, _ = make_plan(
-            model, QuantPolicy.from_dict({"weight": {"bits": 3}, "act": {"bits": 3}}), lambda m=model: m(x)
-        )
-        apply_plan(model, plan)
-        calibrate(model, lambda m=model: m(x))
-        nets.append(model.eval())
-    plain, shifted = nets
-    assert isinstance(shifted[1], FoldingNorm)
-    assert torch.allclose(shifted(x), plain(x) + 100, atol=1e-4)
-    error = plain[1]._rounding_error()
-    assert error is not None and error.abs().max() > 1e-3
-    assert torch.allclose(plain(x) - error.float(), nn.BatchNorm1d.forward(plain[1], plain[0](x)), atol=1e-5)
+def test_a_batch_norm_that_does_more_does_not_fold():
+    x, model = torch.randn(6, 4, 8, 8), nn.Sequential(nn.Conv2d(4, 6, 3), Activating(6), nn.Conv2d(6, 3, 3))
+    plan = quantized(model, x)
+    assert plan.batch_norms == {} and not isinstance(model.eval()[1], FoldingNorm)
+    torch.testing.assert_close(convert(model, plan)(x), model(x))
+
+
+@torch.no_grad()
+def test_batch_norms_that_somebody_has_put_in_place_of_those_that_fold_fold_again():
+    x, model = torch.randn(6, 4, 8, 8), nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 3))
+    plan = quantized(model, x)
+    model[1].running_mean.normal_()
+    expected = model.eval()(x)
+    nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert not torch.equal(model(x), expected)
+    fold_again(plan, model)
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(convert(model, plan)(x), expected)
+
+
+def quantized(model: nn.Module, x: Tensor) -> Plan:
+    policy = QuantPolicy.from_dict({"weight": {"bits": 3}, "act": {"bits": 3}})
+    plan, _ = make_plan(model, policy, lambda: model(x))
+    apply_plan(model, plan)
+    calibrate(model, lambda: model(x))
+    return plan
 
 
 def test_a_weight_made_in_inference_mode_is_quantized_each_time():

@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import BatchSizeFinder, Callback, LearningRateF
 from qat.audit import audit, check_coverage
 from qat.calibrate import calibrate, needs_calibration
 from qat.errors import UserError, nearest
-from qat.insert import Plan, adopt_modes, make_plan, named_quantizers
+from qat.insert import Plan, adopt_modes, fold_again, make_plan, named_quantizers
 from qat.layers.twin import become_twin, original_class
 from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion
 from qat.lightning.compiled import uncompiled
@@ -126,6 +126,7 @@ class QATCallback(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         # Lightning puts modules back into training after an evaluation, but not those that it did not find before.
         adopt_modes(pl_module)
+        _fold_again(pl_module)
 
     def plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
         """What would be inserted for all `QATCallback`s of the trainer, from one probe batch; the module is left as it
@@ -155,6 +156,7 @@ class QATCallback(Callback):
             return
         with torch.inference_mode(False):  # what evaluation loops run in would make parameters that cannot be trained
             self._insert(trainer, pl_module)
+            _fold_again(pl_module)
             for _, quantizer in named_quantizers(
                 pl_module
             ):  # DDP has just copied the first process's flags to the others
@@ -186,6 +188,11 @@ class QATCallback(Callback):
 
 def _callbacks(trainer: pl.Trainer) -> list[QATCallback]:
     return [c for c in trainer.callbacks if isinstance(c, QATCallback)]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _fold_again(pl_module: pl.LightningModule) -> None:
+    if pl_module.quantization_plan is not None:
+        fold_again(pl_module.quantization_plan, pl_module)  # pyright: ignore[reportArgumentType]
 
 
 def _before_tuners(trainer: pl.Trainer, callbacks: list[QATCallback]) -> None:
