@@ -170,7 +170,8 @@ HEAD = """# Coverage
 
 Models of `transformers` (VERSION), built from configs with random weights, as `python benchmarks/coverage.py --out
 docs/coverage.md` finds them under `quant=integer_only`: every layer and every function between layers on 8-bit grids.
-Nothing in them knows of quantization. tests/test_transformers.py asserts what the table shows.
+Nothing in them knows of quantization. tests/test_transformers.py asserts what the table shows (graph breaks,
+which take minutes, of most).
 
 - *MACs*, *parameters*: shares on integers. Float parameters are those of norms, position tables and the like; what
   multiplies in float is named below the table.
