@@ -123,8 +123,13 @@ class FoldingNorm(TwinMixin):
             with ours():
                 return _shifted(y, self._learned_error())
         this: Any = self
-        mean, variance, weight, layer = this.running_mean, this.running_var, this.weight, self.host[0]
-        tensors = mean, variance, weight, this.bias, layer.bias
+        layer = self.host[0]
+        # Not `self.weight`, which torch looks up in Python, unless it is computed.
+        own, other, seen = this._parameters, layer._parameters, this._buffers
+        mean, variance = seen["running_mean"], seen["running_var"]
+        weight, bias = (own["weight"], own["bias"]) if len(own) == 2 else (this.weight, this.bias)
+        before = other["bias"] if "bias" in other else layer.bias  # noqa: SIM401
+        tensors = mean, variance, weight, bias, before
         if not self.plain:
             y = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
             with ours():
