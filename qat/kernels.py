@@ -22,10 +22,10 @@ from operator import attrgetter, methodcaller
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat.formats import Rounding
-from qat.launch import Launch, Program, launchable, program, signature
+from qat.launch import PLAIN, Launch, Program, launchable, program, signature
 from qat.layout import dense, layout_of
 
 SMALL = 1 << 11
@@ -39,9 +39,6 @@ SAVED = 1 << 17
 _KIND, _STRIDES = attrgetter("dtype", "shape"), methodcaller("stride")
 KEPT = 4096
 """Shapes that a kernel remembers how to run on."""
-
-PLAIN = (Tensor, nn.Parameter)
-"""The types of tensors that have memory of their own."""
 
 Grads = tuple[Tensor | None, ...]
 Mode = Literal["auto", "always", "never"]

@@ -20,6 +20,8 @@ from torch.overrides import _pop_mode_temporarily
 
 from qat.layout import Layout
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types of tensors that have memory of their own."""
 ADDRESSABLE = 1 << 31
 """Programs may count elements in 32 bits, as GPUs like to."""
 
@@ -88,7 +90,7 @@ class Program(NamedTuple):
 
 def launchable(x: Tensor, args: Sequence[Tensor]) -> bool:
     """Whether programs can run on tensors like `args`, the large ones being like `x`, of any size."""
-    plain = all(type(arg) in (Tensor, torch.nn.Parameter) for arg in args) and not x.is_neg()
+    plain = all(type(arg) in PLAIN for arg in args) and not x.is_neg()
     return plain and x.device.type != "meta" and 1 < x.numel() < ADDRESSABLE
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.kernels import PLAIN, compiled
+from qat.kernels import compiled
+from qat.launch import PLAIN
 from qat.layers.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from qat.layers.products import looked_at
 from qat.layers.rounded import is_plain
