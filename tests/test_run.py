@@ -315,6 +315,16 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
         ),
         pytest.param(["ckpt=last"], "ckpt=last: there is no run to resume in", id="nothing-to-resume"),
         pytest.param(["ckpt=nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file", id="no-checkpoint"),
+        pytest.param(
+            ["distill=self", "callbacks.distill.teacher=nowhere.ckpt"],
+            "checkpoint nowhere.ckpt: no such file",
+            id="no-teacher",
+        ),
+        pytest.param(
+            ["distill=self", "callbacks.distill.features=fc9"],
+            "features: no module matches 'fc9'; did you mean 'fc2' or 'fc1'",
+            id="features",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_with_status_2_and_nothing_written(overrides, said, in_an_empty_folder, capfd):

@@ -100,18 +100,28 @@ class Distill(Callback):
         def configure_then_copy() -> None:
             configure()
             pl_module.__dict__.pop("configure_model", None)  # unless QATCallback, which wraps it too, has done so
-            self._teacher, self._student = self._make_teacher(pl_module), pl_module
+            self._teacher, self._student = self._make_teacher(pl_module, self.file), pl_module
 
         pl_module.__dict__["configure_model"] = configure_then_copy
 
-    def _make_teacher(self, pl_module: pl.LightningModule) -> nn.Module:
+    def _make_teacher(self, pl_module: pl.LightningModule, file: str | Path | None) -> nn.Module:
         teacher: nn.Module = copy.deepcopy(pl_module) if self.model is None else self.model
         for name in ("configure_model", "training_step"):
             teacher.__dict__.pop(name, None)
         remove(teacher)
-        if self.file is not None:
-            load_weights(teacher, self.file)
+        if file is not None:
+            load_weights(teacher, file)
         return teacher.eval().requires_grad_(False)
+
+    def check(self, pl_module: pl.LightningModule, later: Path) -> None:
+        """Tries on a float module what fit would find, for who trains in float first, into the file `later`.
+
+        Raises:
+            UserError: if the teacher's file does not fit, or a pattern matches nothing.
+        """
+        file = None if self.file is None or Path(self.file) == later else self.file
+        for module in (self._make_teacher(pl_module, file), pl_module):
+            named_layers(module, self.patterns)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._teacher is None else {"teacher": fingerprint(self._teacher)}

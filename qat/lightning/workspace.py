@@ -33,6 +33,7 @@ from qat.export.target import Target
 from qat.insert import Plan, apply_plan, make_plan
 from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
+from qat.lightning.distill import Distill
 from qat.lightning.evaluate import test_metric
 from qat.lightning.settled import check_settled, settled
 from qat.lightning.shared_ranges import RangeCache
@@ -120,7 +121,7 @@ class Workspace:
         check_settled(settled(self.cfg), self.progress.get("settings", {}), self.folder)
 
     def check(self) -> None:
-        """Tries policy and metric on copies of the module, for mistakes that would else show after float training."""
+        """Tries policy, metric and teacher on copies of the module: mistakes would else show after float training."""
         if (cache := self.cfg.cache_dir) is not None:
             try:
                 Path(cache).mkdir(parents=True, exist_ok=True)
@@ -134,6 +135,9 @@ class Workspace:
         trainer = self.measuring(limit_test_batches=batches, enable_progress_bar=False)
         test_metric(trainer, shell, self.data, self.cfg.metric)
         traceable(shell, example_input(shell, self.data.train_dataloader))
+        for callback in self.callbacks:
+            if isinstance(callback, Distill):
+                callback.check(shell, self.folder / "float.safetensors")
         if not self.policy.is_off:
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
             if self.target is not None and (reason := self.target.why_not(shell, plan)):
