@@ -15,7 +15,6 @@ from qat.policy import Target
 from qat.probe import Call, Recording
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -23,8 +22,8 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def is_norm(module: Any) -> bool:
-    """Whether it is a BatchNorm that does nothing else; some subclasses also activate."""
-    return isinstance(module, NORMS) and original_class(module).forward is NORMS[0].forward
+    """Whether it is a BatchNorm, of whatever dimension, that does nothing else; some subclasses also activate."""
+    return isinstance(module, nn.Module) and original_class(module).forward is nn.BatchNorm2d.forward
 
 
 def inside_of(module: nn.Module, *call: Any) -> list[Call] | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat import quantizers
 from qat.addressable import check_shapes_known, has_weight
@@ -98,8 +99,9 @@ def fold_again(plan: Plan, model: nn.Module) -> None:
     """
     modules = dict(model.named_modules())
     for name, norm in plan.batch_norms.items():
-        if not isinstance(modules[norm], FoldingNorm) and getattr(modules[name], "folds", False):
-            _fold(modules[norm], modules[name])
+        found, layer = modules.get(norm), modules.get(name)
+        if isinstance(found, _BatchNorm) and not isinstance(found, FoldingNorm) and getattr(layer, "folds", False):
+            _fold(found, layer)  # pyright: ignore[reportArgumentType]
 
 
 def adopt_modes(model: nn.Module) -> None:
@@ -185,6 +187,7 @@ def remove(model: nn.Module) -> None:
                     module.__dict__.pop(name, None)
             if isinstance(module, FoldingNorm):
                 del module.host
+                module.__dict__.pop("learned_error", None)
             for mixin in (
                 QuantExperts, QuantizedLayer, Composite, ComputedWeight, SlowPath, SiteOwner, FoldingNorm,
                 QuantSequential,

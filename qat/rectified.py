@@ -37,8 +37,8 @@ RECTIFIERS: dict[type[nn.Module], tuple[Callable[[Tensor], Tensor], Callable[[Te
 
 def is_rectifier(module: nn.Module) -> bool:
     """Whether it computes what `RECTIFIERS` says: the limits of a ReLU6 are attributes that anybody may set."""
-    limits = getattr(module, "min_val", 0.0), getattr(module, "max_val", 6.0)
-    return type(module) in RECTIFIERS and limits == (0.0, 6.0)
+    limited = type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0)
+    return type(module) in RECTIFIERS and not limited
 
 
 @cache

@@ -17,11 +17,12 @@ from torch import nn
 
 from qat.convert import convert
 from qat.errors import UserError
-from qat.insert import named_quantizers
+from qat.insert import make_plan, named_quantizers, remove
 from qat.layers.twin import original_class
 from qat.lightning import load_from_checkpoint, load_weights
 from qat.lightning.losses import BatchLosses
 from qat.lightning.steps import trainer_source
+from qat.policy import QuantPolicy
 
 # -- compiled ----------------------------------------------------------------------------------------------------------
 
@@ -244,8 +245,15 @@ def test_batch_norms_that_lightning_exchanges_for_training_fold_all_the_same(whe
     assert original_class(module.net.norm) is not nn.BatchNorm2d
     assert same(*states)
     x = images()
+    converted = convert(module, module.quantization_plan)
     with torch.no_grad():
-        torch.testing.assert_close(convert(module, module.quantization_plan)(x), module.eval()(x))
+        torch.testing.assert_close(converted(x), module.eval()(x))
+    trainer(tmp_path, policy=policy).test(converted, loader(), verbose=False)
+    assert type(converted.net.norm) is nn.Identity
+    remove(module)
+    assert make_plan(module, QuantPolicy.from_dict(policy), lambda: module(x))[0].batch_norms == {
+        "net.stem": "net.norm"
+    }
 
 
 @pytest.mark.parametrize("hook", ["on_before_batch_transfer", "on_after_batch_transfer"])

@@ -118,6 +118,33 @@ def test_features_count_by_their_relative_error():
     assert module.losses[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_a_glob_means_the_layers_of_both_and_no_quantizers():
+    module, distill = Plain(), Distill(features="net*")
+    trainer(QATCallback(POLICY, calibration_samples=8), distill, max_steps=1).fit(module, data())
+    wider = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+    with pytest.raises(UserError, match=r"Sequential has no module 'net\.0'; choose from 0, 1, 2"):
+        trainer(Distill(model=wider, features="net.*"), max_steps=1).fit(Plain(), data())
+
+
+class Manual(Plain):
+    automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("module", "settings", "said"),
+    [
+        pytest.param(Plain(), {"teacher": "nowhere.ckpt"}, "checkpoint nowhere.ckpt: no such file", id="file"),
+        pytest.param(Plain(), {"features": "net.9"}, "no module matches 'net.9'", id="features"),
+        pytest.param(Plain(), {"output_of": "nett"}, "has no module 'nett'; did you mean 'net'", id="output"),
+        pytest.param(Manual(), {}, "optimizes manually", id="manual"),
+    ],
+)
+def test_mistakes_show_before_a_float_training(module, settings, said, tmp_path):
+    with pytest.raises(UserError, match=re.escape(said)):
+        Distill(**settings).check(module, tmp_path)
+    Distill(tmp_path / "float" / "made_later.safetensors").check(Plain(), tmp_path)
+
+
 def test_a_step_that_calls_a_part_of_the_module_says_so_with_output_of():
     with pytest.raises(UserError, match=re.escape("never calls self(x)")):
         trainer(Distill(), max_steps=1).fit(Plain(indirect=True), data())

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils.prune import l1_unstructured
 
 from qat.calibrate import calibrate
 from qat.convert import convert
@@ -103,6 +104,15 @@ def test_a_batch_norm_that_does_more_does_not_fold():
     plan = quantized(model, x)
     assert plan.batch_norms == {} and not isinstance(model.eval()[1], FoldingNorm)
     torch.testing.assert_close(convert(model, plan)(x), model(x))
+
+
+@torch.no_grad()
+def test_a_pruned_batch_norm_is_rounded_as_well():
+    x, model = torch.randn(6, 4, 8, 8), nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 3))
+    quantized(model, x)
+    expected = model.eval()(x)
+    l1_unstructured(model[1], "weight", 0)
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -193,8 +193,14 @@ class Halved(nn.Sequential):
         return super().__call__(x) * 0.5
 
 
-def test_a_sequence_that_is_called_in_a_way_of_its_own_is_called(rounding):
-    model = quantized(nn.Sequential(*linears(), Halved(nn.Linear(3, 3)), nn.ReLU(), nn.Linear(3, 2)), ROWS)
+class Thirds(nn.Sequential):
+    def _call_impl(self, x: torch.Tensor) -> torch.Tensor:
+        return super()._call_impl(x) / 3
+
+
+@pytest.mark.parametrize("kind", [Halved, Thirds])
+def test_a_sequence_that_is_called_in_a_way_of_its_own_is_called(kind, rounding):
+    model = quantized(nn.Sequential(*linears(), kind(nn.Linear(3, 3)), nn.ReLU(), nn.Linear(3, 2)), ROWS)
     assert rounding(model, ROWS) == 1
     assert_same_step(model, ROWS)
 
@@ -222,6 +228,8 @@ def test_a_mode_that_sees_functions_sees_the_relu(rounding):
     with Watching() as mode:
         assert rounding(model, ROWS) == 0
     assert F.relu in mode.seen
+    with torch.device("cpu"):  # a mode, too
+        assert rounding(model, ROWS) == 1
 
 
 def test_parts_called_alone_are_what_they_are():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.functional import levels
-from qat.layers.twin import TwinMixin, ours
+from qat.layers.twin import TwinMixin, held, ours
 from qat.modes import recomputing
 from qat.quantizers import Quantizer
 
@@ -103,6 +103,7 @@ class FoldingNorm(TwinMixin):
     Attributes:
         host: The layer it folds into, in a tuple (it is no child of the norm).
         plain: Whether it normalizes as torch's do; a SyncBatchNorm asks the other processes.
+        learned_error: What the last forward in training has added.
     """
 
     plain: ClassVar[bool]
@@ -110,6 +111,7 @@ class FoldingNorm(TwinMixin):
     training: bool
     bias: Tensor | None
     running_mean: Tensor
+    learned_error: Tensor | None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -124,12 +126,9 @@ class FoldingNorm(TwinMixin):
                 return _shifted(y, self._learned_error())
         this: Any = self
         layer = self.host[0]
-        # Not `self.weight`, which torch looks up in Python, unless it is computed.
-        own, other, seen = this._parameters, layer._parameters, this._buffers
-        mean, variance = seen["running_mean"], seen["running_var"]
-        weight, bias = (own["weight"], own["bias"]) if len(own) == 2 else (this.weight, this.bias)
-        before = other["bias"] if "bias" in other else layer.bias  # noqa: SIM401
-        tensors = mean, variance, weight, bias, before
+        mean, variance = (held(this, this._buffers, name) for name in ("running_mean", "running_var"))
+        weight, bias = (held(this, this._parameters, name) for name in ("weight", "bias"))
+        tensors = mean, variance, weight, bias, held(layer, layer._parameters, "bias")
         if not self.plain:
             y = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
             with ours():
@@ -140,15 +139,17 @@ class FoldingNorm(TwinMixin):
         return F.batch_norm(input, mean, variance, weight, bias, eps=this.eps)
 
     def _learned_error(self) -> Tensor | None:
-        """The rounding error in training; where a checkpoint runs a forward again, that of its first run, since the
-        statistics have moved meanwhile.
+        """The rounding error in training; where a checkpoint runs the last forward again, that of its first run, since
+        the statistics have moved meanwhile.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # nothing is to be written then
             return self._rounding_error()
-        kept = self.__dict__.setdefault("_kept", {})
-        if "learned" not in kept or not recomputing():
-            kept["learned"] = self._rounding_error()
-        return kept["learned"]
+        if not recomputing():
+            self.learned_error = self._rounding_error()
+        return self.learned_error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__getstate__().items() if k != "learned_error"}
 
     def _bias(self) -> Tensor | None:
         error, bias = self._rounding_error(), self.bias

@@ -17,7 +17,7 @@ from qat.layers.products import MIN_ELEMENTS, evaluated_on_codes, trained_on_cod
 from qat.layers.rounded import rounded
 from qat.layers.shared import forwards, read
 from qat.layers.sources import from_sources
-from qat.layers.twin import TwinMixin, ours
+from qat.layers.twin import TwinMixin, held, ours
 from qat.onednn import Geometry
 from qat.quantizers import Quantizer
 
@@ -108,8 +108,7 @@ class QuantizedLayer(TwinMixin):
         """The bias as it is added: in whole accumulator steps in evaluation, or always (`round_bias`); a BatchNorm
         behind the layer does that for both, and in evaluation alone.
         """
-        # Not `self.bias`, which torch looks up in Python, and not as a default either.
-        bias = self._parameters["bias"] if "bias" in self._parameters else self.bias  # noqa: SIM401
+        bias = held(self, self._parameters, "bias")
         if bias is None or self.folds or (self.training and self.round_bias != "train"):
             return bias
         with ours():

@@ -29,6 +29,8 @@ PRODUCERS = {
     *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
 }
 """They return a tensor of its own that nobody else holds."""
+CALLS = nn.Sequential.forward, nn.Module.__call__, nn.Module._call_impl
+"""What calling a sequence comes down to."""
 OWN = {"forward", "fake_quantize", "grid", "transform"}
 """Methods that somebody may have replaced in an instance."""
 
@@ -64,7 +66,7 @@ def rounds_within(module: nn.Module) -> bool:
 
 def _is_sequence(module: nn.Module) -> bool:
     own = original_class(module)
-    plain = own.forward is nn.Sequential.forward and own.__call__ is nn.Module.__call__
+    plain = (own.forward, own.__call__, own._call_impl) == CALLS
     return plain and isinstance(module, nn.Sequential)
 
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction
 
 from qat.errors import UserError
@@ -82,7 +83,8 @@ _running: list[SiteMode] = []
 
 def others_see() -> bool:
     """Whether a torch function mode of somebody else sees what modules call."""
-    return torch._C._len_torch_function_stack() > len(_running)
+    modes = _get_current_function_mode_stack() if torch._C._len_torch_function_stack() else ()
+    return any(not isinstance(mode, SiteMode | DeviceContext) for mode in modes)
 
 
 class SiteOwner(TwinMixin):

@@ -6,7 +6,7 @@ demand, so subclasses of a layer keep theirs; mixins stack. Made-up classes have
 `TwinMixin.__reduce_ex__` pickles and copies an instance as (mixins, original class, state).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Self
 
@@ -19,6 +19,13 @@ like.
 """
 
 _parts: dict[type, tuple[type, type]] = {}
+
+
+def held(module: Any, tensors: Mapping[str, Tensor | None], name: str) -> Tensor | None:
+    """`module.name`, which torch looks up in Python, from the parameters or buffers, where it is unless it is computed
+    (pruned, parametrized).
+    """
+    return tensors[name] if name in tensors else getattr(module, name)
 
 
 class TwinMixin:

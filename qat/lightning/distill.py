@@ -43,7 +43,7 @@ class Distill(Callback):
         loss: `kl` for logits; `mse` for outputs that are no classes.
         class_axis: Axis of the logits that the classes are along.
         output_of: Module path whose output are the logits, where `training_step` does not call `self(x)`.
-        features: Layers (globs over module paths) whose outputs should be like the teacher's.
+        features: Layers of both (globs over module paths) whose outputs should be like the teacher's.
         feature_weight: Weight of their squared error relative to the teacher's mean square, averaged over layers.
 
     Raises:
@@ -91,10 +91,7 @@ class Distill(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "fit" or self._student is pl_module:
             return
-        if not pl_module.automatic_optimization:
-            raise UserError(
-                f"Distill: {type(pl_module).__name__} optimizes manually, so its step returns no loss to add to"
-            )
+        _check_automatic(pl_module)
         configure = pl_module.configure_model  # may still make layers, and quantizers; a restore comes behind it
 
         def configure_then_copy() -> None:
@@ -113,15 +110,22 @@ class Distill(Callback):
             load_weights(teacher, file)
         return teacher.eval().requires_grad_(False)
 
-    def check(self, pl_module: pl.LightningModule, later: Path) -> None:
-        """Tries on a float module what fit would find, for who trains in float first, into the file `later`.
+    def check(self, pl_module: pl.LightningModule, folder: Path) -> None:
+        """Finds on a float module what fit would find, for a run that trains in float first; the teacher's file may
+        still be to come in the run's folder.
 
         Raises:
-            UserError: if the teacher's file does not fit, or a pattern matches nothing.
+            UserError: see the class.
         """
-        file = None if self.file is None or Path(self.file) == later else self.file
-        for module in (self._make_teacher(pl_module, file), pl_module):
-            named_layers(module, self.patterns)
+        _check_automatic(pl_module)
+        file = self.file
+        if file is not None and not Path(file).exists() and Path(file).resolve().is_relative_to(folder.resolve()):
+            file = None
+        self._taps(pl_module, self._make_teacher(pl_module, file))
+
+    def _taps(self, student: nn.Module, teacher: nn.Module) -> tuple[Taps, Taps]:
+        names = [self.output_of, *named_layers(student, teacher, self.patterns)]
+        return Taps(student, names), Taps(teacher, names)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._teacher is None else {"teacher": fingerprint(self._teacher)}
@@ -139,8 +143,7 @@ class Distill(Callback):
         teacher = self.teacher
         trainer.precision_plugin.convert_module(teacher)
         teacher.to(pl_module.device)
-        names = [self.output_of, *named_layers(pl_module, self.patterns)]
-        taps = Taps(pl_module, names), Taps(teacher, names)
+        taps = self._taps(pl_module, teacher)
         step: Callable[..., Any] = pl_module.training_step
 
         @functools.wraps(step)
@@ -213,3 +216,10 @@ class Distill(Callback):
                     raise UserError(f"Distill: features: '{name}' is {list(a.shape)}, the teacher's {list(b.shape)}")
                 terms.append(F.mse_loss(a, b) / b.square().mean().clamp_min(torch.finfo(torch.float32).tiny))
         return torch.stack(terms).mean()
+
+
+def _check_automatic(pl_module: pl.LightningModule) -> None:
+    if not pl_module.automatic_optimization:
+        raise UserError(
+            f"Distill: {type(pl_module).__name__} optimizes manually, so its step returns no loss to add to"
+        )

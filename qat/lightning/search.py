@@ -61,6 +61,7 @@ class SearchRun(Run):
         if (folder / "progress.json").is_file():
             cfg.ckpt = "last"
         super().__init__(cfg, folder)
+        self.callbacks = []  # they are for training, which a search does not
         self.command = command
         self.settings: Search = instantiate(cfg.search)
         if self.policy.is_off:

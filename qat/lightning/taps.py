@@ -33,7 +33,9 @@ class Taps:
         modules = dict(root.named_modules(remove_duplicate=False))
         for name in names:
             if name not in modules:
-                raise UserError(f"Distill: {type(root).__name__} has no module '{name}'{nearest(name, modules)}")
+                raise UserError(
+                    f"Distill: {type(root).__name__} has no module '{name}'{nearest(name, filter(None, modules))}"
+                )
         self._modules = {name: modules[name] for name in names}
         self.names = list(self._modules)
         self.calls: dict[str, list[Call]] = {name: [] for name in names}
@@ -77,18 +79,23 @@ def answer(output: Any) -> Tensor:
     return tensor
 
 
-def named_layers(root: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """The module paths that any of the globs match, in the order of the model's modules.
+def named_layers(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """The module paths of both that any of the globs match, in the order of the student's modules.
 
     Raises:
-        UserError: if a pattern matches nothing, with the nearest path.
+        UserError: if a pattern matches nothing in one of them, with the nearest path.
     """
-    names = [name for name, _ in root.named_modules() if name]
+    names = [name for name, _ in student.named_modules() if name]
+    theirs = dict(teacher.named_modules(remove_duplicate=False))
     hits = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
     for pattern, found in hits.items():
         if not found:
             raise UserError(f"Distill: features: no module matches '{pattern}'{nearest(pattern, names)}")
-    return [name for name in names if any(name in found for found in hits.values())]
+        if not theirs.keys() & set(found):
+            raise UserError(
+                f"Distill: {type(teacher).__name__} has no module '{found[0]}'{nearest(found[0], filter(None, theirs))}"
+            )
+    return [name for name in names if name in theirs and any(name in found for found in hits.values())]
 
 
 @torch.no_grad()

@@ -135,10 +135,10 @@ class Workspace:
         trainer = self.measuring(limit_test_batches=batches, enable_progress_bar=False)
         test_metric(trainer, shell, self.data, self.cfg.metric)
         traceable(shell, example_input(shell, self.data.train_dataloader))
-        for callback in self.callbacks:
-            if isinstance(callback, Distill):
-                callback.check(shell, self.folder / "float.safetensors")
         if not self.policy.is_off:
+            for callback in self.callbacks:
+                if isinstance(callback, Distill):
+                    callback.check(shell, self.folder)
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
             if self.target is not None and (reason := self.target.why_not(shell, plan)):
                 raise UserError(f"export: {reason}")
