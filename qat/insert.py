@@ -186,8 +186,7 @@ def remove(model: nn.Module) -> None:
                 for name in ("_kept", "folds", "round_bias"):
                     module.__dict__.pop(name, None)
             if isinstance(module, FoldingNorm):
-                del module.host
-                module.__dict__.pop("learned_error", None)
+                module.forget()
             for mixin in (
                 QuantExperts, QuantizedLayer, Composite, ComputedWeight, SlowPath, SiteOwner, FoldingNorm,
                 QuantSequential,

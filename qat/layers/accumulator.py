@@ -144,9 +144,14 @@ class FoldingNorm(TwinMixin):
         """
         if torch.compiler.is_compiling():  # nothing is to be written then
             return self._rounding_error()
-        if not recomputing():
+        if not recomputing() or "learned_error" not in self.__dict__:
             self.learned_error = self._rounding_error()
         return self.learned_error
+
+    def forget(self) -> None:
+        """Undoes what makes it a twin, but for its class."""
+        for name in ("host", "learned_error", "_kept"):
+            self.__dict__.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
         return {k: v for k, v in super().__getstate__().items() if k != "learned_error"}
