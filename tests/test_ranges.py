@@ -70,7 +70,7 @@ def check_grid(low, high, spec):
 
 @each_range
 @each_grid
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(x=ROWS)
 @example(x=[[0.0, 0.0, 0.0], [1.0, -2.0, 3.0]])
 @example(x=[[5.0]])
