@@ -64,8 +64,8 @@ def test_a_budget_goes_with_every_recipe_beside_it(recipe, budget, config):
     assert all("_target_" in node for node in cfg.callbacks.values() if node)
 
 
-@pytest.mark.parametrize(("recipe", "budget"), BESIDE[::4])
-def test_a_budget_asks_for_its_teacher(recipe, budget, config):
+@pytest.mark.parametrize(("budget", "recipe"), {budget: recipe for recipe, budget in BESIDE}.items())
+def test_a_budget_asks_for_its_teacher(budget, recipe, config):
     with pytest.raises(UserError, match=r"'callbacks\.distill\.teacher' needs a value"):
         config(f"experiment=[{recipe},{budget}]")
 

@@ -4,16 +4,14 @@ looks.
 
 import pytest
 import torch
+from small_models import quantized
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.prune import l1_unstructured
 
-from qat.calibrate import calibrate
 from qat.convert import convert
-from qat.insert import apply_plan, fold_again, make_plan
+from qat.insert import fold_again
 from qat.layers import FoldingNorm, rounded
-from qat.plan import Plan
-from qat.policy import QuantPolicy
 from qat.quantizers import create
 from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
@@ -91,6 +89,9 @@ def test_other_tensors_and_other_classes_are_left_to_the_quantizer():
     assert rounded.rounded(quantizer, values()) is None
 
 
+W3A3, W4A4 = ({"weight": {"bits": bits}, "act": {"bits": bits}} for bits in (3, 4))
+
+
 class Activating(nn.BatchNorm2d):
     """As timm has them."""
 
@@ -101,16 +102,16 @@ class Activating(nn.BatchNorm2d):
 @torch.no_grad()
 def test_a_batch_norm_that_does_more_does_not_fold():
     x, model = torch.randn(6, 4, 8, 8), nn.Sequential(nn.Conv2d(4, 6, 3), Activating(6), nn.Conv2d(6, 3, 3))
-    plan = quantized(model, x)
-    assert plan.batch_norms == {} and not isinstance(model.eval()[1], FoldingNorm)
+    plan = quantized(model, x, W3A3)
+    assert plan.batch_norms == {} and not isinstance(model[1], FoldingNorm)
     torch.testing.assert_close(convert(model, plan)(x), model(x))
 
 
 @torch.no_grad()
 def test_a_pruned_batch_norm_is_rounded_as_well():
     x, model = torch.randn(6, 4, 8, 8), nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 3))
-    quantized(model, x)
-    expected = model.eval()(x)
+    quantized(model, x, W3A3)
+    expected = model(x)
     l1_unstructured(model[1], "weight", 0)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
@@ -118,9 +119,9 @@ def test_a_pruned_batch_norm_is_rounded_as_well():
 @torch.no_grad()
 def test_batch_norms_that_somebody_has_put_in_place_of_those_that_fold_fold_again():
     x, model = torch.randn(6, 4, 8, 8), nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 3))
-    plan = quantized(model, x)
+    plan = quantized(model, x, W3A3)
     model[1].running_mean.normal_()
-    expected = model.eval()(x)
+    expected = model(x)
     nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert not torch.equal(model(x), expected)
     fold_again(plan, model)
@@ -128,20 +129,9 @@ def test_batch_norms_that_somebody_has_put_in_place_of_those_that_fold_fold_agai
     torch.testing.assert_close(convert(model, plan)(x), expected)
 
 
-def quantized(model: nn.Module, x: Tensor) -> Plan:
-    policy = QuantPolicy.from_dict({"weight": {"bits": 3}, "act": {"bits": 3}})
-    plan, _ = make_plan(model, policy, lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
-    return plan
-
-
 def test_a_weight_made_in_inference_mode_is_quantized_each_time():
     x, model = torch.randn(4, 8), nn.Sequential(nn.Linear(8, 8))
-    plan, _ = make_plan(model, QuantPolicy.from_dict({"weight": {"bits": 4}, "act": {"bits": 4}}), lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
-    model.eval()
+    quantized(model, x, W4A4)
     with torch.inference_mode():
         weight = model[0].weight.clone()  # it counts no versions
         before, expected = (torch.func.functional_call(model, {"0.weight": w}, (x,)) for w in (weight, weight.neg()))

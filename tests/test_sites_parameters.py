@@ -144,7 +144,7 @@ FAST = ["onnx", "onnx_qnn", "onnx_openvino", "openvino", "torch", "packed"]
 CASES = [
     *(pytest.param(name, W8A8, id=f"{name}-w8a8") for name in (*FAST, "executorch")),
     *(pytest.param(name, NARROW, id=f"{name}-w8a4") for name in FAST if name != "onnx_qnn"),
-    *(pytest.param(name, AFFINE, id=f"{name}-affine") for name in FAST),
+    *(pytest.param(name, AFFINE, id=f"{name}-affine") for name in (*FAST, "executorch")),
 ]
 
 

@@ -263,6 +263,7 @@ def test_executorch_computes_what_was_trained_on_integers_from_the_same_codes(tm
             Shape(kind="depthwise", activation="relu6"), POLICY | {"act": {"bits": 4}}, "body",
             "the first layer that diverges is 'body'", id="depthwise-of-4-bit-activations",
         ),
+        pytest.param(Shape(kind="linear"), TENSOR, "body", "the first layer that diverges is 'body'", id="linear"),
         pytest.param(Shape(), W8A8, "head", "in what this format does not show ('head')", id="behind-all-grids"),
     ],
 )  # fmt: skip

@@ -65,9 +65,10 @@ def rounds_within(module: nn.Module) -> bool:
 
 
 def _is_sequence(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Sequential):
+        return False
     own = original_class(module)
-    plain = (own.forward, own.__call__, own._call_impl) == CALLS
-    return plain and isinstance(module, nn.Sequential)
+    return (own.forward, own.__call__, own._call_impl) == CALLS
 
 
 def _flat(sequence: Any) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 import fnmatch
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -33,9 +33,7 @@ class Taps:
         modules = dict(root.named_modules(remove_duplicate=False))
         for name in names:
             if name not in modules:
-                raise UserError(
-                    f"Distill: {type(root).__name__} has no module '{name}'{nearest(name, filter(None, modules))}"
-                )
+                raise _lacking(root, name, modules)
         self._modules = {name: modules[name] for name in names}
         self.names = list(self._modules)
         self.calls: dict[str, list[Call]] = {name: [] for name in names}
@@ -92,10 +90,12 @@ def named_layers(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]
         if not found:
             raise UserError(f"Distill: features: no module matches '{pattern}'{nearest(pattern, names)}")
         if not theirs.keys() & set(found):
-            raise UserError(
-                f"Distill: {type(teacher).__name__} has no module '{found[0]}'{nearest(found[0], filter(None, theirs))}"
-            )
+            raise _lacking(teacher, found[0], theirs)
     return [name for name in names if name in theirs and any(name in found for found in hits.values())]
+
+
+def _lacking(root: nn.Module, name: str, modules: Iterable[str]) -> UserError:
+    return UserError(f"Distill: {type(root).__name__} has no module '{name}'{nearest(name, filter(None, modules))}")
 
 
 @torch.no_grad()
