@@ -1,8 +1,9 @@
 """Interleaved timing: every candidate runs in turn, so that a machine that slows down slows all of them, and ratios
-keep their meaning.
+keep their meaning; in another order each round, since a candidate finds in the caches what the one before it left.
 """
 
 import gc
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Timing:
 def interleave(
     candidates: Mapping[str, Callable[[], object]], baseline: str, seconds: float = 3.0, warmup: int = 3
 ) -> dict[str, Timing]:
-    """Runs every candidate in turn for about `seconds` each (at least 5 rounds), the garbage collector off.
+    """Runs every candidate once a round for about `seconds` each (at least 5 rounds), the garbage collector off.
 
     Args:
         candidates: What to time, by name.
@@ -45,10 +46,12 @@ def interleave(
         slowest = max(slowest, time.process_time() - start)
     rounds = int(min(max(seconds / max(slowest, 1e-6), 5), 2000))
     cpu, wall = ({name: np.zeros(rounds) for name in candidates} for _ in range(2))
+    order, shuffle = list(candidates.items()), random.Random(0).shuffle
     gc.disable()
     try:
         for i in range(rounds):
-            for name, function in candidates.items():
+            shuffle(order)
+            for name, function in order:
                 start, clock = time.process_time(), time.perf_counter()
                 function()
                 cpu[name][i], wall[name][i] = time.process_time() - start, time.perf_counter() - clock

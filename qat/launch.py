@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import _pop_mode_temporarily
 
+from qat.clips import in_one_instruction
 from qat.layout import Layout
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -121,7 +122,8 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
         def write(*args: Any, **kwargs: Any) -> Any:
-            written.append(compile_fx_inner(*args, **kwargs))
+            with in_one_instruction():
+                written.append(compile_fx_inner(*args, **kwargs))
             return written[0]
 
         graphs.append(graph)

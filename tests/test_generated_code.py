@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,10 @@ from torch._inductor.utils import fresh_cache
 from qat import kernels
 from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan
+from qat.kernels import Kernel
 from qat.policy import QuantPolicy
+from qat.quantizers.fixed import forward
+from qat.spec import QuantSpec
 
 WIDTH = 64
 
@@ -146,3 +150,27 @@ def test_gradients_of_views_are_those_of_eager_mode(split, dynamic):
     found = step(marked, x)
     assert torch.equal(found[0], expected[0])
     torch.testing.assert_close(found[1], expected[1])
+
+
+def test_kernels_clip_in_one_instruction_and_nobody_else_does(monkeypatch):
+    sources: list[str] = []
+    compile = AsyncCompile.cpp_pybinding
+
+    def noted(self: AsyncCompile, argtypes: list[str], source: str) -> Callable[..., None]:
+        sources.append(source)
+        return compile(self, argtypes, source)
+
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", noted)
+    spec = QuantSpec(bits=8).resolved(nonnegative=False, weight=False)
+    x = torch.linspace(-2, 2, kernels.SMALL)
+    args = x, torch.ones(1), torch.full((1,), -1.0), torch.full((1,), 1.0)
+    with fresh_cache():
+        kernels.configure("always")
+        Kernel(partial(forward, spec.rounding), 1).large(args)
+        ours = "".join(sources)
+        sources.clear()
+        torch.compile(lambda x, low: x.clamp_min(low))(x, args[2])
+    torch._dynamo.reset()
+    assert "at::vec::clamp_min(" in ours and "at::vec::clamp_max(" in ours
+    assert "::maximum(" not in ours and "propagate_nan" not in ours
+    assert "at::vec::maximum(" in "".join(sources)

@@ -384,16 +384,27 @@ def test_compiled_kernels_do_what_plain_torch_does(name, compiled):
     role, settings = KERNELS[name]
     quantizer, scale = build(role, {**settings, "quantizer": name})
     x, g = (a.astype(np.float32) for a in inputs(quantizer, scale))
+    special = x.copy()
+    special.flat[[0, 20, 40]] = np.nan, np.inf, -np.inf  # compiled kernels clip by code of their own (`qat.clips`)
+
+    def both(mode):
+        kernels.configure(mode)
+        if name == "dsq":
+            quantizer.sharpness.fill_(1.0)
+        found = run(quantizer, x, g)
+        quantizer.zero_grad()
+        return found, run(quantizer, special, g)
+
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="quantizers run uncompiled")
-        fused = run(quantizer, x, g)
+        fused, fused_special = both("always")
     assert kernels._settings["patience"] <= 0, "compiling failed"
     quantizer.zero_grad()
-    kernels.configure("never")
-    if name == "dsq":
-        quantizer.sharpness.fill_(1.0)
-    plain = run(quantizer, x, g)
+    plain, plain_special = both("never")
     np.testing.assert_array_equal(fused[0], plain[0])
     np.testing.assert_allclose(fused[1], plain[1], rtol=1e-5, atol=1e-6)
     for key, value in plain[2].items():
         np.testing.assert_allclose(fused[2][key], value, rtol=1e-5, atol=1e-5)
+    assert np.isnan(plain_special[0].flat[0]) and np.isfinite(plain_special[0].flat[[20, 40]]).all()
+    np.testing.assert_array_equal(fused_special[0], plain_special[0])
+    np.testing.assert_allclose(fused_special[1], plain_special[1], rtol=1e-5, atol=1e-6)
