@@ -44,9 +44,10 @@ def in_one_instruction() -> Iterator[None]:
     from torch._inductor.codegen import cpp
     from torch.compiler import config
 
+    tag = f"{config.cache_key_tag} qat: clips in one instruction"
     ours = {cpp.CppOverrides: _numbers(), cpp.CppVecOverrides: _vectors()}
     theirs = {kind: {name: vars(kind)[name] for name in written} for kind, written in ours.items()}
-    with config.patch(cache_key_tag=f"{config.cache_key_tag} qat: clips in one instruction"):
+    with config.patch(cache_key_tag=tag):  # pyright: ignore[reportAttributeAccessIssue]
         try:
             _write(ours)
             yield

@@ -52,6 +52,11 @@ def levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, rounding: Roundi
     return rounding((x / positive(scale)).clamp_min_(low).clamp_max_(high))
 
 
+def rounded(x: Tensor, scale: Tensor, low: float, high: float, rounding: Rounding = round_int) -> Tensor:
+    """`values(levels(x))` in four operations on `x`, for limits that are numbers and a scale of at least `TINY`."""
+    return rounding((x / scale).clamp_(low, high)).mul_(scale).to(x.dtype)
+
+
 def values(level: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The real values of `level` units of `scale`; the inverse of `levels` on the grid."""
     return (level * positive(scale)).to(dtype)
