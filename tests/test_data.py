@@ -216,24 +216,6 @@ def test_lightning_s_distributed_sampler_shares_every_sample_between_ranks_in_ba
     assert len(together.unique(dim=0)) == 1257
 
 
-@pytest.mark.slow
-def test_two_ddp_processes_train_on_halves_of_the_data(tmp_path):
-    script = tmp_path / "ddp.py"
-    script.write_text(
-        "import pytorch_lightning as pl, torch\n"
-        "from qat.data import Digits\nfrom qat.models import MLP\n"
-        "torch.set_num_threads(1)\n"
-        "trainer = pl.Trainer(max_epochs=1, accelerator='cpu', devices=2, strategy='ddp', logger=False,\n"
-        "                     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)\n"
-        "trainer.fit(MLP(), Digits(batch_size=64))\n"
-        "if trainer.is_global_zero:\n"
-        "    print('STEPS', trainer.global_step)\n"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=120)
-    assert "STEPS 10" in done.stdout, done.stderr[-2000:]  # ceil(629 / 64), not the 20 of a single process
-
-
 # Augmentation
 
 

@@ -1,5 +1,6 @@
 """Two processes on one machine (gloo): the same scales in both, and the same as one process finds."""
 
+import csv
 import json
 import os
 import subprocess
@@ -11,7 +12,6 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
-import sys
 import pytorch_lightning as pl, torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,35 +32,40 @@ class Widths(pl.Callback):
         if self.learn.choice is None:
             self.seen.append({name: width.at for name, width in self.learn.widths.items()})
 
-def main(folder, devices, learned):
-    torch.set_num_threads(1)
+class Look(pl.Callback):
+    def __init__(self, path, *watched):
+        self.path, self.watched = path, watched
+    def on_train_start(self, trainer, module):
+        self.before = {k: v.clone() for k, v in module.state_dict().items()}
+    def on_train_end(self, trainer, module):
+        found = {"before": self.before, "after": module.state_dict()}
+        if self.watched:
+            learn, widths = self.watched
+            found |= {"choice": learn.choice, "widths": widths.seen}
+        torch.save(found, f"{self.path}_{trainer.global_rank}.pt")
+
+def main(name, devices):
     pl.seed_everything(0)
     net = Net()
     x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
     # One global batch: its order does not matter.
     loader = DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=64 // devices)
-    spec = {"bits": 4 if learned else 8, "range": "minmax"}
+    spec = {"bits": 4 if name == "learned" else 8, "range": "minmax"}
     callbacks = [QATCallback({"weight": spec, "act": spec}, 64)]
-    if learned:
+    if name == "learned":
         callbacks.append(LearnBits({"avg_bits": 4}, weight_bits=[2, 4, 8], act_bits=[4, 8], least={}, lr=0.3, until=8))
         callbacks.append(Widths(callbacks[-1]))
     trainer = pl.Trainer(
-        callbacks=callbacks, max_epochs=12 if learned else 2, devices=devices, accelerator="cpu",
-        strategy="ddp" if devices > 1 else "auto", enable_progress_bar=False, enable_checkpointing=False, logger=False,
-        default_root_dir=folder,
+        callbacks=[*callbacks, Look(f"{name}_{devices}", *callbacks[1:])], devices=devices, accelerator="cpu",
+        max_epochs=12 if name == "learned" else 2, strategy="ddp_fork" if devices > 1 else "auto", logger=False,
+        enable_progress_bar=False, enable_checkpointing=False,
     )
-    before = {}
-    class Look(pl.Callback):
-        def on_train_start(self, trainer, module):
-            before.update({k: v.clone() for k, v in module.state_dict().items()})
-    trainer.callbacks.append(Look())
     trainer.fit(net, loader)
-    found = {"before": before, "after": net.state_dict()}
-    if learned:
-        found |= {"choice": callbacks[1].choice, "widths": callbacks[2].seen}
-    torch.save(found, f"{folder}/{devices}_{trainer.global_rank}.pt")
 
-main(sys.argv[1], int(sys.argv[2]), len(sys.argv) > 3)
+torch.set_num_threads(1)
+for name in ("plain", "learned"):  # importing takes seconds, so all in one process and its forks
+    for devices in (1, 2):
+        main(name, devices)
 """
 
 
@@ -76,38 +81,33 @@ def _run(*command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def _states(folder: Path, *words: str) -> dict[str, dict]:
-    """What each process of one and of two found, as `DEVICES_RANK`."""
-    (folder / "script.py").write_text(SCRIPT)
-    for devices in ("1", "2"):
-        _run("script.py", str(folder), devices, *words, cwd=folder)
-    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
-
-
 @pytest.fixture(scope="module")
 def states(tmp_path_factory) -> dict[str, dict]:
-    return _states(tmp_path_factory.mktemp("ddp"))
+    """What each process of one and of two found, as `NAME_DEVICES_RANK`."""
+    folder = tmp_path_factory.mktemp("ddp")
+    (folder / "script.py").write_text(SCRIPT)
+    _run("script.py", cwd=folder)
+    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_both_processes_have_identical_weights_and_scales(when, states):
-    first, second = states["2_0"][when], states["2_1"][when]
+    first, second = states["plain_2_0"][when], states["plain_2_1"][when]
     assert first.keys() == second.keys() and any(key.endswith("quantizer.scale") for key in first)
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_two_processes_do_what_one_does_with_the_same_global_batch(when, states):
-    one, two = states["1_0"][when], states["2_0"][when]
+    one, two = states["plain_1_0"][when], states["plain_2_0"][when]
     assert one.keys() == two.keys()
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
-    assert any(not torch.equal(states["1_0"]["before"][key], one[key]) for key in one) == (when == "after")
+    assert any(not torch.equal(states["plain_1_0"]["before"][key], one[key]) for key in one) == (when == "after")
 
 
-def test_learned_widths_are_the_same_in_both_processes_and_those_of_one(tmp_path):
-    states = _states(tmp_path, "learned")
-    one, first, second = states["1_0"], states["2_0"], states["2_1"]
+def test_learned_widths_are_the_same_in_both_processes_and_those_of_one(states):
+    one, first, second = (states[f"learned_{name}"] for name in ("1_0", "2_0", "2_1"))
     assert len(one["widths"]) == 8 and one["widths"][0] != one["widths"][-1]
     assert first["widths"] == second["widths"] and first["choice"] == second["choice"]
     assert all(torch.equal(first["after"][key], second["after"][key]) for key in first["after"])
@@ -126,3 +126,5 @@ def test_a_distributed_run_from_the_command_line_writes_one_folder_and_prints_on
     assert list(report["stages"]) == ["float", "ptq", "qat", "exported"] and report["verify"]["passed"]
     assert done.stdout.count("Quantization-aware training") == 1 and done.stdout.count("verified:") == 1
     assert report["verify"]["samples"] == 360, "the whole test set, each sample once"
+    rows = list(csv.DictReader((tmp_path / "run" / "csv" / "metrics.csv").open()))
+    assert max(int(row["step"]) for row in rows) + 1 == 2, "half of the 128 samples each, in batches of 32"

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -78,19 +77,38 @@ def _curve(path: Path) -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: (int(row["step"]), sorted(row)))
 
 
-@pytest.mark.parametrize(
-    ("die_at", "logged"),
-    [
-        pytest.param("float 6", "float/metrics.csv", id="in-the-second-float-epoch"),
-        pytest.param("qat 2", "csv/metrics.csv", id="before-the-first-checkpoint-of-qat"),
-        pytest.param("qat 10", "csv/metrics.csv", id="in-the-third-qat-epoch"),
-    ],
-)
-def test_a_killed_run_resumes_to_the_same_curve_and_weights(die_at, logged, uninterrupted, tmp_path, monkeypatch):
-    run_dir = tmp_path / "killed"
-    command = [sys.executable, str(ROOT / "train.py"), *OVERRIDES, f"run_dir={run_dir}"]
-    killed = subprocess.run(command, env={**os.environ, "DIE_AT": die_at}, capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+KILLED = {
+    "in-the-second-float-epoch": ("float 6", "float/metrics.csv"),
+    "before-the-first-checkpoint-of-qat": ("qat 2", "csv/metrics.csv"),
+    "in-the-third-qat-epoch": ("qat 10", "csv/metrics.csv"),
+}
+KILL = """
+import os, signal, sys
+from qat.cli import main
+die_at, *argv = sys.argv[1:]
+for die_at in die_at.split(","):
+    child = os.fork()  # importing takes seconds
+    if not child:
+        os.environ["DIE_AT"] = die_at
+        main(["train", *argv, f"run_dir={die_at.replace(' ', '-')}"])
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL, die_at
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(environment, tmp_path_factory) -> Path:
+    """The folder of one run for each of `KILLED`."""
+    folder, moments = tmp_path_factory.mktemp("killed"), [die_at for die_at, _ in KILLED.values()]
+    command = [sys.executable, "-c", KILL, ",".join(moments), *OVERRIDES]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize(("die_at", "logged"), [pytest.param(*case, id=name) for name, case in KILLED.items()])
+def test_a_killed_run_resumes_to_the_same_curve_and_weights(die_at, logged, uninterrupted, killed):
+    run_dir = killed / die_at.replace(" ", "-")
     assert not (run_dir / "quantized.ckpt").exists()
     if die_at != "qat 2":
         assert len(_curve(run_dir / logged)) < len(_curve(uninterrupted / logged))

@@ -29,7 +29,7 @@ def cache(tmp_path_factory) -> str:
 
 @pytest.mark.slow
 def test_a_sweep_killed_in_the_middle_ends_where_undisturbed_runs_do(tmp_path, cache):
-    base = [*TINY, "trainer.max_epochs=12", cache]
+    base = [*TINY, "trainer.max_epochs=8", cache]
     for bits in (2, 8):
         assert main(["train", *base, f"quant.weight.bits={bits}", f"run_dir={tmp_path / 'whole' / str(bits)}"]) == 0
     killed = tmp_path / "killed"

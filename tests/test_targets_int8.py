@@ -258,12 +258,10 @@ def test_executorch_computes_what_was_trained_on_integers_from_the_same_codes(tm
 @pytest.mark.parametrize(
     ("shape", "policy", "wrong", "said"),
     [
-        pytest.param(Shape(bias=True), W8A8, "stem", "the first layer that diverges is 'stem'", id="first"),
         pytest.param(
             Shape(kind="depthwise", activation="relu6"), POLICY | {"act": {"bits": 4}}, "body",
             "the first layer that diverges is 'body'", id="depthwise-of-4-bit-activations",
         ),
-        pytest.param(Shape(kind="linear"), TENSOR, "body", "the first layer that diverges is 'body'", id="linear"),
         pytest.param(Shape(), W8A8, "head", "in what this format does not show ('head')", id="behind-all-grids"),
     ],
 )  # fmt: skip
