@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
@@ -128,6 +129,14 @@ def test_a_finished_run_resumes_to_the_same_report_and_trains_no_more(uninterrup
     assert _curve(uninterrupted / "csv" / "metrics.csv") and len(before.splitlines()) == len(
         (uninterrupted / "csv" / "metrics.csv").read_text().splitlines()
     )
+
+
+def test_a_run_that_is_going_on_is_not_resumed(uninterrupted, capfd):
+    before = {path: path.read_bytes() for path in (uninterrupted / ".hydra").iterdir()}
+    with FileLock(uninterrupted / ".running"):
+        assert main(["train", "ckpt=last", f"run_dir={uninterrupted}"]) == 2
+    assert f"run_dir={uninterrupted}: a run is going on in this folder" in capfd.readouterr().err
+    assert before == {path: path.read_bytes() for path in (uninterrupted / ".hydra").iterdir()}
 
 
 def test_another_seed_gives_another_curve(uninterrupted, tmp_path):

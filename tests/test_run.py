@@ -51,7 +51,8 @@ def _report(run_dir: Path) -> dict:
 
 def test_a_run_writes_every_file_and_reports_every_stage(finished):
     assert [name for name in EVERY_FILE if not (finished / name).is_file()] == []
-    assert not [path for path in finished.rglob(".*") if path.is_file()], "temporary files"
+    hidden = [path.name for path in finished.rglob(".*") if path.is_file()]
+    assert hidden == [".running"], "the lock of the run, and no temporary files"
     report = _report(finished)
     assert list(report["stages"]) == ["float", "ptq", "qat", "exported"]
     assert report["stages"]["qat"]["metric"] > 0.5, "it learns"

@@ -14,11 +14,14 @@ was killed resumes (`ckpt=last`) where it stopped:
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
@@ -29,6 +32,7 @@ from qat import __version__
 from qat.audit import bops, coverage, to_dict
 from qat.cli.instantiate import instantiate
 from qat.convert import EVERYTHING, convert, inconvertible
+from qat.errors import UserError
 from qat.export.files import atomic
 from qat.export.manifest import companions, files_bytes
 from qat.export.onnx import export_onnx
@@ -232,14 +236,16 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
         The metric of the last stage (what a sweep optimizes).
 
     Raises:
-        UserError: for mistakes in the config, before anything is written.
+        UserError: for mistakes in the config, before anything is written; if the run is going on in another process.
         SystemExit: with status 1 if the exported file falls short.
     """
     keep_freed()
-    with calm():
+    with calm(), ExitStack() as held:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         this = Run(cfg, run_dir)
         this.check()
+        if this.main:
+            held.enter_context(_claimed(run_dir))
         this.remember()
         try:
             verdict = _stages(this)
@@ -254,6 +260,20 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     if verdict is not None and not verdict.passed:
         raise SystemExit(1)
     return [stage["metric"] for stage in report["stages"].values() if "metric" in stage][-1]
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Holds the folder of a run for this process."""
+    lock = FileLock(folder / ".running")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"run_dir={folder}: a run is going on in this folder, in another process") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _stages(this: Run) -> Verdict | None:
