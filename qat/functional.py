@@ -52,8 +52,9 @@ def levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, rounding: Roundi
     return rounding((x / positive(scale)).clamp_min_(low).clamp_max_(high))
 
 
-def rounded(x: Tensor, scale: Tensor, low: float, high: float, rounding: Rounding = round_int) -> Tensor:
-    """`values(levels(x))` in four operations on `x`, for limits that are numbers and a scale of at least `TINY`."""
+def rounded(x: Tensor, scale: Tensor, low: float, high: float, rounding: Rounding) -> Tensor:
+    """`values(levels(x))` for limits that are numbers, which torch clips to in one operation instead of two."""
+    scale = positive(scale)
     return rounding((x / scale).clamp_(low, high)).mul_(scale).to(x.dtype)
 
 

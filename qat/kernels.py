@@ -79,7 +79,7 @@ class Kernel:
 
     Args:
         function: Positional tensors in, a tensor or a tuple of tensors out; it may work in place on tensors it
-            made itself.
+            made itself. What it clips may hold NaN and comes first, limits never do (`qat.clips`).
         tensors: How many of its arguments are large; the others are parameters.
     """
 

@@ -138,6 +138,7 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         torch.autocast(args[0].device.type, enabled=False),
         torch._C._EnableTorchFunction(),  # layers run without it, and compilers need it
         torch.compiler.set_stance("default"),  # whatever has been said about the user's own programs
+        torch._dynamo.config.patch(specialize_int=True),  # numbers of a format are no sizes, which may vary
         ExitStack() as unfollowed,
     ):
         for _ in range(torch._C._len_torch_function_stack()):

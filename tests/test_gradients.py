@@ -368,6 +368,7 @@ def compiled(monkeypatch):
 KERNELS = {
     "fixed": ("weight", {"bits": 3}),
     "lsq": ("weight", {"bits": 3, **C}),
+    "lsq-e4m3": ("weight", {"bits": None, "format": "e4m3", "quantizer": "lsq", **C}),
     "lsq_plus": ("act", {"bits": 3, "symmetric": False}),
     "pact": ("act", {"bits": 3, "signed": False, "options": {"decay": 0.1}}),
     "dorefa": ("weight", {"bits": 2, "format": "midrise", **C}),
@@ -382,7 +383,7 @@ KERNELS = {
 @pytest.mark.parametrize("name", KERNELS)
 def test_compiled_kernels_do_what_plain_torch_does(name, compiled):
     role, settings = KERNELS[name]
-    quantizer, scale = build(role, {**settings, "quantizer": name})
+    quantizer, scale = build(role, {"quantizer": name, **settings})
     x, g = (a.astype(np.float32) for a in inputs(quantizer, scale))
     special = x.copy()
     special.flat[[0, 20, 40]] = np.nan, np.inf, -np.inf  # compiled kernels clip by code of their own (`qat.clips`)

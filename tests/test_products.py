@@ -302,13 +302,19 @@ def test_another_thread_gets_values(monkeypatch):
     assert torch.equal(seen[0], expected)
 
 
+@pytest.mark.parametrize("mode", ["auto", "always"])  # "auto": plain torch, for as few elements
 @pytest.mark.parametrize("where", ["input", "weight"])
-def test_nan_stays_nan(where):
+def test_nan_stays_nan(where, mode):
+    kernels.configure(mode)
     x = torch.randn(2, 6, 5, 5)
     model = quantized(nn.Sequential(nn.Conv2d(6, 8, 3)), x)
     with torch.no_grad():
         (x if where == "input" else model[0].weight).view(-1)[0] = float("nan")
     assert model(x).isnan().all()
+    with torch.no_grad():
+        assert model.eval()(x).isnan().all()
+    if mode == "always":
+        assert torch.compile(model.train(), fullgraph=True)(x).isnan().all()
 
 
 def test_transforms_of_functions_are_refused_in_words():

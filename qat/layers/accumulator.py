@@ -125,7 +125,7 @@ class FoldingNorm(TwinMixin):
             with ours():
                 return _shifted(y, self._learned_error())
         this: Any = self
-        tensors = mean, variance, weight, bias, _ = self._tensors()
+        tensors = self._tensors()
         if not self.plain:
             y = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
             with ours():
@@ -133,6 +133,7 @@ class FoldingNorm(TwinMixin):
         this._check_input_dim(input)
         with ours():
             bias = self.once_per_change("bias", tensors, grids(self.host[0]), self._bias)
+        mean, variance, weight, *_ = tensors
         return F.batch_norm(input, mean, variance, weight, bias, eps=this.eps)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:

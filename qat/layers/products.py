@@ -195,8 +195,9 @@ _decoded = Kernel(_values, 1)
 
 
 def _acting(scale: Tensor, level: Tensor) -> Tensor:
-    """The scale of what was rounded, NaN if that holds one."""
-    return positive(scale) + 0 * level.sum()
+    """The scale of what was rounded, NaN if that holds one: its codes cannot say so."""
+    total = level.sum()  # not 0 * total: compilers take that for 0
+    return torch.where(total.isnan(), total, positive(scale))
 
 
 @cache

@@ -1,8 +1,7 @@
 """Rounding small tensors in evaluation, where calling a module takes longer than what it computes.
 
 A quantizer's forward goes through ten Python functions: hooks, the grid, the gradient that nobody wants, the kernel.
-For plain grids all of that comes down to four operations on `x`. What is kept from one call to the next is which scale
-was seen to act as it is.
+For plain grids all of that comes down to four operations on `x`. Nothing is kept from one call to the next.
 """
 
 from functools import cache
@@ -21,7 +20,7 @@ from qat.quantizers.lsq import LSQ
 
 
 def rounded(quantizer: Any, x: Tensor) -> Tensor | None:
-    """`quantizer(x)` without gradients, bit for bit but for the sign of zeros and NaN; `None` where it is more than
+    """`quantizer(x)` without gradients, bit for bit but for the signs of zeros and of NaN; `None` where it is more than
     rounding, or somebody may look.
     """
     if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor or not is_plain(type(quantizer)):
@@ -38,20 +37,7 @@ def rounded(quantizer: Any, x: Tensor) -> Tensor | None:
         return None
     if not (x.ndim and x.numel() < SMALL_FORWARD) or torch._C._are_functorch_transforms_active():
         return None
-    if not _acts_as_it_is(own, scale):
-        return plain_rounding(rounding, x, scale, own["_buffers"]["lowest"], own["_buffers"]["highest"])
     return functional.rounded(x, scale, own["quant_min"], own["quant_max"], rounding)
-
-
-def _acts_as_it_is(own: dict[str, Any], scale: Tensor) -> bool:
-    """Whether the scale of the quantizer that `own` belongs to is at least `TINY`; looked at once per change."""
-    if scale.is_inference():  # counts no versions
-        return False
-    seen, version, found = own.get("_seen", (None, 0, False))
-    if seen is not scale or version != scale._version:
-        found = bool((scale >= functional.TINY).all())
-        own["_seen"] = scale, scale._version, found
-    return found
 
 
 @cache

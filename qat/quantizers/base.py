@@ -15,7 +15,7 @@ broadcast against that view.
 """
 
 import dataclasses
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -369,10 +369,6 @@ class Quantizer(nn.Module):
             return t.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
 
         return super()._apply(move, recurse)
-
-    def train(self, mode: bool = True) -> Self:
-        self.__dict__.pop("_seen", None)  # as in `qat.layers.twin`: what was seen of a scale (`qat.layers.rounded`)
-        return super().train(mode)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
