@@ -2,8 +2,9 @@
 
     ours              learned steps, MSE start; weights of four bits and more leave out their lowest code; biases stay
                       float, as everybody else's do
-    ours_all_codes    the same with all codes (`narrow: false`)
-    ours_progressive  the same, by way of 4 and 3 bits, as our recipe for two bits does; W2A2 only
+    ours_adaround     the same from weights rounded by AdaRound, 300 steps for each layer on the same images, no labels
+    ours_all_codes    as ours, with all codes (`narrow: false`)
+    ours_progressive  as ours, by way of 4 and 3 bits, as our recipe for two bits does; W2A2 only
     torch             torch's own fake-quantize modules: ranges that follow the data (moving average)
     pt2e              torchao's `prepare_qat_pt2e` of the exported graph: the same ranges, BatchNorm folded in training
     *_frozen          these two as torch's tutorials have it: ranges stop to follow after 4 of 8 epochs, and BatchNorm's
@@ -16,7 +17,7 @@ All quantize the inputs and weights of convolutions and linear layers, the first
 weights per output channel, symmetric.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.policy import QuantPolicy
+from qat.starts import AdaRound, Start
 
 FIRST, LAST = "conv1", "linear"
 RANGES_STOP, AVERAGES_STOP = 4 / 8, 3 / 8  # shares of training
@@ -41,7 +43,9 @@ def bits_of(name: str, bits: int) -> int:
     return 8 if name in (FIRST, LAST) else bits
 
 
-def ours(model: nn.Module, x: Tensor, weight: int, act: int, narrow: bool | None = None) -> nn.Module:
+def ours(
+    model: nn.Module, x: Tensor, weight: int, act: int, narrow: bool | None = None, starts: Sequence[Start] = ()
+) -> nn.Module:
     eight = {"weight": {"bits": 8}, "act": {"bits": 8}}
     policy = QuantPolicy.from_dict(
         {
@@ -55,6 +59,8 @@ def ours(model: nn.Module, x: Tensor, weight: int, act: int, narrow: bool | None
     plan, _ = make_plan(model, policy, lambda: model(x[:2]))
     apply_plan(model, plan)
     calibrate(model, lambda: model(x))
+    for start in starts:
+        start.refine(model, lambda: model(x), plan)
     return model
 
 
@@ -203,6 +209,7 @@ TORCHAO = ("torchao==0.18.0",)
 BREVITAS = ("brevitas==0.13.4",)
 PEERS = {
     "ours": Peer(ours),
+    "ours_adaround": Peer(partial(ours, starts=[AdaRound(steps=300)])),
     "ours_all_codes": Peer(partial(ours, narrow=False)),
     "ours_progressive": Peer(ours, progress, only="W2A2"),
     "torch": Peer(with_torch),

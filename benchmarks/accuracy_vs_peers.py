@@ -166,7 +166,7 @@ def planned(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """One row per peer, and the command."""
-    lines = ["| bits | framework | accuracy, mean (range) | seeds |", "|---" * 4 + "|"]
+    lines = ["| bits | rate | framework | accuracy, mean (range) | seeds |", "|---" * 5 + "|"]
     commands = []
     for setting in dict.fromkeys(tuple(run[k] for k in SETTINGS) for run in runs):
         alike = [run for run in runs if tuple(run[k] for k in SETTINGS) == setting]
@@ -174,7 +174,8 @@ def table(runs: list[dict[str, Any]]) -> str:
             same = [run for run in alike if run["peer"] == peer]
             found = [run["accuracy"] for run in same]
             spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
-            lines.append(f"| {alike[0]['bits']} | {peer} | {statistics.mean(found):.2f}{spread} | {len(same)} |")
+            cells = f"{alike[0]['bits']} | {alike[0]['lr']}"
+            lines.append(f"| {cells} | {peer} | {statistics.mean(found):.2f}{spread} | {len(same)} |")
         options = [f"--{k.replace('_', '-')} {alike[0][k]}" for k in SETTINGS if alike[0][k] is not None]
         commands.append(" ".join(["    python benchmarks/accuracy_vs_peers.py --root DIR --ckpt FILE", *options]))
     return "\n".join([*lines, "", "with", "", *commands])

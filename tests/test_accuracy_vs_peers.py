@@ -74,7 +74,7 @@ def test_what_the_output_holds_is_not_run_again(monkeypatch, tmp_path, capsys):
         ("W2A2", peer, seed) for seed in (0, 1) for peer in ("torch", "ours_progressive")
     ]
     assert len(json.loads((tmp_path / "out.json").read_text())) == 6
-    assert "| W4A4 | torch | 90.50 (90.00 to 91.00) | 2 |" in capsys.readouterr().out
+    assert "| W4A4 | 0.02 | torch | 90.50 (90.00 to 91.00) | 2 |" in capsys.readouterr().out
 
 
 def test_scales_that_a_peer_learns_do_not_decay():
