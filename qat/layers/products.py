@@ -177,13 +177,13 @@ def _have_codes(grid: Quantizer, weight: Quantizer) -> bool:
 def input_codes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Codes of `x` as uint8, the lowest being 0, and the scale that acts."""
     level = levels(x, scale, low, high, rounding)
-    return (level - low).to(torch.uint8), _acting(scale, level)
+    return (level - low).to(torch.uint8), _acting(scale, x)
 
 
 def weight_codes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Levels of a weight as int8, and the scale that acts."""
     level = levels(x, scale, low, high, rounding)
-    return level.to(torch.int8), _acting(scale, level)
+    return level.to(torch.int8), _acting(scale, x)
 
 
 def _values(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
@@ -194,10 +194,10 @@ _decoded = Kernel(_values, 1)
 """What an input's codes stand for: `codes, scale, low`, code 0 being the level `low`."""
 
 
-def _acting(scale: Tensor, level: Tensor) -> Tensor:
-    """The scale of what was rounded, NaN if that holds one: its codes cannot say so."""
-    total = level.sum()  # not 0 * total: compilers take that for 0
-    return torch.where(total.isnan(), total, positive(scale))
+def _acting(scale: Tensor, x: Tensor) -> Tensor:
+    """The scale that acts on `x`, NaN if that holds one: its codes cannot say so."""
+    # Compilers take 0 * x.sum() for 0, and need several times as long for x.isnan().any().
+    return torch.where((x != x).any(), torch.nan, positive(scale))
 
 
 @cache
