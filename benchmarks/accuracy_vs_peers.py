@@ -4,8 +4,8 @@
         [--peers ours torch pt2e brevitas ...] [--epochs 1] [--seeds 3] [--train-limit IMAGES] [--write]
 
 Same float checkpoint, same batches in the same order with the same augmentation, same epochs, optimizer, learning rate,
-schedule and bits; in bfloat16 autocast and channels last, tested in float32 on all test images. The last epoch counts;
-learned scales do not decay. benchmarks/accuracy_prepare.py says what each framework does.
+schedule and bits; in bfloat16 autocast and channels last, tested in float32 on all test images. The last epoch counts
+(--epochs 0: as calibrated); learned scales do not decay. benchmarks/accuracy_prepare.py says what each framework does.
 
 Each peer runs in an environment of its own below --venvs, which this script makes; torch and this project are seen from
 there. What --output holds is not run again. --write puts its tables into docs/results.md.
@@ -60,7 +60,8 @@ def run(args: argparse.Namespace) -> dict[str, float]:
     load_weights(model, args.ckpt)
     x, _ = data.plain(train.take(torch.arange(min(CALIBRATION, len(train.labels)))))
     model = peer.prepare(model.eval(), x, weight, act)
-    fit(model, train, data.augmented, peer.settle, args)
+    if args.epochs:
+        fit(model, train, data.augmented, peer.settle, args)
     return {"accuracy": accuracy(model, test, data.plain)}
 
 
@@ -174,7 +175,7 @@ def table(runs: list[dict[str, Any]]) -> str:
             same = [run for run in alike if run["peer"] == peer]
             found = [run["accuracy"] for run in same]
             spread = f" ({min(found):.2f} to {max(found):.2f})" if len(found) > 1 else ""
-            cells = f"{alike[0]['bits']} | {alike[0]['lr']}"
+            cells = f"{alike[0]['bits']} | {alike[0]['lr'] if alike[0]['epochs'] else 'calibrated'}"
             lines.append(f"| {cells} | {peer} | {statistics.mean(found):.2f}{spread} | {len(same)} |")
         options = [f"--{k.replace('_', '-')} {alike[0][k]}" for k in SETTINGS if alike[0][k] is not None]
         commands.append(" ".join(["    python benchmarks/accuracy_vs_peers.py --root DIR --ckpt FILE", *options]))

@@ -14,7 +14,7 @@ from small_models import Drawn, Shape, both, lived
 
 from qat.export.onnx import export_onnx
 
-PACKS = packs(range(32))
+PACKS = packs(range(20))
 
 
 @pytest.fixture(scope="module", autouse=True)
