@@ -52,7 +52,7 @@ def levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, rounding: Roundi
     return rounding((x / positive(scale)).clamp_min_(low).clamp_max_(high))
 
 
-def rounded(x: Tensor, scale: Tensor, low: float, high: float, rounding: Rounding) -> Tensor:
+def fake_quantized(x: Tensor, scale: Tensor, low: float, high: float, rounding: Rounding) -> Tensor:
     """`values(levels(x))` for limits that are numbers, which torch clips to in one operation instead of two."""
     scale = positive(scale)
     return rounding((x / scale).clamp_(low, high)).mul_(scale).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Writing whole files or none: to a temporary name in the same folder, then renamed."""
+"""Writing whole files or none: to a temporary name in the same folder, then renamed. And who may write."""
 
 import hashlib
 import os
@@ -6,6 +6,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qat.errors import UserError
 
 
 @contextmanager
@@ -20,6 +24,24 @@ def atomic(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(lock: Path, taken: str) -> Iterator[None]:
+    """Holds a lock file, which stays.
+
+    Raises:
+        UserError: with the message `taken`, if another process holds it.
+    """
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        raise UserError(taken) from None
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def replace(made: Path, path: Path) -> None:

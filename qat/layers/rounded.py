@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as modules
 
-from qat import functional
+from qat.functional import fake_quantized
 from qat.kernels import SMALL_FORWARD
 from qat.quantizers import Quantizer
 from qat.quantizers.fixed import Fixed
@@ -37,7 +37,7 @@ def rounded(quantizer: Any, x: Tensor) -> Tensor | None:
         return None
     if not (x.ndim and x.numel() < SMALL_FORWARD) or torch._C._are_functorch_transforms_active():
         return None
-    return functional.rounded(x, scale, own["quant_min"], own["quant_max"], rounding)
+    return fake_quantized(x, scale, own["quant_min"], own["quant_max"], rounding)
 
 
 @cache

@@ -14,14 +14,12 @@ was killed resumes (`ckpt=last`) where it stopped:
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from filelock import FileLock, Timeout
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
@@ -32,8 +30,7 @@ from qat import __version__
 from qat.audit import bops, coverage, to_dict
 from qat.cli.instantiate import instantiate
 from qat.convert import EVERYTHING, convert, inconvertible
-from qat.errors import UserError
-from qat.export.files import atomic
+from qat.export.files import atomic, claimed
 from qat.export.manifest import companions, files_bytes
 from qat.export.onnx import export_onnx
 from qat.export.packed import MANIFEST, WEIGHTS, save_packed
@@ -245,7 +242,8 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
         this = Run(cfg, run_dir)
         this.check()
         if this.main:
-            held.enter_context(_claimed(run_dir))
+            taken = f"run_dir={run_dir}: a run is going on in this folder, in another process"
+            held.enter_context(claimed(run_dir / ".running", taken))
         this.remember()
         try:
             verdict = _stages(this)
@@ -260,20 +258,6 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     if verdict is not None and not verdict.passed:
         raise SystemExit(1)
     return [stage["metric"] for stage in report["stages"].values() if "metric" in stage][-1]
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Holds the folder of a run for this process."""
-    lock = FileLock(folder / ".running")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"run_dir={folder}: a run is going on in this folder, in another process") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _stages(this: Run) -> Verdict | None:

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
 from qat.errors import UserError
-from qat.export.files import atomic
+from qat.export.files import atomic, claimed
 from qat.sweep.point import Outcome, Point
 from qat.sweep.results import DEFINITION, POINTS, read_point
 from qat.sweep.space import Interval, Space
@@ -66,16 +65,9 @@ class Task:
             UserError: if another sweep was run there, or this one is running.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / LOCK)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(f"{self.folder}: a sweep is running in this folder") from None
-        try:
+        with claimed(self.folder / LOCK, f"{self.folder}: a sweep is running in this folder"):
             self._check_same(self.definition(kind))
             yield
-        finally:
-            lock.release()
 
     def _check_same(self, mine: dict[str, Any]) -> None:
         path = self.folder / DEFINITION
