@@ -40,6 +40,8 @@ def round_midrise(ratio: Tensor) -> Tensor:
 class Float:
     """A floating-point format without infinities (values beyond `largest` saturate), with subnormals.
 
+    Called, it rounds; so equal formats are equal roundings, and copies of a quantizer share its compiled kernels.
+
     Attributes:
         exponent_bits, mantissa_bits: Field widths; one more bit is the sign.
         largest: Largest finite value.
@@ -60,7 +62,7 @@ class Float:
         """Smallest positive value, a subnormal."""
         return 2.0 ** (1 - self.bias - self.mantissa_bits)
 
-    def round(self, ratio: Tensor) -> Tensor:
+    def __call__(self, ratio: Tensor) -> Tensor:
         """Nearest representable value, ties to even mantissa; `ratio` is at most `largest` in size.
 
         The distance between neighbours is a power of two that the exponent field of the ratio (in float32) gives;

@@ -209,7 +209,7 @@ class QuantSpec:
     def rounding(self) -> Rounding:
         """How a ratio becomes a level."""
         if self.float_format is not None:
-            return self.float_format.round
+            return self.float_format
         return round_midrise if self.format in ("binary", "midrise") else round_int
 
     @property

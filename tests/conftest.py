@@ -16,6 +16,8 @@ import torch
 from absl import logging as absl_logging
 from hypothesis import settings
 
+from qat import kernels
+
 # Hydra closes the handlers that it finds, and this one closes its stream with it, if that is not sys.stderr just then:
 # pytest's own, if it was made (as TensorBoard was imported) in one test and Hydra called in another that captures.
 absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
@@ -38,3 +40,11 @@ def pytest_collectstart(collector: pytest.Collector) -> None:
 @pytest.fixture(autouse=True)
 def seeded():
     seed()
+
+
+@pytest.fixture
+def kernel_settings():
+    """What the test chooses by `kernels.configure` ends with it."""
+    before = dict(kernels._settings)
+    yield
+    kernels._settings.update(before)

@@ -31,13 +31,6 @@ GRIDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def settings():
-    before = dict(kernels._settings)
-    yield
-    kernels._settings.update(before)
-
-
 @each(CASES)
 def test_every_quantizer_gives_the_codes_and_gradients_of_the_cpu(name, grid):
     here, x = ready(name, grid)

@@ -25,7 +25,7 @@ each_format = pytest.mark.parametrize("name", [pytest.param(n, id=n) for n in FL
 
 def rounded(name, x):
     """`x` (float32 or float64, numpy) on the grid of a format."""
-    return rounded_within(FLOATS[name].round, x.copy(), FLOATS[name].largest)
+    return rounded_within(FLOATS[name], x.copy(), FLOATS[name].largest)
 
 
 def check(name, x):
@@ -115,7 +115,7 @@ def rounded_within(rounding, x, limit: float, low: float | None = None) -> torch
 
 @pytest.mark.parametrize("name", ["int", "midrise", *FLOATS])
 def test_nan_stays_and_infinity_saturates(name):
-    rounding = {"int": round_int, "midrise": round_midrise}.get(name) or FLOATS[name].round
+    rounding = {"int": round_int, "midrise": round_midrise}.get(name) or FLOATS[name]
     limit = torch.tensor([FLOATS[name].largest if name in FLOATS else 7.0])
     got = rounded_within(rounding, [float("nan"), float("inf"), -float("inf")], limit.item())
     assert got[0].isnan() and torch.equal(got[1:], torch.cat([limit, -limit]))

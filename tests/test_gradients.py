@@ -6,14 +6,13 @@ of each element; sums over the elements that share a scale are taken here, by sh
 zeros; the exact ends of the range, where conventions differ, have tests of their own.
 """
 
-import warnings
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
-from qat import kernels, quantizers
+from qat import quantizers
 from qat.spec import QuantSpec
 
 SHAPE = (4, 6, 8)
@@ -352,60 +351,3 @@ def test_seq_starts_where_its_paper_says(format, bits, start):
     quantizer = quantizers.create(spec.resolved(nonnegative=False, weight=True), torch.Size(w.shape))
     quantizer.calibrate(torch.tensor(w))
     np.testing.assert_allclose(quantizer.scale.detach(), start(w), rtol=1e-6)
-
-
-@pytest.fixture
-def compiled(monkeypatch):
-    """Kernels run compiled, whatever the size; failing to compile fails the test."""
-    monkeypatch.setattr(kernels, "SMALL", 0)
-    before = dict(kernels._settings)
-    kernels.configure("always")
-    yield
-    kernels._settings.clear()
-    kernels._settings.update(before)
-
-
-KERNELS = {
-    "fixed": ("weight", {"bits": 3}),
-    "lsq": ("weight", {"bits": 3, **C}),
-    "lsq-e4m3": ("weight", {"bits": None, "format": "e4m3", "quantizer": "lsq", **C}),
-    "lsq_plus": ("act", {"bits": 3, "symmetric": False}),
-    "pact": ("act", {"bits": 3, "signed": False, "options": {"decay": 0.1}}),
-    "dorefa": ("weight", {"bits": 2, "format": "midrise", **C}),
-    "ewgs": ("weight", {"bits": 3, **G, "options": {"delta": 0.3}}),
-    "dsq": ("weight", {"bits": 3, **C}),
-    "n2uq": ("act", {"bits": 2, "signed": False}),
-    "seq": ("weight", {"bits": 2, "format": "midrise", **C}),
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", KERNELS)
-def test_compiled_kernels_do_what_plain_torch_does(name, compiled):
-    role, settings = KERNELS[name]
-    quantizer, scale = build(role, {"quantizer": name, **settings})
-    x, g = (a.astype(np.float32) for a in inputs(quantizer, scale))
-    special = x.copy()
-    special.flat[[0, 20, 40]] = np.nan, np.inf, -np.inf  # compiled kernels clip by code of their own (`qat.clips`)
-
-    def both(mode):
-        kernels.configure(mode)
-        if name == "dsq":
-            quantizer.sharpness.fill_(1.0)
-        found = run(quantizer, x, g)
-        quantizer.zero_grad()
-        return found, run(quantizer, special, g)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="quantizers run uncompiled")
-        fused, fused_special = both("always")
-    assert kernels._settings["patience"] <= 0, "compiling failed"
-    quantizer.zero_grad()
-    plain, plain_special = both("never")
-    np.testing.assert_array_equal(fused[0], plain[0])
-    np.testing.assert_allclose(fused[1], plain[1], rtol=1e-5, atol=1e-6)
-    for key, value in plain[2].items():
-        np.testing.assert_allclose(fused[2][key], value, rtol=1e-5, atol=1e-5)
-    assert np.isnan(plain_special[0].flat[0]) and np.isfinite(plain_special[0].flat[[20, 40]]).all()
-    np.testing.assert_array_equal(fused_special[0], plain_special[0])
-    np.testing.assert_allclose(fused_special[1], plain_special[1], rtol=1e-5, atol=1e-6)

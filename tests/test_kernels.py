@@ -18,12 +18,7 @@ from qat import kernels
 from qat.quantizers import create
 from qat.spec import QuantSpec
 
-
-@pytest.fixture(autouse=True)
-def settings():
-    before = dict(kernels._settings)
-    yield
-    kernels._settings.update(before)
+pytestmark = pytest.mark.usefixtures("kernel_settings")
 
 
 def lsq(bits: int = 8, granularity: str = "tensor", shape: torch.Size | None = None):

@@ -5,11 +5,12 @@ without touching this one.
 import copy
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
 
-from qat import quantizers
+from qat import kernels, quantizers
 from qat.errors import UserError
 from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
@@ -61,6 +62,9 @@ CASES = [(n, g) for n in quantizers.names() for g in GRIDS if _suits(n, g)]
 ACTS = [case for case in CASES if GRIDS[case[1]][0] == "act"]
 STATIC = [case for case in CASES if quantizers.find(case[0]).static]  # whose range is not that of the input itself
 WEIGHTS = [case for case in CASES if GRIDS[case[1]][0] == "weight"]
+LINED_UP = [  # scales and what they scale follow each other in memory: others never run in kernels
+    case for case in CASES if GRIDS[case[1]][1] == 0 and not (case in WEIGHTS and "group_size" in GRIDS[case[1]][2])
+]
 FEW = [cases[i] for n in quantizers.names() for cases in [[c for c in CASES if c[0] == n]] for i in (0, -1)]
 
 
@@ -208,6 +212,31 @@ def test_it_compiles_into_one_graph(name, grid, dynamic):
     compiled = torch.compile(twin, fullgraph=True, backend="eager", dynamic=dynamic)
     torch.testing.assert_close(gradients(twin, x, weights, compiled), gradients(quantizer, x, weights), rtol=0, atol=0)
     assert torch.equal(decoded(twin, x), decoded(quantizer, x))  # what it tracks moved alike
+
+
+@pytest.mark.slow
+@each(LINED_UP)
+def test_compiled_kernels_do_what_plain_torch_does(name, grid, monkeypatch, kernel_settings):
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    quantizer, x = ready(name, grid)
+    parts = quantizer.gradient.forward, quantizer.gradient.backward
+    for part in parts:
+        monkeypatch.setattr(part, "_launches", {})
+    on_grid = decoded(quantizer, x)
+    x[..., 1::4] = on_grid[..., 1::4]
+    x[..., 2::4] = ((on_grid + on_grid.roll(1, -1)) / 2)[..., 2::4]  # ties among them
+    special = x.clone()
+    special.view(-1)[[0, 20, 40]] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    found = {}
+    for mode in ("never", "always"):
+        kernels.configure(mode)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="quantizers run uncompiled")
+            found[mode] = [gradients(copy.deepcopy(quantizer), t, numbers(seed=1)) for t in (x, special)]
+    assert all(part._launches and all(part._launches.values()) for part in parts), "it ran in plain torch"
+    for plain, fused in zip(found["never"], found["always"], strict=True):
+        torch.testing.assert_close(fused[0], plain[0], rtol=0, atol=0, equal_nan=True)
+        torch.testing.assert_close(fused[1:], plain[1:], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.slow

@@ -26,13 +26,10 @@ from qat.rectified import RECTIFIERS
 
 
 @pytest.fixture(autouse=True)
-def always(monkeypatch):
+def always(monkeypatch, kernel_settings):
     """They round whether kernels are compiled or not."""
     monkeypatch.setattr(sequence, "compiled", lambda x: True)
-    before = dict(kernels._settings)
     kernels.configure("never")
-    yield
-    kernels._settings.update(before)
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ def _scale(scale: Tensor, args: Args) -> dict[str, Tensor]:
         case kind if kind == SCALE_TYPES["e8m0"]:
             return {"weight_scale": (scale.view(torch.int32) >> 23).to(torch.uint8)}  # powers of two: the exponent
     unit = scale.amax() / LARGEST
-    blocks = FLOATS["e4m3"].round((scale / unit).clamp_max(LARGEST)).to(torch.float8_e4m3fn)
+    blocks = FLOATS["e4m3"]((scale / unit).clamp_max(LARGEST)).to(torch.float8_e4m3fn)
     return {"weight_scale": blocks, "weight_global_scale": (1 / unit).view(1)}
 
 
@@ -161,7 +161,7 @@ def _codes(state: Mapping[str, Tensor], args: Any) -> np.ndarray:
     level = value / (scale.repeat_interleave(value.shape[1] // scale.shape[1], 1) if scale.ndim > 1 else scale)
     if args.type == "float":
         element = FLOATS["e2m1" if args.num_bits == 4 else "e4m3"]
-        return element.encode(element.round(level.clamp(-element.largest, element.largest))).numpy()
+        return element.encode(element(level.clamp(-element.largest, element.largest))).numpy()
     if args.symmetric:
         return level.round().to(torch.int8).numpy()
     zeros = state["weight_zero_point"].to(torch.int16)

@@ -51,4 +51,4 @@ def _candidates(scale: Tensor, kind: str) -> list[tuple[Tensor, float]]:
     # The largest scale is the largest e4m3 number times the unit, rounded: the unit is the quotient or a neighbour.
     unit = scale.amax() / E4M3.largest
     units = [unit, *(torch.nextafter(unit, torch.tensor(to)) for to in (0.0, torch.inf))]
-    return [(E4M3.encode(E4M3.round((scale / u).clamp_max(E4M3.largest))), float(u)) for u in units]
+    return [(E4M3.encode(E4M3((scale / u).clamp_max(E4M3.largest))), float(u)) for u in units]
