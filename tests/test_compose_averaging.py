@@ -1,6 +1,7 @@
 """Averaged weights (EMA, `WeightAveraging`, SWA): scales are averaged with them, codes and flags are not, and what is
 evaluated is what was averaged."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from tiny_module import MINMAX, POLICY, Tiny, images, loader, quantizer_state, same, trainer
 
 from qat.insert import named_quantizers
-from qat.lightning import FreezeRanges, load_from_checkpoint
+from qat.lightning import AnnealBits, FreezeRanges, LearnBits, load_from_checkpoint
 
 AVERAGES = [
     pytest.param(lambda: EMAWeightAveraging(decay=0.5), id="ema"),
@@ -108,20 +109,58 @@ def test_a_flag_that_changed_is_changed_in_the_average(tmp_path):
     assert trackers and not any(q.tracking for q in trackers)
 
 
-def test_the_average_is_in_the_checkpoint_and_training_resumes_with_both(tmp_path):
+@pytest.mark.parametrize("average", AVERAGES)
+def test_where_widths_change_the_average_is_one_of_ranges(average, tmp_path):
+    history: list[dict[str, torch.Tensor]] = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            history.append({n: q.scale.detach() * q.quant_max for n, q in named_quantizers(pl_module)})
+
+    net, mean = Tiny(), average()
+    trainer(tmp_path, AnnealBits({0: 8, 1: 4}), mean, Look(), max_epochs=2).fit(net, loader(), loader())
+    expected = dict(history[0])
+    for count, now in enumerate(history[1:], start=1):
+        by = 0.5 if isinstance(mean, EMAWeightAveraging) else 1 / (count + 1)
+        expected = {n: torch.lerp(expected[n], now[n], by) for n in now}
+    for name, quantizer in named_quantizers(net):
+        assert (quantizer.lowest.item(), quantizer.highest.item()) == (quantizer.quant_min, quantizer.quant_max)
+        torch.testing.assert_close(quantizer.scale.detach() * quantizer.quant_max, expected[name], msg=name)
+
+
+def test_learned_widths_are_those_of_the_average(tmp_path):
+    net = Tiny()
+    learn = LearnBits({"avg_bits": 4}, lr=1.0)
+    policy = {**POLICY, "sites": "off"}
+    trainer(tmp_path, learn, EMAWeightAveraging(decay=0.9), policy=policy, max_epochs=4).fit(net, loader(), loader())
+    found = dict(named_quantizers(net))
+    assert {q.spec.bits for q in found.values()} != {POLICY["act"]["bits"]}
+    for name, quantizer in found.items():
+        assert (quantizer.lowest.item(), quantizer.highest.item()) == (quantizer.quant_min, quantizer.quant_max), name
+
+
+@pytest.mark.parametrize(
+    "others", [pytest.param([], id="alone"), pytest.param([AnnealBits({0: 8, 1: 4})], id="annealed")]
+)
+def test_the_average_is_in_the_checkpoint_and_training_resumes_with_both(others, tmp_path):
     whole, first = Tiny(), Tiny()
     first.load_state_dict(whole.state_dict())
-    trainer(tmp_path, EMAWeightAveraging(decay=0.9), max_epochs=2).fit(whole, loader(), loader())
-    keep = ModelCheckpoint(tmp_path / "first", filename="one")
-    averaging = trainer(tmp_path, EMAWeightAveraging(decay=0.9), keep, enable_checkpointing=True)
+    trainer(tmp_path, *copy.deepcopy(others), EMAWeightAveraging(decay=0.9), max_epochs=2).fit(
+        whole, loader(), loader()
+    )
+    keep = ModelCheckpoint(tmp_path / "first", filename="{epoch}", save_top_k=-1)
+    averaging = trainer(
+        tmp_path, *copy.deepcopy(others), EMAWeightAveraging(decay=0.9), keep, enable_checkpointing=True, max_epochs=2
+    )
     averaging.fit(first, loader(), loader())
-    content = torch.load(tmp_path / "first" / "one.ckpt", weights_only=False)
+    content = torch.load(tmp_path / "first" / "epoch=0.ckpt", weights_only=False)
     name = "net.conv.weight_quantizer.scale"
     assert not torch.equal(content["qat_state"][name], content["current_model_state"][name])
     second = Tiny()
-    trainer(tmp_path, EMAWeightAveraging(decay=0.9), max_epochs=2).fit(
-        second, loader(), loader(), ckpt_path=tmp_path / "first" / "one.ckpt", weights_only=False
+    trainer(tmp_path, *copy.deepcopy(others), EMAWeightAveraging(decay=0.9), max_epochs=2).fit(
+        second, loader(), loader(), ckpt_path=tmp_path / "first" / "epoch=0.ckpt", weights_only=False
     )
+    assert [q.highest.item() for _, q in named_quantizers(second)] == [q.quant_max for _, q in named_quantizers(whole)]
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(second.state_dict()[name], value, msg=name)
 

@@ -1,8 +1,10 @@
 """Callbacks that average weights (`WeightAveraging`, `EMAWeightAveraging`, `StochasticWeightAveraging`) keep a second
 copy of the module; its quantizers have to follow.
 
-Scales average as weights do. Three things do not:
+Scales average as weights do. Four things do not:
 
+    widths           where they change during training (`AnnealBits`, `LearnBits`), so do the units of scales and the
+                     ends of the grid, of which there is no mean: the grids of the copies change with the module's
     structure        the copy may be made before quantizers are inserted; parameters are paired by order, so it would
                      average scales into weights
     first ranges     the copy is made before calibration, and is evaluated before its first update
@@ -18,17 +20,19 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_swa_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from qat.insert import named_quantizers
+from qat.quantizers import Quantizer
 
 AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 
-def _averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
+def averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
+    """The copies of the module that averages are taken in, each like the module."""
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(callback, AVERAGING) and callback._average_model is not None:
-            yield callback._average_model
+        if isinstance(callback, AVERAGING) and (copied := callback._average_model) is not None:
+            yield copied.module if isinstance(copied, AveragedModel) else copied
 
 
 def follow_insertion(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -41,9 +45,18 @@ def follow_insertion(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 @torch.no_grad()
 def follow_calibration(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Gives every copy the module's ranges."""
-    for average in _averages(trainer):
+    for average in averages(trainer):
         for mine, theirs in _pairs(module, average):
-            theirs.copy_(mine)
+            for value, copied in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
+                copied.copy_(value)
+
+
+def follow_widths(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Gives every copy the module's widths, where a checkpoint has brought scales of such."""
+    for average in averages(trainer):
+        for mine, theirs in _pairs(module, average):
+            if theirs.spec != mine.spec:
+                theirs.change_spec(mine.spec, theirs.scale)
 
 
 def average_floats_alone(trainer: pl.Trainer) -> None:
@@ -57,7 +70,14 @@ def average_floats_alone(trainer: pl.Trainer) -> None:
 
 
 def _one(mean: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda average, new, count: mean(average, new, count) if average.is_floating_point() else new
+    def update(average: Tensor, new: Tensor, count: Tensor) -> Tensor:
+        if not average.is_floating_point():
+            return new
+        found = mean(average, new, count)
+        # The ends of a grid: of two equal numbers, 0.9 a + 0.1 a may be a third one.
+        return torch.where(average == new, new, found) if average.numel() == 1 else found
+
+    return update
 
 
 def _many(mean: Callable[..., Any]) -> Callable[..., None]:
@@ -71,6 +91,6 @@ def _many(mean: Callable[..., Any]) -> Callable[..., None]:
     return update
 
 
-def _pairs(module: nn.Module, average: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(module: nn.Module, average: nn.Module) -> Iterator[tuple[Quantizer, Quantizer]]:
     for (_, mine), (_, theirs) in zip(named_quantizers(module), named_quantizers(average), strict=True):
-        yield from zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True)
+        yield mine, theirs

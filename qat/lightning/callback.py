@@ -18,7 +18,7 @@ from qat.calibrate import calibrate, needs_calibration
 from qat.errors import UserError, nearest
 from qat.insert import Plan, adopt_modes, fold_again, make_plan, named_quantizers
 from qat.layers.twin import become_twin, original_class
-from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion
+from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion, follow_widths
 from qat.lightning.compiled import uncompiled
 from qat.lightning.module import QuantizedModule, insert_plan
 from qat.lightning.sharded import average_gradients
@@ -110,6 +110,7 @@ class QATCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self is _callbacks(trainer)[0]:
             average_floats_alone(trainer)
+            follow_widths(trainer, pl_module)
         self._ready(trainer, pl_module)
         if self is _callbacks(trainer)[0]:
             average_gradients(trainer, pl_module)

@@ -30,6 +30,7 @@ from torch.optim import Adam, Optimizer
 
 from qat.errors import UserError
 from qat.insert import remove
+from qat.lightning.averages import averages
 from qat.lightning.callback import QATCallback
 from qat.lightning.schedules.anneal import current_plan
 from qat.lightning.schedules.when import check_moment, check_reached, reached
@@ -114,7 +115,9 @@ class LearnBits(Callback):
         self.widths = shared_widths(self.space, pl_module)
         run = run_steps(pl_module, source, qat.calibration_samples)
         known = self._saved.get("starts")
-        self.grids, self._saved["starts"] = fractional_grids(self.space, pl_module, self.widths, run, known)
+        self.grids, self._saved["starts"] = fractional_grids(
+            self.space, pl_module, self.widths, run, known, list(averages(trainer))
+        )
         self.parameters = list({id(w): w.value for w in self.widths.values() if not w.fixed}.values())
         if not self.parameters:
             raise UserError("LearnBits: every grid has one width to choose from; give more weight_bits or act_bits")

@@ -77,13 +77,19 @@ class FractionalGrid:
         specs: What its spec is at each width.
         starts: Its first scale at each width, of the shape of `quantizer.scale`.
         width: The learned width.
+        copies: The same quantizer in copies of the model (weight averages), which gets the same whole widths.
     """
 
     def __init__(
-        self, quantizer: Quantizer, specs: Mapping[int, QuantSpec], starts: Mapping[int, Tensor], width: Width
+        self,
+        quantizer: Quantizer,
+        specs: Mapping[int, QuantSpec],
+        starts: Mapping[int, Tensor],
+        width: Width,
+        copies: Sequence[Quantizer] = (),
     ) -> None:
         device = quantizer.scale.device
-        self.quantizer, self.specs, self.width = quantizer, specs, width
+        self.quantizer, self.specs, self.width, self.copies = quantizer, specs, width, copies
         self.starts = {bits: scale.to(device) for bits, scale in starts.items()}
         ends = {bits: (spec.quant_min, spec.quant_max) for bits, spec in specs.items()}
         self.limits = {b: [torch.full((1,), float(end), device=device) for end in both] for b, both in ends.items()}
@@ -99,10 +105,10 @@ class FractionalGrid:
 
     def become(self, bits: int) -> bool:
         """Gives the quantizer a whole width; returns whether it had another."""
-        now = self.quantizer.spec
-        if now == self.specs[bits]:
+        if self.quantizer.spec == self.specs[bits]:
             return False
-        self.quantizer.change_spec(self.specs[bits], self._scale(bits))
+        for quantizer in (self.quantizer, *self.copies):
+            quantizer.change_spec(self.specs[bits], self._scale(bits, quantizer))
         return True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -113,14 +119,15 @@ class FractionalGrid:
         below, above = self.rounded(x, low), self.rounded(x, high)
         return (below + (above - below) * share).to(x.dtype)
 
-    def _scale(self, bits: int) -> Tensor:
+    def _scale(self, bits: int, quantizer: Quantizer) -> Tensor:
         """The scale of a width, which is exactly its first one where training has not moved it."""
-        return self.starts[bits] * (self.quantizer.scale / self.starts[self.quantizer.spec.width])
+        now, first, then = quantizer.scale, self.starts[quantizer.spec.width], self.starts[bits]
+        return then.to(now.device) * (now / first.to(now.device))
 
     def rounded(self, x: Tensor, bits: int) -> Tensor:
         """`x` on the grid of one width, with its gradients to `x` and to the scale."""
         quantizer = self.quantizer
-        scale = quantizer._acting(self._scale(bits))
+        scale = quantizer._acting(self._scale(bits, quantizer))
         inner = quantizer._grouped(x)
         return quantizer.fake_quantize(inner, quantizer._spread(scale, x.ndim), *self.limits[bits]).view(x.shape)
 

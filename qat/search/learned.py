@@ -64,7 +64,12 @@ def _groups(space: Space) -> list[list[str]]:
 
 
 def fractional_grids(
-    space: Space, model: nn.Module, widths: Mapping[str, Width], run: Callable[[], Any], known: Starts | None = None
+    space: Space,
+    model: nn.Module,
+    widths: Mapping[str, Width],
+    run: Callable[[], Any],
+    known: Starts | None = None,
+    copies: Sequence[nn.Module] = (),
 ) -> tuple[dict[str, list[FractionalGrid]], Starts]:
     """Every grid to choose for, ready to be attached.
 
@@ -74,11 +79,13 @@ def fractional_grids(
         widths: From `shared_widths`.
         run: Lets calibration batches pass.
         known: Scales from an earlier start.
+        copies: Copies of the model whose grids get the same whole widths.
 
     Raises:
         UserError: if a quantizer's width cannot be learned, or if something else reads through it.
     """
     names = {quantizer: name for name, quantizer in named_quantizers(model)}
+    copied = [dict(named_quantizers(model)) for model in copies]
     seen = _samples(space, model, run) if known is None else {}
     readers, grids, starts = readers_of(model), {}, {}
     for tensor, layers in space.tensors.items():
@@ -90,7 +97,8 @@ def fractional_grids(
                 _check_alone(names[quantizer], readers[quantizer], layers)
                 specs = _specs(space, tensor, widths[tensor].widths, quantizer)
                 scales = first_scales(quantizer, specs, seen[quantizer]) if known is None else known[tensor][i]
-                grids[tensor].append(FractionalGrid(quantizer, specs, scales, widths[tensor]))
+                same = [quantizers[names[quantizer]] for quantizers in copied]
+                grids[tensor].append(FractionalGrid(quantizer, specs, scales, widths[tensor], same))
             starts[tensor].append(scales)
     return grids, starts
 

@@ -1,7 +1,8 @@
 """Lowering bit-widths step by step, so that each width starts from a network that works at the width before.
 
 A width is changed in place. The range stays, so the step is multiplied by quant_max_old / quant_max_new; keys and
-shapes of the state stay as well, and optimizers, averages and checkpoints never notice. The plan that checkpoints carry
+shapes of the state stay as well, so optimizers and checkpoints never notice; the copies that averages are taken in
+change with the module. The plan that checkpoints carry
 always has the widths of that moment: loading one gives the model that was saved, in the middle of a schedule, too.
 """
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.insert import Plan
+from qat.lightning.averages import averages
 from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.schedules.which import quantized_weights, quantizers_of, select
 from qat.quantizers import Quantizer, create
@@ -107,7 +109,7 @@ class AnnealBits(Callback):
                         "so its bits cannot change; leave it out with match"
                     )
 
-    def _quantizers(self, pl_module: pl.LightningModule) -> dict[str, Quantizer]:
+    def _quantizers(self, pl_module: nn.Module) -> dict[str, Quantizer]:
         return {name: q for name, q in quantizers_of(pl_module, "AnnealBits").items() if name in self._final}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -125,9 +127,10 @@ class AnnealBits(Callback):
         if bits == self._now:
             return
         self._now = bits
-        for quantizer in self._quantizers(pl_module).values():
-            if quantizer.spec.bits != bits:
-                quantizer.change_bits(bits)
+        for module in (pl_module, *averages(trainer)):
+            for quantizer in self._quantizers(module).values():
+                if quantizer.spec.bits != bits:
+                    quantizer.change_bits(bits)
         pl_module.quantization_plan = current_plan(pl_module)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
