@@ -19,7 +19,14 @@ from qat.convert import convert
 from qat.errors import UserError
 from qat.insert import make_plan, named_quantizers, remove
 from qat.layers.twin import original_class
-from qat.lightning import load_from_checkpoint, load_weights
+from qat.lightning import (
+    AnnealBits,
+    FreezeOscillations,
+    LearnBits,
+    QuantizerHealth,
+    load_from_checkpoint,
+    load_weights,
+)
 from qat.lightning.losses import BatchLosses
 from qat.lightning.steps import trainer_source
 from qat.policy import QuantPolicy
@@ -270,3 +277,25 @@ def test_calibration_and_loss_differences_see_batches_as_the_module_s_hooks_make
     next(BatchLosses(trainer_source(t), samples=4)(model))
     probing = 1  # of nothing but shapes
     assert len(seen) > 20 and sum(peak < 100 for peak in seen) <= probing
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        pytest.param(lambda: AnnealBits({0: 8, 1: 4}), id="anneal"),
+        pytest.param(lambda: FreezeOscillations((1.0, 0.01)), id="freeze"),
+        pytest.param(lambda: QuantizerHealth(2), id="health"),
+        pytest.param(lambda: LearnBits({"avg_bits": 4}, lr=1.0), id="learn-bits"),
+    ],
+)
+def test_given_another_module_a_callback_starts_anew(callback, tmp_path):
+    used, fresh = callback(), callback()
+    head_apart = {**POLICY, "sites": "off", "rules": {"head": {"match": "net.head", "weight": {"bits": 8}}}}
+    trainer(tmp_path, used, policy={**POLICY, "sites": "off"}, max_epochs=2).fit(Tiny(), loader(), loader())
+    first, second = Tiny(), Tiny()
+    second.load_state_dict(first.state_dict())
+    for module, one in ((first, used), (second, fresh)):
+        trainer(tmp_path, one, policy=head_apart, max_epochs=2).fit(module, loader(), loader())
+    assert [q.spec for _, q in named_quantizers(first)] == [q.spec for _, q in named_quantizers(second)]
+    assert same(first.state_dict(), second.state_dict())
+    assert str(used.state_dict()) == str(fresh.state_dict())

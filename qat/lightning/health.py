@@ -5,7 +5,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -13,11 +12,12 @@ from torch.optim import Optimizer
 from qat.errors import UserError
 from qat.health import Health
 from qat.lightning.schedules.which import quantized_weights, quantizers_of
+from qat.lightning.stateful import Stateful
 from qat.quantizers import Quantizer
 from qat.stats import Tally, readers_of, summarize
 
 
-class QuantizerHealth(Callback):
+class QuantizerHealth(Stateful):
     """Every so many optimizer steps, measures all quantizers on the batches of one step, as training sees them.
 
     Logs `health/<sqnr_db|clip_rate|drift|oscillation|grad_norm>/<quantizer>` (`qat.health` defines them), warns once
@@ -32,10 +32,13 @@ class QuantizerHealth(Callback):
         if every_n_steps < 2:
             raise UserError(f"every_n_steps={every_n_steps}: must be at least 2")
         self.every_n_steps = every_n_steps
+        self.forget()
+        self._idle()
+
+    def forget(self) -> None:
         self.rows: list[Health] = []
         self._start: dict[str, Tensor] = {}
         self._warned: set[str] = set()
-        self._idle()
 
     def _idle(self) -> None:
         self._tallies: dict[str, Tally] = {}

@@ -23,7 +23,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Adam, Optimizer
@@ -34,6 +33,7 @@ from qat.lightning.averages import averages
 from qat.lightning.callback import QATCallback
 from qat.lightning.schedules.anneal import current_plan
 from qat.lightning.schedules.when import check_moment, check_reached, reached
+from qat.lightning.stateful import Stateful
 from qat.lightning.steps import Source, run_steps, trainer_source
 from qat.policy import QuantPolicy
 from qat.search.allocate import Problem, solve
@@ -52,7 +52,7 @@ BETAS = (0.9, 0.95)
 """Of Adam: the penalty at the start is soon forgotten, or what the loss asks for at the limit would hardly count."""
 
 
-class LearnBits(Callback):
+class LearnBits(Stateful):
     """Learns the bits of weights and of the inputs of layers, of any LightningModule that `QATCallback` quantizes.
 
     Logs `bits/<grid>`, `bits/cost/<budget>` and `bits/penalty` after every epoch.
@@ -95,6 +95,9 @@ class LearnBits(Callback):
             least=dict(least or {}), tie=list(tie), budget=given,
         )  # fmt: skip
         self.strength, self.lr, self.until, self.output = strength, lr, until, output
+        self.forget()
+
+    def forget(self) -> None:
         self.choice: dict[str, Pair] | None = None
         self.widths: dict[str, Width] = {}
         self.grids: dict[str, list[FractionalGrid]] = {}

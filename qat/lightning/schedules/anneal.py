@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
@@ -20,10 +19,11 @@ from qat.insert import Plan
 from qat.lightning.averages import averages
 from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.schedules.which import quantized_weights, quantizers_of, select
+from qat.lightning.stateful import Stateful
 from qat.quantizers import Quantizer, create
 
 
-class AnnealBits(Callback):
+class AnnealBits(Stateful):
     """Changes bit-widths at the start of epochs, or after shares of training.
 
     A monitored "best" checkpoint may have the wider grids of the beginning; what training ends with has the policy's.
@@ -59,8 +59,11 @@ class AnnealBits(Callback):
         if self.shares and any(isinstance(moment, int) and moment for moment in moments):
             raise UserError(f"schedule={steps}: has epochs and shares of training; give all as one of them")
         self.schedule, self.match = dict(sorted(steps.items())), match
-        self._final: dict[str, int] = {}
         self._now: int | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        self._final: dict[str, int] = {}
 
     @property
     def state_key(self) -> str:

@@ -21,13 +21,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from qat.errors import UserError
 from qat.lightning.schedules.anneal import AnnealBits
 from qat.lightning.schedules.when import check_ends, cosine, progress
 from qat.lightning.schedules.which import quantized_weights, quantizers_of
+from qat.lightning.stateful import Stateful
 from qat.quantizers import Quantizer
 
 
@@ -112,7 +112,7 @@ def check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, max_bits: 
             )
 
 
-class TrackOscillations(Callback):
+class TrackOscillations(Stateful):
     """Logs `oscillation/<layer>` after every epoch: the share of a weight's elements that flip more than `threshold`.
 
     Args:
@@ -131,8 +131,11 @@ class TrackOscillations(Callback):
         if max_bits < 1:
             raise UserError(f"max_bits={max_bits}: must be at least 1")
         self.threshold, self.momentum, self.max_bits = threshold, momentum, max_bits
-        self.weights: dict[str, Oscillation] = {}
         self._step = 0
+        self.forget()
+
+    def forget(self) -> None:
+        self.weights: dict[str, Oscillation] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         check_weights(trainer, pl_module, self.max_bits, type(self).__name__, self.moving)
