@@ -66,7 +66,12 @@ def _trained(reentrant: bool | None, policy: dict[str, Any], tmp_path: Any) -> d
     return seen
 
 
-@pytest.mark.parametrize("policy", [pytest.param(POLICY, id="lsq"), pytest.param(MINMAX, id="minmax")])
+ANNEALED = {role: {"bits": 4, "quantizer": "dsq", "options": {"steps": 10}} for role in ("weight", "act")}
+
+
+@pytest.mark.parametrize(
+    "policy", [pytest.param(POLICY, id="lsq"), pytest.param(MINMAX, id="minmax"), pytest.param(ANNEALED, id="dsq")]
+)
 @pytest.mark.parametrize("reentrant", WAYS[1:])
 def test_recomputing_a_block_changes_no_gradient_range_or_count(reentrant, policy, tmp_path):
     once, twice = _trained(None, policy, tmp_path), _trained(reentrant, policy, tmp_path)

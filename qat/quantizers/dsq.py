@@ -21,6 +21,7 @@ from qat.errors import UserError
 from qat.formats import Rounding
 from qat.functional import ratio, sum_to, wide
 from qat.kernels import Gradient, Grads, gradient
+from qat.modes import recomputing
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
@@ -72,12 +73,18 @@ class DSQ(LSQ):
         super().__init__(spec, shape, axis)
         self.end, self.growth = float(end), (end / start) ** (1 / steps)
         self.register_buffer("sharpness", torch.full((1,), float(start)))
+        self._used = self.sharpness
         self.gradient = gradient(forward, backward, spec.rounding)
 
     def fake_quantize(
         self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
     ) -> Tensor:
+        now = self.sharpness
+        if again := self.training and recomputing():
+            self.sharpness = self._used
         y = super().fake_quantize(x, scale, low, high, gradient)
-        if self.training:  # not in place: this pass's backward has yet to read it
-            self.sharpness = (self.sharpness * self.growth).clamp(max=self.end)
+        if again:
+            self.sharpness = now
+        elif self.training:  # not in place: this pass's backward has yet to read it
+            self._used, self.sharpness = now, (now * self.growth).clamp(max=self.end)
         return y
