@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from qat.data import HFImages
 from qat.data.batches import Images
 from qat.export.files import atomic
-from qat.insert import named_quantizers
 from qat.lightning import load_weights
 from qat.lightning.groups import own_groups
 from qat.models import ResNet
@@ -82,7 +81,7 @@ def fit(
     """
     count = len(train.labels)
     total = args.epochs * -(-count // args.batch_size)
-    with own_groups([(q.scale, None) for _, q in named_quantizers(model) if isinstance(q.scale, nn.Parameter)]):
+    with own_groups(model):
         optimizer = torch.optim.SGD(groups(model), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: cosine_factor(step, total=total, warmup=total // 20)

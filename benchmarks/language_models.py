@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qat.calibrate import calibrate
 from qat.cli.configs import configs_dir
-from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.insert import apply_plan, make_plan
 from qat.lightning.groups import own_groups
 from qat.policy import QuantPolicy
 
@@ -54,8 +54,7 @@ def batches(tokens: Tensor, steps: int, seed: int = 0) -> Iterator[Tensor]:
 
 def train(model: nn.Module, tokens: Tensor, steps: int, lr: float, seed: int = 0) -> None:
     """AdamW on random windows, under one cycle of learning rates for the first training (`seed` 0)."""
-    scales = [(q.scale, None) for _, q in named_quantizers(model) if isinstance(q.scale, nn.Parameter)]
-    with own_groups(scales):
+    with own_groups(model):
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps) if seed == 0 else None
     model.train()

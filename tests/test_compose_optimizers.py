@@ -16,6 +16,8 @@ from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.lightning import QATCallback, load_from_checkpoint
 from qat.lightning.groups import own_groups
+from qat.quantizers import create
+from qat.spec import QuantSpec
 
 
 class ByHand(Tiny):
@@ -141,8 +143,11 @@ def test_each_network_of_a_gan_has_its_own_policy_optimizer_and_factor(tmp_path)
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("lr", [1e-6, 1e-3, 10.0])
 def test_the_logarithm_of_a_scale_moves_and_no_step_moves_it_far(cls, expected, lr, sign):
-    scales, weight = [nn.Parameter(torch.tensor([s])) for s in (1e-4, 0.5)], nn.Parameter(torch.tensor([1.0]))
-    with own_groups([(scale, None) for scale in scales]):
+    model = nn.ModuleList(create(QuantSpec().resolved(nonnegative=False, weight=False)) for _ in range(2))
+    scales, weight = [quantizer.scale for quantizer in model], nn.Parameter(torch.tensor([1.0]))
+    for scale, start in zip(scales, (1e-4, 0.5), strict=True):
+        scale.data.fill_(start)
+    with own_groups(model):
         optimizer = cls([*scales, weight], lr=lr)
     for parameter in (*scales, weight):
         parameter.grad = torch.full((1,), sign)
@@ -151,6 +156,87 @@ def test_the_logarithm_of_a_scale_moves_and_no_step_moves_it_far(cls, expected, 
     for scale, before in zip(scales, (1e-4, 0.5), strict=True):
         change = -sign * expected(before, lr)
         assert scale.item() == pytest.approx(before * math.exp(change), rel=1e-4)
+
+
+class Configured(Tiny):
+    """Optimizes as it is told."""
+
+    def __init__(self, configure: Any) -> None:
+        super().__init__()
+        self.configure = configure
+
+    def configure_optimizers(self) -> Any:
+        return self.configure(self)
+
+
+class Heads(Configured):
+    """Two heads read one tensor, and so share its quantizer; the concatenation is in the module's own forward."""
+
+    def __init__(self, configure: Any) -> None:
+        super().__init__(configure)
+        self.automatic_optimization = False
+        self.body, self.left, self.right = nn.Linear(36, 8), nn.Linear(8, 2), nn.Linear(8, 1)
+        del self.net
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.body(x.flatten(1)))
+        return torch.cat([self.left(x), self.right(x)], 1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizers = [self.optimizers()] if len(self.trainer.optimizers) == 1 else self.optimizers()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "configure",
+    [
+        pytest.param(lambda m: [*m.body.parameters(), *m.left.parameters(), *m.right.parameters()], id="added-up"),
+        pytest.param(lambda m: [p for p in m.named_parameters() if p[0][:5] in ("body.", "left.")], id="named"),
+        pytest.param(lambda m: [{"params": layer.parameters()} for layer in (m.body, m.left, m.right)], id="groups"),
+        pytest.param(
+            lambda m: [torch.optim.SGD(layer.parameters(), lr=0.01) for layer in (m.body, m.left, m.right)],
+            id="optimizers",
+        ),
+    ],
+)
+def test_what_is_learned_is_in_one_group_whoever_lists_the_parameters(configure, tmp_path, recwarn):
+    def optimizers(module: nn.Module) -> list[torch.optim.Optimizer]:
+        found = configure(module)
+        return found if isinstance(found[0], torch.optim.Optimizer) else [torch.optim.SGD(found, lr=0.01)]
+
+    net = Heads(optimizers)
+    fitted = trainer(tmp_path)
+    fitted.fit(net, loader(), loader())
+    members = [id(p) for o in fitted.optimizers for group in o.param_groups for p in group["params"]]
+    scales = {n: id(p) for n, p in net.named_parameters() if "quantizer" in n}
+    assert any(name.startswith("cat_0.") for name in scales) and net.left.input_quantizer is net.right.input_quantizer
+    listed = {i for n, i in scales.items() if not n.startswith("right.")}  # nobody lists the right head by name
+    assert len(members) == len(set(members)) and listed <= set(members)
+    assert not [w for w in recwarn if "duplicate parameters" in str(w.message)]
+
+
+def test_scales_that_have_a_rate_of_their_own_keep_it(tmp_path):
+    def configure(net: nn.Module) -> Any:
+        named = dict(net.named_parameters())
+        inputs = [p for n, p in named.items() if "input_quantizer" in n]
+        others = [p for n, p in named.items() if "input_quantizer" not in n]
+        optimizer = torch.optim.SGD([{"params": others}, {"params": inputs, "lr": 0.003}], lr=0.1)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda e: 0.5, lambda e: 1.0])]
+
+    fitted = trainer(tmp_path)
+    fitted.fit(Configured(configure), loader())
+    assert [group["lr"] for group in fitted.optimizers[0].param_groups] == pytest.approx([0.05, 0.005, 0.003])
+
+
+def test_an_optimizer_that_takes_one_group_gets_one(tmp_path):
+    net, fitted = Configured(lambda m: torch.optim.LBFGS(m.parameters(), lr=0.1)), trainer(tmp_path)
+    fitted.fit(net, loader())
+    [group] = fitted.optimizers[0].param_groups
+    assert {id(p) for p in group["params"]} == {id(p) for p in net.parameters()}
 
 
 def test_trying_a_manual_step_out_moves_nothing(tmp_path):

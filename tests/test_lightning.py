@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import StochasticWeightAveraging
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import ConstantLR, CyclicLR, LambdaLR, OneCycleLR, SequentialLR
+from torch.optim.lr_scheduler import ConstantLR, CyclicLR, LambdaLR, OneCycleLR, ReduceLROnPlateau, SequentialLR
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -220,6 +220,8 @@ def _warm(optimizer):
     ("make", "peak"),
     [
         pytest.param(lambda o: LambdaLR(o, lambda t: 0.5), 0.05, id="lambda"),
+        pytest.param(lambda o: LambdaLR(o, [lambda t: 0.5]), 0.05, id="lambda-list"),
+        pytest.param(partial(ReduceLROnPlateau, factor=0.5, patience=0, min_lr=[0.02]), 0.1, id="plateau-list"),
         pytest.param(_warm, 0.05, id="sequential"),
         pytest.param(partial(OneCycleLR, max_lr=1.0, total_steps=10, div_factor=10), 0.1, id="one-cycle"),
         pytest.param(partial(OneCycleLR, max_lr=[1.0], total_steps=10, div_factor=10), 0.1, id="one-cycle-list"),
@@ -236,7 +238,7 @@ def test_schedulers_keep_the_ratio_of_learning_rates(make, peak, tmp_path):
         ratios.append((rest["lr"], own["lr"] / rest["lr"]))
         for _ in range(4):
             optimizer.step()
-            scheduler.step()
+            scheduler.step(*[1.0] * isinstance(scheduler, ReduceLROnPlateau))
             ratios.append((rest["lr"], own["lr"] / rest["lr"]))
         return optimizer
 

@@ -40,7 +40,7 @@ class QATCallback(Callback):
         calibration_samples: How many training samples set the first ranges.
         scale_lr_factor: Learning rate of the scales relative to that of the weights beside them; `None` for 0.1 under
             SGD and 3 under other optimizers, where it is a share of the scale (`qat.lightning.groups` says why).
-            Schedulers that take one function per group (`LambdaLR`) need one for the scales, too.
+            Schedulers that take a list take one value for each group of the module's own.
         module: Path of the submodule that the policy is for (`generator`); everything else stays float, unless another
             `QATCallback` is for it. Names in the policy are then relative to that submodule.
         starts: What is done to the model right before and after its first calibration (`qat.starts`).

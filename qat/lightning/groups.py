@@ -13,13 +13,20 @@ has now and then, would take one below zero, and a BatchNorm behind a channel wi
 gradients that no later step survives.
 
 The split happens while the optimizer is constructed, not afterwards: schedulers copy the groups' learning rates when
-they are made, and so see the final groups. Two of them overwrite those rates (OneCycleLR, CyclicLR); what they are
-told is multiplied by each group's factor, too. Others give all groups one rate during training (the learning rate
+they are made, and so see the final groups. What schedulers take for each group of the user's (functions, highest and
+lowest rates) is spread over the groups that there are. Some give all groups one rate during training (the learning rate
 finder, stochastic weight averaging): a hook before each step restores the ratio.
+
+Lists of parameters that were complete in float are no longer. Layers that read one tensor share a quantizer, which the
+`parameters()` of each of them have: it belongs to the first. And what a module's own forward quantizes is no child of
+the submodules whose `parameters()` a user adds up: it goes with the first parameters of that module.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
@@ -27,16 +34,27 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
+from qat.errors import UserError
 from qat.functional import TINY
+from qat.insert import named_quantizers
+from qat.layers.site import Site
 
 SGD_FACTOR = 0.1
 ADAPTIVE_FACTOR = 3.0
 FACTOR = "scale_lr_factor"
 """Key under which a group of scales keeps its factor; checkpoints carry it."""
+SPLIT = "scales_of_the_group_before"
+"""Key under which a group of scales keeps whether it was split off the user's group in front of it."""
 BEFORE = "_scales_before"
 """Attribute under which an optimizer keeps them during a step."""
 LARGEST_SGD_CHANGE, LARGEST_CHANGE = 0.2, 0.6931471805599453
 """Of a scale's logarithm in one step."""
+EACH = (
+    (lr_scheduler.LambdaLR, "lr_lambda"),
+    (lr_scheduler.MultiplicativeLR, "lr_lambda"),
+    (lr_scheduler.ReduceLROnPlateau, "min_lr"),
+)
+"""Schedulers with an argument for each group that torch does not ask `_format_param` about."""
 
 
 def auto_factor(optimizer: torch.optim.Optimizer) -> float:
@@ -44,32 +62,76 @@ def auto_factor(optimizer: torch.optim.Optimizer) -> float:
     return SGD_FACTOR if isinstance(optimizer, torch.optim.SGD) else ADAPTIVE_FACTOR
 
 
+class _Learned:
+    """What the quantizers of a model learn, by identity of the parameter, while groups are made.
+
+    Attributes:
+        owned: All of it.
+        factor_of: The scales.
+        sites: What no layer has: name, parameter, and the parameters that it goes with.
+        taken: What a group has already.
+    """
+
+    def __init__(self, model: nn.Module, factors: Mapping[str, float | None]) -> None:
+        self.owned = {id(p) for _, quantizer in named_quantizers(model) for p in quantizer.parameters()}
+        self.factor_of = {
+            id(quantizer.scale): factor
+            for path, factor in factors.items()
+            for _, quantizer in named_quantizers(model.get_submodule(path))
+            if isinstance(quantizer.scale, nn.Parameter)
+        }
+        self.sites: list[tuple[str, nn.Parameter, set[int]]] = []
+        for path, site in model.named_modules():
+            if isinstance(site, Site):
+                owner = model.get_submodule(path.rpartition(".")[0])
+                beside = {id(p) for p in owner.parameters()} - self.owned
+                self.sites += [(f"{path}.{name}", p, beside) for name, p in site.named_parameters()]
+        self.taken: set[int] = set()
+
+    def members(self, given: Sequence[Any]) -> list[Any]:
+        """A group's parameters: what is given but belongs to no other group, and what goes with it."""
+        ids, named = {id(_tensor(m)) for m in given}, bool(given) and isinstance(given[0], tuple)
+        along = [(n, p) if named else p for n, p, beside in self.sites if not beside.isdisjoint(ids)]
+        found = []
+        for member in (*given, *along):
+            if (key := id(_tensor(member))) not in self.taken:
+                found.append(member)
+                self.taken |= {key} & self.owned
+        return found
+
+
 @contextmanager
-def own_groups(scales: list[tuple[nn.Parameter, float | None]]) -> Iterator[None]:
+def own_groups(model: nn.Module, factors: Mapping[str, float | None] = MappingProxyType({"": None})) -> Iterator[None]:
     """While it lasts, every parameter group given to an optimizer loses its scales to groups behind it.
 
     Args:
-        scales: The parameters to set apart, each with its learning rate relative to its group's (`None` for
-            `auto_factor`).
+        model: With quantizers.
+        factors: Learning rate of scales relative to their group's, by path of the submodule that they are in (`""`:
+            all); `None` for `auto_factor`.
     """
-    factor_of = {id(scale): factor for scale, factor in scales}
+    learned = _Learned(model, factors)
     add: Callable[..., None] = torch.optim.Optimizer.add_param_group
     format_param: Callable[..., list[Any]] = lr_scheduler._format_param
 
     def add_param_group(self: torch.optim.Optimizer, group: dict[str, Any]) -> None:
-        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        members = learned.members(given)
+        if isinstance(self, torch.optim.LBFGS):  # one group is all that it takes
+            return add(self, {**group, "params": members})
         split: dict[float | None, list[Any]] = {}
         for member in members:
-            if id(_tensor(member)) in factor_of:
-                split.setdefault(factor_of[id(_tensor(member))], []).append(member)
-        rest = [m for m in members if id(_tensor(m)) not in factor_of]
-        if rest or not split:
+            if id(_tensor(member)) in learned.factor_of:
+                split.setdefault(learned.factor_of[id(_tensor(member))], []).append(member)
+        rest = [m for m in members if id(_tensor(m)) not in learned.factor_of]
+        if rest or not given:
             add(self, {**group, "params": rest})
         lr = group.get("lr", self.defaults.get("lr"))
         for factor, some in split.items():
             by = auto_factor(self) if factor is None else factor
-            own = {"params": some, "weight_decay": 0.0, FACTOR: by, **({"lr": lr * by} if lr is not None else {})}
-            add(self, {**group, **own})
+            if not rest and "lr" in group:  # the user's own rate for scales
+                by = 1.0
+            own = {"params": some, "weight_decay": 0.0, FACTOR: by, SPLIT: bool(rest)}
+            add(self, {**group, **own, **({"lr": lr * by} if lr is not None else {})})
         if split and rest and keep_ratio not in self._optimizer_step_pre_hooks.values():
             self.register_step_pre_hook(keep_ratio)
         if split and remember not in self._optimizer_step_pre_hooks.values():
@@ -77,29 +139,59 @@ def own_groups(scales: list[tuple[nn.Parameter, float | None]]) -> Iterator[None
             self.register_step_post_hook(in_proportion)
 
     def format_scaled(name: str, optimizer: torch.optim.Optimizer, param: Any) -> list[Any]:
-        factors = [group.get(FACTOR) for group in optimizer.param_groups]
-        if isinstance(param, list | tuple) and len(param) == sum(f is None for f in factors):
-            param = _spread(param, factors)
+        if isinstance(param, list | tuple):
+            param = _spread(name, optimizer, param)
         values = format_param(name, optimizer, param)
-        return [v if f is None or "lr" not in name else v * f for v, f in zip(values, factors, strict=True)]
+        return _scaled(optimizer, values) if "lr" in name else values
 
-    with (
-        patch.object(torch.optim.Optimizer, "add_param_group", add_param_group),
-        patch.object(lr_scheduler, "_format_param", format_scaled),
-    ):
+    with ExitStack() as patched:
+        patched.enter_context(patch.object(torch.optim.Optimizer, "add_param_group", add_param_group))
+        patched.enter_context(patch.object(lr_scheduler, "_format_param", format_scaled))
+        for scheduler, argument in EACH:
+            patched.enter_context(patch.object(scheduler, "__init__", _spreading(scheduler.__init__, argument)))
         yield
 
 
+def _spreading(init: Callable[..., None], argument: str) -> Callable[..., None]:
+    """A scheduler's `__init__` that takes a list for the user's groups."""
+
+    @functools.wraps(init)
+    def spreading(self: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        bound = inspect.signature(init).bind(self, optimizer, *args, **kwargs)
+        values = bound.arguments.get(argument)
+        if isinstance(values, list | tuple):
+            values = _spread(argument, optimizer, values)
+            bound.arguments[argument] = _scaled(optimizer, values) if argument == "min_lr" else values
+        init(*bound.args, **bound.kwargs)
+
+    return spreading
+
+
+def _spread(name: str, optimizer: torch.optim.Optimizer, values: Sequence[Any]) -> list[Any]:
+    """One value per group of the user's becomes one per group: scales take that of the group they were split from."""
+    groups = optimizer.param_groups
+    if len(values) != (count := sum(not group.get(SPLIT) for group in groups)):
+        raise UserError(f"{name}: {len(values)} values for {count} parameter groups; scales take those of their group")
+    given, spread = iter(values), []
+    for group in groups:
+        spread.append(spread[-1] if group.get(SPLIT) else next(given))
+    return spread
+
+
+def _scaled(optimizer: torch.optim.Optimizer, rates: list[Any]) -> list[Any]:
+    return [rate * group.get(FACTOR, 1.0) for rate, group in zip(rates, optimizer.param_groups, strict=True)]
+
+
 def keep_ratio(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Before a step: scales learn at their factor of the rate beside them, whoever has set all groups to one rate
-    since.
+    """Before a step: scales learn at their factor of the rate of the group they were split from, whoever has set all
+    groups to one rate since.
     """
     beside: Any = None
     for group in optimizer.param_groups:
-        if FACTOR not in group:
-            beside = group["lr"]
-        elif beside is not None:
+        if group.get(SPLIT):
             group["lr"] = beside * group[FACTOR]
+        else:
+            beside = group["lr"]
 
 
 def _scales(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
@@ -125,14 +217,6 @@ def in_proportion(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> N
     torch._foreach_exp_(change)
     torch._foreach_mul_(change, before)
     torch._foreach_copy_(scales, change)
-
-
-def _spread(values: list[Any] | tuple[Any, ...], factors: list[float | None]) -> list[Any]:
-    """One value per group of the user's becomes one per group: scales take that of the group they were split from."""
-    given, spread = iter(values), []
-    for factor in factors:
-        spread.append(next(given) if factor is None else spread[-1])
-    return spread
 
 
 def _tensor(member: Any) -> Any:

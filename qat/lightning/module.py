@@ -16,10 +16,9 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
-from torch import nn
 
 from qat.errors import UserError
-from qat.insert import Plan, apply_plan, named_quantizers, remove
+from qat.insert import Plan, apply_plan, remove
 from qat.layers.twin import TwinMixin, become_twin, twin_of
 from qat.lightning.groups import own_groups
 from qat.lightning.weights import join_state, read_checkpoint, split_state
@@ -83,13 +82,7 @@ class QuantizedModule(TwinMixin):
             )
 
     def configure_optimizers(self) -> Any:
-        scales = [
-            (quantizer.scale, factor)
-            for path, factor in self.scale_lr_factors.items()
-            for _, quantizer in named_quantizers(self.get_submodule(path))  # pyright: ignore
-            if isinstance(quantizer.scale, nn.Parameter)
-        ]
-        with own_groups(scales):
+        with own_groups(self, self.scale_lr_factors):  # pyright: ignore[reportArgumentType]
             return super().configure_optimizers()  # pyright: ignore[reportAttributeAccessIssue]
 
 
