@@ -18,7 +18,7 @@ from qat.policy import QuantPolicy
 from qat.quantizers import create
 from qat.search import Search
 from qat.search.costs import Files, make_costs
-from qat.search.fractional import FractionalGrid, RelaxedCost, Width, all_pairs, first_scales
+from qat.search.fractional import FractionalGrid, RelaxedCost, Width, all_pairs, check_learnable, first_scales
 from qat.search.learned import fractional_grids, shared_widths
 from qat.search.space import make_space
 from qat.spec import QuantSpec
@@ -48,7 +48,7 @@ def _grid(quantizer: str = "lsq", at: float = 3.3, granularity: str = "channel",
 
 
 @pytest.mark.parametrize("at", [2.0, 2.25, 3.5, 5.0, 8.0])
-@pytest.mark.parametrize("quantizer", ["lsq", "fixed"])
+@pytest.mark.parametrize("quantizer", ["lsq", "fixed", "ewgs"])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "group"])
 def test_between_two_widths_value_and_gradients_are_the_closed_form(quantizer, at, granularity):
     grid, weight = _grid(quantizer, at, granularity)
@@ -171,6 +171,7 @@ def test_tied_layers_share_widths_and_a_layer_with_one_choice_keeps_it():
         pytest.param(
             {**POLICY, "act": {"bits": 4, "quantizer": "minmax"}}, "quantizer=minmax has more than one", id="minmax"
         ),
+        pytest.param({**POLICY, "act": {"bits": 4, "quantizer": "dsq"}}, "quantizer=dsq hardens", id="dsq"),
         pytest.param(
             {**POLICY, "act": {"bits": 4, "symmetric": False}}, "learned widths need symmetric: true", id="affine"
         ),
@@ -180,6 +181,12 @@ def test_a_grid_whose_width_cannot_be_learned_is_named(policy, said):
     space, model, run = _space(policy)
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
         fractional_grids(space, model, shared_widths(space, model), run)
+
+
+def test_the_quantizers_that_the_message_recommends_can_be_learned():
+    for quantizer in ("lsq", "fixed", "ewgs", "pact"):
+        spec = QuantSpec(bits=4, quantizer=quantizer).resolved(nonnegative=True, weight=False)
+        check_learnable("x", create(spec))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------

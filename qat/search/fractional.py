@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.quantizers import Quantizer, create
+from qat.quantizers.dsq import DSQ
 from qat.search.allocate import Cost
 from qat.search.space import Layer, Pair
 from qat.spec import QuantSpec
@@ -135,12 +136,17 @@ class FractionalGrid:
 def check_learnable(name: str, quantizer: Quantizer) -> None:
     """Raises a `UserError` that names the quantizer if its width cannot be learned."""
     kind, spec = type(quantizer), quantizer.spec
-    moves = kind.transform is not Quantizer.transform or kind.follow is not Quantizer.follow
-    if moves or not (kind.uniform and kind.static) or getattr(quantizer, "extra", ()):
+    own = any(
+        getattr(kind, method) is not getattr(Quantizer, method) for method in ("transform", "follow", "change_bits")
+    )
+    learns = {parameter for parameter, _ in quantizer.named_parameters()} - {"scale"}
+    if own or learns or not (kind.uniform and kind.static):
         raise UserError(
             f"'{name}': quantizer={spec.quantizer} has more than one scale to adapt to a width; learned widths "
-            "need lsq, fixed, ewgs, pact or dsq"
+            "need lsq, fixed, ewgs or pact"
         )
+    if isinstance(quantizer, DSQ):
+        raise UserError(f"'{name}': quantizer=dsq hardens with each rounding, and learned widths round twice; set ewgs")
     if not spec.symmetric or spec.rounding_mode != "nearest":
         raise UserError(f"'{name}': learned widths need symmetric: true and rounding_mode: nearest")
 
