@@ -95,6 +95,36 @@ def test_data_that_lie_elsewhere_now_are_named_to_verify(run, capfd):
     assert "data.on_devic=true: the run's data has no 'on_devic'; did you mean 'on_device'?" in words(capfd)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "said", "command"),
+    [
+        pytest.param("report.json", '{"name"', "no JSON", "verify", id="report-cut"),
+        pytest.param("report.json", "{}", "lacks 'stages'", "verify", id="report-empty"),
+        pytest.param("progress.json", "[]", "holds a list, no object", "verify", id="progress-list"),
+        pytest.param("progress.json", "{}", "lacks 'start'", "verify", id="progress-empty"),
+        pytest.param(".hydra/config.yaml", "", "lacks 'name'", "export", id="config-empty"),
+        pytest.param(".hydra/config.yaml", "name: [", "no YAML of a config", "export", id="config-cut"),
+        pytest.param(".hydra/config.yaml", "5", "no YAML of a config", "verify", id="config-number"),
+        pytest.param(".hydra/config.yaml", None, "lacks 'model'", "verify", id="config-without-model"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_in_one_line(name, text, said, command, run, tmp_path, capfd):
+    copied = shutil.copytree(run, tmp_path / "copied")
+    path = copied / name
+    path.write_text(path.read_text().partition("\nmodel:")[0] if text is None else text)
+    assert main([command, str(copied), *(["target=onnx"] if command == "export" else [])]) == 2
+    assert capfd.readouterr().err == f"qat: error: {path}: is damaged: {said}\n"
+
+
+def test_a_run_that_left_groups_out_is_verified(run, tmp_path, capfd):
+    copied = shutil.copytree(run, tmp_path / "copied")
+    config = OmegaConf.load(copied / ".hydra" / "config.yaml")
+    del config["export"], config["callbacks"]  # as export=null writes it
+    OmegaConf.save(config, copied / ".hydra" / "config.yaml")
+    assert main(["verify", str(copied)]) == 0
+    assert "model.safetensors: verified" in words(capfd)
+
+
 def scale_up(tensors) -> None:
     tensor = tensors["fc2.weight_scale"]
     tensor.raw_data = (onnx.numpy_helper.to_array(tensor) * np.float32(1.5)).tobytes()

@@ -1,6 +1,7 @@
 """Sweeps without training: what varies, what is optimized, what is refused, and what becomes of points."""
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -320,3 +321,36 @@ def test_a_folder_of_plain_runs_is_a_sweep_of_what_their_command_lines_said(tmp_
 def test_a_folder_without_runs_is_refused(tmp_path, capfd):
     assert main(["report", str(tmp_path)]) == 2
     assert "holds neither a sweep nor a finished run" in capfd.readouterr().err
+
+
+def test_a_point_with_a_damaged_file_failed_and_the_others_count(tmp_path, capfd):
+    folder = write_sweep(tmp_path / "s")
+    record, report = (folder / "points" / name for name in ("0/point.json", "1/report.json"))
+    record.write_text('{"number": 0')
+    report.write_text("[]")
+    (folder / "points" / "2" / ".hydra" / "config.yaml").write_text("seed: [")
+    sweep = read_sweep(folder)
+    assert [r.state for r in sweep.results] == ["failed", "failed", "done", "failed"]
+    assert sweep.results[1].params == {"quant.weight.bits": "4"} and [r.number for r in sweep.front()] == [2]
+    assert main(["report", str(folder)]) == 0
+    said = capfd.readouterr().out
+    assert f"point 0: {record}: is damaged: no JSON" in said
+    assert f"point 1: {report}: is damaged: holds a list, no object" in said
+    with pytest.raises(UserError, match=r"point\.json: is damaged"):
+        finished(record.parent)
+    (folder / "sweep.json").write_text("{}")
+    assert main(["report", str(folder)]) == 2
+    assert "sweep.json: is damaged: lacks 'objectives'" in capfd.readouterr().err
+
+
+def test_a_damaged_run_in_a_folder_of_runs_failed_and_another_says_what_is_better(tmp_path, capfd):
+    first = write_point(tmp_path, 0, {}, metric=0.5)
+    (first / "report.json").write_text('{"stages": {"flo')
+    second = write_point(tmp_path, 1, {}, metric=0.5)
+    report = json.loads((second / "report.json").read_text())
+    (second / "report.json").write_text(json.dumps(report | {"higher_is_better": False}))
+    assert [r.state for r in read_sweep(tmp_path).results] == ["failed", "done"]
+    assert read_sweep(tmp_path).objectives["metric"] == "min"
+    (second / ".hydra" / "overrides.yaml").write_text("- [")
+    assert main(["report", str(tmp_path)]) == 0
+    assert "overrides.yaml: is damaged: no YAML of a config" in capfd.readouterr().out

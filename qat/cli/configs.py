@@ -11,7 +11,8 @@ from typing import Any, Literal
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from yaml import YAMLError
 
 from qat.cli.typecheck import accepts, in_words, literals
 from qat.errors import UserError, nearest
@@ -150,6 +151,35 @@ def finish(cfg: DictConfig, run_dir: Path) -> None:
 
 def _divides(value: Any) -> bool:
     return not isinstance(value, (int, float)) or value > 0
+
+
+def read_yaml(path: Path) -> Any:
+    """The containers in a file that Hydra wrote.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    try:
+        return OmegaConf.create(path.read_text())
+    except (ValueError, AssertionError, YAMLError, OmegaConfBaseException):  # no UTF-8, a lone number, no YAML
+        raise UserError(f"{path}: is damaged: no YAML of a config") from None
+
+
+def read_config(path: Path) -> DictConfig:
+    """The `.hydra/config.yaml` of a run; as after `finish`, groups that were left out are null.
+
+    Raises:
+        UserError: if it is damaged: no YAML, or without a key that every run has.
+    """
+    cfg, groups = read_yaml(path), _groups()
+    for key in known_keys():
+        whole = isinstance(cfg, DictConfig) and (key in groups or key in cfg)
+        if not whole or (key in REQUIRED and not isinstance(cfg.get(key), DictConfig)):
+            raise UserError(f"{path}: is damaged: lacks '{key}'")
+    for group in groups:
+        if cfg.get(group) is None:
+            _leave_out(cfg, group)
+    return cfg
 
 
 def _leave_out(cfg: DictConfig, group: str) -> None:

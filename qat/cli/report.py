@@ -12,8 +12,10 @@ def main(argv: list[str]) -> int:
     folder: Path = parser.parse_args(argv).sweep_dir.absolute()
     from rich.console import Console
 
-    from qat.report.sweep import write_report
+    from qat.report.sweep import tell_bad, write_report
     from qat.sweep.results import read_sweep
 
-    write_report(read_sweep(folder), Console(highlight=False))
+    sweep, console = read_sweep(folder), Console(highlight=False)
+    write_report(sweep, console)
+    tell_bad(sweep, console)
     return 0

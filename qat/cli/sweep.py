@@ -52,7 +52,7 @@ def main(args: argparse.Namespace, version: dict[str, Any]) -> int:
         raise explain(error, args.overrides, args.config_dir, version) from error
     with task.claimed(sweep.kind):
         sweep.run(task)
-    from qat.report.sweep import write_report  # imports matplotlib
+    from qat.report.sweep import tell_bad, write_report  # imports matplotlib
 
     swept = read_sweep(task.folder)
     write_report(swept, task.console)
@@ -60,11 +60,7 @@ def main(args: argparse.Namespace, version: dict[str, Any]) -> int:
         from qat.report.sweep import log_sweep
 
         log_sweep(swept, line.logger)
-    bad = [r for r in swept.results if r.state == "failed" or r.verified is False]
-    for result in bad:
-        said = result.error or "the exported file falls short of the trained model"
-        task.console.print(f"[red]point {result.number}: {said}[/] ({result.folder})", highlight=False, soft_wrap=True)
-    return 1 if bad else 0
+    return 1 if tell_bad(swept, task.console) else 0
 
 
 class _Line:

@@ -1,11 +1,16 @@
-"""Writing whole files or none: to a temporary name in the same folder, then renamed. And who may write."""
+"""Writing whole files or none: to a temporary name in the same folder, then renamed. And who may write.
+
+What is read back may have been damaged since, by a full disk or an editor.
+"""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -57,6 +62,23 @@ def replace(made: Path, path: Path) -> None:
         except OSError:
             os.replace(old, path)
             raise
+
+
+def read_object(path: Path, *keys: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: if it is damaged: no JSON, no object, or one without some of `keys`.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (ValueError, RecursionError):  # no UTF-8, no JSON
+        raise UserError(f"{path}: is damaged: no JSON") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is damaged: holds a {type(content).__name__}, no object")
+    if missing := [key for key in keys if key not in content]:
+        raise UserError(f"{path}: is damaged: lacks '{missing[0]}'")
+    return content
 
 
 def sha256(path: str | Path) -> str:

@@ -18,7 +18,7 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from qat import __version__
-from qat.export.files import atomic, sha256
+from qat.export.files import atomic, read_object, sha256
 
 FILES = ("float.safetensors", "float.onnx", "float/metrics.csv")
 VALUES = "values.json"
@@ -86,7 +86,7 @@ class FloatCache:
         if self.main:
             for name in FILES:
                 _copy(self.folder / name, run_folder / name)
-        return json.loads((self.folder / VALUES).read_text())
+        return read_object(self.folder / VALUES, "metric")
 
     def save(self, run_folder: Path, values: dict[str, Any]) -> None:
         """Makes the entry from a run; what was measured is written last, and makes it one."""

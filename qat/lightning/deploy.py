@@ -5,7 +5,6 @@ Nothing is trained or calibrated here: the checkpoint holds the plan, every scal
 """
 
 import copy
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +15,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from qat.cli.configs import read_config
 from qat.cli.instantiate import instantiate
 from qat.cli.targets import parsed
 from qat.errors import UserError, nearest
+from qat.export.files import read_object
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
 from qat.export.verify import Verdict
@@ -65,12 +66,11 @@ def restore(path: Path, changed: Mapping[str, str] | None = None) -> Trained:
         changed: Keys of the run's config that differ now (`data.root`), and their values as on a command line.
 
     Raises:
-        UserError: if there is no such run or key, or the checkpoint is damaged, of a float model, or of another
-            architecture.
+        UserError: if there is no such run or key, its config is damaged, or the checkpoint is damaged, of a float
+            model, or of another architecture.
     """
     folder = _folder(path)
-    cfg = OmegaConf.load(folder / ".hydra" / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    cfg = read_config(folder / ".hydra" / "config.yaml")
     for key, value in (changed or {}).items():
         group, _, name = key.partition(".")
         if name not in cfg[group]:
@@ -157,11 +157,12 @@ def verify(
         Whether everything was verified.
 
     Raises:
-        UserError: if there is no finished run, or no file.
+        UserError: if there is no finished run, or no file; if what the run wrote down is damaged.
     """
     folder = _folder(path)
     if not (folder / "report.json").is_file():
         raise UserError(f"{folder} holds no finished run: there is no report.json")
+    report = read_object(folder / "report.json", "stages")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # what it says of every trainer
     with calm():
         if path.is_dir() and not (path / TRAINED).is_file():
@@ -176,7 +177,6 @@ def verify(
         passed = True
         if this.target is not None:
             verdict = _verdict(this, this.target, trained)
-            report = json.loads((folder / "report.json").read_text())
             this.console.print(report_table(report | {"verify": verdict.to_dict()}))
             passed = verdict.passed
         packed = PackedTarget()

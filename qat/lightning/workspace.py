@@ -27,7 +27,7 @@ from rich.console import Console
 from qat.audit import AuditRow, audit, check_coverage
 from qat.cli.instantiate import build
 from qat.errors import UserError
-from qat.export.files import atomic
+from qat.export.files import atomic, read_object
 from qat.export.onnx import traceable
 from qat.export.target import Target
 from qat.insert import Plan, apply_plan, make_plan
@@ -117,7 +117,7 @@ class Workspace:
     def _recall(self) -> None:
         if not self._remembered.is_file():
             raise UserError(f"ckpt=last: there is no run to resume in {self.folder}; name its folder with run_dir=...")
-        self.progress = json.loads(self._remembered.read_text())
+        self.progress = read_object(self._remembered, "start", "stages", "seconds")
         check_settled(settled(self.cfg), self.progress.get("settings", {}), self.folder)
 
     def check(self) -> None:

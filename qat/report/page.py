@@ -12,6 +12,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from qat.cli.configs import read_yaml
+from qat.errors import UserError
 from qat.export.files import atomic
 from qat.sweep.objectives import OBJECTIVES
 from qat.sweep.results import Result, Sweep, curves
@@ -65,11 +67,15 @@ def _point(result: Result, beside: Path) -> dict[str, Any]:
 
 
 def config_of(folder: Path) -> dict[str, str]:
-    """A run's config, flat: dotted key -> value as text, without what depends on where it ran."""
+    """A run's config, flat: dotted key -> value as text, without what depends on where it ran; empty if there is none
+    to be read."""
     path = folder / ".hydra" / "config.yaml"
     if not path.is_file():
         return {}
-    config = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    try:
+        config = OmegaConf.to_container(read_yaml(path), resolve=False)
+    except UserError:
+        return {}
     assert isinstance(config, dict)
     return dict(_flat({key: value for key, value in config.items() if key not in UNTOLD}, ""))
 

@@ -35,6 +35,16 @@ def write_report(sweep: Sweep, console: Console) -> None:
     console.print(f"{page}\n{picture}", highlight=False, soft_wrap=True)
 
 
+def tell_bad(sweep: Sweep, console: Console) -> bool:
+    """One line for each point that failed or did not verify; whether there is one."""
+    bad = [r for r in sweep.results if r.state == "failed" or r.verified is False]
+    for result in bad:
+        said = result.error or "the exported file falls short of the trained model"
+        line = f"[red]point {result.number}: {escape(said)}[/] ({escape(str(result.folder))})"
+        console.print(line, highlight=False, soft_wrap=True)
+    return bool(bad)
+
+
 def sweep_table(sweep: Sweep) -> Table:
     """A row for each point, the best metric first; `*` marks the front over all objectives."""
     headers, rows = sweep_rows(sweep)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from qat.export.files import atomic
+from qat.export.files import atomic, read_object
 
 State = Literal["done", "failed", "pruned"]
 RECORD, LOCK, STOP, OUTPUT = "point.json", ".lock", "stop", "output.log"
@@ -61,7 +61,7 @@ def past(folder: Path) -> Outcome | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    record = json.loads(path.read_text())
+    record = read_object(path, "state", "error")
     return Outcome(record["state"], record["error"]) if record["state"] else None
 
 

@@ -1,7 +1,9 @@
-"""What the points of a sweep left, read from their folders: finished runs tell all in `report.json`."""
+"""What the points of a sweep left, read from their folders: finished runs tell all in `report.json`.
+
+A point whose files are damaged is one that failed, with the file named as its error: the others count all the same.
+"""
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,10 +12,13 @@ from typing import Any
 
 from qat.cost import average_bits
 from qat.errors import UserError
+from qat.export.files import read_object
 from qat.sweep.objectives import front
 from qat.sweep.point import RECORD
 
 DEFINITION, POINTS = "sweep.json", "points"
+PARTS = ("number", "params", "state", "error")
+"""What a `Result` takes from its `point.json`."""
 QUANTIZERS = ("scale/", "sqnr/", "bits/")
 """Columns of a log that say how quantizers do; all others are learning curves."""
 
@@ -89,12 +94,12 @@ def read_sweep(folder: Path) -> Sweep:
     """Reads a sweep's folder, or any folder with finished runs below it.
 
     Raises:
-        UserError: if there is neither.
+        UserError: if there is neither, or `sweep.json` is damaged.
     """
     if not folder.is_dir():
         raise UserError(f"SWEEP_DIR {folder} is not a directory")
     if (folder / DEFINITION).is_file():
-        definition = json.loads((folder / DEFINITION).read_text())
+        definition = read_object(folder / DEFINITION, "objectives")
         records = (folder / POINTS).glob(f"*/{RECORD}")
         results = sorted((read_point(path.parent) for path in records), key=lambda r: r.number)
         return Sweep(folder, definition["objectives"], results)
@@ -102,29 +107,36 @@ def read_sweep(folder: Path) -> Sweep:
     if not runs:
         raise UserError(f"SWEEP_DIR {folder} holds neither a sweep nor a finished run")
     results = [_plain_run(number, run) for number, run in enumerate(runs)]
-    better = "max" if results[0].report.get("higher_is_better", True) else "min"
+    better = "max" if next((r.report for r in results if r.report), {}).get("higher_is_better", True) else "min"
     packed = {"packed": "min"} if any("packed" in result.values for result in results) else {}
     return Sweep(folder, {"metric": better, **packed}, results)
 
 
 def read_point(folder: Path) -> Result:
     """Reads one point of a sweep."""
-    record = json.loads((folder / RECORD).read_text())
-    return Result(record["number"], record["params"], record["state"], record["error"], folder, _report(folder))
+    record: dict[str, Any] = {"number": int(folder.name) if folder.name.isdecimal() else -1, "params": {}}
+    try:
+        record = read_object(folder / RECORD, *PARTS)
+        return Result(**{key: record[key] for key in PARTS}, folder=folder, report=_report(folder))
+    except UserError as damaged:
+        return Result(record["number"], record["params"], "failed", str(damaged), folder, {})
 
 
 def _plain_run(number: int, folder: Path) -> Result:
-    from omegaconf import OmegaConf
+    from qat.cli.configs import read_yaml
 
-    path = folder / ".hydra" / "overrides.yaml"
-    overrides = [str(text) for text in OmegaConf.load(path)] if path.is_file() else []
-    params = {key: value for key, _, value in (text.partition("=") for text in overrides) if key != "run_dir"}
-    return Result(number, params, "done", None, folder, _report(folder))
+    path, params = folder / ".hydra" / "overrides.yaml", {}
+    try:
+        overrides = [str(text) for text in read_yaml(path)] if path.is_file() else []
+        params = {key: value for key, _, value in (text.partition("=") for text in overrides) if key != "run_dir"}
+        return Result(number, params, "done", None, folder, _report(folder))
+    except UserError as damaged:
+        return Result(number, params, "failed", str(damaged), folder, {})
 
 
 def _report(folder: Path) -> dict[str, Any]:
     path = folder / "report.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qat.errors import UserError
-from qat.export.files import atomic, claimed
+from qat.export.files import atomic, claimed, read_object
 from qat.sweep.point import Outcome, Point
 from qat.sweep.results import DEFINITION, POINTS, read_point
 from qat.sweep.space import Interval, Space
@@ -72,7 +72,7 @@ class Task:
     def _check_same(self, mine: dict[str, Any]) -> None:
         path = self.folder / DEFINITION
         if path.is_file():
-            theirs = json.loads(path.read_text())
+            theirs = read_object(path)
             if changed := [key for key in mine if mine[key] != theirs.get(key)]:
                 raise UserError(
                     f"{self.folder} holds another sweep ({', '.join(changed)} differ); "
