@@ -187,6 +187,38 @@ def test_the_same_command_has_the_same_folder_and_another_has_another(tmp_path, 
     assert at[0] == at[1] != at[2]
 
 
+def test_a_sweep_whose_config_files_were_edited_is_refused_under_the_part_that_changed(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(GridSweep, "run", lambda self, task: None)
+    written = {
+        "quant/a.yaml": "defaults: [w4a4]\n",
+        "quant/b.yaml": "defaults: [w8a8]\n",
+        "data/mine.yaml": "defaults: [digits]\nroot: ${oc.env:SOMEWHERE}\n",
+    }
+    for name, text in written.items():
+        (tmp_path / "conf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "conf" / name).write_text(text)
+    argv = ["-m", "--config-dir", "conf", "data=mine", "quant=a,b", "seed=0,1", "sweep.dir=sweep"]
+    monkeypatch.setenv("SOMEWHERE", "here")
+    assert main(["train", *argv]) == 0
+    for name, more in {"quant/b.yaml": "calibration_samples: 64\n", "data/mine.yaml": "batch_size: 7\n"}.items():
+        path, part = tmp_path / "conf" / name, name.partition("/")[0]
+        path.write_text(written[name] + more)
+        said = f"the config files say something else of {part} than when this sweep began; name a folder of its own"
+        assert said in _refused(capfd, *argv)
+        path.write_text(written[name])
+    monkeypatch.setenv("SOMEWHERE", "there")
+    assert main(["train", *argv, "sweep.launcher.n_jobs=2"]) == 0, "where its data lie and how many at a time is free"
+
+
+def test_points_are_numbered_by_what_varies_in_order_so_another_order_is_another_sweep(task):
+    with task.claimed("grid"):
+        pass
+    turned = replace(task, space=dict(reversed(task.space.items())))
+    with pytest.raises(UserError, match=r"holds another sweep \(params differ\)"), turned.claimed("grid"):
+        pass
+
+
 # -- points ----------------------------------------------------------------------------------------------------------
 
 

@@ -30,6 +30,8 @@ from qat.sweep.space import Interval, Space, from_yaml
 from qat.sweep.task import Task
 
 GROUP = "sweep"
+FREE = ("run_dir", "cache_dir", "logger", GROUP)
+"""Parts of a config that say where a point runs and what is written of it, not what comes of it."""
 HYDRAS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep", "hydra.mode")
 """Hydra's ways to run a sweep, which know neither resuming nor processes of their own."""
 
@@ -102,13 +104,14 @@ class _Line:
         space = {k: v for k, v in written.items() if _key(k) not in given and k not in space} | space
         if not space:
             raise UserError("nothing varies: give a key several values (quant.weight.bits=2,4,8), or sweep=bits_grid")
-        self._try(space)
+        config = self._try(space)
         objectives = check(cfg.sweep.objectives, cfg.metric, cfg.mode, exports=bool(cfg.export))
         sweep = instantiate(cfg.sweep)
         folder = Path(sweep.dir or self._folder(cfg, space, objectives)).absolute()
         cache = [] if cfg.cache_dir else [f"cache_dir='{folder / 'cache'}'"]
         command = (*self._options(cfg, folder), *self.fixed, *cache, f"~{GROUP}")
-        task = Task(command, space, objectives, cfg.metric, cfg.mode, cfg.seed, folder, Console(highlight=False))
+        console = Console(highlight=False)
+        task = Task(command, space, objectives, cfg.metric, cfg.mode, cfg.seed, folder, console, config)
         sweep.check(task)
         logs = "CSVLogger" in str((cfg.get("logger") or {}).get("_target_"))
         if not logs and (getattr(sweep, "pruner", None) is not None or getattr(sweep, "keep", None) is not None):
@@ -130,24 +133,44 @@ class _Line:
         choice = next((text.partition("=")[2] for text in self.own if _key(text) == GROUP), GROUP)
         return f"logs/{cfg.name}/sweeps/{choice}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
-    def _try(self, space: Space) -> None:
-        """Composes the config with every value once."""
+    def _try(self, space: Space) -> dict[str, str]:
+        """Composes the config with every value once; part of it -> a hash of what it then said.
+
+        As it is written: what an interpolation takes from the clock or the environment (`${oc.env:DATA}`) may differ
+        from one machine to another that goes on with the sweep.
+        """
         first = self._first(space)
+        tried = {"": first}
         for i, (key, values) in enumerate(space.items()):
             for value in values[1:] if isinstance(values, list) else [values.high]:
-                self._compose([*self.own, *first[:i], f"{key}={value}", *first[i + 1 :]])
+                tried[f"{key}={value}"] = [*first[:i], f"{key}={value}", *first[i + 1 :]]
+        found: dict[str, dict[str, Any]] = {}
+        for text, overrides in tried.items():
+            cfg = self._written([*self.own, *overrides])
+            said = OmegaConf.to_container(cfg)
+            assert isinstance(said, dict)
+            for part in said:
+                if part not in FREE:
+                    found.setdefault(str(part), {})[text] = said[part]
+            finish(cfg, Path("point"))
+        texts = {part: json.dumps(said, sort_keys=True, default=str) for part, said in found.items()}
+        return {part: hashlib.sha256(text.encode()).hexdigest()[:16] for part, text in texts.items()}
 
     def _first(self, space: Space) -> list[str]:
         return [f"{key}={v[0] if isinstance(v, list) else v.low}" for key, v in space.items()]
 
     def _compose(self, more: Sequence[str]) -> DictConfig:
+        cfg = self._written(more)
+        finish(cfg, Path("point"))
+        return cfg
+
+    def _written(self, more: Sequence[str]) -> DictConfig:
+        """The config as Hydra composes it, interpolations and all."""
         GlobalHydra.instance().clear()
         search = [f"hydra.searchpath=[file://{self.config_dir}]"] if self.config_dir else []
         with initialize_config_dir(str(configs_dir()), **self.version):
             overrides = group_overrides([*self.fixed, *more], self.config_dir)
-            cfg = compose("train", overrides=[*overrides, *search])
-        finish(cfg, Path("point"))
-        return cfg
+            return compose("train", overrides=[*overrides, *search])
 
 
 def _values(override: Override) -> list[str] | Interval:

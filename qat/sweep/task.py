@@ -1,13 +1,14 @@
 """A sweep about to run: what every point has in common, its folder, and the record of what the sweep is.
 
 Run again, the same command finds its folder and goes on. Whether it is the same is decided by what determines the
-points: the common overrides, what varies, and the objectives; not by how many points, where, or how many at a time.
+points: the common overrides, what varies, the objectives, and what the config files behind them say; not by how many
+points, where, or how many at a time.
 """
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Task:
         seed: Of the search.
         folder: The sweep's.
         console: Where progress goes.
+        config: Part of the composed config (`quant`) -> a hash of what it says, in all points.
     """
 
     command: tuple[str, ...]
@@ -45,13 +47,14 @@ class Task:
     seed: int
     folder: Path
     console: Console
+    config: dict[str, str] = field(default_factory=dict)
 
     def definition(self, kind: str) -> dict[str, Any]:
-        """What the sweep is, as plain containers."""
-        space = {k: vars(v) if isinstance(v, Interval) else v for k, v in self.space.items()}
+        """What the sweep is, as plain containers; points are numbered by the order of what varies."""
+        space = [[k, vars(v) if isinstance(v, Interval) else v] for k, v in self.space.items()]
         return {
             "kind": kind, "command": list(self.command), "params": space, "objectives": self.objectives,
-            "metric": self.metric, "seed": self.seed,
+            "metric": self.metric, "seed": self.seed, "config": self.config,
         }  # fmt: skip
 
     def point(self, number: int, params: dict[str, str]) -> Point:
@@ -62,7 +65,7 @@ class Task:
         """Holds the folder for this sweep.
 
         Raises:
-            UserError: if another sweep was run there, or this one is running.
+            UserError: if another sweep was run there, or with other config files, or this one is running.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with claimed(self.folder / LOCK, f"{self.folder}: a sweep is running in this folder"):
@@ -73,7 +76,15 @@ class Task:
         path = self.folder / DEFINITION
         if path.is_file():
             theirs = read_object(path)
-            if changed := [key for key in mine if mine[key] != theirs.get(key)]:
+            changed = [key for key in mine if mine[key] != theirs.get(key)]
+            if changed == ["config"]:
+                now, then = mine["config"], theirs.get("config") or {}
+                parts = [key for key in now | then if now.get(key) != then.get(key)]
+                raise UserError(
+                    f"{self.folder}: the config files say something else of {', '.join(parts)} than when this sweep "
+                    "began; name a folder of its own with sweep.dir=..., or change them back to resume it"
+                )
+            if changed:
                 raise UserError(
                     f"{self.folder} holds another sweep ({', '.join(changed)} differ); "
                     "name a folder of its own with sweep.dir=..., or repeat that sweep's command to resume it"
