@@ -319,6 +319,23 @@ def test_a_search_ends_points_that_its_pruner_gives_up(objectives, pruner, tmp_p
     assert trial.state.name == "PRUNED" and "pruned" in console.file.getvalue()
 
 
+def test_two_searches_with_one_storage_have_a_study_each_and_go_on_with_it(tmp_path, program, console):
+    pytest.importorskip("optuna", reason="needs the extra `sweep`")
+    program('echo "{\\"stages\\": {\\"qat\\": {\\"metric\\": 0.5}}}" > "$1/report.json"')
+    sweep = OptunaSweep({}, n_trials=2, storage=f"sqlite:///{tmp_path / 'all.db'}")
+    tasks = [
+        Task((), {key: ["1", "2", "3"]}, {"metric": "max"}, "acc", "max", 0, tmp_path / key / "same", console)
+        for key in ("a", "b")
+    ]
+    for task in (*tasks, *tasks):
+        with task.claimed("optuna"):
+            sweep.run(task)
+    for task in tasks:
+        assert [set(r.params) for r in read_sweep(task.folder).results] == [set(task.space)] * 2
+    said = console.file.getvalue()
+    assert said.count("2 points, 0 of them finished") == said.count("2 points, 2 of them finished") == 2
+
+
 def test_optunas_pruners_do_not_rank_several_objectives(task):
     optuna = pytest.importorskip("optuna", reason="needs the extra `sweep`")
     several = replace(task, objectives={"metric": "max", "packed": "min"})

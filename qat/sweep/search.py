@@ -5,10 +5,13 @@ that were running are run on from where they stopped. Each proposal is made by a
 number, so a search that was killed proposes what it would have proposed.
 """
 
+import secrets
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from qat.errors import UserError
+from qat.export.files import atomic
 from qat.sweep.launchers import Launcher, Local
 from qat.sweep.point import Outcome, Point
 from qat.sweep.prune import Dominated, Watcher
@@ -16,7 +19,7 @@ from qat.sweep.results import by_epoch, read_point
 from qat.sweep.space import Interval
 from qat.sweep.task import Task
 
-STUDY, STORE = "sweep", "study.db"
+STUDY, STORE, NAME = "sweep", "study.db", "study.txt"
 REPEATS = 50
 """Proposals of points that are there already, one after the other, that mean there are no others."""
 
@@ -29,7 +32,8 @@ class OptunaSweep:
         monitor: The logged value that pruning looks at after each epoch; its direction is the config's `mode`.
         pruner: `Dominated`, or with one objective a pruner of Optuna's; `None` to let every point end.
         sampler: Makes Optuna's sampler from a seed (`_partial_: true`); `None` for TPE.
-        storage: Optuna's storage URL; `None` for an SQLite file in the sweep's folder.
+        storage: Optuna's storage URL, where each sweep has a study of its own, under the name in the `study.txt` of
+            its folder; `None` for an SQLite file in that folder.
         dir, params, objectives, launcher: As of `GridSweep`.
     """
 
@@ -84,7 +88,8 @@ class _Search:
         directions = ["maximize" if d == "max" else "minimize" for d in task.objectives.values()]
         own = None if sweep.pruner is None or isinstance(sweep.pruner, Dominated) else sweep.pruner
         self.study = optuna.create_study(
-            storage=sweep.storage or f"sqlite:///{task.folder / STORE}", study_name=STUDY, directions=directions,
+            storage=sweep.storage or f"sqlite:///{task.folder / STORE}",
+            study_name=_name(task.folder) if sweep.storage else STUDY, directions=directions,
             pruner=own or optuna.pruners.NopPruner(), load_if_exists=True,
         )  # fmt: skip
         self.watcher: Watcher
@@ -166,6 +171,17 @@ class _Search:
             if epoch not in frozen.intermediate_values:
                 trial.report(value, epoch)
         return trial.should_prune()
+
+
+def _name(folder: Path) -> str:
+    """What a folder's study is called where there are others: it belongs to the points in the folder, wherever that is
+    seen from, and neither to the same command elsewhere nor to a folder that was deleted.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        with atomic(path) as temporary:
+            temporary.write_text(f"{folder.name}-{secrets.token_hex(4)}")
+    return path.read_text()
 
 
 def _optuna() -> Any:
