@@ -7,6 +7,7 @@ there such ties are exact, and common: several percent of all pairs. Scales that
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import TypeGuard
 
 import torch
@@ -31,13 +32,20 @@ def untie(model: nn.Module, only: set[Quantizer]) -> None:
         model: Calibrated.
         only: The quantizers that may change.
     """
+    for first, second in cascades(model):
+        if second in only:
+            levels = torch.arange(first.quant_min, first.quant_max + 1) - first.zero_point.cpu()
+            values = levels.float() * first.step().cpu()
+            low, high = (end - int(second.zero_point) for end in (second.quant_min, second.quant_max))
+            second.scale.copy_(untied(second.step().cpu(), values, low, high))
+
+
+def cascades(model: nn.Module) -> Iterator[tuple[Quantizer, Quantizer]]:
+    """Pairs of grids in a row of which the second's scale depends on the first's."""
     for chain in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
         for first, second in itertools.pairwise(chain):
-            if _ties(first) and _ties(second) and second in only and first.spec.width <= WIDEST:
-                levels = torch.arange(first.quant_min, first.quant_max + 1) - first.zero_point.cpu()
-                values = levels.float() * first.step().cpu()
-                low, high = (end - int(second.zero_point) for end in (second.quant_min, second.quant_max))
-                second.scale.copy_(untied(second.step().cpu(), values, low, high))
+            if _ties(first) and _ties(second) and first.spec.width <= WIDEST:
+                yield first, second
 
 
 def _ties(grid: nn.Module) -> TypeGuard[Quantizer]:

@@ -19,17 +19,17 @@ from qat.starts import CorrectBias
 FLOAT = Tiny().eval()
 
 
-def _quantized(weight: int, act: int):
+def _quantized(weight: int, act: int, sites: int = 8):
     model, x = copy.deepcopy(FLOAT), images()
-    policy = QuantPolicy.from_dict({"weight": {"bits": weight}, "act": {"bits": act}, "sites": {"bits": 8}})
+    policy = QuantPolicy.from_dict({"weight": {"bits": weight}, "act": {"bits": act}, "sites": {"bits": sites}})
     apply_plan(model, make_plan(model, policy, lambda: model(x))[0])
     return model
 
 
-def _calibrated(cache: RangeCache | None, weight: int, act: int, run=None):
-    model = _quantized(weight, act)
+def _calibrated(cache: RangeCache | None, weight: int, act: int, run=None, sites: int = 8, seed: int = 2):
+    model = _quantized(weight, act, sites)
     missing = None if cache is None else cache.load(model)
-    calibrate(model, run or (lambda: model(images())), missing)
+    calibrate(model, run or (lambda: model(images(seed))), missing)
     if cache is not None:
         cache.save(model, missing or ())
     return model, missing
@@ -56,6 +56,21 @@ def test_other_bits_of_activations_leave_the_weights_ranges_and_those_of_sites(t
     mixed, missing = _calibrated(cache, 4, 3)
     assert missing and all(q.spec.bits == 3 and not q.is_weight for q in missing)
     assert same(quantizer_state(mixed), quantizer_state(_calibrated(None, 4, 3)[0]))
+
+
+def test_a_grid_behind_one_of_other_bits_is_untied_of_that_whoever_came_first(tmp_path):
+    for seed in range(100):
+        alone = {bits: quantizer_state(_calibrated(None, 4, 4, sites=bits, seed=seed)[0]) for bits in (8, 6)}
+        second = next(name for name in alone[8] if name.endswith("input_quantizer.1.scale"))
+        if not torch.equal(alone[8][second], alone[6][second]):
+            break
+    assert not torch.equal(alone[8][second], alone[6][second]), "the grid in front mattered to none of them"
+    for order in ((8, 6), (6, 8)):
+        cache = RangeCache(tmp_path / str(order), 16)
+        for bits in order:
+            model, missing = _calibrated(cache, 4, 4, sites=bits, seed=seed)
+            assert same(quantizer_state(model), alone[bits]) and missing
+    assert not any(q.is_weight for q in missing), "a weight has no grid in front"
 
 
 def test_another_number_of_samples_is_another_calibration(tmp_path):

@@ -1,7 +1,8 @@
 """First ranges that several runs share: a grid of the same tensor with the same spec is calibrated once.
 
 Every quantizer sees the float model's tensors, whatever the others have, so its first range follows from the float
-model, the calibration data, and its own place and spec. In a sweep over bits most grids recur: 4 widths of weights
+model, the calibration data, and its own place and spec; and from those of a grid that its tensor passes before, of
+which it is untied (see `qat.cascades`). In a sweep over bits most grids recur: 4 widths of weights
 times 2 of activations are 8 points, but each weight has 4 ranges, not 8. A run that finds all of its ranges does not
 look at data at all.
 """
@@ -10,10 +11,12 @@ import hashlib
 import json
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qat.cascades import cascades
 from qat.export.files import atomic
 from qat.insert import named_quantizers
 from qat.quantizers import Quantizer
@@ -53,9 +56,17 @@ class RangeCache:
 
     def _files(self, model: nn.Module) -> dict[Quantizer, Path]:
         """Where each quantizer's range is: under a hash of what it follows from."""
-        readers = readers_of(model)
+        readers, names = readers_of(model), {quantizer: name for name, quantizer in named_quantizers(model)}
+        before: dict[Quantizer, list[Quantizer]] = {}
+        for first, second in cascades(model):
+            before.setdefault(second, []).append(first)
+
+        def origin(quantizer: Quantizer) -> list[Any]:
+            own = [names[quantizer], readers[quantizer], quantizer.spec.to_dict()]
+            return [*own, *map(origin, before.get(quantizer, []))]
+
         found: dict[Quantizer, Path] = {}
-        for name, quantizer in named_quantizers(model):
-            content = json.dumps([self.samples, name, readers[quantizer], quantizer.spec.to_dict()], sort_keys=True)
+        for quantizer in names:
+            content = json.dumps([self.samples, *origin(quantizer)], sort_keys=True)
             found[quantizer] = self.folder / f"{hashlib.sha256(content.encode()).hexdigest()[:16]}.safetensors"
         return found
