@@ -142,6 +142,9 @@ def test_latency_is_measured_on_the_runtime_once(measured, search):
     before = (measured / "latency.json").read_bytes()
     assert search("latency=1s", pairs) == 0
     assert (measured / "latency.json").read_bytes() == before
+    assert search("latency=1s", pairs, "search.repeats=6") == 0
+    again = json.loads((measured / "latency.json").read_text())
+    assert all(entry["repeats"] == 6 and entry["layers"] != known[pair]["layers"] for pair, entry in again.items())
 
 
 @pytest.mark.parametrize(

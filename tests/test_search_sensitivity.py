@@ -168,6 +168,19 @@ def test_new_widths_add_to_what_is_known(tmp_path):
     assert len(steps) == 3, "the three weights at two bits"
 
 
+def test_another_number_of_probes_estimates_the_traces_anew(tmp_path):
+    torch.manual_seed(0)
+    model, found = Drawn(Shape()), {}
+    space, losses = _space(model, model.example(8), weight_bits=[4], act_bits=[8]), _cross_entropy(model)
+    for name, probes in (("both", 1), ("both", 8), ("alone", 8), ("both", 0)):
+        measured = Measured(tmp_path / f"{name}.json")
+        assert (missing(space, measured, probes) > 0) == (probes > 0)
+        measure(space, measured, losses, probes)
+        assert missing(space, measured, probes) == 0
+        found[name, probes] = {t: entry["trace"] for t, entry in measured.tensors.items()}
+    assert found["both", 1] != found["both", 8] == found["alone", 8] == found["both", 0]
+
+
 def test_layers_that_read_one_tensor_share_a_grid_and_layers_of_one_weight_share_its_bits():
     model = Drawn(Shape(kind="strided"))
     space = _space(model, model.example(2))

@@ -18,7 +18,7 @@ from qat.calibrate import calibrated
 from qat.cli.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
-from qat.export.files import atomic
+from qat.export.files import atomic, read_object
 from qat.export.onnx import export_onnx
 from qat.insert import Plan
 from qat.lightning.cache import float_key
@@ -121,12 +121,12 @@ class SearchRun(Run):
 
     def _latencies(self, space: Space, losses: BatchLosses) -> Latencies:
         """Every pair in use, in a file of its own in which all layers have it (or of theirs the nearest)."""
-        path = self.folder / "latency.json"
-        known: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+        path, repeats = self.folder / "latency.json", self.settings.repeats
+        known: dict[str, Any] = read_object(path) if path.is_file() else {}
         pairs = list(dict.fromkeys(pair for layer in space.layers for pair in layer.options))
         for pair in pairs:
             label = f"{pair[0]}x{pair[1]}"
-            if label not in known:
+            if known.get(label, {}).get("repeats") != repeats:
                 self.console.print(f"Latency at {label}", style="dim")
                 known[label] = self._measure_pair(space, pair, losses)
                 with atomic(path) as temporary:
@@ -142,7 +142,7 @@ class SearchRun(Run):
             path = Path(folder) / "model.onnx"
             export_onnx(self._converted(plan, losses), example_input(self.module, self.data.train_dataloader), path)
             times, rest = layer_latencies(path, list(everywhere), self.settings.repeats)
-        return {"layers": times, "rest": rest}
+        return {"layers": times, "rest": rest, "repeats": self.settings.repeats}
 
     def _plan(self, space: Space, choice: dict[str, Pair]) -> Plan:
         acts = {name: a for name, (_, a) in choice.items() if a is not None}

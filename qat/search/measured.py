@@ -22,8 +22,8 @@ class Measured:
 
     Attributes:
         loss: Of the float model.
-        tensors: Per grid: `size`, `trace` (of the Hessian; absent until estimated), and `bits`: per width (as text)
-            `loss_increase`, `mse` and `sqnr_db` (`None` if nothing was lost).
+        tensors: Per grid: `size`, `trace` (of the Hessian; absent until estimated) and the `probes` that it is the
+            mean of, and `bits`: per width (as text) `loss_increase`, `mse` and `sqnr_db` (`None` if nothing was lost).
     """
 
     def __init__(self, path: Path, key: str = "") -> None:

@@ -52,7 +52,12 @@ class _Noise:
 def missing(space: Space, measured: Measured, probes: int) -> int:
     """How many measurements `measure` has to make."""
     widths = sum(not measured.has(t, b) for t in space.tensors for b in space.widths(t))
-    return widths + (probes > 0 and any("trace" not in measured.of(t) for t in space.tensors))
+    return widths + _lacks_traces(space, measured, probes)
+
+
+def _lacks_traces(space: Space, measured: Measured, probes: int) -> bool:
+    """Whether one was not estimated yet, or from another number of probes."""
+    return probes > 0 and any(measured.of(t).get("probes") != probes for t in space.tensors)
 
 
 def measure(
@@ -64,7 +69,8 @@ def measure(
         space: What can be chosen; its model stays as it is.
         measured: The cache.
         losses: Runs the model.
-        probes: Random vectors per batch for the Hessian's trace; 0 leaves it out.
+        probes: Random vectors per batch for the Hessian's trace, which is estimated anew if it was with another number;
+            0 leaves it out.
         step: Called after each measurement (a progress bar).
 
     Raises:
@@ -75,9 +81,9 @@ def measure(
             measured.loss = mean_loss(space.model, losses)
             if not math.isfinite(measured.loss):
                 raise UserError(f"the float model's loss is {measured.loss}: there is nothing to compare with")
-        if probes and any("trace" not in measured.of(t) for t in space.tensors):
+        if _lacks_traces(space, measured, probes):
             for tensor, trace in traces(space.model, space.tensors, losses, probes).items():
-                measured.of(tensor)["trace"] = trace
+                measured.of(tensor).update(trace=trace, probes=probes)
             measured.save()
             step()
         for bits in space.plans:
