@@ -155,6 +155,7 @@ def test_latency_is_measured_on_the_runtime_once(measured, search):
         pytest.param(["packt=1kB"], "'packt' is neither a cost nor a config key; did you mean 'packed'", id="cost"),
         pytest.param(["search.bugdet.packed=1"], "unknown config key 'search.bugdet.packed'", id="key"),
         pytest.param(["packed=lots"], "packed=lots: must be a number", id="limit"),
+        pytest.param(["packed=-5kB"], "packed=-5kB: must be above zero", id="below-zero"),
         pytest.param(["avg_bits=4", "quant=off", "search.dir=nowhere"], "quant=off leaves everything float", id="off"),
         pytest.param(["avg_bits=4", "search.output=x.yaml"], "must be a .yaml in a folder named quant", id="where"),
         pytest.param(["avg_bits=4", "quant.weight.bits=3"], "holds what was measured of another model", id="folder"),
@@ -179,6 +180,22 @@ def test_a_mistake_leaves_no_folder(tmp_path, capsys):
     folder = tmp_path / "new"
     assert main(["search", *TINY, f"search.dir={folder}", "avg_bits=4", "search.tie=[blocks]"]) == 2
     assert "search.tie: no layer matches 'blocks'" in capsys.readouterr().err and not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        pytest.param("automatic_optimization", False, "it optimizes by hand instead", id="by-hand"),
+        pytest.param("training_step", lambda self, batch: None, "it returned NoneType", id="no-loss"),
+    ],
+)
+def test_a_step_without_a_loss_is_found_before_anything_is_trained(name, value, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(f"qat.models.MLP.{name}", value)
+    monkeypatch.setattr("qat.lightning.search.SearchRun.float_stage", lambda self: pytest.fail("trained"))
+    assert main(["sensitivity", *TINY, f"search.dir={tmp_path / 'new'}"]) == 2
+    error = capsys.readouterr().err
+    assert "MLP: its training_step must return the loss" in error and said in error
+    assert not (tmp_path / "new").exists()
 
 
 def test_sensitivity_takes_no_budget_and_training_no_search(tmp_path, capsys):

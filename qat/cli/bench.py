@@ -61,9 +61,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"qat bench has no setting '{unknown[0]}'{nearest(unknown[0], DEFAULTS)}")
     settings = DEFAULTS | settings
     threads, batches = numbers("threads", settings["threads"]), numbers("batch", settings["batch"])
-    seconds = numbers("seconds", settings["seconds"])
-    if len(seconds) > 1:
-        raise UserError(f"seconds={settings['seconds']}: must be one whole number")
+    [seconds] = numbers("seconds", settings["seconds"], several=False)
     files = {name: Path(name).absolute() for name in names}
     if not files:
         raise UserError(f"write {USAGE}")
@@ -78,7 +76,7 @@ def main(argv: list[str]) -> int:
     if chart.is_dir():
         chart = chart / DEFAULTS["out"]
     chart.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written to shows before anything is measured
-    measured = _measure(Opener(run_dir), {"float": run_dir / FLOAT} | files, threads, batches, float(seconds[0]))
+    measured = _measure(Opener(run_dir), {"float": run_dir / FLOAT} | files, threads, batches, float(seconds))
     from rich.console import Console
 
     from qat.report.bench import bench_table, save_bench_plot, warnings
@@ -92,13 +90,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def numbers(key: str, text: str) -> list[int]:
+def numbers(key: str, text: str, several: bool = True) -> list[int]:
     """`1,2` as whole numbers, each at least 1, in rising order: Inductor fills a batch up to a larger one that it has
     compiled already."""
     try:
-        found = [int(part) for part in text.split(",")]
+        found = [int(part) for part in (text.split(",") if several else [text])]
     except ValueError:
-        raise UserError(f"{key}={text}: must be whole numbers, {key}=1,2") from None
+        wanted = f"whole numbers, {key}=1,2" if several else f"one whole number, {key}=2"
+        raise UserError(f"{key}={text}: must be {wanted}") from None
     if min(found) < 1:
         raise UserError(f"{key}={text}: must be at least 1")
     return sorted(set(found))

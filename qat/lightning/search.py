@@ -207,6 +207,7 @@ def search(cfg: DictConfig, folder: Path, command: str, only_measure: bool = Fal
                             "or search.front=packed")  # fmt: skip
         this.check()
         this.space()  # a pattern that matches nothing is found before the float model is trained
+        mean_loss(this.module, BatchLosses(this.data.train_dataloader, samples=1))  # and so is a step without a loss
         this.remember()
         this.float_stage()
         losses = BatchLosses(this.data.train_dataloader, this.settings.samples)

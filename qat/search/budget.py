@@ -28,7 +28,7 @@ def amount(name: str, value: Any) -> float:
         UserError: if it is neither, or not above zero.
     """
     units = UNITS[name]
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(value))
+    match = re.fullmatch(r"\s*([+-]?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(value))
     if isinstance(value, bool) or match is None or match[2].lower() not in units:
         accepted = ", ".join(repr(unit) for unit in units if unit)
         raise UserError(f"{name}={value}: must be a number{f' and one of {accepted}' if accepted else ''}")
