@@ -108,6 +108,39 @@ def test_points_share_one_float_model_of_the_same_parts_only(tmp_path):
         assert not (cache.folder / ".lock").exists(), "a folder that cannot be written to serves as well"
 
 
+BASE = "from qat.models import MLP\nclass Base(MLP): scale = 1\n"
+MODEL = "from edited_base import Base\nclass Own(Base): pass\ndef make(width: int): return Own(width)\n"
+
+
+@pytest.mark.parametrize("name", ["Own", "make"])
+def test_a_float_model_of_other_code_is_another_one(name, tmp_path, monkeypatch):
+    from omegaconf import OmegaConf
+
+    from qat.lightning import cache
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("QAT_TARGETS", "edited_model,edited_base")
+    parts = dict.fromkeys(("ckpt", "float_ckpt", "float_model", "float_epochs", "seed", "metric"))
+    node = {"_target_": f"edited_model.{name}", "width": 8}
+    cfg = OmegaConf.create({**parts, "model": {"wrapped": [node]}, "data": {}, "trainer": {}})
+
+    def key(base: str, model: str) -> str:
+        (tmp_path / "edited_base.py").write_text(base)
+        (tmp_path / "edited_model.py").write_text(model)
+        return cache.float_key(cfg)
+
+    def other_process(base: str, model: str) -> str:
+        cache._sources.cache_clear()
+        for module in ("edited_model", "edited_base"):
+            monkeypatch.delitem(sys.modules, module, raising=False)
+        return key(base, model)
+
+    before, edited = other_process(BASE, MODEL), BASE.replace("1", "2")
+    assert key(edited, MODEL + "# edited") == before, "what this process runs is what it imported"
+    assert before == other_process(BASE, MODEL) != other_process(BASE, MODEL + "# edited")
+    assert (before == other_process(edited, MODEL)) == (name == "make"), "a class follows from its bases"
+
+
 # -- engines ---------------------------------------------------------------------------------------------------------
 
 

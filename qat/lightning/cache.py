@@ -5,7 +5,9 @@ name of an entry is a hash of the config parts that it follows from, so a run fi
 parts, and nothing else. An entry appears complete or not at all; while one run makes it, others that want it wait.
 """
 
+import functools
 import hashlib
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
@@ -18,6 +20,7 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from qat import __version__
+from qat.cli.instantiate import locate
 from qat.export.files import atomic, read_object, sha256
 
 FILES = ("float.safetensors", "float.onnx", "float/metrics.csv")
@@ -29,7 +32,12 @@ INDIFFERENT = (
 
 
 def float_key(cfg: DictConfig) -> str:
-    """A hash of everything that the float model follows from: model, data, training, seed, checkpoint, versions."""
+    """A hash of what the float model follows from: model, data, training, seed, checkpoint, versions, and the source
+    files of the classes (with their bases) and functions that `model`, `data` and `trainer` name.
+
+    Not in it: what those files import from others, and what the data hold; after a change there, take another
+    `cache_dir`.
+    """
     parts = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(parts, dict)
     start = parts["ckpt"] if parts["ckpt"] != "last" else None
@@ -43,7 +51,37 @@ def float_key(cfg: DictConfig) -> str:
         **{key: parts[key] for key in ("seed", "metric")},
         "versions": [__version__, torch.__version__],
     }
+    relevant["code"] = {target: _sources(target, key) for target, key in _targets(relevant)}
     return hashlib.sha256(json.dumps(relevant, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _targets(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every `_target_` in plain containers, and where it stands."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in children:
+        where = f"{key}.{name}".lstrip(".")
+        if name == "_target_":
+            yield child, where
+        else:
+            yield from _targets(child, where)
+
+
+@functools.cache
+def _sources(target: str, key: str) -> list[str]:
+    """Hashes of the files that define a class and its bases, or a function, as this process found them first: a file
+    that is edited later is not what runs.
+    """
+    named = locate(target, key)
+    owner = getattr(named, "__self__", named)  # of a class method
+    found: list[str] = []
+    for each in inspect.getmro(owner) if inspect.isclass(owner) else [owner]:
+        try:
+            path = inspect.getsourcefile(each)
+        except (TypeError, OSError):  # written in C, or typed at a prompt
+            continue
+        if path is not None:
+            found.append(sha256(path))
+    return found
 
 
 class FloatCache:
