@@ -4,7 +4,6 @@ All activation quantizers observe the float model at once (they pass values thro
 where they lie.
 """
 
-import copy
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.cascades import untie
+from qat.copies import copied
 from qat.errors import UserError
 from qat.insert import apply_plan, named_quantizers
 from qat.layers import QuantizedLayer, Site
@@ -31,10 +31,10 @@ def calibrated(model: nn.Module, plan: Plan, run: Callable[[nn.Module], Any]) ->
         plan: Its grids.
         run: Lets calibration batches pass a model.
     """
-    copied = copy.deepcopy(model)
-    apply_plan(copied, plan)
-    calibrate(copied, lambda: run(copied))
-    return copied
+    made = copied(model)
+    apply_plan(made, plan)
+    calibrate(made, lambda: run(made))
+    return made
 
 
 def needs_calibration(model: nn.Module) -> bool:

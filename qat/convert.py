@@ -6,7 +6,6 @@ gamma is negative. Biases become int32 at the accumulator's scale s_x * s_w, as 
 CVPR 2018, section 2.4): the only rounding that conversion adds, of at most half an accumulator step.
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.convert_sites import convert_sites, give_up_parameters
+from qat.copies import copied
 from qat.errors import UserError
 from qat.formats import FLOATS, round_midrise
 from qat.insert import Plan
@@ -91,7 +91,7 @@ def convert(model: nn.Module, plan: Plan, holds: Holds = INTEGERS) -> nn.Module:
     for name, module in model.named_modules():
         if isinstance(module, Quantizer) and module.enabled and not module.initialised:
             raise UserError(f"'{name}' was never calibrated, so there is nothing to convert yet")
-    converted = copy.deepcopy(model).cpu().eval()
+    converted = copied(model).cpu().eval()
     modules = dict(converted.named_modules())
     shared: dict[Any, IntegerTensor] = {}
     parameters = convert_sites(modules, plan, shared)

@@ -178,6 +178,31 @@ def test_conversion_leaves_the_model_as_it_is() -> None:
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
 
 
+class Keeping(nn.Module):
+    """Keeps what its forward in training computed, as auxiliary losses and pictures of attention want it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.aux = nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.body(x)
+        self.kept = self.aux(z)
+        self.maps = {"first": [z]}
+        return z
+
+
+def test_a_model_that_keeps_what_training_computed_is_copied_without_its_history() -> None:
+    model, x = Keeping(), torch.randn(4, 8)
+    plan = quantized(model, x)
+    model.train()(x)
+    assert not model.kept.is_leaf
+    converted = convert(model, plan)
+    assert torch.equal(converted.kept, model.kept) and not converted.kept.requires_grad  # pyright: ignore
+    assert not converted.maps["first"][0].requires_grad  # pyright: ignore[reportIndexIssue]
+    assert (converted(x) - model.eval()(x)).abs().max() < 0.05 * model(x).abs().max()
+
+
 def test_a_converted_model_holds_codes_and_no_quantizer() -> None:
     _, converted = both(lived(Drawn(Shape())), Drawn(Shape()).example(4))
     assert not any(isinstance(m, Quantizer) for m in converted.modules())

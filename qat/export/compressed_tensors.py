@@ -12,7 +12,6 @@ bfloat16 holds those of MXFP4 and MXFP8 exactly, and of NVFP4, which has two sca
 """
 
 import contextlib
-import copy
 import io
 import json
 import warnings
@@ -26,6 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from qat.copies import copied
 from qat.errors import UserError
 from qat.export import compressed_schemes as schemes
 from qat.export.compressed_layers import config_of, layer_tensors, stored_codes
@@ -100,7 +100,7 @@ class CompressedTensorsTarget(Target):
         save_file(tensors, made / WEIGHTS, metadata)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> TorchRunner:
-        module = copy.deepcopy(model).cpu().eval()
+        module = copied(model).cpu().eval()
         prefix, inner = transformers_model(module)
         with _quiet():
             loaded = _load(path, original_class(inner))

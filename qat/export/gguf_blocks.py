@@ -5,7 +5,6 @@ codes and scales in it are the trained ones, bit for bit. Tensors have the names
 for those of a Llama, which has the form that llama.cpp and `transformers` know (`qat.export.gguf_llama`).
 """
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from qat.copies import copied
 from qat.errors import UserError
 from qat.export import gguf_llama
 from qat.export.gguf_llama import Llama
@@ -74,7 +74,7 @@ class GgufTarget(Target):
             writer.close()
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> TorchRunner:
-        model = copy.deepcopy(model).cpu().eval()
+        model = copied(model).cpu().eval()
         tensors = read_gguf(path)
         state = {name: torch.from_numpy(value) for name, (value, _) in tensors.items()}
         try:

@@ -6,7 +6,6 @@ alone: a grid whose codes have the other sign is moved by 128, which changes no 
 it is quantized (rounding is monotone, so that gives the same codes).
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from qat.copies import copied
 from qat.errors import UserError
 from qat.export.torch_runner import OneInput
 from qat.insert import Plan
@@ -137,7 +137,7 @@ def int8_program(
     """
     if not isinstance(example, Tensor):
         raise UserError(f"{type(model).__name__} is called with {type(example).__name__}, and not with one tensor")
-    name, model = type(model).__name__, copy.deepcopy(model).eval()
+    name, model = type(model).__name__, copied(model).eval()
     batch = Dim("batch") if max_batch is None else Dim("batch", max=max_batch)
     with emitting(Int8Emitter(model, dtype, float_bias)), torch.no_grad():
         try:

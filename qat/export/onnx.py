@@ -16,7 +16,6 @@ The converted model writes its own quantization: while it is traced, `OnnxEmitte
 Opset 21 is the first with INT4, 25 the first with INT2. Weights of 3 bits are stored as INT4.
 """
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.convert import Holds
+from qat.copies import copied
 from qat.errors import UserError
 from qat.export import onnx_nbits, onnx_passes
 from qat.export.files import atomic
@@ -144,7 +144,7 @@ def traceable(model: nn.Module, example: Tensor) -> nn.Module:
         raise UserError(
             "the example input must hold at least two samples: a batch of one would be taken for a constant"
         )
-    model = copy.deepcopy(model).cpu().eval()
+    model = copied(model).cpu().eval()
     with torch.no_grad():
         output = model(example)
     if not isinstance(output, Tensor):

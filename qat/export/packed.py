@@ -9,7 +9,6 @@ code, distance of codes; format and unit of scales), holds the plan (so that the
 the weights file and of itself.
 """
 
-import copy
 import json
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from qat import __version__
 from qat.convert import EVERYTHING, Holds, convert
+from qat.copies import copied
 from qat.errors import UserError
 from qat.export.files import atomic, sha256
 from qat.export.manifest import digest, read_json
@@ -211,7 +211,7 @@ def _plan(folder: Path, manifest: dict[str, Any]) -> Plan:
 def _skeleton(model: nn.Module, plan: Plan) -> nn.Module:
     """A converted model of the right shape, with meaningless numbers (ones: any weight would do if it can be converted,
     and parametrizations can normalize it)."""
-    shell = copy.deepcopy(model).cpu()
+    shell = copied(model).cpu()
     for parameter in shell.parameters():
         parameter.data.fill_(1)
     apply_plan(shell, plan)

@@ -14,7 +14,6 @@ Most are written from a converted model; one whose format has more than integers
 their hashes (`qat.export.manifest`), without which no runner is opened.
 """
 
-import copy
 import importlib.util
 import os
 import tempfile
@@ -27,6 +26,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from qat.convert import INTEGERS, Holds, convert, inconvertible
+from qat.copies import copied
 from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.files import replace
@@ -156,7 +156,7 @@ class Target:
         Raises:
             UserError: see `convert`.
         """
-        return convert(model, plan, self.holds) if self.integer else copy.deepcopy(model).cpu().eval()
+        return convert(model, plan, self.holds) if self.integer else copied(model).cpu().eval()
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         """Writes `file`, and what belongs to it, into `folder`."""

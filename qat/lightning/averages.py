@@ -12,7 +12,6 @@ Scales average as weights do. Four things do not:
                      The copy takes those of the model in training
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +21,7 @@ from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
+from qat.copies import copied
 from qat.insert import named_quantizers
 from qat.quantizers import Quantizer
 
@@ -39,7 +39,7 @@ def follow_insertion(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Gives a copy that was made of the float module the module's quantizers."""
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
-            callback._average_model = copy.deepcopy(module)
+            callback._average_model = copied(module)
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ Temperatures above 1 weaken a network of few bits (W3A8, four seeds: T = 2 lost 
 and labels alone can be the better teacher where data is plenty: measure both.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
+from qat.copies import copied
 from qat.errors import UserError
 from qat.insert import remove
 from qat.lightning.taps import Taps, answer, fingerprint, named_layers
@@ -102,7 +102,7 @@ class Distill(Callback):
         pl_module.__dict__["configure_model"] = configure_then_copy
 
     def _make_teacher(self, pl_module: pl.LightningModule, file: str | Path | None) -> nn.Module:
-        teacher: nn.Module = copy.deepcopy(pl_module) if self.model is None else self.model
+        teacher: nn.Module = copied(pl_module) if self.model is None else self.model
         for name in ("configure_model", "training_step"):
             teacher.__dict__.pop(name, None)
         remove(teacher)

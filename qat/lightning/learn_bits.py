@@ -15,7 +15,6 @@ The interpolation is that of FracBits (Yang and Jin, AAAI 2021), which penalizes
 both sides: two budgets could not hold together then, and a step of Adam would overshoot the corner.
 """
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from qat.copies import copied
 from qat.errors import UserError
 from qat.insert import remove
 from qat.lightning.averages import averages
@@ -140,7 +140,7 @@ class LearnBits(Stateful):
 
     def _space(self, qat: QATCallback, pl_module: pl.LightningModule, source: Source) -> pl.LightningModule:
         """Finds what can be chosen; returns the module without its quantizers."""
-        shell = copy.deepcopy(pl_module)
+        shell = copied(pl_module)
         for name in ("configure_model", "training_step"):
             shell.__dict__.pop(name, None)
         remove(shell)

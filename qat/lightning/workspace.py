@@ -8,7 +8,6 @@ Under DDP every process goes through all stages and measures on a device of its 
 outside of `trainer.fit`; only the first one writes and prints.
 """
 
-import copy
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from rich.console import Console
 
 from qat.audit import AuditRow, audit, check_coverage
 from qat.cli.instantiate import build
+from qat.copies import copied
 from qat.errors import UserError
 from qat.export.files import atomic, read_object
 from qat.export.onnx import traceable
@@ -130,7 +130,7 @@ class Workspace:
                     f"cache_dir={cache}: there is no such folder, and none can be made ({error})"
                 ) from error
         self.qat_callback()
-        shell = copy.deepcopy(self.module)
+        shell = copied(self.module)
         batches = int(self.cfg.trainer.get("limit_test_batches") != 0)
         trainer = self.measuring(limit_test_batches=batches, enable_progress_bar=False)
         test_metric(trainer, shell, self.data, self.cfg.metric)

@@ -11,7 +11,6 @@ For a mean loss over a batch of B samples, its trace times the mean squared erro
 weight: twice the expected increase of the mean loss.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from qat.copies import copied
 from qat.errors import UserError
 
 SEED = 0
@@ -45,7 +45,7 @@ def traces(
     Raises:
         UserError: if an operation of the model has no second derivative.
     """
-    model = copy.deepcopy(model)
+    model = copied(model)
     weights = {t: w for t, readers in tensors.items() if (w := _weight(model, t, readers)) is not None}
     inputs = {t: readers for t, readers in tensors.items() if t not in weights}
     generator = torch.Generator().manual_seed(SEED)
