@@ -165,6 +165,14 @@ def test_a_wrong_scale_is_found_though_every_prediction_agrees(trained, tmp_path
     assert "steps of the 8-bit output grid on the average" in wrong["outputs"]
 
 
+def test_a_file_that_breaks_an_engine_s_rules_alone_has_no_layer_that_diverges(trained, monkeypatch) -> None:
+    def broken(target: OnnxTarget, verdict: Verdict, *_: object) -> None:
+        verdict.add("rules of qnn", False, "1 nodes do not keep them")
+
+    monkeypatch.setattr(OnnxTarget, "check_kernels", broken)
+    assert list(failed(trained.verify(trained.path))) == ["rules of qnn"]
+
+
 def test_a_missing_file_is_named(trained, tmp_path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.onnx: no such file"):
         trained.verify(tmp_path / "nowhere.onnx")
