@@ -296,6 +296,30 @@ def test_calibration_leaves_no_trace(tmp_path):
     assert before
 
 
+class Counting(Net):
+    """Its steps write to buffers, and put others in their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("total", torch.zeros(1))
+        self.register_buffer("none_yet", None)
+
+    def validation_step(self, batch, batch_idx):
+        self.seen += 1
+        self.total = self.total + 1
+        self.none_yet = self.total
+        super().validation_step(batch, batch_idx)
+
+
+def test_calibration_leaves_no_trace_in_buffers_either(tmp_path):
+    net = Counting()
+    held = net.total
+    _trainer(tmp_path, limit_val_batches=0).fit(net, _loader())
+    assert net.seen == 0 and net.total == 0 and net.total is held and net.none_yet is None
+    assert all(q.initialised for _, q in named_quantizers(net))
+
+
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_a_stage_before_fit_calibrates_and_fit_then_trains_what_it_made(stage, tmp_path):
     net, trainer = Net(), _trainer(tmp_path)

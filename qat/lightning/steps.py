@@ -5,7 +5,7 @@ has to be told to us.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,7 +18,8 @@ from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -26,6 +27,7 @@ from qat.errors import UserError
 from qat.lightning.compiled import eagerly
 from qat.lightning.manual import dry_run
 from qat.modes import evaluating
+from qat.quantizers import Quantizer
 
 CALIBRATION_SEED = 0
 
@@ -51,8 +53,14 @@ def step_of(module: pl.LightningModule, first: str = "validation_step") -> Calla
 
 
 @contextmanager
-def no_trace(module: pl.LightningModule) -> Iterator[None]:
-    """Steps that run inside log nothing and leave statistics, metrics, lists and random numbers as they were."""
+def no_trace(module: pl.LightningModule, moving: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Steps that run inside log nothing and leave buffers (but those of quantizers), metrics, lists and random numbers
+    as they were; numbers and other objects among the module's attributes are not looked at.
+
+    Args:
+        module: Whose steps they are.
+        moving: Modules whose buffers are to stay as the steps leave them.
+    """
     trainer = module._trainer
     loggers = [] if trainer is None else trainer.loggers
     lists = [(values, list(values)) for values in module.__dict__.values() if type(values) is list]
@@ -60,7 +68,7 @@ def no_trace(module: pl.LightningModule) -> Iterator[None]:
     if trainer is not None and loggers:
         trainer.loggers = [DummyLogger()]
     try:
-        with evaluating(module), isolate_rng(), torch.no_grad():
+        with _same_buffers(module, moving), evaluating(module), isolate_rng(), torch.no_grad():
             torch.manual_seed(CALIBRATION_SEED)
             yield
     finally:
@@ -72,6 +80,32 @@ def no_trace(module: pl.LightningModule) -> Iterator[None]:
         for child in module.modules():
             if isinstance(child, Metric):
                 child.reset()
+
+
+@contextmanager
+def _same_buffers(module: nn.Module, moving: Collection[nn.Module]) -> Iterator[None]:
+    """Afterwards every buffer is the tensor that it was, with the values that it had: a step may write to it or put
+    another in its place.
+    """
+    left = {id(m) for m in moving}  # by id: metrics compare as what they will compute
+    holders = [m for m in module.modules() if not isinstance(m, Quantizer) and id(m) not in left]
+    kept = [(m._buffers, name, buffer, _values(buffer)) for m in holders for name, buffer in m._buffers.items()]
+    try:
+        yield
+    finally:
+        for buffers, name, buffer, values in kept:
+            if name in buffers:
+                buffers[name] = buffer
+            if buffer is not None and values is not None and not torch.equal(buffer, values):
+                with torch.no_grad():
+                    buffer.copy_(values)
+
+
+def _values(buffer: Tensor | None) -> Tensor | None:
+    """A copy, of a tensor that has values and can be compared."""
+    if buffer is None or is_lazy(buffer) or buffer.is_meta or buffer.layout is not torch.strided:
+        return None
+    return buffer.detach().clone()
 
 
 @contextmanager

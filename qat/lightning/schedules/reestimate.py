@@ -39,7 +39,7 @@ class ReestimateBatchNorm(Callback):
         norms = batch_norms(pl_module, "ReestimateBatchNorm")
         momenta = [norm.momentum for norm in norms]
         step = step_of(pl_module)
-        with no_trace(pl_module), precision(pl_module):
+        with no_trace(pl_module, moving=norms), precision(pl_module):
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None  # the plain mean over all batches
