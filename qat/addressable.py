@@ -79,13 +79,16 @@ def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
 
 def is_addressable(call: Call) -> bool:
     """Leaves out means that are not over the pixels of an image, what is computed from no data (but attentions, as of
-    DETR's learned queries), and parameters that are no weights of a product but vectors: one value for each channel, a
+    DETR's learned queries), masks that are added (nothing between a product and its softmax has a grid, either, where
+    they are filled in), and parameters that are no weights of a product but vectors: one value for each channel, a
     bias or the scale of a norm, is for the accumulator of the layer before it, or stays in float with the norm.
     """
     pixels = call.input_shape[:2] == call.shape[:2] and call.shape[2:] in ((), (1, 1))
     if call.what in MEAN and not pixels:
         return False
     if call.constant and not call.weight and call.kind != "attention":
+        return False
+    if call.infinite:
         return False
     alike = call.kind in ("cat", "attention") or (call.kind in ELEMENTWISE and not call.vector)
     return call.weight or call.parameter is None or alike

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from qat.cascades import untie
 from qat.copies import copied
 from qat.errors import UserError
+from qat.functions import PROBABILITIES
 from qat.insert import apply_plan, named_quantizers
 from qat.layers import QuantizedLayer, Site
 from qat.modes import evaluating
@@ -128,10 +129,22 @@ def _naming(found: list[tuple[str, Quantizer]]) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(f"calibrating '{running[-1]}': {error}" if running else str(error)) from None
+        if not running:
+            raise
+        raise UserError(f"calibrating '{running[-1]}': {error}{_way_out(running[-1])}") from None
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _way_out(quantizer: str) -> str:
+    """What leaves the reader of a tensor float for which there is no grid; weights are to be repaired."""
+    found = re.match("(.*)(input|output|probability)_quantizer", quantizer)
+    if found is None:
+        return ""
+    owner, kind = found.groups()
+    reader = f"{owner}{PROBABILITIES}" if kind == "probability" else owner.removesuffix(".") or "*"
+    return f"; if it belongs there (a mask), leave it float with a rule such as {{match: '{reader}', act: off}}"
 
 
 @contextmanager

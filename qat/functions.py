@@ -153,6 +153,10 @@ KEEPS_VALUES = {
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
     F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle,
 }  # fmt: skip
+SHAPED_ALIKE = {torch.full_like, torch.zeros_like, torch.ones_like, T.new_full, T.new_zeros, T.new_ones}
+"""Take from their operand its shape and type, and none of its values."""
+MADE_ALIKE = {T.to, T.type_as, T.expand_as, T.view_as, T.reshape_as}
+"""Take the values of their first operand, and no other's."""
 FILLS = {torch.masked_fill, T.masked_fill}
 MAKES_NONNEGATIVE = {
     F.relu, F.relu_, torch.relu, torch.relu_, T.relu, T.relu_, F.relu6, torch.sigmoid, T.sigmoid, F.sigmoid, F.softmax,

@@ -25,8 +25,10 @@ from qat.functions import (
     EXPERTS,
     FUNCTIONS,
     JOINS,
+    MADE_ALIKE,
     OTHERS_THAT_COMPUTE,
     PRODUCTS,
+    SHAPED_ALIKE,
     WEIGHTED,
     first_tensor,
     flat,
@@ -144,7 +146,8 @@ class _Recorder(TorchFunctionMode):
         nonnegative = is_nonnegative(func, args, kwargs, self._is_known_nonnegative)  # before it may run in place
         site = site_function(func, args, kwargs)
         through = self.keys((site and site.operands(args, kwargs)) or ())
-        constant = func not in DRAWS and all(not is_lazy(o) and self.key(o) in self.constants for o in operands)
+        valued = [] if func in SHAPED_ALIKE else operands[:1] if func in MADE_ALIKE else operands
+        constant = func not in DRAWS and all(not is_lazy(o) and self.key(o) in self.constants for o in valued)
         output = func(*args, **kwargs)
         if constant:
             self.constants.update(self.key(o) for o in flat((output,)) if isinstance(o, Tensor))
@@ -195,6 +198,9 @@ class _Recorder(TorchFunctionMode):
         if site is not None and (site.kind not in WEIGHTED or held[1] is not None):
             second = site.channel_axis is not None and held[0] is None and held[1] is not None
             call.weight = second and operands[1].ndim > 1  # a vector has no output channels
+            call.infinite = not call.weight and any(
+                key in self.constants and bool(o.isinf().any()) for key, o in zip(call.operands, operands, strict=True)
+            )
             call.operands = [call.output] if site.output and call.output else call.operands
             call.site = f"{call.name}.{site.kind}_{frame.seen.count(site.kind)}".removeprefix(".")
             frame.seen.append(site.kind)

@@ -89,6 +89,8 @@ class Reasons:
             return "computed from no data: the same for every input"
         if call.name in self.adapters:
             return ADAPTER
+        if call.infinite:
+            return "one side is a constant that holds infinity (a mask), for which there is no grid"
         if call.parameter is None:
             return "mean over other axes than an image's"
         what = "a vector of parameters" if call.vector else "a parameter"

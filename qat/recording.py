@@ -33,6 +33,8 @@ class Call:
         inside: Whether it happened inside the root's own forward.
         constant: Whether all its operands are computed from parameters, buffers and numbers alone (the angles of a
             rotary embedding, a mask): the same for all data, so an engine computes it ahead, in float.
+        infinite: Whether one of its operands is such a constant and holds infinities, for which there is no grid: a
+            mask.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Call:
     vector: bool = False
     inside: bool = False
     constant: bool = False
+    infinite: bool = False
 
 
 @dataclass

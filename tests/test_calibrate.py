@@ -127,6 +127,13 @@ def test_an_error_names_the_quantizer(data, prepare, message):
     assert str(error.value).startswith(message)
 
 
+def test_infinity_in_data_names_the_rule_that_leaves_its_reader_float():
+    model = inserted()
+    broken_norm(model)
+    with pytest.raises(UserError, match=r"if it belongs there \(a mask\), leave it float with .*'large', act: off"):
+        calibrate(model, lambda: model(LARGE))
+
+
 def test_nan_in_a_weight_that_nothing_passes_names_its_quantizer():
     model = inserted(act=False)
     broken_weight(model)

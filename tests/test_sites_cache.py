@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from qat.audit import audit
 from qat.calibrate import calibrate
+from qat.convert import convert
 from qat.errors import UserError
+from qat.export.onnx import export_onnx
+from qat.export.runtime import OnnxRunner
 from qat.insert import Plan, apply_plan, make_plan
 from qat.policy import QuantPolicy
 
@@ -55,6 +58,65 @@ def test_what_is_computed_from_no_data_stays_float_and_says_so():
     assert "add_0" in plan.sites  # of data and a constant
     reasons = {row.name: row.reason for row in audit(model, plan, recording)}
     assert reasons["mul_0"] == "computed from no data: the same for every input"
+
+
+def causal_buffer(model: nn.Module, scores: Tensor) -> Tensor:
+    return scores + model.causal  # pyright: ignore[reportOperatorIssue]
+
+
+def causal_made(model: nn.Module, scores: Tensor) -> Tensor:
+    return scores + torch.triu(torch.full((scores.shape[-1],) * 2, -torch.inf), 1)
+
+
+def causal_alike(model: nn.Module, scores: Tensor) -> Tensor:
+    return scores + torch.full_like(scores, -torch.inf).triu(1).to(scores)
+
+
+def causal_in_place(model: nn.Module, scores: Tensor) -> Tensor:
+    scores += torch.zeros_like(scores).masked_fill_(model.causal.isinf(), -torch.inf)  # pyright: ignore
+    return scores
+
+
+class Masked(nn.Module):
+    """Attention written by hand, with a mask that is added."""
+
+    def __init__(self, mask) -> None:
+        super().__init__()
+        self.qkv, self.mask = nn.Linear(8, 24), mask
+        self.register_buffer("causal", torch.triu(torch.full((3, 3), -torch.inf), 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.mask(self, q @ k.mT / 3).softmax(-1) @ v + x
+
+
+MASKS = [
+    pytest.param(causal_buffer, id="buffer"),
+    pytest.param(causal_made, id="made-in-forward"),
+    pytest.param(causal_alike, id="full-like"),
+    pytest.param(causal_in_place, id="in-place"),
+]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_mask_of_infinities_is_added_in_float_and_says_so(mask, tmp_path):
+    torch.manual_seed(0)
+    model = Masked(mask)
+    plan, recording = make_plan(
+        model, QuantPolicy.from_dict({"weight": {"bits": 8}, "act": {"bits": 8}}), lambda: model(X)
+    )
+    assert list(plan.sites) == ["matmul_0", "matmul_1", "add_1"]
+    reasons = {row.name: row.reason for row in audit(model, plan, recording)}
+    assert reasons["add_0"] == "one side is a constant that holds infinity (a mask), for which there is no grid"
+    apply_plan(model, plan)
+    calibrate(model, lambda: model(X))
+    model.train()(X).sum().backward()
+    assert model.qkv.weight.grad.isfinite().all()  # pyright: ignore[reportOptionalMemberAccess]
+    export_onnx(convert(model, plan), X, tmp_path / "model.onnx")
+    runner = OnnxRunner(tmp_path / "model.onnx")
+    assert runner.integer_nodes() == 3
+    with torch.no_grad():
+        assert (torch.from_numpy(runner(X.numpy())) - model.eval()(X)).abs().max() < 0.02
 
 
 def test_drawn_numbers_are_data():
