@@ -65,7 +65,7 @@ class AuditRow:
 
     @property
     def integer_macs(self) -> int:
-        """Those that an exported file does with integers on both sides."""
+        """Those with integers on both sides, in an exported file (whose runtime may lack a kernel for them)."""
         return self.macs if self.reason is None else 0
 
 

@@ -7,7 +7,7 @@ import torch
 from small_models import both, lived
 from torch import Tensor, nn
 
-from qat.export.onnx import export_onnx
+from qat.export.onnx import OnnxTarget, export_onnx
 from qat.export.runtime import OnnxRunner, weight_codes
 from qat.export.verify import Verdict, check_codes
 
@@ -49,6 +49,9 @@ def test_the_file_computes_what_evaluation_did(make, x, integer, tmp_path):
     export_onnx(converted, x, path)
     verdict, runner = Verdict(), OnnxRunner(str(path))
     check_codes(verdict, converted, weight_codes(path))
+    OnnxTarget().check_kernels(verdict, converted, runner)
+    found, expected = verdict.facts["integer_nodes"], verdict.facts["expected_integer_nodes"]
+    assert verdict.passed and 0 < found <= expected, verdict.checks
     assert verdict.facts["codes_identical"] and runner.integer_nodes() >= integer
     with torch.no_grad():
         for batch in (x, x[:3]):

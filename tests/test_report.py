@@ -69,7 +69,11 @@ def test_the_report_has_a_line_per_stage_at_80_columns():
 
 def test_the_verdict_is_one_line_and_failures_are_listed():
     passed = " ".join(rendered(report_table(REPORT)).split())
-    assert "verified: weight codes identical, outputs within 1 step, 22 of 22 nodes run on integers" in passed
+    assert "verified: weight codes identical, outputs within 1 step, 22 of 22 layers run on integers" in passed
+    report = copy.deepcopy(REPORT)
+    report["verify"] |= {"integer_nodes": 15, "no_integer_kernel": "nothing quantizes the output"}
+    lacking = " ".join(rendered(report_table(report)).split())
+    assert "15 of 22 layers run on integers (7 without an integer kernel: nothing quantizes the output)" in lacking
     report = copy.deepcopy(REPORT)
     report["verify"] |= {"passed": False, "integer_nodes": 20}
     report["verify"]["checks"].append({"name": "integer nodes", "passed": False, "detail": "conv1 runs in float"})

@@ -258,5 +258,5 @@ class OnnxTarget(Target):
             runner.integer_nodes(),
             without=float_convolutions(runner.path),
             floats=runner.float_layers(),
-            why="their output is not quantized, or a separate operation pads their input",
+            why="nothing quantizes the output, or a separate operation pads the input",
         )

@@ -95,13 +95,20 @@ class OnnxRunner:
         return {name: np.asarray(value) for name, value in zip(layers, values, strict=True)}
 
     def float_layers(self) -> list[str]:
-        """The layers that the runtime computes in float: their output exists, and no integer kernel made it."""
+        """The layers that the runtime computes in float: their output exists, and no integer kernel made it, or what
+        their bias is added to.
+        """
         with tempfile.TemporaryDirectory() as folder:
             target = str(Path(folder) / "optimized.onnx")
             self._session_of(str(self.path), optimize=self.optimize, optimized_copy=target)
-            made = {name: node.op_type for node in onnx.load(target).graph.node for name in node.output}
+            made = {name: node for node in onnx.load(target).graph.node for name in node.output}
+
+        def in_float(node: onnx.NodeProto) -> bool:
+            added = [made[name] for name in node.input if name in made] if node.op_type == "Add" else []
+            return all(each.op_type not in INTEGER_KERNELS for each in (node, *added))
+
         layers = layer_values(onnx.load(str(self.path)))
-        return [layer for layer, value in layers.items() if made.get(value, INTEGER_KERNELS[0]) not in INTEGER_KERNELS]
+        return [layer for layer, value in layers.items() if value in made and in_float(made[value])]
 
     def kernels(self) -> collections.Counter[str]:
         """How many nodes of each kind the runtime executes, after its optimizations."""

@@ -31,8 +31,8 @@ AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 def averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
     """The copies of the module that averages are taken in, each like the module."""
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(callback, AVERAGING) and (copied := callback._average_model) is not None:
-            yield copied.module if isinstance(copied, AveragedModel) else copied
+        if isinstance(callback, AVERAGING) and (made := callback._average_model) is not None:
+            yield made.module if isinstance(made, AveragedModel) else made
 
 
 def follow_insertion(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -47,8 +47,8 @@ def follow_calibration(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Gives every copy the module's ranges."""
     for average in averages(trainer):
         for mine, theirs in _pairs(module, average):
-            for value, copied in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
-                copied.copy_(value)
+            for value, other in zip(mine.state_dict().values(), theirs.state_dict().values(), strict=True):
+                other.copy_(value)
 
 
 def follow_widths(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -74,7 +74,9 @@ def verdict(report: Mapping[str, Any]) -> Verdict | None:
         facts.append(f"outputs within {steps:.3g} step{'' if steps == 1 else 's'}")
     if (nodes := verify.get("integer_nodes")) is not None:
         expected = verify.get("expected_integer_nodes")
-        facts.append(f"{nodes}{'' if expected is None else f' of {expected}'} nodes run on integers")
+        of, why = "" if expected is None else f" of {expected}", verify.get("no_integer_kernel")
+        lacking = f" ({expected - nodes} without an integer kernel: {why})" if expected and why else ""
+        facts.append(f"{nodes}{of} layers run on integers{lacking}")
     failures = [f"{c['name']}: {c.get('detail', '')}" for c in verify.get("checks") or () if not c.get("passed")]
     passed = bool(verify.get("passed"))
     headline = "verified" if passed else "NOT VERIFIED"
