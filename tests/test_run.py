@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from pytorch_lightning.profilers import SimpleProfiler
+from safetensors.torch import load_file
 
 from qat.cli import main
 from qat.export.manifest import write_manifest
@@ -397,7 +398,40 @@ class Pair(MLP):
 class Nothing(Digits):
     def train_dataloader(self):
         return DataLoader([])
+class Tied(MLP):
+    def __init__(self, in_features: int = 64, num_classes: int = 10, width: int = 16):
+        super().__init__(in_features, num_classes, width)
+        self.again = torch.nn.Linear(width, width)
+        self.again.weight = self.fc2.weight
+    def forward(self, x):
+        x = torch.relu(self.again(torch.relu(self.fc1(x.flatten(1)))))
+        return self.linear(torch.relu(self.fc2(x)))
 """
+SMALLEST = [
+    "~model.optimizer",
+    "~model.momentum",
+    "~model.warmup",
+    "~model.lr",
+    "~model.weight_decay",
+    "float_model=null",
+]
+
+
+@pytest.fixture
+def own_parts(in_an_empty_folder, monkeypatch) -> Path:
+    """An empty folder whose module `own_parts_of_run` may be named."""
+    (in_an_empty_folder / "own_parts_of_run.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(in_an_empty_folder))
+    monkeypatch.setenv("QAT_TARGETS", "own_parts_of_run")
+    return in_an_empty_folder
+
+
+def test_tied_parameters_are_kept_under_every_name(own_parts):
+    assert _train(Path("run"), "model._target_=own_parts_of_run.Tied", *SMALLEST, "quant=w8a8", "cache_dir=cache") == 0
+    state = load_file("run/float.safetensors")
+    assert torch.equal(state["fc2.weight"], state["again.weight"])
+    report = _report(Path("run"))
+    assert report["verify"]["passed"] and report["verify"]["codes_identical"]
 
 
 @pytest.mark.parametrize(
@@ -409,12 +443,7 @@ class Nothing(Digits):
         pytest.param("data._target_=own_parts_of_run.Nothing", "the train_dataloader is empty", id="no-training-data"),
     ],
 )
-def test_what_cannot_be_exported_or_trained_is_refused_before_training(
-    override, said, in_an_empty_folder, monkeypatch, capfd
-):
-    (in_an_empty_folder / "own_parts_of_run.py").write_text(OWN)
-    monkeypatch.syspath_prepend(str(in_an_empty_folder))
-    monkeypatch.setenv("QAT_TARGETS", "own_parts_of_run")
+def test_what_cannot_be_exported_or_trained_is_refused_before_training(override, said, own_parts, capfd):
     assert main(["train", *TINY, "run_dir=run", override]) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("qat: error: ")]
     assert len(lines) == 1 and said in lines[0], lines

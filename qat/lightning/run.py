@@ -14,6 +14,7 @@ was killed resumes (`ckpt=last`) where it stopped:
 """
 
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ class Run(Workspace):
             if self.main:
                 values["bytes"] = self._export_float()
                 with atomic(weights) as temporary:
-                    save_file({k: v.cpu().contiguous() for k, v in self.module.state_dict().items()}, temporary)
+                    save_file(_apart(self.module.state_dict()), temporary)
                 cache.save(self.folder, values)
 
     def _train_float(self) -> None:
@@ -224,6 +225,11 @@ class Run(Workspace):
         save_plot(report, self.folder / "report.png")
         self.console.print(report_table(report))
         return report
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy on the CPU of which every key has memory of its own: safetensors refuses tied parameters."""
+    return {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
 
 
 def run(cfg: DictConfig, run_dir: Path) -> float:
