@@ -1,6 +1,7 @@
 """A run that was killed goes on to the same numbers, bit for bit."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -129,6 +130,23 @@ def test_a_finished_run_resumes_to_the_same_report_and_trains_no_more(uninterrup
     assert _curve(uninterrupted / "csv" / "metrics.csv") and len(before.splitlines()) == len(
         (uninterrupted / "csv" / "metrics.csv").read_text().splitlines()
     )
+
+
+EMA = "+callbacks.ema={_target_: pytorch_lightning.callbacks.EMAWeightAveraging, decay: 0.98}"
+
+
+def test_a_run_that_was_killed_after_training_goes_on_with_its_averaged_weights(environment, tmp_path):
+    run_dir, progress = tmp_path / "run", tmp_path / "run" / "progress.json"
+    assert main(["train", *OVERRIDES, "float_epochs=1", "trainer.max_epochs=2", EMA, f"run_dir={run_dir}"]) == 0
+    weights, remembered = (run_dir / "model.safetensors").read_bytes(), json.loads(progress.read_text())
+    measured = remembered["stages"].pop("qat")
+    progress.write_text(json.dumps(remembered))
+    assert main(["train", "ckpt=last", f"run_dir={run_dir}"]) == 0
+    assert json.loads(progress.read_text())["stages"]["qat"] == measured and "best" in measured
+    assert (run_dir / "model.safetensors").read_bytes() == weights
+
+    assert main(["train", "ckpt=last", f"run_dir={run_dir}", "trainer.max_epochs=3"]) == 0
+    assert {row["epoch"] for row in _curve(run_dir / "csv" / "metrics.csv") if "epoch" in row} == {"0", "1", "2"}
 
 
 def test_a_run_that_is_going_on_is_not_resumed(uninterrupted, capfd):

@@ -26,14 +26,11 @@ from qat.export.verify import Verdict
 from qat.insert import Plan
 from qat.lightning.calm import calm
 from qat.lightning.module import CHECKPOINT_KEY, INPUT_KEY, insert_plan
-from qat.lightning.run import Run
+from qat.lightning.run import TRAINED, Run
 from qat.lightning.weights import read_checkpoint
 from qat.lightning.workspace import ON_THE_CPU, unmixed
 from qat.report import report_table
 from qat.report.format import verdict as outcome
-
-TRAINED = "quantized.ckpt"
-"""What a finished run keeps of its training."""
 
 
 class Trained(NamedTuple):

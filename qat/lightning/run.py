@@ -14,6 +14,7 @@ was killed resumes (`ckpt=last`) where it stopped:
 """
 
 import math
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -43,7 +44,7 @@ from qat.lightning.cache import FloatCache
 from qat.lightning.calm import calm
 from qat.lightning.evaluate import test_metric, verify_file
 from qat.lightning.logs import finish, log_results
-from qat.lightning.module import CHECKPOINT_KEY
+from qat.lightning.module import CHECKPOINT_KEY, insert_plan
 from qat.lightning.resume import SeedEpochs, continue_csv
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights, read_checkpoint
@@ -53,6 +54,10 @@ from qat.report import audit_table, layer_rows, report_table, save_plot
 from qat.stats import quantizer_stats
 
 STATISTICS_SAMPLES = 256
+TRAINED = "quantized.ckpt"
+"""What a finished run keeps of its training."""
+LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
+"""Settings of the trainer that say when training ends."""
 
 
 class Run(Workspace):
@@ -100,28 +105,49 @@ class Run(Workspace):
     def qat_stage(self) -> None:
         """Trains with fake quantization."""
         with self.stage("qat", "Quantization-aware training") as values:
-            last = self._resume_from(self.folder / "checkpoints" / "last.ckpt", *self.loggers)
             callbacks = [self.qat_callback(), SeedEpochs(self.cfg.seed), *self.callbacks]
             saves = any(isinstance(callback, Checkpoint) for callback in callbacks)  # else Lightning adds its own
             trainer = self.trainer(callbacks=callbacks, logger=self.loggers, enable_checkpointing=saves)
-            trainer.fit(self.module, datamodule=self.data, ckpt_path=last, weights_only=True)
-            trainer.save_checkpoint(self.folder / "quantized.ckpt", weights_only=True)
-            if (
-                torch.distributed.is_initialized()
-            ):  # the first process is alone from here on: nothing may wait for the others
-                torch.distributed.destroy_process_group()
+            limits = OmegaConf.to_container(OmegaConf.masked_copy(self.cfg.trainer, list(LIMITS)))
+            if not self._load_trained(limits):
+                last = self._resume_from(self.folder / "checkpoints" / "last.ckpt", *self.loggers)
+                trainer.fit(self.module, datamodule=self.data, ckpt_path=last, weights_only=True)
+                trainer.save_checkpoint(self.folder / TRAINED, weights_only=True)  # whole or not at all
+                if (
+                    torch.distributed.is_initialized()
+                ):  # the first process is alone from here on: nothing may wait for the others
+                    torch.distributed.destroy_process_group()
+                self.progress["trained"] = {"limits": limits, "best": self._best_file(trainer)}
+                self.remember()
             values["metric"] = self.measure()
-            if (best := self._best(trainer)) is not None:
+            if (best := self._best()) is not None:
                 values["best"] = best
 
-    def _best(self, trainer: pl.Trainer) -> float | None:
-        """The metric of the checkpoint that was best in validation (not on the test set), if it has the grids of the
-        policy: an annealed run's may be from before they were reached.
+    def _load_trained(self, limits: Any) -> bool:
+        """Loads what training to the same limits ended with, if it did: Lightning runs an epoch more or none, and
+        without one leaves out what callbacks do at the end of training (averages take the place of weights then).
         """
+        file = self.folder / TRAINED
+        if not self.resuming or self.progress.get("trained", {}).get("limits") != limits or not file.is_file():
+            return False
+        checkpoint = read_checkpoint(file)
+        insert_plan(self.module, Plan.from_dict(checkpoint[CHECKPOINT_KEY]))
+        self.module.load_state_dict(checkpoint["state_dict"])
+        return True
+
+    def _best_file(self, trainer: pl.Trainer) -> str | None:
+        """The checkpoint that was best in validation (not on the test set), as seen from the run's folder."""
         kept = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.monitor]
-        if not kept or not Path(kept[0].best_model_path).is_file():
+        return os.path.relpath(kept[0].best_model_path, self.folder) if kept and kept[0].best_model_path else None
+
+    def _best(self) -> float | None:
+        """The metric of the best checkpoint, if it has the grids of the policy: an annealed run's may be from before
+        they were reached.
+        """
+        best = self.progress["trained"]["best"]
+        if best is None or not (self.folder / best).is_file():
             return None
-        checkpoint = read_checkpoint(kept[0].best_model_path)
+        checkpoint = read_checkpoint(self.folder / best)
         plan = self.module.quantization_plan
         assert isinstance(plan, Plan)
         if Plan.from_dict(checkpoint[CHECKPOINT_KEY]) != plan:
