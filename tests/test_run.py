@@ -395,6 +395,9 @@ class Pair(MLP):
     def _step(self, batch):
         logits = self(batch[0])[0]
         return torch.nn.functional.cross_entropy(logits, batch[1]), logits, batch[1]
+class Fixed(MLP):
+    def forward(self, x):
+        return super().forward(x) + self.linear.bias.expand(len(x), -1)
 class Nothing(Digits):
     def train_dataloader(self):
         return DataLoader([])
@@ -434,11 +437,29 @@ def test_tied_parameters_are_kept_under_every_name(own_parts):
     assert report["verify"]["passed"] and report["verify"]["codes_identical"]
 
 
+@pytest.mark.parametrize(("export", "rows"), [("none", []), ("packed", ["exported"])])
+def test_what_needs_no_graph_takes_a_forward_that_has_none(export, rows, own_parts, capfd):
+    assert _train(Path("run"), "model._target_=own_parts_of_run.Pair", f"export={export}") == 0
+    stages = _report(Path("run"))["stages"]
+    assert list(stages) == ["float", "ptq", "qat", *rows]
+    assert stages["float"]["bytes"] is None and not Path("run/float.onnx").exists()
+    capfd.readouterr()
+    assert main(["verify", "run"]) == 0 and main(["export", "run", "target=packed", "out=."]) == 0
+    assert "verified: weight codes identical, 100.00% of predictions equal" in " ".join(capfd.readouterr().out.split())
+    assert main(["export", "run", "target=onnx"]) == 2
+    assert "Pair returns a tuple: ONNX export needs" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
         pytest.param(
             "model._target_=own_parts_of_run.Pair", "Pair returns a tuple: ONNX export needs", id="two-outputs"
+        ),
+        pytest.param(
+            "model._target_=own_parts_of_run.Fixed",
+            "Fixed.forward makes the size of the batch a constant",
+            id="fixed-batch",
         ),
         pytest.param("data._target_=own_parts_of_run.Nothing", "the train_dataloader is empty", id="no-training-data"),
     ],
@@ -447,6 +468,7 @@ def test_what_cannot_be_exported_or_trained_is_refused_before_training(override,
     assert main(["train", *TINY, "run_dir=run", override]) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("qat: error: ")]
     assert len(lines) == 1 and said in lines[0], lines
+    assert not Path("run").exists()
     assert not Path("run").exists()
 
 

@@ -47,6 +47,7 @@ class CompressedTensorsTarget(Target):
     """A folder for `AutoModelForCausalLM.from_pretrained` and `vllm serve`; the manifest is beside it, not in it."""
 
     file = "compressed-tensors"
+    graph = None
     package = "compressed_tensors"
     extra = "compressed-tensors"
     integer = False

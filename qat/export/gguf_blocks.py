@@ -31,6 +31,7 @@ class GgufTarget(Target):
 
     file = "model.gguf"
     package = extra = "gguf"
+    graph = None
 
     def unfit(self, model: nn.Module, plan: Plan) -> str | None:
         if plan.activations:

@@ -219,6 +219,7 @@ class OnnxTarget(Target):
 
     weight_only: Literal["qdq", "matmulnbits"] = "qdq"
     engine = "ort"
+    graph = "onnx"
     file = "model.onnx"
     optimizes = True
     max_bits = 16

@@ -35,7 +35,7 @@ def trace(model: nn.Module, example: Tensor) -> ir.Model:
         example: An input of at least two samples.
 
     Raises:
-        UserError: if it cannot be traced, with torch's reason.
+        UserError: if it cannot be traced, with torch's reason, or only for one size of batches.
     """
     with _quiet(), _FlatLinear(), patch.object(ExportedProgram, "run_decompositions", _decompose):
         try:
@@ -47,7 +47,34 @@ def trace(model: nn.Module, example: Tensor) -> ir.Model:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise UserError(f"{type(model).__name__} cannot be traced for ONNX: {reason}") from error
     assert program is not None
-    return program.model
+    traced = program.model
+    shape = traced.graph.inputs[0].shape
+    if shape is not None and isinstance(shape[0], int):  # torch's exporter has given in to the model
+        raise UserError(
+            f"{type(model).__name__}.forward makes the size of the batch a constant ({shape[0]}), so an exported file "
+            "would run on no other; write x.shape[0] there in place of len(x), a number or the size of another tensor"
+        )
+    return traced
+
+
+def check_trace(model: nn.Module, example: Tensor) -> None:
+    """Finds what `trace` would, in a tenth of its time if there is nothing to find.
+
+    Args:
+        model: See `trace`; as `traceable` makes it.
+        example: An input of at least two samples.
+
+    Raises:
+        UserError: see `trace`.
+    """
+    shapes = ({0: torch.export.Dim.DYNAMIC},)
+    with _quiet():
+        try:
+            torch.export.export(OneInput(model), (example,), dynamic_shapes=shapes)
+            return
+        except Exception:  # torch's exporter to ONNX has other ways to try
+            pass
+    trace(model, example)
 
 
 class _FlatLinear(TorchFunctionMode):

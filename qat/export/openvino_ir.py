@@ -155,6 +155,7 @@ class OpenVinoTarget(Target):
     """IR for OpenVINO's runtime."""
 
     engine = "openvino"
+    graph = "onnx"
     file = "model.xml"
     package = extra = "openvino"
     optimizes = True

@@ -236,9 +236,10 @@ class PackedTarget(Target):
 
     file = WEIGHTS
     max_bits = 16
+    graph = None
     holds: ClassVar[Holds] = EVERYTHING
 
-    def export(self, model: nn.Module, plan: Plan, example: Tensor, path: Path) -> None:
+    def export(self, model: nn.Module, plan: Plan, example: Tensor | None, path: Path) -> None:
         if path.name != WEIGHTS:
             raise UserError(
                 f"{path}: a packed model is {WEIGHTS} beside {MANIFEST}; name its folder, or {path.parent / WEIGHTS}"

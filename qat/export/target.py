@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from torch import Tensor, nn
@@ -93,6 +93,8 @@ class Target:
         engine: Name of the engine whose arithmetic the file is for (`qat.engines`); `None` if it computes whatever is
             asked.
         max_bits: The widest codes that the format has.
+        graph: Whose graph of the model's forward the file holds, which then takes one tensor `[N, ...]` and returns
+            one; `None` for tensors alone, which torch runs in the model's class, whatever its forward takes.
         file: Name of the main file.
         extra: The optional dependency that brings `package`; `None` if qat itself depends on it.
         optimizes: Whether its runtime can be told to optimize or not, so that both are verified.
@@ -105,6 +107,7 @@ class Target:
     max_mean_steps: float = 1.0
     engine: ClassVar[str | None] = None
     max_bits: ClassVar[int] = 8
+    graph: ClassVar[Literal["onnx", "torch"] | None] = "torch"
     file: ClassVar[str]
     package: ClassVar[str | None] = None
     extra: ClassVar[str | None] = None
@@ -179,13 +182,13 @@ class Target:
             runner: What `load` returned.
         """
 
-    def export(self, model: nn.Module, plan: Plan, example: Tensor, path: Path) -> None:
+    def export(self, model: nn.Module, plan: Plan, example: Tensor | None, path: Path) -> None:
         """Writes a converted model to `path`, with its companions and the manifest; all of them or none.
 
         Args:
             model: What `prepared` returned.
             plan: The plan it was made from.
-            example: An input of at least two samples.
+            example: An input of at least two samples; a format without a graph needs none.
             path: The main file; companions stand beside it.
 
         Raises:
@@ -201,7 +204,7 @@ class Target:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as temporary:
             folder = Path(temporary)
-            self.write(model, plan, example, folder)
+            self.write(model, plan, example, folder)  # pyright: ignore[reportArgumentType]
             stem = main.stem, path.stem if main.suffix else path.name
             made = sorted(folder.iterdir())
             names = {each.name: each.name.replace(*stem, 1) for each in made}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ class TorchRunner:
     """A module that was loaded from a file.
 
     Args:
-        model: The module, in evaluation mode; it takes one tensor and returns one.
+        model: The module, in evaluation mode.
         path: Where it came from.
         layers: The layers whose weights are quantized.
     """
@@ -45,6 +46,11 @@ class TorchRunner:
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+
+    @torch.no_grad()
+    def answer(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module returns for whatever it takes, where that is more than one tensor."""
+        return self.model(*args, **kwargs)
 
     def float_layers(self) -> list[str] | None:
         """All of them: torch computes in float what the codes stand for."""

@@ -130,7 +130,7 @@ def export(path: Path, target: Target, out: Path | None = None) -> Path:
     """
     with calm():
         trained = restore(path)
-        if trained.example is None:
+        if trained.example is None and target.graph is not None:
             raise UserError(f"checkpoint {trained.checkpoint}: does not say what the model's input looks like")
         out = out or trained.folder / target.file
         if reason := target.why_not(trained.module, trained.plan):

@@ -3,7 +3,7 @@
 Everything a run writes is in its folder. `progress.json` remembers what earlier stages measured, so that a run that
 was killed resumes (`ckpt=last`) where it stopped:
 
-    float.safetensors, float.onnx      the float model it started from
+    float.safetensors, float.onnx      the float model it started from (ONNX if it has that form)
     float/, csv/                       logs of float training and of what follows
     checkpoints/{last,best}.ckpt       training states
     quantized.ckpt                     the trained model with its scales
@@ -32,12 +32,13 @@ from qat import __version__
 from qat.audit import bops, coverage, to_dict
 from qat.cli.instantiate import instantiate
 from qat.convert import EVERYTHING, convert, inconvertible
+from qat.errors import UserError
 from qat.export.files import atomic, claimed
 from qat.export.manifest import companions, files_bytes
-from qat.export.onnx import export_onnx
+from qat.export.onnx import export_onnx, traceable
 from qat.export.packed import MANIFEST, WEIGHTS, save_packed
 from qat.export.runtime import OnnxRunner, latency_ms
-from qat.export.target import Target
+from qat.export.target import Runner, Target
 from qat.export.verify import Verdict
 from qat.insert import Plan
 from qat.lightning.cache import FloatCache
@@ -195,13 +196,13 @@ class Run(Workspace):
             values["bytes"] = files_bytes(path)
             verdict = self.verify(self.target, prepared, self._float())
             values |= {"metric": verdict.facts["metric"], "agreement": verdict.facts["agreement"]}
-            runners = {
-                "float": OnnxRunner(self.folder / "float.onnx", threads=1),
-                "exported": self.target.load(path, self._float(), threads=1),
-            }
-            measured = latency_ms(runners, example[:1].numpy())
-            values["latency_ms"] = measured["exported"]
-            self.progress["stages"]["float"]["latency_ms"] = measured["float"]
+            if example is not None:
+                runners: dict[str, Runner] = {"exported": self.target.load(path, self._float(), threads=1)}
+                if (float_file := self.folder / "float.onnx").is_file():
+                    runners["float"] = OnnxRunner(float_file, threads=1)
+                measured = latency_ms(runners, example[:1].numpy())
+                values["latency_ms"] = measured["exported"]
+                self.progress["stages"]["float"]["latency_ms"] = measured.get("float")
         return verdict
 
     def measure(self, **settings: Any) -> float:
@@ -225,13 +226,31 @@ class Run(Workspace):
         model.configure_model()
         return model
 
-    def _example(self) -> Tensor:
-        return example_input(self.module, self.data.train_dataloader)
+    def _example(self) -> Tensor | None:
+        """What forward takes; `None` if it does not take one tensor and return one, and the target does not ask."""
+        try:
+            example = example_input(self.module, self.data.train_dataloader)
+            traceable(self.module, example)
+            return example
+        except UserError:
+            if self.target is not None and self.target.graph is not None:
+                raise
+            return None
 
-    def _export_float(self) -> int:
-        """Writes the float model as ONNX; returns the file's size in bytes."""
-        export_onnx(self.module, self._example(), self.folder / "float.onnx")
-        return files_bytes(self.folder / "float.onnx")
+    def _export_float(self) -> int | None:
+        """Writes the float model as ONNX, to compare size and speed with; returns the file's size in bytes, `None` if
+        it has no such form and the target does not ask for one.
+        """
+        path, example = self.folder / "float.onnx", self._example()
+        if example is None:
+            return None
+        try:
+            export_onnx(self.module, example, path)
+        except UserError:
+            if self.target is not None and self.target.graph == "onnx":
+                raise
+            return None
+        return files_bytes(path)
 
     def report(self, verdict: Verdict | None) -> dict[str, Any]:
         """Writes and shows the report."""

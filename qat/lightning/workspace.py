@@ -29,6 +29,7 @@ from qat.copies import copied
 from qat.errors import UserError
 from qat.export.files import atomic, read_object
 from qat.export.onnx import traceable
+from qat.export.onnx_trace import check_trace
 from qat.export.target import Target
 from qat.insert import Plan, apply_plan, make_plan
 from qat.lightning.cache import FloatCache
@@ -134,7 +135,9 @@ class Workspace:
         batches = int(self.cfg.trainer.get("limit_test_batches") != 0)
         trainer = self.measuring(limit_test_batches=batches, enable_progress_bar=False)
         test_metric(trainer, shell, self.data, self.cfg.metric)
-        traceable(shell, example_input(shell, self.data.train_dataloader))
+        if self.target is not None and self.target.graph is not None:
+            example = example_input(shell, self.data.train_dataloader)
+            check_trace(traceable(shell, example), example)
         if not self.policy.is_off:
             for callback in self.callbacks:
                 if isinstance(callback, Distill):
