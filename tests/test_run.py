@@ -315,6 +315,16 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
             "metric=test/accuracy: MLP.test_step logs no such value; did you mean 'test/acc'",
             id="metric",
         ),
+        pytest.param(
+            ["callbacks.best.monitor=val/precision"],
+            "callbacks.best.monitor=val/precision: MLP.validation_step logs no such value; choose from val/loss, val/acc",
+            id="monitor",
+        ),
+        pytest.param(
+            ["+callbacks.stop={_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val_loss}"],
+            "callbacks.stop.monitor=val_loss: MLP.validation_step logs no such value; did you mean 'val/loss'",
+            id="monitor-of-another-callback",
+        ),
         pytest.param(["ckpt=last"], "ckpt=last: there is no run to resume in", id="nothing-to-resume"),
         pytest.param(["ckpt=nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file", id="no-checkpoint"),
         pytest.param(
@@ -335,6 +345,12 @@ def test_a_mistake_is_one_line_with_status_2_and_nothing_written(overrides, said
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0], lines
     assert list(in_an_empty_folder.iterdir()) == []
+
+
+def test_what_the_users_own_callbacks_log_may_be_monitored(own_parts):
+    stop = "{_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/mine}"
+    own = ["+callbacks.mine={_target_: own_parts_of_run.Logs}", f"+callbacks.stop={stop}"]
+    assert _train(Path("run"), "export=none", *own) == 0
 
 
 def test_a_run_is_not_written_over_another(finished, capfd):
@@ -386,6 +402,7 @@ def test_a_model_with_nothing_to_quantize_is_refused_before_training(in_an_empty
 
 OWN = """
 import torch
+from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader
 from qat.data import Digits
 from qat.models import MLP
@@ -401,6 +418,9 @@ class Fixed(MLP):
 class Nothing(Digits):
     def train_dataloader(self):
         return DataLoader([])
+class Logs(Callback):
+    def on_validation_end(self, trainer, pl_module):
+        trainer.callback_metrics["val/mine"] = torch.tensor(1.0)
 class Tied(MLP):
     def __init__(self, in_features: int = 64, num_classes: int = 10, width: int = 16):
         super().__init__(in_features, num_classes, width)

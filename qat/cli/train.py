@@ -33,7 +33,7 @@ VERSION: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
 # What Lightning says of every trainer: advertisements, hardware that is not used, and what the progress bar shows.
 SMALL_TALK = (
     "💡 Tip", "GPU available", "TPU available", "Loading `train_dataloader`", "`Trainer.fit` stopped: `max_epochs",
-    "`Trainer(limit_test_batches=1)`",
+    "`Trainer(limit_test_batches=1)`", "`Trainer(limit_val_batches=1)`",
 )  # fmt: skip
 TRUST: dict[str, Any] = {"execution_whitelist": allowed_patterns()} if HYDRA_1_4 else {}
 

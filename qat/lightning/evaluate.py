@@ -3,7 +3,8 @@
 So the metric is the one that training measured, computed from the file.
 """
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -66,6 +68,34 @@ def test_metric(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightn
             f"metric={metric}: {type(module).__name__}.test_step logs no such value{nearest(metric, results)}"
         )
     return float(results[metric])
+
+
+def check_monitors(
+    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, monitors: Mapping[str, str]
+) -> None:
+    """Compares what callbacks look at with what the module logs in validation, if it has one.
+
+    Args:
+        trainer: Runs the validation loop.
+        module: The module.
+        data: Its validation data.
+        monitors: Name of the value, by the config key that says so. Of those that may come from elsewhere
+            (`train/loss`) nothing is known here: it must begin as what validation logs does.
+
+    Raises:
+        UserError: naming the first that is not logged, with the nearest value that is.
+    """
+    if not monitors or not is_overridden("validation_step", module) or not is_overridden("val_dataloader", data):
+        return
+    trainer.validate(module, datamodule=data, verbose=False)
+    if not sum(trainer.num_val_batches):
+        return
+    logged = list(trainer.callback_metrics)
+    beginnings = {"val", *(re.split("[/_]", name)[0] for name in logged)}
+    for key, name in monitors.items():
+        if name not in logged and re.split("[/_]", name)[0] in beginnings:
+            kind = type(module).__name__
+            raise UserError(f"{key}={name}: {kind}.validation_step logs no such value{nearest(name, logged)}")
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from qat.insert import Plan, apply_plan, make_plan
 from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
 from qat.lightning.distill import Distill
-from qat.lightning.evaluate import test_metric
+from qat.lightning.evaluate import check_monitors, test_metric
 from qat.lightning.settled import check_settled, settled
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import example_input, run_steps
@@ -132,13 +132,14 @@ class Workspace:
                 ) from error
         self.qat_callback()
         shell = copied(self.module)
-        batches = int(self.cfg.trainer.get("limit_test_batches") != 0)
-        trainer = self.measuring(limit_test_batches=batches, enable_progress_bar=False)
+        one = {key: int(self.cfg.trainer.get(key) != 0) for key in ("limit_test_batches", "limit_val_batches")}
+        trainer = self.measuring(**one, enable_progress_bar=False)
         test_metric(trainer, shell, self.data, self.cfg.metric)
         if self.target is not None and self.target.graph is not None:
             example = example_input(shell, self.data.train_dataloader)
             check_trace(traceable(shell, example), example)
         if not self.policy.is_off:
+            check_monitors(trainer, shell, self.data, self._monitors())
             for callback in self.callbacks:
                 if isinstance(callback, Distill):
                     callback.check(shell, self.folder)
@@ -149,6 +150,19 @@ class Workspace:
             self.audit: Callable[[Plan], list[AuditRow]] = lambda plan: audit(shell, plan, recording)
             self.audit_rows = self.audit(plan)
             check_coverage(self.audit_rows, self.policy.required_coverage)
+
+    def _monitors(self) -> dict[str, str]:
+        """What callbacks look at, by config key; nothing if one of the user's own may be what logs it."""
+        names = [name for name, node in (self.cfg.callbacks or {}).items() if node]
+        if any(
+            type(callback).__module__.partition(".")[0] not in ("qat", "pytorch_lightning")
+            for callback in self.callbacks
+        ):
+            return {}
+        found = {
+            f"callbacks.{n}.monitor": getattr(c, "monitor", None) for n, c in zip(names, self.callbacks, strict=False)
+        }
+        return {key: name for key, name in found.items() if isinstance(name, str)}
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
