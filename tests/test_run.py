@@ -347,6 +347,16 @@ def test_a_mistake_is_one_line_with_status_2_and_nothing_written(overrides, said
     assert list(in_an_empty_folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", [["train"], ["train", "-m", "seed=0,1"], ["search", "packed=9kB"]], ids=" ".join)
+def test_a_config_that_is_no_yaml_is_named_with_line_and_column(command, in_an_empty_folder, capfd):
+    config = in_an_empty_folder / "own" / "model" / "mine.yaml"
+    config.parent.mkdir(parents=True)
+    config.write_text("_target_: qat.models.MLP\nwidth: [1, 2\nlr: 3\n")
+    assert main([command[0], "--config-dir", "own", *command[1:], "model=mine"]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and f"{config}, line 3, column 3: is no YAML: " in lines[0], lines
+
+
 def test_what_the_users_own_callbacks_log_may_be_monitored(own_parts):
     stop = "{_target_: pytorch_lightning.callbacks.EarlyStopping, monitor: val/mine}"
     own = ["+callbacks.mine={_target_: own_parts_of_run.Logs}", f"+callbacks.stop={stop}"]

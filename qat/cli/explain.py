@@ -14,16 +14,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError, YAMLError
 
 from qat.cli.configs import configs_dir, dotted_items
 from qat.errors import UserError, nearest
 
-COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException)
+COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 _INTERNAL = ("full_key:", "object_type=", "reference_type=")
 
 
 def explain(error: Exception, overrides: list[str], config_dir: str | None, version: dict[str, str]) -> UserError:
-    """The one-line equivalent of an error that Hydra or OmegaConf raised while composing.
+    """The one-line equivalent of an error that Hydra, OmegaConf or the YAML parser raised while composing.
 
     Args:
         error: what was raised.
@@ -32,6 +33,9 @@ def explain(error: Exception, overrides: list[str], config_dir: str | None, vers
         version: the `version_base` argument that this Hydra wants.
     """
     text = " ".join(str(error).split())
+    if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark) is not None:
+        what = ": ".join(said for said in (error.context, error.problem) if said)
+        return UserError(f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: is no YAML: {what}")
     if isinstance(error, OverrideParseException):
         return UserError(
             f"cannot read the override '{error.override}': write it as key=value, key=[a,b] or 'key={{a: 1}}'"
