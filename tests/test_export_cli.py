@@ -63,6 +63,14 @@ def test_a_folder_gets_the_file_under_its_own_name(target, run, tmp_path):
     assert (tmp_path / build(target, {}).file).is_file()
 
 
+@pytest.mark.parametrize(
+    ("target", "out"), [("onnx", "new"), ("onnx", "new.1/"), ("packed", "a/new"), ("packed", "new.1/")]
+)
+def test_a_folder_that_is_not_there_is_made(target, out, run, tmp_path):
+    assert main(["export", str(run), f"target={target}", f"out={tmp_path}/{out}"]) == 0
+    assert (tmp_path / out / build(target, {}).file).is_file()
+
+
 def test_a_checkpoint_of_the_run_is_exported_and_verified_as_itself(run, tmp_path, capfd):
     checkpoint, out = str(run / "checkpoints" / "last.ckpt"), str(tmp_path / "last.onnx")
     assert main(["export", checkpoint, "target=onnx", f"out={out}"]) == 0
@@ -151,7 +159,11 @@ def test_a_file_that_falls_short_fails_with_the_layer_where_it_begins(run, tmp_p
         pytest.param(
             ["{run}", "target=onnx", "min_agreement=2"], "error: min_agreement=2: must be between", id="value"
         ),
-        pytest.param(["{run}", "target=onnx", "out=x.tflite"], "this target writes files called *.onnx", id="suffix"),
+        pytest.param(
+            ["{run}", "target=onnx", "out=x.tflite"],
+            "this target writes files called *.onnx; a folder's name ends in /",
+            id="suffix",
+        ),
         pytest.param(["nowhere", "target=onnx"], "nowhere: no such file or directory", id="nowhere"),
         pytest.param(["{run}/csv/metrics.csv", "target=onnx"], "is damaged or no checkpoint", id="no-checkpoint"),
         pytest.param(["{run}/float.safetensors", "target=onnx"], "is of a float model", id="float"),

@@ -33,8 +33,9 @@ def main(argv: list[str]) -> int:
     from qat.report.format import size
 
     if out is not None:
+        folder = out.endswith("/") or not Path(out).suffix  # files of a target that has a suffix have one
         out = Path(out).absolute()
-        if out.is_dir() and Path(target.file).suffix:
+        if (folder or out.is_dir()) and not out.is_file() and Path(target.file).suffix:
             out = out / target.file
     written = export(path, target, out)
     print(f"{written}  {size(files_bytes(written))}")

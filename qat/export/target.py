@@ -198,7 +198,7 @@ class Target:
             raise UserError(f"{path.name}: {reason}")
         main = Path(self.file)
         if main.suffix and path.suffix != main.suffix:
-            raise UserError(f"{path}: this target writes files called *{main.suffix}")
+            raise UserError(f"{path}: this target writes files called *{main.suffix}; a folder's name ends in /")
         if path.exists() and path.is_dir() == bool(main.suffix):
             raise UserError(f"{path}: is {'a' if main.suffix else 'no'} folder already; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
