@@ -1,6 +1,7 @@
 """OpenVINO computes what training measured, once training knows which grids it forgets."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,81 @@ def test_openvino_multiplies_queries_and_keys_as_integers(causal, kinds, integer
     exporter.check_kernels(verdict, converted, exporter.load(tmp_path / "model.xml", converted))
     assert verdict.passed, verdict.checks
     assert verdict.facts["integer_nodes"] == verdict.facts["expected_integer_nodes"] == integers
+
+
+def relu_and_tanh(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([F.relu(a), torch.tanh(b)], 1)
+
+
+def silu_and_tanh(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([F.silu(a), torch.tanh(b)], 1)
+
+
+def two_tanh(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([torch.tanh(a), torch.tanh(b)], 1)
+
+
+def two_relu(a: Tensor, b: Tensor) -> Tensor:
+    return torch.cat([F.relu(a), F.relu(b) * 5], 1)
+
+
+def gated_maximum(a: Tensor, b: Tensor) -> Tensor:
+    return (F.relu(a) * torch.sigmoid(b.mean((2, 3), keepdim=True))).amax((2, 3), keepdim=True)
+
+
+def minimum(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).amin((2, 3), keepdim=True)
+
+
+def average_and_norm(a: Tensor, b: Tensor) -> Tensor:
+    return F.instance_norm(F.avg_pool2d(a, 3, 1, 1, count_include_pad=False)) + b
+
+
+def mean_and_norm(a: Tensor, b: Tensor) -> Tensor:
+    return F.layer_norm((a + b).mean((2, 3)), (8,), eps=0.1)[..., None, None]
+
+
+def average_and_product(a: Tensor, b: Tensor) -> Tensor:
+    return F.avg_pool2d(F.relu(a), 2) * F.avg_pool2d(b, 2)[:, :1]
+
+
+JOINED = (relu_and_tanh, silu_and_tanh, two_tanh)
+REWRITTEN = [
+    *(pytest.param(function, {}, id=function.__name__) for function in (*JOINED, two_relu)),
+    *(pytest.param(function, {"concat": "shared"}, id=f"{function.__name__}-shared") for function in JOINED),
+    pytest.param(relu_and_tanh, {"act": {"bits": 4}}, id="relu_and_tanh-a4"),
+    *(
+        pytest.param(function, {}, id=function.__name__)
+        for function in (
+            gated_maximum, minimum, average_and_norm, mean_and_norm, average_and_product,
+        )
+    ),
+]  # fmt: skip
+
+
+class Between(nn.Module):
+    """Two convolutions, a function of both, and a convolution that reads it."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 1), function
+        self.head = nn.LazyConv2d(4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.a(x), self.b(x)))
+
+
+@pytest.mark.parametrize(("function", "settings"), REWRITTEN)
+def test_openvino_computes_what_was_trained_where_its_plugin_rewrites_graphs(function, settings, tmp_path):
+    torch.manual_seed(0)
+    model, x = Between(function), torch.randn(32, 4, 8, 8) * 1.5 + 0.3
+    model(x)
+    plan = quantized(model, x, W8A8 | {"target": "openvino"} | settings)
+    exporter, converted, verdict, comparison = OpenVinoTarget(), convert(model, plan), Verdict(), Comparison()
+    exporter.export(converted, plan, x[:4], tmp_path / "model.xml")
+    runner = exporter.load(tmp_path / "model.xml", model)
+    with torch.no_grad():
+        comparison.update(model(x).numpy(), runner(x.numpy()))
+    exporter.check_kernels(verdict, converted, runner)
+    assert comparison.mean_steps < 0.1  # single neighbouring codes; half a step and more where it is rewritten
+    assert verdict.passed, verdict.checks

@@ -32,6 +32,7 @@ from qat.export import onnx_nbits, onnx_passes
 from qat.export.files import atomic
 from qat.export.onnx_cascades import steady_cascades
 from qat.export.onnx_channels import pad_images
+from qat.export.onnx_openvino import evade_rewrites
 from qat.export.onnx_placement import ORT, Placement
 from qat.export.onnx_slim import slim
 from qat.export.onnx_trace import trace
@@ -185,6 +186,8 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
         common.RemoveUnusedNodesPass()(finished)
     if placement.steadies:
         steady_cascades(finished)
+    if placement.evades:
+        evade_rewrites(finished)
     content = slim(finished).SerializeToString()
     with atomic(path) as temporary:
         temporary.write_bytes(content)

@@ -2,7 +2,8 @@
 
 ort             as ONNX Runtime's CPU kernels want it (`qat.export.onnx`)
 openvino        the same, but signed activations are int8 (with a zero point it multiplies two activations in float),
-                and grids behind grids have other scales, since its kernels multiply by reciprocals
+                and grids behind grids have other scales, since its kernels multiply by reciprocals; what its plugin
+                rewrites to something else is written otherwise (`qat.export.onnx_openvino`)
 tensorrt        TensorRT, "Working with Quantized Types": Q/DQ at the inputs of quantizable operations, int8 with
                 zero points of zero (other types and zero points are refused by its parser), ReLU in front of
                 Q, where it fuses with the convolution, float biases (its parser knows no DequantizeLinear of int32)
@@ -36,6 +37,7 @@ class Placement:
         units: Whether operations that only move values stand between Q/DQ nodes of their own.
         steadies: Whether a grid behind a grid divides by a scale that no arithmetic rounds otherwise
             (`qat.export.onnx_cascades`).
+        evades: Whether what OpenVINO's plugin rewrites to something else is kept from it (`qat.export.onnx_openvino`).
     """
 
     signed_codes: Literal["none", "signed", "all"] = "none"
@@ -47,9 +49,10 @@ class Placement:
     pads_images: bool = False
     units: bool = False
     steadies: bool = False
+    evades: bool = False
 
 
 ORT = Placement(narrowest=2, pads_images=True)
-OPENVINO = Placement(signed_codes="signed", narrowest=4, steadies=True)
+OPENVINO = Placement(signed_codes="signed", narrowest=4, steadies=True, evades=True)
 TENSORRT = Placement(signed_codes="all", clips_codes=False, folds_limits=False, float_biases=True, guards_fusions=False)
 QNN = Placement(clips_codes=False, folds_limits=False, guards_fusions=False, units=True)

@@ -1,0 +1,82 @@
+"""What OpenVINO's CPU plugin would compute otherwise than a graph says, written so that it does not (2026.4, measured:
+tests/test_rules_openvino.py).
+
+    averages    of codes are rounded to codes, unless their readers are quantizers or nothing that can be quantized; and
+                a norm behind a grid takes the variance of codes, to which its epsilon means something else
+    extremes    ReduceMax and ReduceMin return other values where the quantizer behind them is fused into them
+    joins       a quantizer behind a concatenation of quantized tensors is moved in front of it. Convolutions read
+                unsigned codes, and signed ones that become so in front of a concatenation lose their scale
+
+A Max with -inf, which changes no value and which the plugin neither removes nor fuses with what is in front of it,
+stands behind such averages and extremes. Signed codes that go through or come from a concatenation to a convolution are
+unsigned in the file, by half of their range, as the plugin makes them elsewhere.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from qat.export.onnx_cascades import MOVES_VALUES
+from qat.export.onnx_passes import initializer
+from qat.export.onnx_units import MOVES
+
+AVERAGES = ("AveragePool", "GlobalAveragePool")
+EXTREMES = ("ReduceMax", "ReduceMin")
+HALF = 128
+
+
+def evade_rewrites(model: ir.Model) -> None:
+    """Keeps averages and extremes apart from their readers, and makes signed codes of joined tensors unsigned."""
+    graph = model.graph
+    for node in list(graph):
+        averages = node.op_type in AVERAGES and any(r.op_type != "QuantizeLinear" for r in _readers(node))
+        if averages or node.op_type in EXTREMES:
+            _keep_apart(graph, node)
+        elif node.op_type == "QuantizeLinear" and node.inputs[2].dtype == ir.DataType.INT8:  # pyright: ignore
+            source = node.inputs[0].producer() if node.inputs[0] is not None else None
+            if _joined(node.outputs[0], source is not None and source.op_type == "Concat"):
+                _make_unsigned(graph, node)
+
+
+def _readers(node: ir.Node) -> Iterator[ir.Node]:
+    """What reads the outputs of a node, behind operations that move values."""
+    for output in node.outputs:
+        for reader, _ in output.uses():
+            yield from _readers(reader) if reader.op_type in MOVES else (reader,)
+
+
+def _keep_apart(graph: ir.Graph, node: ir.Node) -> None:
+    output = node.outputs[0]
+    kept = ir.node("Max", [output, initializer(graph, "minus_infinity", np.array(-np.inf, np.float32))])
+    ir.convenience.replace_all_uses_with(output, kept.outputs[0], replace_graph_outputs=True)
+    kept.replace_input_with(0, output)
+    graph.insert_after(node, kept)
+
+
+def _joined(value: ir.Value, behind: bool) -> bool:
+    """Whether a convolution reads the value from `behind` a concatenation, or through one."""
+    for reader, index in value.uses():
+        if reader.op_type == "Conv" and index == 0 and behind:
+            return True
+        passes = reader.op_type in (*MOVES_VALUES, "Clip", "DequantizeLinear")
+        if passes and any(_joined(output, behind or reader.op_type == "Concat") for output in reader.outputs):
+            return True
+    return False
+
+
+def _make_unsigned(graph: ir.Graph, quantize: ir.Node) -> None:
+    """Adds half of the range to the codes' zero point and limits."""
+    for reader in (quantize, *quantize.outputs[0].consumers()):
+        _shift(graph, reader, (1, 2) if reader.op_type == "Clip" else (2,))
+        if reader.op_type == "Clip":
+            for dequantize in reader.outputs[0].consumers():
+                _shift(graph, dequantize, (2,))
+
+
+def _shift(graph: ir.Graph, node: ir.Node, inputs: tuple[int, ...]) -> None:
+    for index in inputs:
+        code = node.inputs[index]
+        assert code is not None and code.const_value is not None
+        shifted = int(code.const_value.numpy()) + HALF
+        node.replace_input_with(index, initializer(graph, f"code_{shifted}_uint8", np.array(shifted, np.uint8)))
