@@ -12,6 +12,7 @@ from small_models import quantized
 from torch import Tensor, nn
 
 from qat.convert import convert
+from qat.errors import UserError
 from qat.export.openvino_ir import OpenVinoTarget
 from qat.export.verify import Comparison, Verdict
 
@@ -155,3 +156,11 @@ def test_openvino_computes_what_was_trained_where_its_plugin_rewrites_graphs(fun
     exporter.check_kernels(verdict, converted, runner)
     assert comparison.mean_steps < 0.1  # single neighbouring codes; half a step and more where it is rewritten
     assert verdict.passed, verdict.checks
+
+
+def test_what_openvino_cannot_convert_is_one_line_and_no_file(tmp_path):
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")), torch.randn(4, 3, 8, 8)
+    plan = quantized(model, x, W8A8 | {"target": "openvino"})
+    with pytest.raises(UserError, match=r"model\.xml cannot hold this model: .*Pad-21") as caught:
+        OpenVinoTarget().export(convert(model, plan), plan, x, tmp_path / "model.xml")
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())

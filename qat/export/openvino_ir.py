@@ -53,13 +53,13 @@ class OpenVinoRunner:
             self._settings["LP_TRANSFORMS_MODE"] = "NO"
         if threads:
             self._settings |= {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-        self._compiled = self._compile(self._read())
+        try:
+            self._compiled = self._compile(self._read())
+        except RuntimeError as error:
+            raise UserError(f"{path}: openvino refuses it: {_reason(error)}") from None
 
     def _read(self) -> Any:
-        try:
-            return self._core.read_model(str(self.path))
-        except RuntimeError as error:
-            raise UserError(f"{self.path}: openvino refuses it: {str(error).strip().splitlines()[-1]}") from None
+        return self._core.read_model(str(self.path))
 
     def _compile(self, model: Any) -> Any:
         return self._core.compile_model(model, "CPU", self._settings)
@@ -73,8 +73,7 @@ class OpenVinoRunner:
         try:
             return np.array(self._compiled({INPUT: x})[0])
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {_reason(error)}") from None
 
     def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
         model = self._read()
@@ -104,6 +103,11 @@ class OpenVinoRunner:
     def float_layers(self) -> list[str] | None:
         floats = {part for names, p in self.precisions() if p.startswith(("f", "bf")) for part in names.split(",")}
         return [layer for layer, node in layer_nodes(self._read()).items() if node.get_friendly_name() in floats]
+
+
+def _reason(error: RuntimeError) -> str:
+    """The last line of what OpenVINO says; those before it are places in its source."""
+    return str(error).strip().splitlines()[-1].removeprefix("-- ")
 
 
 def weights(model: Any) -> dict[str, Any]:
@@ -169,6 +173,11 @@ class OpenVinoTarget(Target):
             model_of_onnx = openvino.Core().read_model(str(source))  # convert_model would lose the constants' names
             model_of_onnx.set_rt_info(json.dumps(shared_weights(onnx.load(str(source)))), SHARED_KEY)
             openvino.save_model(model_of_onnx, folder / self.file, compress_to_fp16=False)
+        except RuntimeError as error:
+            raise UserError(
+                f"{self.file} cannot hold this model: {_reason(error)} (operations of ONNX, with the opset); write "
+                "these otherwise, or use export=onnx"
+            ) from None
         finally:
             source.unlink()
 
