@@ -76,7 +76,7 @@ LIGHTNINGS_CALLBACK = [
         "conversion at the end breaks checkpoints",
         f"{KNOWN}converting_after_fit_leaves_the_module_and_its_best_checkpoint_as_they_are",
         "qat/convert.py",
-        "converted = copy.deepcopy(model).cpu().eval()",
+        "converted = copied(model).cpu().eval()",
         "converted = model.cpu().eval()",
         "RuntimeError: Error(s) in loading state_dict",
     ),

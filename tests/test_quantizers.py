@@ -65,6 +65,12 @@ WEIGHTS = [case for case in CASES if GRIDS[case[1]][0] == "weight"]
 LINED_UP = [  # scales and what they scale follow each other in memory: others never run in kernels
     case for case in CASES if GRIDS[case[1]][1] == 0 and not (case in WEIGHTS and "group_size" in GRIDS[case[1]][2])
 ]
+ONE, SEVERAL = ([c for c in LINED_UP if ("granularity" in GRIDS[c[1]][2]) == several] for several in (False, True))
+COMPILED = [  # of each quantizer one with one scale and one with several: others run in the same programs, or nearly
+    *[next(c for c in cases if c[0] == n) for cases in (ONE, SEVERAL) for n in dict(cases)],
+    ("lsq", "act-e4m3"),
+    ("lsq", "w4-channel-affine"),
+]
 FEW = [cases[i] for n in quantizers.names() for cases in [[c for c in CASES if c[0] == n]] for i in (0, -1)]
 
 
@@ -215,7 +221,7 @@ def test_it_compiles_into_one_graph(name, grid, dynamic):
 
 
 @pytest.mark.slow
-@each(LINED_UP)
+@each(COMPILED)
 def test_compiled_kernels_do_what_plain_torch_does(name, grid, monkeypatch, kernel_settings):
     monkeypatch.setattr(kernels, "SMALL", 0)
     quantizer, x = ready(name, grid)
