@@ -209,13 +209,6 @@ def site_function(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return None if known.kind in WEIGHTED and not isinstance(weight, nn.Parameter) else known
 
 
-def updates_buffer(module: nn.Module, function: Function, operands: list[Tensor]) -> bool:
-    """Whether a call in the forward of `module` writes to a buffer of it: a running mean that training alone moves.
-    That is state and no tensor between layers, so it counts as no site.
-    """
-    return function.in_place and any(buffer is operands[0] for buffer in module._buffers.values())
-
-
 def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 

@@ -30,14 +30,12 @@ from qat.functions import (
     PRODUCTS,
     SHAPED_ALIKE,
     WEIGHTED,
-    Function,
     first_tensor,
     flat,
     is_nonnegative,
     keeps_values,
     positional,
     site_function,
-    updates_buffer,
 )  # fmt: skip
 from qat.layers.experts import is_experts
 from qat.macs import function_macs, layer_macs
@@ -146,7 +144,7 @@ class _Recorder(TorchFunctionMode):
         operands = [a for a in flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
         inputs = self.keys(operands)
         nonnegative = is_nonnegative(func, args, kwargs, self._is_known_nonnegative)  # before it may run in place
-        site = self._site(func, args, kwargs)
+        site = site_function(func, args, kwargs)
         through = self.keys((site and site.operands(args, kwargs)) or ())
         valued = [] if func in SHAPED_ALIKE else operands[:1] if func in MADE_ALIKE else operands
         constant = func not in DRAWS and all(not is_lazy(o) and self.key(o) in self.constants for o in valued)
@@ -180,14 +178,8 @@ class _Recorder(TorchFunctionMode):
     def _here(self) -> str:
         return self.names[id(self.stack[-1].module)]
 
-    def _site(self, func: Any, args: Any, kwargs: Any) -> Function | None:
-        """What the call is if it is a site of the module whose forward runs."""
-        site = site_function(func, args, kwargs)
-        operands = site.operands(args, kwargs) if site and self.stack else None
-        return None if site and operands and updates_buffer(self.stack[-1].module, site, operands) else site
-
     def _note_call(self, func: Any, args: Any, kwargs: Any, call: Call, output: Any) -> None:
-        frame, site, result = self.stack[-1], self._site(func, args, kwargs), first_tensor(output)
+        frame, site, result = self.stack[-1], site_function(func, args, kwargs), first_tensor(output)
         call.inside, call.macs = self.inside, function_macs(func, args, kwargs, output)
         if result is not None:
             call.output, call.shape = self.key(result), tuple(result.shape)

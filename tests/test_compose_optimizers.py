@@ -219,16 +219,26 @@ def test_what_is_learned_is_in_one_group_whoever_lists_the_parameters(configure,
     assert not [w for w in recwarn if "duplicate parameters" in str(w.message)]
 
 
+def test_optimizers_that_take_turns_both_have_the_scales(tmp_path):
+    net = Configured(lambda m: torch.optim.SGD(m.parameters(), lr=0.01))
+    trainer(tmp_path).fit(net, loader())
+    net.configure = lambda m: [torch.optim.Adam(m.parameters()), torch.optim.SGD(m.parameters(), lr=0.01)]
+    everything = {id(p) for p in net.parameters()}
+    for optimizer in net.configure_optimizers():
+        assert {id(p) for group in optimizer.param_groups for p in group["params"]} == everything
+
+
 def test_scales_that_have_a_rate_of_their_own_keep_it(tmp_path):
     def configure(net: nn.Module) -> Any:
         named = dict(net.named_parameters())
-        inputs = [p for n, p in named.items() if "input_quantizer" in n]
+        inputs = [p for n, p in named.items() if "input_quantizer" in n]  # of sites, too
         others = [p for n, p in named.items() if "input_quantizer" not in n]
         optimizer = torch.optim.SGD([{"params": others}, {"params": inputs, "lr": 0.003}], lr=0.1)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda e: 0.5, lambda e: 1.0])]
 
     fitted = trainer(tmp_path)
     fitted.fit(Configured(configure), loader())
+    assert [len(group["params"]) for group in fitted.optimizers[0].param_groups] == [8, 3, 5]
     assert [group["lr"] for group in fitted.optimizers[0].param_groups] == pytest.approx([0.05, 0.005, 0.003])
 
 

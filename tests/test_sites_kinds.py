@@ -189,31 +189,6 @@ def test_functions_of_kinds_that_nobody_quantizes_may_change():
     assert model(torch.randn(X)).isfinite().all()
 
 
-class Centred(nn.Module):
-    """Follows the mean of what it sees, in training alone."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a = linear()
-        self.register_buffer("mean", torch.zeros(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            with torch.no_grad():
-                self.mean.mul_(0.9).add_(0.1 * x.mean((0, 1)))
-        return self.a(x - self.mean) + x
-
-
-@pytest.mark.parametrize("compiled", [pytest.param(False, id="eager"), pytest.param(True, id="compiled")])
-def test_what_training_adds_to_a_buffer_is_no_site(compiled):
-    x = torch.randn(X)
-    model = inserted(Centred(), x).train()
-    torch._dynamo.reset()
-    run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
-    assert run(x).isfinite().all() and torch.allclose(model.mean, 0.1 * x.mean((0, 1)))
-    assert [name for name, _ in model.named_children()] == ["a", "add_0"]
-
-
 def test_an_addition_in_training_alone_names_the_module_itself():
     class More(Reordered):
         def forward(self, x: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ def evade_rewrites(model: ir.Model) -> None:
     graph = model.graph
     for node in list(graph):
         averages = node.op_type in AVERAGES and any(r.op_type != "QuantizeLinear" for r in _readers(node))
-        if averages or node.op_type in EXTREMES:
+        real = node.outputs[0].dtype in (None, ir.DataType.FLOAT)  # not of what `any` and `all` become
+        if averages or (node.op_type in EXTREMES and real):
             _keep_apart(graph, node)
         elif node.op_type == "QuantizeLinear" and node.inputs[2].dtype == ir.DataType.INT8:  # pyright: ignore
             source = node.inputs[0].producer() if node.inputs[0] is not None else None

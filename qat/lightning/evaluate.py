@@ -3,7 +3,6 @@
 So the metric is the one that training measured, computed from the file.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,21 +78,21 @@ def check_monitors(
         trainer: Runs the validation loop.
         module: The module.
         data: Its validation data.
-        monitors: Name of the value, by the config key that says so. Of those that may come from elsewhere
-            (`train/loss`) nothing is known here: it must begin as what validation logs does.
+        monitors: Name of the value, by the config key that says so; of those that do not begin with `val` nothing is
+            known here.
 
     Raises:
         UserError: naming the first that is not logged, with the nearest value that is.
     """
     if not monitors or not is_overridden("validation_step", module) or not is_overridden("val_dataloader", data):
         return
-    trainer.validate(module, datamodule=data, verbose=False)
+    data.setup("fit")  # by hand: a teardown behind it might free what `fit` is given
+    trainer.validate(module, data.val_dataloader(), verbose=False)
     if not sum(trainer.num_val_batches):
         return
     logged = list(trainer.callback_metrics)
-    beginnings = {"val", *(re.split("[/_]", name)[0] for name in logged)}
     for key, name in monitors.items():
-        if name not in logged and re.split("[/_]", name)[0] in beginnings:
+        if name not in logged and name.startswith("val"):
             kind = type(module).__name__
             raise UserError(f"{key}={name}: {kind}.validation_step logs no such value{nearest(name, logged)}")
 

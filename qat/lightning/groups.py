@@ -18,12 +18,13 @@ lowest rates) is spread over the groups that there are. Some give all groups one
 finder, stochastic weight averaging): a hook before each step restores the ratio.
 
 Lists of parameters that were complete in float are no longer. Layers that read one tensor share a quantizer, which the
-`parameters()` of each of them have: it belongs to the first. And what a module's own forward quantizes is no child of
-the submodules whose `parameters()` a user adds up: it goes with the first parameters of that module.
+`parameters()` of each of them have. And what a module's own forward quantizes is no child of the submodules whose
+`parameters()` a user adds up. `settle` looks at the finished optimizers for both.
 """
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
@@ -38,6 +39,7 @@ from qat.errors import UserError
 from qat.functional import TINY
 from qat.insert import named_quantizers
 from qat.layers.site import Site
+from qat.quantizers import Quantizer
 
 SGD_FACTOR = 0.1
 ADAPTIVE_FACTOR = 3.0
@@ -62,44 +64,6 @@ def auto_factor(optimizer: torch.optim.Optimizer) -> float:
     return SGD_FACTOR if isinstance(optimizer, torch.optim.SGD) else ADAPTIVE_FACTOR
 
 
-class _Learned:
-    """What the quantizers of a model learn, by identity of the parameter, while groups are made.
-
-    Attributes:
-        owned: All of it.
-        factor_of: The scales.
-        sites: What no layer has: name, parameter, and the parameters that it goes with.
-        taken: What a group has already.
-    """
-
-    def __init__(self, model: nn.Module, factors: Mapping[str, float | None]) -> None:
-        self.owned = {id(p) for _, quantizer in named_quantizers(model) for p in quantizer.parameters()}
-        self.factor_of = {
-            id(quantizer.scale): factor
-            for path, factor in factors.items()
-            for _, quantizer in named_quantizers(model.get_submodule(path))
-            if isinstance(quantizer.scale, nn.Parameter)
-        }
-        self.sites: list[tuple[str, nn.Parameter, set[int]]] = []
-        for path, site in model.named_modules():
-            if isinstance(site, Site):
-                owner = model.get_submodule(path.rpartition(".")[0])
-                beside = {id(p) for p in owner.parameters()} - self.owned
-                self.sites += [(f"{path}.{name}", p, beside) for name, p in site.named_parameters()]
-        self.taken: set[int] = set()
-
-    def members(self, given: Sequence[Any]) -> list[Any]:
-        """A group's parameters: what is given but belongs to no other group, and what goes with it."""
-        ids, named = {id(_tensor(m)) for m in given}, bool(given) and isinstance(given[0], tuple)
-        along = [(n, p) if named else p for n, p, beside in self.sites if not beside.isdisjoint(ids)]
-        found = []
-        for member in (*given, *along):
-            if (key := id(_tensor(member))) not in self.taken:
-                found.append(member)
-                self.taken |= {key} & self.owned
-        return found
-
-
 @contextmanager
 def own_groups(model: nn.Module, factors: Mapping[str, float | None] = MappingProxyType({"": None})) -> Iterator[None]:
     """While it lasts, every parameter group given to an optimizer loses its scales to groups behind it.
@@ -109,20 +73,32 @@ def own_groups(model: nn.Module, factors: Mapping[str, float | None] = MappingPr
         factors: Learning rate of scales relative to their group's, by path of the submodule that they are in (`""`:
             all); `None` for `auto_factor`.
     """
-    learned = _Learned(model, factors)
+    factor_of = {
+        id(quantizer.scale): factor
+        for path, factor in factors.items()
+        for _, quantizer in named_quantizers(model.get_submodule(path))
+        if isinstance(quantizer.scale, nn.Parameter)
+    }
+    owned = {id(p) for _, quantizer in named_quantizers(model) for p in quantizer.parameters()}
     add: Callable[..., None] = torch.optim.Optimizer.add_param_group
     format_param: Callable[..., list[Any]] = lr_scheduler._format_param
 
     def add_param_group(self: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+        if FACTOR in group:  # of another optimizer, which this one wraps
+            return add(self, group)
         given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        members = learned.members(given)
+        members, known = [], {id(p) for own in self.param_groups for p in own["params"]} & owned
+        for member in given:  # layers that read one tensor share a quantizer, and each of them lists it
+            if (key := id(_tensor(member))) not in known:
+                members.append(member)
+                known |= {key} & owned
         if isinstance(self, torch.optim.LBFGS):  # one group is all that it takes
             return add(self, {**group, "params": members})
         split: dict[float | None, list[Any]] = {}
         for member in members:
-            if id(_tensor(member)) in learned.factor_of:
-                split.setdefault(learned.factor_of[id(_tensor(member))], []).append(member)
-        rest = [m for m in members if id(_tensor(m)) not in learned.factor_of]
+            if id(_tensor(member)) in factor_of:
+                split.setdefault(factor_of[id(_tensor(member))], []).append(member)
+        rest = [m for m in members if id(_tensor(m)) not in factor_of]
         if rest or not given:
             add(self, {**group, "params": rest})
         lr = group.get("lr", self.defaults.get("lr"))
@@ -150,6 +126,48 @@ def own_groups(model: nn.Module, factors: Mapping[str, float | None] = MappingPr
         for scheduler, argument in EACH:
             patched.enter_context(patch.object(scheduler, "__init__", _spreading(scheduler.__init__, argument)))
         yield
+
+
+def settle(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Puts what quantizers learn into one optimizer each, whatever parts of the model the optimizers are for.
+
+    A quantizer that two parts share stays in the first of their optimizers, unless these have weights in common, too
+    (then a user takes turns). What a module's own forward quantizes, and no part lists, goes where scales of the
+    module are.
+    """
+    owned = {id(p) for _, quantizer in named_quantizers(model) for p in quantizer.parameters()}
+    ids = [{id(p) for group in each.param_groups for p in group["params"]} for each in optimizers]
+    for later, optimizer in enumerate(optimizers):
+        elsewhere = [own for own in ids[:later] if not (own & ids[later]) - owned]
+        twice = owned.intersection(*[set().union(*elsewhere), ids[later]])
+        for group in optimizer.param_groups if twice else ():
+            keep = [id(p) not in twice for p in group["params"]]
+            for key in {"params", "param_names"} & group.keys():
+                group[key] = list(itertools.compress(group[key], keep))
+        ids[later] -= twice
+    for path, site in model.named_modules():
+        if not isinstance(site, Site):
+            continue
+        beside = {id(p) for p in model.get_submodule(path.rpartition(".")[0]).parameters()}
+        for name, quantizer in [(n, m) for n, m in site.named_modules() if isinstance(m, Quantizer)]:
+            for of, parameter in quantizer.named_parameters():
+                if id(parameter) not in set().union(*ids):
+                    _join((f"{path}.{name}.{of}", parameter), parameter is quantizer.scale, beside, optimizers)
+
+
+def _join(
+    named: tuple[str, nn.Parameter], scale: bool, beside: set[int], optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Adds a parameter to the first group of its kind behind weights that it goes with: schedulers know that one."""
+    for optimizer in optimizers:
+        met = False
+        for group in optimizer.param_groups:
+            met = met or any(id(p) in beside for p in group["params"])
+            if met and (FACTOR in group) == scale:
+                for key, value in zip(("param_names", "params"), named, strict=True):
+                    if key in group:
+                        group[key].append(value)
+                return
 
 
 def _spreading(init: Callable[..., None], argument: str) -> Callable[..., None]:
@@ -207,6 +225,8 @@ def remember(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 def in_proportion(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """After a step: makes each scale's change one of its logarithm, so that it stays positive, and limits it."""
     scales, before = list(_scales(optimizer)), vars(optimizer).pop(BEFORE)
+    if not scales:  # another optimizer has them (`settle`)
+        return
     change = torch._foreach_sub(scales, before)
     largest = LARGEST_CHANGE
     if isinstance(optimizer, torch.optim.SGD):

@@ -16,11 +16,13 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from qat.errors import UserError
 from qat.insert import Plan, apply_plan, remove
 from qat.layers.twin import TwinMixin, become_twin, twin_of
-from qat.lightning.groups import own_groups
+from qat.lightning.groups import own_groups, settle
 from qat.lightning.weights import join_state, read_checkpoint, split_state
 from qat.quantizers import Quantizer
 
@@ -83,7 +85,9 @@ class QuantizedModule(TwinMixin):
 
     def configure_optimizers(self) -> Any:
         with own_groups(self, self.scale_lr_factors):  # pyright: ignore[reportArgumentType]
-            return super().configure_optimizers()  # pyright: ignore[reportAttributeAccessIssue]
+            configured = super().configure_optimizers()  # pyright: ignore[reportAttributeAccessIssue]
+        settle(self, [leaf for leaf in tree_leaves(configured) if isinstance(leaf, Optimizer)])  # pyright: ignore
+        return configured
 
 
 def insert_plan(module: pl.LightningModule, plan: Plan) -> None:

@@ -54,8 +54,8 @@ def step_of(module: pl.LightningModule, first: str = "validation_step") -> Calla
 
 @contextmanager
 def no_trace(module: pl.LightningModule, moving: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Steps that run inside log nothing and leave buffers (but those of quantizers), metrics, lists and random numbers
-    as they were; numbers and other objects among the module's attributes are not looked at.
+    """Steps that run inside log nothing and leave buffers (but those of quantizers, and new ones), metrics, lists and
+    random numbers as they were; numbers and other objects among the module's attributes are not looked at.
 
     Args:
         module: Whose steps they are.
@@ -84,8 +84,8 @@ def no_trace(module: pl.LightningModule, moving: Collection[nn.Module] = ()) -> 
 
 @contextmanager
 def _same_buffers(module: nn.Module, moving: Collection[nn.Module]) -> Iterator[None]:
-    """Afterwards every buffer is the tensor that it was, with the values that it had: a step may write to it or put
-    another in its place.
+    """Afterwards every buffer that a step has written to has the values that it had. One that it has put another tensor
+    in place of stays new: a cache, of whose size the module has kept a number beside it.
     """
     left = {id(m) for m in moving}  # by id: metrics compare as what they will compute
     holders = [m for m in module.modules() if not isinstance(m, Quantizer) and id(m) not in left]
@@ -94,9 +94,9 @@ def _same_buffers(module: nn.Module, moving: Collection[nn.Module]) -> Iterator[
         yield
     finally:
         for buffers, name, buffer, values in kept:
-            if name in buffers:
-                buffers[name] = buffer
-            if buffer is not None and values is not None and not torch.equal(buffer, values):
+            if buffer is None or values is None or buffers.get(name) is not buffer:
+                continue
+            if not torch.equal(buffer, values):
                 with torch.no_grad():
                     buffer.copy_(values)
 
