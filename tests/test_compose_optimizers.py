@@ -180,7 +180,8 @@ class Heads(Configured):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.body(x.flatten(1)))
-        return torch.cat([self.left(x), self.right(x)], 1)
+        heads = [self.left(x), self.right(x)]
+        return torch.cat(heads, 1) + torch.cat(heads, 1)  # two sites that share their grids
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizers = [self.optimizers()] if len(self.trainer.optimizers) == 1 else self.optimizers()

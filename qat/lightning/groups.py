@@ -39,7 +39,6 @@ from qat.errors import UserError
 from qat.functional import TINY
 from qat.insert import named_quantizers
 from qat.layers.site import Site
-from qat.quantizers import Quantizer
 
 SGD_FACTOR = 0.1
 ADAPTIVE_FACTOR = 3.0
@@ -79,7 +78,7 @@ def own_groups(model: nn.Module, factors: Mapping[str, float | None] = MappingPr
         for _, quantizer in named_quantizers(model.get_submodule(path))
         if isinstance(quantizer.scale, nn.Parameter)
     }
-    owned = {id(p) for _, quantizer in named_quantizers(model) for p in quantizer.parameters()}
+    owned = _owned(model)
     add: Callable[..., None] = torch.optim.Optimizer.add_param_group
     format_param: Callable[..., list[Any]] = lr_scheduler._format_param
 
@@ -87,7 +86,7 @@ def own_groups(model: nn.Module, factors: Mapping[str, float | None] = MappingPr
         if FACTOR in group:  # of another optimizer, which this one wraps
             return add(self, group)
         given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        members, known = [], {id(p) for own in self.param_groups for p in own["params"]} & owned
+        members, known = [], _members(self) & owned
         for member in given:  # layers that read one tensor share a quantizer, and each of them lists it
             if (key := id(_tensor(member))) not in known:
                 members.append(member)
@@ -135,24 +134,35 @@ def settle(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Non
     (then a user takes turns). What a module's own forward quantizes, and no part lists, goes where scales of the
     module are.
     """
-    owned = {id(p) for _, quantizer in named_quantizers(model) for p in quantizer.parameters()}
-    ids = [{id(p) for group in each.param_groups for p in group["params"]} for each in optimizers]
+    owned = _owned(model)
+    ids = [_members(optimizer) for optimizer in optimizers]
     for later, optimizer in enumerate(optimizers):
-        elsewhere = [own for own in ids[:later] if not (own & ids[later]) - owned]
-        twice = owned.intersection(*[set().union(*elsewhere), ids[later]])
+        apart = [own for own in ids[:later] if own & ids[later] <= owned]
+        twice = set[int]().union(*apart) & ids[later]
         for group in optimizer.param_groups if twice else ():
             keep = [id(p) not in twice for p in group["params"]]
             for key in {"params", "param_names"} & group.keys():
                 group[key] = list(itertools.compress(group[key], keep))
         ids[later] -= twice
+    listed = set[int]().union(*ids)
     for path, site in model.named_modules():
         if not isinstance(site, Site):
             continue
         beside = {id(p) for p in model.get_submodule(path.rpartition(".")[0]).parameters()}
-        for name, quantizer in [(n, m) for n, m in site.named_modules() if isinstance(m, Quantizer)]:
+        for name, quantizer in named_quantizers(site):
             for of, parameter in quantizer.named_parameters():
-                if id(parameter) not in set().union(*ids):
+                if id(parameter) not in listed:
                     _join((f"{path}.{name}.{of}", parameter), parameter is quantizer.scale, beside, optimizers)
+                    listed.add(id(parameter))  # another site may share it
+
+
+def _owned(model: nn.Module) -> set[int]:
+    """Identities of what the quantizers of a model learn."""
+    return {id(p) for _, quantizer in named_quantizers(model) for p in quantizer.parameters()}
+
+
+def _members(optimizer: torch.optim.Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 def _join(

@@ -228,13 +228,13 @@ class Run(Workspace):
 
     def _example(self) -> Tensor | None:
         """What forward takes; `None` if it does not take one tensor and return one, and the target does not ask."""
+        if self.target is not None and self.target.graph is not None:  # `check` has tried it out
+            return example_input(self.module, self.data.train_dataloader)
         try:
             example = example_input(self.module, self.data.train_dataloader)
             traceable(self.module, example)
             return example
         except UserError:
-            if self.target is not None and self.target.graph is not None:
-                raise
             return None
 
     def _export_float(self) -> int | None:

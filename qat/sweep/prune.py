@@ -5,12 +5,12 @@ small model looks bad. `Dominated` asks what the front asks: at the same epoch, 
 better? Costs are known before training (bits and MACs are), in `audit.json`.
 """
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Event, Thread
 
 from qat.errors import UserError
+from qat.export.files import read_object
 from qat.sweep.point import STOP, Point
 from qat.sweep.results import by_epoch
 
@@ -50,7 +50,7 @@ def _cost(folder: Path) -> tuple[float, float] | None:
     path = folder / "audit.json"
     if not path.is_file():
         return None
-    audit = json.loads(path.read_text())
+    audit = read_object(path, "bops", "rows")
     return audit["bops"], sum(row["params"] * (row["weight_bits"] or 32) for row in audit["rows"])
 
 
