@@ -34,6 +34,17 @@ def quantizer(granularity: str, x: Tensor) -> nn.Module:
     return module
 
 
+def uncompiled(run: Callable[[], None]) -> Callable[[], None]:
+    """`run` without kernels, which run compiled everywhere else: who is timed compiled pays for no switch."""
+
+    def switched() -> None:
+        kernels.configure("never")
+        run()
+        kernels.configure("always")
+
+    return switched
+
+
 def operations(x: Tensor, peers: bool, missing: dict[str, str]) -> dict[str, Operation]:
     """What to compare on one tensor, with the parameters that it learns.
 
@@ -46,20 +57,13 @@ def operations(x: Tensor, peers: bool, missing: dict[str, str]) -> dict[str, Ope
         [torch.full((n,), value, device=x.device, requires_grad=True) for value in (0.05, 0.0)] for n in (1, len(x))
     )
 
-    def in_mode(mode: kernels.Mode, module: nn.Module) -> Operation:
-        def call(t: Tensor) -> Tensor:
-            kernels.configure(mode)
-            return module(t)
-
-        return call, list(module.parameters())
-
-    tensor, channel = quantizer("tensor", x), quantizer("channel", x)
+    tensor, channel = ((module, list(module.parameters())) for module in map(quantizer, ("tensor", "channel"), (x, x)))
     found: dict[str, Operation] = {
         "relu": (torch.relu, []),
-        "LSQ per tensor, compiled": in_mode("always", tensor),
-        "LSQ per channel, compiled": in_mode("always", channel),
-        "LSQ per tensor, eager": in_mode("never", tensor),
-        "LSQ per channel, eager": in_mode("never", channel),
+        "LSQ per tensor, compiled": tensor,
+        "LSQ per channel, compiled": channel,
+        "LSQ per tensor, eager": tensor,
+        "LSQ per channel, eager": channel,
         "torch fake_quantize": (lambda t: torch.fake_quantize_per_tensor_affine(t, 0.05, 0, -128, 127), []),
         "torch learnable": (
             lambda t: torch._fake_quantize_learnable_per_tensor_affine(t, scale, zero, -128, 127, 1.0),
@@ -107,6 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     keep_freed()
+    kernels.configure("always")
     warnings.simplefilter("ignore")
     console, missing = Console(width=120), {}
     for size in map(int, args.sizes):
@@ -119,6 +124,7 @@ def main() -> None:
         both = []
         for backward in (False, True):
             runs = {name: timed(x, grad, op, backward) for name, op in found.items()}
+            runs |= {name: uncompiled(run) for name, run in runs.items() if name.endswith("eager")}
             if not backward:
                 runs["copy"] = lambda x=x, output=output: output.copy_(x.detach())
             both.append(interleave(runs, "relu", args.seconds))

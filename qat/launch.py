@@ -11,6 +11,7 @@ subclasses and random numbers, none of which a kernel has: run from cold caches,
 import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import count
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -98,7 +99,8 @@ def launchable(x: Tensor, args: Sequence[Tensor]) -> bool:
 def signature(tensors: int, args: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a program is made for; see `program`."""
     x, parameters = args[0], args[tensors:]
-    return x.device, x.ndim, *[a.dtype for a in args], *[p.shape if p.ndim == 1 else None for p in parameters]
+    forms = [p.shape if p.ndim == 1 else tuple(size > 1 for size in p.shape) for p in parameters]
+    return x.device, x.ndim, *[a.dtype for a in args], *forms
 
 
 def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) -> Program:
@@ -107,8 +109,8 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
     Args:
         function: Positional tensors in; a tensor, or a tuple of tensors and `None`, out.
         tensors: How many of its first arguments are large.
-        args: First the large tensors, dense, of one shape `[N]` or `[rows, N]` with no axis of size 1, then parameters
-            of shape `[k]` or `[rows, 1]`.
+        args: First the large tensors, dense, of one shape with no axis of size 1, then parameters of shape `[k]`, or
+            such as broadcast against them: `[rows, 1]`.
 
     Raises:
         Exception: whatever goes wrong in compiling.
@@ -179,14 +181,19 @@ def _examples(tensors: int, args: Sequence[Tensor]) -> list[Tensor]:
 
     They are as large, because compilers look at that.
     """
-    *rows, count = args[0].shape
     taken = {p.shape[0] for p in args[tensors:] if p.ndim == 1}
-    while count in taken:
-        count += 1
-    rows = [next(n for n in range(rows[0], rows[0] + len(taken) + 2) if n not in {*taken, count})] if rows else []
+    sizes: list[int] = []
+    for size in reversed(args[0].shape):
+        sizes.insert(0, next(n for n in count(size) if n not in taken))
+        taken.add(sizes[0])
     with torch.inference_mode(False):
-        large = [x.new_zeros(*rows, count) for x in args[:tensors]]
-        return large + [p.new_ones(p.shape if p.ndim == 1 else (*rows, 1)) for p in args[tensors:]]
+        large = [x.new_zeros(sizes) for x in args[:tensors]]
+        return large + [p.new_ones(_like(p.shape, sizes)) for p in args[tensors:]]
+
+
+def _like(shape: torch.Size, sizes: list[int]) -> Sequence[int]:
+    """The shape of a parameter beside large tensors of other sizes."""
+    return shape if len(shape) == 1 else [1 if own == 1 else size for own, size in zip(shape, sizes, strict=True)]
 
 
 def _arguments(graph: fx.GraphModule) -> list[Argument]:

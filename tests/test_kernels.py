@@ -91,6 +91,38 @@ def test_a_program_made_for_equal_sizes_serves_unequal_ones(dtype, monkeypatch):
         torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "group_size", "of_x"),
+    [
+        ((6, 16, 5, 3), 1, None, torch.contiguous_format),
+        ((16, 12, 3, 5), 1, None, torch.channels_last),
+        ((6, 12, 3, 5), 0, 4, torch.contiguous_format),
+        ((24, 16), 1, None, torch.contiguous_format),
+        ((24, 16), 1, 8, torch.contiguous_format),
+    ],
+    ids=str,
+)
+def test_scales_may_lie_across_memory(shape, axis, group_size, of_x, monkeypatch):
+    monkeypatch.setattr(kernels, "SMALL", 0)
+    spec = QuantSpec(bits=4, granularity="group" if group_size else "channel", group_size=group_size, range="minmax")
+    weight = create(spec.resolved(nonnegative=False, weight=True), torch.Size(shape), axis)
+    x = torch.randn(shape).to(memory_format=of_x)
+    weight.calibrate(x)
+    for part in (weight.gradient.forward, weight.gradient.backward):
+        monkeypatch.setattr(part, "_launches", {})
+    found = {}
+    for mode in ("never", "always"):
+        kernels.configure(mode)
+        leaf = x.clone().requires_grad_()
+        weight.scale.grad = None
+        y = weight(leaf)
+        (y * torch.arange(x.numel()).view(shape).sin()).sum().backward()
+        found[mode] = y.detach(), leaf.grad, weight.scale.grad
+    assert all(weight.gradient.forward._launches.values()) and all(weight.gradient.backward._launches.values())
+    assert torch.equal(found["always"][0], found["never"][0]) and torch.equal(found["always"][1], found["never"][1])
+    torch.testing.assert_close(found["always"][2], found["never"][2], rtol=1e-5, atol=1e-5)
+
+
 def test_modes_that_see_each_operation_see_those_of_a_quantizer():
     class Names(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

@@ -62,12 +62,11 @@ CASES = [(n, g) for n in quantizers.names() for g in GRIDS if _suits(n, g)]
 ACTS = [case for case in CASES if GRIDS[case[1]][0] == "act"]
 STATIC = [case for case in CASES if quantizers.find(case[0]).static]  # whose range is not that of the input itself
 WEIGHTS = [case for case in CASES if GRIDS[case[1]][0] == "weight"]
-LINED_UP = [  # scales and what they scale follow each other in memory: others never run in kernels
-    case for case in CASES if GRIDS[case[1]][1] == 0 and not (case in WEIGHTS and "group_size" in GRIDS[case[1]][2])
-]
-ONE, SEVERAL = ([c for c in LINED_UP if ("granularity" in GRIDS[c[1]][2]) == several] for several in (False, True))
+ONE, SEVERAL = ([c for c in CASES if ("granularity" in GRIDS[c[1]][2]) == several] for several in (False, True))
 COMPILED = [  # of each quantizer one with one scale and one with several: others run in the same programs, or nearly
     *[next(c for c in cases if c[0] == n) for cases in (ONE, SEVERAL) for n in dict(cases)],
+    ("lsq", "w3-axis1-pow2"),  # scales that lie across memory
+    ("lsq", "w2-group"),
     ("lsq", "act-e4m3"),
     ("lsq", "w4-channel-affine"),
 ]
