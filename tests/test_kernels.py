@@ -15,6 +15,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat import kernels
+from qat.gradient import gradient
 from qat.quantizers import create
 from qat.spec import QuantSpec
 
@@ -148,7 +149,7 @@ def test_without_a_compiler_it_warns_once_and_computes_the_same(monkeypatch):
         raise RuntimeError("no C++ compiler was found")
 
     monkeypatch.setattr(torch, "compile", no_compiler)
-    kernels.gradient.cache_clear()  # kernels that are compiled already would not ask again
+    gradient.cache_clear()  # kernels that are compiled already would not ask again
     kernels.configure("always")
     quantizer = lsq()
     with warnings.catch_warnings(record=True) as caught:
@@ -163,25 +164,25 @@ def test_without_a_compiler_it_warns_once_and_computes_the_same(monkeypatch):
 
 @pytest.mark.parametrize("stance", ["force_eager", "fail_on_recompile"])
 def test_a_stance_toward_compiled_code_is_about_the_user_s(stance):
-    kernels.gradient.cache_clear()
+    gradient.cache_clear()
     kernels.configure("always")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="quantizers run uncompiled")
         with torch.compiler.set_stance(stance):
             train_on(lsq(), 32, 4096)
-    assert len(kernels.gradient(*lsq().gradient.parts).forward._programs) == 1
+    assert len(gradient(*lsq().gradient.parts).forward._programs) == 1
 
 
 def test_short_runs_never_compile(monkeypatch):
     monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("compiled before its patience ran out"))
-    kernels.gradient.cache_clear()
+    gradient.cache_clear()
     kernels.configure("auto", patience=10**9)
     train_on(lsq(), 32, 256)
 
 
 def test_what_passes_on_another_device_is_no_reason_to_compile(monkeypatch):
-    kernels.gradient.cache_clear()
+    gradient.cache_clear()
     kernels.configure("auto", patience=10**6)
     grid = torch.ones(1), torch.tensor([-8.0]), torch.tensor([7.0])
     lsq().gradient(torch.empty(10**7, device="meta"), *(t.to("meta") for t in grid))

@@ -186,7 +186,7 @@ def test_the_output_may_be_written_to(used):
 def test_a_step_that_is_changed_before_backward_is_an_error(small, used, monkeypatch):
     if not small:
         monkeypatch.setattr(kernels, "SMALL", 0)
-        monkeypatch.setattr(kernels, "SAVED", 0)
+        monkeypatch.setattr("qat.gradient.SAVED", 0)
     x = torch.randn(4, 3, 8, 8)
     model = quantized(nn.Conv2d(3, 8, 3), x)
     y = model(x)
@@ -209,7 +209,7 @@ def second_derivatives(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Ten
 def test_second_derivatives_are_those_by_way_of_the_data(small, used, monkeypatch):
     if not small:
         monkeypatch.setattr(kernels, "SMALL", 0)
-        monkeypatch.setattr(kernels, "SAVED", 0)
+        monkeypatch.setattr("qat.gradient.SAVED", 0)
     x = torch.randn(4, 3, 8, 8) * 2
     model = quantized(nn.Conv2d(3, 8, 3), x)
     expected = second_derivatives(model, x.clone().requires_grad_())

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from qat import kernels, onednn
 from qat.calibrate import calibrate
 from qat.errors import UserError
+from qat.gradient import Made
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.layers import products
 from qat.policy import QuantPolicy
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.skipif(not onednn.exact(), reason="needs a processor wi
 def codes_always_pay(monkeypatch):
     before = dict(kernels._settings)
     monkeypatch.setattr(kernels, "SMALL", 0)
-    monkeypatch.setattr(kernels, "SAVED", 0)
+    monkeypatch.setattr("qat.gradient.SAVED", 0)
     monkeypatch.setattr("qat.layers.base.MIN_ELEMENTS", 0)
     monkeypatch.setattr(products, "MIN_POSITIONS", 0)
     monkeypatch.setattr(products, "MIN_TERMS", 0)
@@ -110,13 +111,13 @@ GRIDS = {
 def test_backward_makes_the_input_of_its_codes(grid, layout, monkeypatch):
     made = []
 
-    def again(self: kernels.Made) -> torch.Tensor:
+    def again(self: Made) -> torch.Tensor:
         if self.decoded is not None:
             made.append((self.decoded(), self.gradient.forward.large(self.tensors)))
         return original(self)
 
-    original = kernels.Made.again
-    monkeypatch.setattr(kernels.Made, "again", again)
+    original = Made.again
+    monkeypatch.setattr(Made, "again", again)
     x = (torch.randn(2, 6, 7, 9) * 3).to(memory_format=layout)
     step(quantized(nn.Conv2d(6, 8, 3), x, *GRIDS[grid]), x)
     [(found, expected)] = made

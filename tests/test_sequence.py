@@ -125,7 +125,7 @@ def test_a_step_is_the_same_bit_for_bit(settings, relu, rounding):
 @pytest.mark.parametrize("relu", RELUS, ids=["relu", "relu6", "in place"])
 def test_compiled_kernels_compute_the_same(relu, monkeypatch):
     monkeypatch.setattr(kernels, "SMALL", 0)
-    monkeypatch.setattr(kernels, "SAVED", 0)
+    monkeypatch.setattr("qat.gradient.SAVED", 0)
     kernels.configure("always")
     assert_same_step(quantized(cnn(relu()), IMAGES), IMAGES)
 

@@ -22,7 +22,8 @@ from torch.nn.modules import module as modules
 from qat import kernels, onednn
 from qat.formats import Rounding
 from qat.functional import levels, positive, values
-from qat.kernels import Kernel, Recipe
+from qat.gradient import Recipe, unwritten, with_recipe
+from qat.kernels import Kernel
 from qat.layers.accumulator import grids
 from qat.layers.sources import from_sources, innermost_hooks
 from qat.layers.twin import ours
@@ -82,8 +83,8 @@ def _compiled(
     grid: Quantizer, weight_grid: Quantizer,
 ) -> Tensor:  # fmt: skip
     """The same for compilers: codes are computed from what was quantized, so that both are one rounding to them."""
-    x, recipe = kernels.with_recipe(quantize, x)
-    weight, weight_recipe = kernels.with_recipe(weight_grid, layer.weight)
+    x, recipe = with_recipe(quantize, x)
+    weight, weight_recipe = with_recipe(weight_grid, layer.weight)
     with torch.no_grad():
         codes = *_codes(input_codes, x, grid, recipe), *_codes(weight_codes, weight, weight_grid, weight_recipe)[:2]
     args = geometry, x, weight, layer.quantized_bias(), *codes
@@ -214,7 +215,7 @@ def looked_at(module: nn.Module) -> bool:
 
 def _quantized(quantizer: Quantizer, x: Tensor) -> Tensor:
     """`quantizer(x)`, its values left unwritten if they can be made from a recipe."""
-    y = kernels.unwritten(quantizer, x)
+    y = unwritten(quantizer, x)
     return y if y is not None and _rounds(y) else quantizer(x, follow=False)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qat.formats import Rounding
 from qat.functional import ratio
-from qat.kernels import Gradient, Grads, gradient
+from qat.gradient import Gradient, Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.spec import QuantSpec
 

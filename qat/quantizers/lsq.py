@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qat.formats import Rounding
 from qat.functional import masks, ratio, sum_to
-from qat.kernels import Gradient, Grads, gradient
+from qat.gradient import Gradient, Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
 from qat.spec import QuantSpec
