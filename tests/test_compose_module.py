@@ -14,6 +14,7 @@ from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from tiny_module import MINMAX, POLICY, Tiny, images, loader, quantizer_state, same, trainer
 from torch import nn
+from torchmetrics.classification import MulticlassJaccardIndex
 
 from qat.convert import convert
 from qat.errors import UserError
@@ -185,6 +186,27 @@ def test_loops_around_fit_compute_what_the_module_computes(loop, tmp_path):
     else:
         loss = sum(F.cross_entropy(o, y) for o, (_, y) in zip(outputs, batches, strict=True)) / len(batches)
         assert next(iter(found[0].values())) == pytest.approx(float(loss), rel=1e-5)
+
+
+class Measured(Tiny):
+    """Its metric adds to a state in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jaccard = MulticlassJaccardIndex(3)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.jaccard.update(self(batch[0]), batch[1])
+        self.log("val/jaccard", self.jaccard)
+
+
+def test_a_metric_that_an_evaluation_before_has_filled_is_no_obstacle(tmp_path):
+    net = Measured()
+    trainer(tmp_path, policy=None).validate(net, loader())
+    assert net.jaccard.confmat.is_inference()
+    fitted = trainer(tmp_path)
+    fitted.fit(net, loader(), loader())
+    assert fitted.callback_metrics["val/jaccard"] == fitted.validate(net, loader())[0]["val/jaccard"]
 
 
 # -- pruned ------------------------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ def step_of(module: pl.LightningModule, first: str = "validation_step") -> Calla
 
 @contextmanager
 def no_trace(module: pl.LightningModule, moving: Collection[nn.Module] = ()) -> Iterator[None]:
-    """Steps that run inside log nothing and leave buffers (but those of quantizers, and new ones), metrics, lists and
-    random numbers as they were; numbers and other objects among the module's attributes are not looked at.
+    """Steps that run inside log nothing and leave buffers (but those of quantizers, and new ones), lists and random
+    numbers as they were, and metrics empty; numbers and other objects among the module's attributes are not looked at.
 
     Args:
         module: Whose steps they are.
@@ -67,6 +67,7 @@ def no_trace(module: pl.LightningModule, moving: Collection[nn.Module] = ()) -> 
     module.__dict__["log"] = lambda *args, **kwargs: None
     if trainer is not None and loggers:
         trainer.loggers = [DummyLogger()]
+    _reset_metrics(module)  # what an evaluation by the trainer left was made in inference mode: nobody may write to it
     try:
         with _same_buffers(module, moving), evaluating(module), isolate_rng(), torch.no_grad():
             torch.manual_seed(CALIBRATION_SEED)
@@ -77,6 +78,11 @@ def no_trace(module: pl.LightningModule, moving: Collection[nn.Module] = ()) -> 
             trainer.loggers = loggers
         for values, before in lists:  # many steps collect their outputs for the epoch's end
             values[:] = before
+        _reset_metrics(module)
+
+
+def _reset_metrics(module: nn.Module) -> None:
+    with torch.inference_mode(False):
         for child in module.modules():
             if isinstance(child, Metric):
                 child.reset()
