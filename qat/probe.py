@@ -5,10 +5,11 @@ Nothing is traced symbolically: a `TorchFunctionMode` and global module hooks wa
 identified by object and version, so that in-place operations make a new one. The recording answers the questions that
 insertion has:
 
-    who reads the same tensor?        `root` follows operations that change no value (reshape, max-pool, slice, zero
-    padding, dropout) is it known to be >= 0?           after ReLU and the like, and what keeps that (pooling,
-    concatenation, the sum of two such) which BatchNorm follows a conv?   it reads the conv's output, and nobody else
-    does
+    who reads the same tensor?        `root` follows operations that change no value (reshape, max-pool, slice,
+                                      zero padding, dropout)
+    is it known to be >= 0?           after ReLU and the like, and what keeps that (pooling, concatenation, the sum
+                                      of two such)
+    which BatchNorm follows a conv?   it reads the conv's output, and nobody else does
 """
 
 from collections.abc import Callable, Iterator

@@ -76,9 +76,8 @@ def mse(x: Tensor, spec: QuantSpec, candidates: int = 64) -> Range:
     low, high = minmax(x, spec)
     best = torch.full_like(low, torch.inf)
     result = low, high
-    unit = torch.maximum(-low, high).clamp_min(TINY)[
-        :, None
-    ]  # squares of errors in this unit neither overflow nor vanish
+    # Squares of errors in this unit neither overflow nor vanish.
+    unit = torch.maximum(-low, high).clamp_min(TINY)[:, None]
     for step in range(candidates, 0, -1):
         ends = low * (step / candidates), high * (step / candidates)
         scale, least, most = _grid(*ends, spec)

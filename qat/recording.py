@@ -21,15 +21,15 @@ class Call:
         output: The first float tensor that came out.
         shape: Shape of that output.
         input_shape: Shape of the first operand.
-        operands: What a quantizer may be put on: the operands of a site, or its output (`qat.plan.targets` says which
-            inputs of a layer).
+        operands: What a quantizer may be put on: the operands of a site, or its output (`qat.addressable.targets` says
+            which inputs of a layer).
         macs: Multiply-accumulates of each product in it, over the whole batch.
         site: `owner.kind_index` if this is a functional site.
         kind: Of a functional site, or of a function that computes.
         parameter: Path of the parameter among the operands.
         held: The path of each operand that is a parameter, `None` for the others.
-        weight: Whether that is the second operand of a product, with an axis of output channels.
-        vector: Whether that has at most one axis of more than one value.
+        weight: Whether the parameter is the second operand of a product, with an axis of output channels.
+        vector: Whether the parameter has at most one axis of more than one value.
         inside: Whether it happened inside the root's own forward.
         constant: Whether all its operands are computed from parameters, buffers and numbers alone (the angles of a
             rotary embedding, a mask): the same for all data, so an engine computes it ahead, in float.

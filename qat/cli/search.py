@@ -53,11 +53,7 @@ def main(argv: list[str], command: str = "search") -> int:
     if args.cfg:
         print(OmegaConf.to_yaml(cfg))
         return 0
-    for logger in (
-        "pytorch_lightning",
-        "lightning_fabric",
-        "lightning",
-    ):  # their own handlers, as Hydra makes none here
+    for logger in ("pytorch_lightning", "lightning_fabric", "lightning"):  # their own handlers: Hydra makes none here
         quieten(logger)
     search(cfg, folder, " ".join(["qat", command, *argv]), only_measure=command != "search")
     return 0

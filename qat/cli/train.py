@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
-from hydra._internal.utils import (
-    get_args_parser,
-)  # the parser of hydra.main, which offers no other way to see its arguments
+
+# The parser of hydra.main, which offers no other way to see its arguments.
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 

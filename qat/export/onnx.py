@@ -10,7 +10,6 @@ The converted model writes its own quantization: while it is traced, `OnnxEmitte
                   UINT2) and cast to one byte, which the runtime does once, at load
     linear        Gemm, on inputs of two dimensions; MatMul has no integer kernel that adds a bias
     biases        int32 at s_x * s_w; a float bias would be re-quantized differently (2.5% of a layer's outputs)
-
     fp8           QuantizeLinear and DequantizeLinear of FLOAT8E4M3FN and FLOAT8E5M2, without a zero point
 
 Opset 21 is the first with INT4, 25 the first with INT2. Weights of 3 bits are stored as INT4.

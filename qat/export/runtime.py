@@ -85,12 +85,8 @@ class OnnxRunner:
 
     def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
         content, layers = expose(onnx.load(str(self.path)), only)
-        if (
-            only is None
-        ):  # a layer whose output is seen is no integer kernel, so this would be neither one nor the other
-            session = self._session_of(content.SerializeToString(), optimize=False)
-        else:
-            session = self._session_of(content.SerializeToString(), optimize=self.optimize)
+        # A layer whose output is seen is no integer kernel: if all are, this would be neither one nor the other.
+        session = self._session_of(content.SerializeToString(), optimize=self.optimize and only is not None)
         values = session.run(list(layers.values()), {INPUT: x})
         return {name: np.asarray(value) for name, value in zip(layers, values, strict=True)}
 

@@ -80,7 +80,7 @@ class QuantMultiheadAttention(Composite):
             q, k, v = (self.part(n)(x) for n, x in zip(PROJECTIONS, inputs, strict=True))
             k, v, more = self._extended(k, v)
             q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # pyright: ignore
-            mask = self._mask(q, k, attn_mask, key_padding_mask, more)
+            mask = self._mask(q, attn_mask, key_padding_mask, more)
             mixed, probabilities = self._attend(q, k, v, mask, need_weights)
             y = self.out_proj(mixed.transpose(1, 2).flatten(2))  # pyright: ignore[reportAttributeAccessIssue]
             y = y if self.batch_first and batched else y.transpose(0, 1)  # pyright: ignore
@@ -107,7 +107,7 @@ class QuantMultiheadAttention(Composite):
             more += 1
         return k, v, more
 
-    def _mask(self, q: Tensor, k: Tensor, attn_mask: Tensor | None, padding: Tensor | None, more: int) -> Tensor | None:
+    def _mask(self, q: Tensor, attn_mask: Tensor | None, padding: Tensor | None, more: int) -> Tensor | None:
         """Both masks as one to be added to the scores, `[1 or N, 1 or H, L or 1, S]`."""
         total = None
         if attn_mask is not None:

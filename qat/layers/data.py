@@ -32,7 +32,7 @@ def reads_data(layer: Any, x: Tensor) -> bool:
     if x.requires_grad or not (layer.training and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return False
     grid = layer._modules["input_quantizer"]
-    if type(grid) is not LSQ or not (grid.on and grid.scale.requires_grad) or getattr(grid, "readers", 1) != 1:
+    if type(grid) is not LSQ or not (grid.on and grid.scale.requires_grad) or grid.readers != 1:
         return False
     if getattr(layer._conv_forward, "__func__", None) is not layer.serves._conv_forward:  # it may not be linear
         return False

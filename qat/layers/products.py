@@ -60,7 +60,7 @@ def trained_on_codes(layer: Any, x: Tensor, around: Callable[..., Tensor] | None
     compiling = torch.compiler.is_dynamo_compiling()
     if not compiling and innermost_hooks() is not None:  # somebody wants the tensors that are saved
         return None
-    alone = layer.input_quantizer is grid and getattr(grid, "readers", 1) == 1
+    alone = layer.input_quantizer is grid and grid.readers == 1
     with ours():
         if compiling:
             return _compiled(layer, geometry, grid if alone else layer.quantized_input, x, grid, weight_grid)

@@ -92,7 +92,7 @@ def _grid(before: nn.Module | None, module: nn.Module, after: Any, x: Any) -> Qu
         return None
     grid = after.input_quantizer
     plain = is_plain(type(grid)) and not (grid._follows or grid._dithers or grid._moves)
-    alone = getattr(grid, "readers", 1) == 1 and all(map(_is_untouched, (before, module, after, grid)))  # pyright: ignore
+    alone = grid.readers == 1 and all(map(_is_untouched, (before, module, after, grid)))  # pyright: ignore
     return grid if grid.on and plain and alone else None
 
 

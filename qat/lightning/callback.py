@@ -158,9 +158,8 @@ class QATCallback(Callback):
         with torch.inference_mode(False):  # what evaluation loops run in would make parameters that cannot be trained
             self._insert(trainer, pl_module)
             _fold_again(pl_module)
-            for _, quantizer in named_quantizers(
-                pl_module
-            ):  # DDP has just copied the first process's flags to the others
+            # DDP has just copied the first process's flags to the others.
+            for _, quantizer in named_quantizers(pl_module):
                 quantizer.enable(bool(quantizer.enabled))
             if needs_calibration(pl_module):
                 shown = trainer.global_rank == 0 and trainer.progress_bar_callback is not None

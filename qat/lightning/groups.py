@@ -25,6 +25,7 @@ Lists of parameters that were complete in float are no longer. Layers that read 
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from types import MappingProxyType
@@ -48,7 +49,7 @@ SPLIT = "scales_of_the_group_before"
 """Key under which a group of scales keeps whether it was split off the user's group in front of it."""
 BEFORE = "_scales_before"
 """Attribute under which an optimizer keeps them during a step."""
-LARGEST_SGD_CHANGE, LARGEST_CHANGE = 0.2, 0.6931471805599453
+LARGEST_SGD_CHANGE, LARGEST_CHANGE = 0.2, math.log(2)
 """Of a scale's logarithm in one step."""
 EACH = (
     (lr_scheduler.LambdaLR, "lr_lambda"),

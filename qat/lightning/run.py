@@ -114,9 +114,8 @@ class Run(Workspace):
                 last = self._resume_from(self.folder / "checkpoints" / "last.ckpt", *self.loggers)
                 trainer.fit(self.module, datamodule=self.data, ckpt_path=last, weights_only=True)
                 trainer.save_checkpoint(self.folder / TRAINED, weights_only=True)  # whole or not at all
-                if (
-                    torch.distributed.is_initialized()
-                ):  # the first process is alone from here on: nothing may wait for the others
+                # The first process is alone from here on: nothing may wait for the others.
+                if torch.distributed.is_initialized():
                     torch.distributed.destroy_process_group()
                 self.progress["trained"] = {"limits": limits, "best": self._best_file(trainer)}
                 self.remember()

@@ -1,7 +1,7 @@
 """`Quantizer`: one tensor's grid as a module. It knows no layer, no policy and no Lightning.
 
-A quantizer is in one of three states, kept in buffers (so that checkpoints carry them) and mirrored in Python
-attributes (so that a forward pass never waits for a device to read them):
+A quantizer is in one of three states. Whether it is on is kept in buffers (so that checkpoints carry it) and mirrored
+in Python attributes (so that a forward pass never waits for a device to read them):
 
     observing   collects a sample of what passes and returns it untouched; `calibrate` turns the sample into scale and
                 zero_point
@@ -49,6 +49,7 @@ class Quantizer(nn.Module):
         zero_point: int32 of the same shape; the code of the value zero.
         quant_min, quant_max: The lowest and highest code.
         on: Whether `forward` quantizes.
+        readers: How many read through it in a forward pass of the owner.
 
     Class attributes:
         uniform: Whether codes come from equal steps, as `QuantizeLinear` computes them; otherwise there is no
@@ -69,6 +70,7 @@ class Quantizer(nn.Module):
     initialised: Tensor
     lowest: Tensor
     highest: Tensor
+    readers: int = 1
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
         super().__init__()

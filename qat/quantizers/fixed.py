@@ -1,7 +1,7 @@
 """A grid that stays where calibration put it; the gradient is the clipped straight-through estimator (Bengio et al.,
 arXiv 1308.3432, section 4).
 
-dL/dx = dL/dy where low <= x / scale <= high, else 0
+    dL/dx = dL/dy where low <= x / scale <= high, else 0
 """
 
 import torch
