@@ -3,6 +3,7 @@ touched.
 """
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from qat.calibrate import calibrate, needs_calibration
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.policy import QuantPolicy
+from qat.quantizers import create
+from qat.quantizers.base import SAMPLES_PER_BATCH, _spread_out
+from qat.spec import QuantSpec
 
 
 class Net(nn.Module):
@@ -234,3 +238,40 @@ def test_an_expert_that_is_called_with_no_tokens_has_a_grid_too():
     model = Mixture().eval()
     plan, _ = make_plan(model, QuantPolicy.from_dict({"act": {"bits": 8}}), lambda: model(torch.randn(0, 4)))
     assert plan.layers["experts.2"]["input"] == ["experts.2.input"]
+
+
+@pytest.mark.parametrize("shape", [(16, 512, 1024), (512, 16, 32, 32), (8, 192, 14, 14), (1, 3, 210, 420)], ids=str)
+def test_the_sample_of_a_large_batch_holds_all_channels_and_columns_alike(shape):
+    taken = _spread_out(torch.arange(math.prod(shape)))
+    assert len(taken) == len(taken.unique()) == SAMPLES_PER_BATCH
+    for index, size in zip(torch.unravel_index(taken, shape), shape, strict=True):
+        often = torch.bincount(index, minlength=size) / (SAMPLES_PER_BATCH / size)
+        assert often.min() > 0.95 and often.max() < 1.05
+
+
+def _loud_channels() -> Tensor:
+    x = torch.randn(8, 128, 1024)
+    x[..., [1, 10, 100, 333, 555, 1021]] *= 30
+    return x
+
+
+def _padded_convolution() -> Tensor:
+    with torch.no_grad():
+        return F.relu(nn.Conv2d(16, 16, 3, padding=1)(torch.rand(128, 16, 32, 32)))
+
+
+@pytest.mark.parametrize("search", ["lsq", "mse"])
+@pytest.mark.parametrize("make", [_loud_channels, _padded_convolution])
+def test_a_large_batch_gets_the_range_that_all_of_its_values_give(make, search):
+    torch.manual_seed(0)
+    x, spec = make(), QuantSpec(bits=4, range=search).resolved(nonnegative=False, weight=False)
+    sampled, whole = create(spec), create(spec)
+    sampled.observe()
+    sampled(x)
+    sampled.calibrate()
+    whole.calibrate(x)
+    scales, noise = zip(*((q.scale.item(), (q(x) - x).square().sum().item()) for q in (sampled, whole)), strict=True)
+    if search == "lsq":
+        assert scales[0] == pytest.approx(scales[1], rel=0.01)
+    else:  # few loud values make for many scales that are about as good
+        assert noise[0] == pytest.approx(noise[1], rel=0.03)

@@ -15,6 +15,7 @@ broadcast against that view.
 """
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -321,8 +322,7 @@ class Quantizer(nn.Module):
             raise UserError("calibration data holds NaN or infinity, for which there is no range")
         if self.is_weight:  # `calibrate` looks at all of it
             return
-        stride = -(-flat.numel() // SAMPLES_PER_BATCH)
-        self._sample.append(torch.cat([flat[::stride], flat.amin()[None], flat.amax()[None]]))
+        self._sample.append(torch.cat([_spread_out(flat), flat.amin()[None], flat.amax()[None]]))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor | None = None) -> None:
@@ -378,3 +378,16 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec.short}, {self.spec.quantizer}"
+
+
+def _spread_out(flat: Tensor) -> Tensor:
+    """Every k-th of many values, k their number divided by the golden ratio and by nothing that divides that number:
+    wrapped around, they fall evenly on every row, channel and column, where a short stride meets a few of them.
+    """
+    count = flat.numel()
+    if count <= SAMPLES_PER_BATCH:
+        return flat
+    step = round(count * 0.618)
+    while math.gcd(step, count) > 1:
+        step += 1
+    return flat[torch.arange(SAMPLES_PER_BATCH, device=flat.device) * step % count]
