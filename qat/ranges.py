@@ -47,9 +47,9 @@ def even(x: Tensor, spec: QuantSpec) -> Range:
 
 def percentile(x: Tensor, spec: QuantSpec, share: float = 0.9999) -> Range:
     """Leaves out the outermost `1 - share` of the values, split over both ends."""
-    cut = max(1, round((1 - share) / 2 * x.shape[1]))
-    low = x.kthvalue(cut, dim=1).values
-    high = (-x).kthvalue(cut, dim=1).values.neg()
+    kept = round((1 - share) / 2 * x.shape[1]) + 1  # the first one, counted from either end
+    low = x.kthvalue(kept, dim=1).values
+    high = (-x).kthvalue(kept, dim=1).values.neg()
     return low.clamp_max(0), high.clamp_min(0)
 
 

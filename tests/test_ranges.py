@@ -144,10 +144,13 @@ def test_percentile_of_few_values_is_minmax(count):
     assert all(map(torch.equal, ranges.percentile(x, INT8), ranges.minmax(x, INT8)))
 
 
-def test_percentile_leaves_out_the_share_it_says():
-    x = torch.arange(1.0, 100_001)[torch.randperm(100_000, generator=torch.Generator().manual_seed(0))][None] - 50_000.5
-    low, high = ranges.percentile(x, INT8, share=0.99)
-    assert ((x < low).sum().item(), (x > high).sum().item()) == (499, 499)
+@pytest.mark.parametrize(
+    ("count", "share", "each"), [(100_000, 0.99, 500), (60_000, 0.9999, 3), (20_000, 0.9999, 1), (9_000, 0.9999, 0)]
+)
+def test_percentile_leaves_out_the_share_it_says(count, share, each):
+    x = (torch.randperm(count, generator=torch.Generator().manual_seed(0)) - count // 2).float()[None]
+    low, high = ranges.percentile(x, INT8, share)
+    assert ((x < low).sum().item(), (x > high).sum().item()) == (each, each)
 
 
 @each_grid
