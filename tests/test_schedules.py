@@ -156,6 +156,43 @@ def test_batch_norm_statistics_are_those_of_the_last_weights(tmp_path):
     torch.testing.assert_close(model.norm.running_var, torch.stack([y.var(0) for y in outputs]).mean(0))
 
 
+class TwoNorms(Net):
+    """Freezes one BatchNorm in training steps, and calls `train()` on all of itself after each validation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = nn.BatchNorm1d(8)
+        self.kept.running_mean.fill_(5.0)
+
+    def forward(self, x):
+        return super().forward(self.kept(x))
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.kept.eval()
+
+    def on_validation_epoch_end(self):
+        self.train()
+
+
+def test_batch_norms_that_are_frozen_keep_their_statistics(tmp_path, caplog):
+    model = net(cls=TwoNorms)
+    watch = Watch(lambda m: m.norm.running_mean)
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, ReestimateBatchNorm(2), watch, max_epochs=1).fit(model, data(), data())
+    assert "ReestimateBatchNorm: left out 1 BatchNorms that were frozen" in caplog.text
+    assert model.kept.running_mean.tolist() == [5.0] * 8
+    assert not torch.equal(model.norm.running_mean, watch.seen[-1])
+    assert model.kept.momentum == model.norm.momentum == 0.1
+
+
+def test_where_all_are_frozen_a_line_says_that_none_is_re_estimated(tmp_path):
+    model, watch = net(cls=TwoNorms), Watch(lambda m: m.norm.running_mean)
+    callbacks = FreezeBatchNorm(0.5), ReestimateBatchNorm(2), watch
+    with pytest.warns(UserWarning, match="every BatchNorm was frozen, so none was re-estimated"):
+        trainer(tmp_path, *callbacks).fit(model, data(), data())
+    assert torch.equal(model.norm.running_mean, watch.seen[-1])
+
+
 # -- bits --------------------------------------------------------------------------------------------------------------
 
 

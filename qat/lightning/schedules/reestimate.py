@@ -6,9 +6,11 @@ al., "Overcoming Oscillations in Quantization-Aware Training", ICML 2022, sectio
 """
 
 from itertools import islice
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from qat.errors import UserError
 from qat.lightning.schedules.freeze import batch_norms
@@ -17,6 +19,9 @@ from qat.lightning.steps import batches, no_trace, precision, step_of, to_module
 
 class ReestimateBatchNorm(Callback):
     """At the end of fit, replaces running statistics by the mean over training batches, all else in evaluation mode.
+
+    BatchNorms that the last training step met in evaluation mode (`FreezeBatchNorm`, or frozen by the user) keep their
+    statistics, which the weights were trained against; a line says how many.
 
     Checkpoints written during training keep the statistics they were written with.
 
@@ -33,10 +38,20 @@ class ReestimateBatchNorm(Callback):
         self.batches = batches
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        batch_norms(pl_module, "ReestimateBatchNorm")
+        self._norms, self._frozen = batch_norms(pl_module, "ReestimateBatchNorm"), []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._frozen = [norm for norm in self._norms if not norm.training]  # later, anybody may have called train()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        norms = batch_norms(pl_module, "ReestimateBatchNorm")
+        norms = [norm for norm in self._norms if norm not in self._frozen]
+        if not norms:
+            rank_zero_warn("ReestimateBatchNorm: every BatchNorm was frozen, so none was re-estimated; leave it out")
+            return
+        if self._frozen:
+            rank_zero_info(f"ReestimateBatchNorm: left out {len(self._frozen)} BatchNorms that were frozen")
         momenta = [norm.momentum for norm in norms]
         step = step_of(pl_module)
         with no_trace(pl_module, moving=norms), precision(pl_module):
