@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from qat import QATCallback
@@ -230,6 +231,48 @@ def test_a_step_without_a_loss_is_left_alone():
     assert module.losses == []
 
 
+def test_one_logit_has_no_classes_to_compare_but_a_value():
+    class Binary(Plain):
+        def forward(self, x):
+            return self.net(x)[:, :1]
+
+        def training_step(self, batch, batch_idx):
+            return F.binary_cross_entropy_with_logits(self(batch[0])[:, 0], (batch[1] > 0).float())
+
+    with pytest.raises(UserError, match=re.escape("one along class_axis=-1 of [8, 1]") + ".*use loss=mse"):
+        trainer(Distill(), max_steps=1).fit(Binary(), data())
+    fit = trainer(Distill(model=Binary(), loss="mse"))
+    fit.fit(Binary(), data())
+    assert fit.callback_metrics["distill/output"] > 0
+
+
+@pytest.mark.parametrize("settings", [{"features": "net.1"}, {"output_of": "net.1"}], ids=["feature", "output"])
+def test_what_a_reentrant_checkpoint_hides_from_the_gradient_is_named(settings):
+    class Checkpointed(Plain):
+        reentrant = True
+
+        def forward(self, x):
+            return checkpoint(self.net, x.requires_grad_(), use_reentrant=self.reentrant)
+
+    with pytest.raises(UserError, match=r"'net\.1' has no gradient.*use_reentrant=True"):
+        trainer(Distill(**settings), max_steps=1).fit(Checkpointed(), data())
+    module = Checkpointed()
+    module.reentrant = False
+    trainer(Distill(model=Plain(), **settings), max_steps=1).fit(module, data())
+
+
+def test_a_look_without_gradient_beside_the_step_s_own_is_allowed():
+    class Twice(Plain):
+        def training_step(self, batch, batch_idx):
+            with torch.no_grad():
+                self(batch[0])
+            return super().training_step(batch, batch_idx)
+
+    module = Twice()
+    trainer(Distill(features="net.0"), max_steps=1).fit(module, data())
+    assert len(module.losses) == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -238,6 +281,8 @@ def test_a_step_without_a_loss_is_left_alone():
         pytest.param({"loss": "l2"}, "loss='l2': must be kl or mse", id="loss"),
         pytest.param({"alpha": 0.0}, "nothing to learn from the teacher", id="nothing"),
         pytest.param({"feature_weight": -1.0}, "feature_weight=-1.0", id="feature-weight"),
+        pytest.param({"loss": "mse", "temperature": 2.0}, "temperature=2.0: has no effect with loss=mse", id="mse-t"),
+        pytest.param({"loss": "mse", "class_axis": 1}, "class_axis=1: has no effect with loss=mse", id="mse-axis"),
     ],
 )
 def test_wrong_settings_are_named(settings, said):

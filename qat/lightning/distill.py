@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qat.copies import copied
 from qat.errors import UserError
 from qat.insert import remove
-from qat.lightning.taps import Taps, answer, fingerprint, named_layers
+from qat.lightning.taps import Call, Taps, answer, fingerprint, named_layers
 from qat.lightning.weights import load_weights
 
 
@@ -39,16 +39,17 @@ class Distill(Callback):
         teacher: File with the teacher's weights; `None` for those that the module has when fit is called.
         model: The teacher, if it is of another architecture; `teacher` is then loaded into it.
         alpha: Weight of the teacher's answer; the task's loss gets `1 - alpha`.
-        temperature: T; above 0.
-        loss: `kl` for logits; `mse` for outputs that are no classes.
-        class_axis: Axis of the logits that the classes are along.
+        temperature: T; above 0. Of `kl` alone.
+        loss: `kl` for logits; `mse` for outputs that are no classes, and for the one logit of two classes.
+        class_axis: Axis of the logits that the classes are along. Of `kl` alone.
         output_of: Module path whose output are the logits, where `training_step` does not call `self(x)`.
         features: Layers of both (globs over module paths) whose outputs should be like the teacher's.
         feature_weight: Weight of their squared error relative to the teacher's mean square, averaged over layers.
 
     Raises:
         UserError: if a number is out of its range; (when fit starts) if the teacher's file does not fit, a pattern
-            matches nothing, or the module optimizes manually; (in a step) if nothing was called that could be compared.
+            matches nothing, or the module optimizes manually; (in a step) if nothing was called that could be compared,
+            or what was called cannot learn from it.
     """
 
     def __init__(
@@ -71,6 +72,9 @@ class Distill(Callback):
             raise UserError(f"feature_weight={feature_weight}: must be 0 or more")
         if loss not in ("kl", "mse"):
             raise UserError(f"loss={loss!r}: must be kl or mse")
+        for name, value, default in (("temperature", temperature, 1), ("class_axis", class_axis, -1)):
+            if loss == "mse" and value != default:
+                raise UserError(f"{name}={value}: has no effect with loss=mse; leave it at {default}, or use loss=kl")
         patterns = [features] if isinstance(features, str) else list(features)
         if not alpha and not (patterns and feature_weight):
             raise UserError("alpha=0 without features: there is nothing to learn from the teacher; leave it out")
@@ -179,6 +183,7 @@ class Distill(Callback):
         loss, logged = (1 - self.alpha) * task, {}
         pairs = list(zip(calls, teacher.calls[self.output_of], strict=True))
         if self.alpha:
+            _check_learns(self.output_of or "self(x)", calls)
             terms = [self._compare(answer(ours[2]), answer(theirs[2])) for ours, theirs in pairs]
             logged["distill/output"] = sum(terms) / len(terms)
             loss = loss + self.alpha * logged["distill/output"]
@@ -199,6 +204,11 @@ class Distill(Callback):
         ours, theirs = ours.float(), theirs.float()
         if self.loss == "mse":
             return F.mse_loss(ours, theirs)
+        if not ours.ndim or ours.size(self.class_axis) == 1:
+            raise UserError(
+                f"Distill: loss=kl compares classes, but there is one along class_axis={self.class_axis} of "
+                f"{list(ours.shape)}, of probability 1 whatever the logit: use loss=mse"
+            )
         of = [F.log_softmax(x / self.temperature, self.class_axis) for x in (theirs, ours)]
         return self.temperature**2 * (of[0].exp() * (of[0] - of[1])).sum(self.class_axis).mean()
 
@@ -210,12 +220,21 @@ class Distill(Callback):
                     f"Distill: features: '{name}' ran {len(student.calls[name])} times, the teacher's "
                     f"{len(teacher.calls[name])}"
                 )
+            _check_learns(name, student.calls[name])
             for (*_, ours), (*_, theirs) in zip(student.calls[name], teacher.calls[name], strict=True):
                 a, b = answer(ours).float(), answer(theirs).float()
                 if a.shape != b.shape:
                     raise UserError(f"Distill: features: '{name}' is {list(a.shape)}, the teacher's {list(b.shape)}")
                 terms.append(F.mse_loss(a, b) / b.square().mean().clamp_min(torch.finfo(torch.float32).tiny))
         return torch.stack(terms).mean()
+
+
+def _check_learns(name: str, calls: Sequence[Call]) -> None:
+    if not any(answer(output).requires_grad for *_, output in calls):
+        raise UserError(
+            f"Distill: '{name}' has no gradient, so it cannot learn from the teacher: it is frozen, or inside a "
+            "torch.utils.checkpoint with use_reentrant=True (False works)"
+        )
 
 
 def _check_automatic(pl_module: pl.LightningModule) -> None:
