@@ -14,9 +14,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import Tensor
+
 from qat.errors import UserError
 from qat.functional import SCALE_FLOOR
 from qat.insert import Plan
+from qat.layers.experts import rows as experts
 from qat.quantizers import create
 from qat.stats import QuantizerStats, Tally, summarize
 
@@ -80,7 +83,7 @@ def worst_first(rows: Iterable[Health]) -> list[Health]:
     return sorted(rows, key=lambda row: (not row.findings(), float("inf") if row.sqnr_db is None else row.sqnr_db))
 
 
-def from_checkpoint(checkpoint: Mapping[str, Any], path: Any) -> tuple[list[Health], bool]:
+def from_checkpoint(checkpoint: Mapping[str, Any], path: Any) -> tuple[list[Health], bool, list[str]]:
     """The health of a trained model, from a checkpoint's containers and tensors alone.
 
     Args:
@@ -88,30 +91,37 @@ def from_checkpoint(checkpoint: Mapping[str, Any], path: Any) -> tuple[list[Heal
         path: Its file, for messages.
 
     Returns:
-        The rows, and whether training recorded them (`QuantizerHealth`); otherwise there are only weights, measured
-        now.
+        The rows, and whether training recorded them (`QuantizerHealth`). Otherwise there are only weights, measured
+        now; and the layers that are left out, as a parametrization computes their weight, or an old plan does not say
+        where it lies.
 
     Raises:
         UserError: if the checkpoint is of a model without quantizers.
     """
     for key, state in (checkpoint.get("callbacks") or {}).items():
         if key.startswith("QuantizerHealth") and state.get("rows"):
-            return [Health(**row) for row in state["rows"]], True
+            return [Health(**row) for row in state["rows"]], True, []
     if "qat" not in checkpoint:
         raise UserError(f"checkpoint {path}: is of a float model, which has no quantizers to inspect")
-    return _weights(checkpoint, Plan.from_dict(checkpoint["qat"])), False
+    plan, state = Plan.from_dict(checkpoint["qat"]), checkpoint["state_dict"]
+    rows = {layer: _row(layer, plan, state) for layer in plan.weights}
+    return [row for row in rows.values() if row], False, [layer for layer, row in rows.items() if row is None]
 
 
-def _weights(checkpoint: Mapping[str, Any], plan: Plan) -> list[Health]:
-    rows, state = [], checkpoint["state_dict"]
-    for layer, spec in plan.weights.items():
-        prefix = f"{layer}.weight_quantizer."
-        weight, own = state[f"{layer}.weight"], {k.removeprefix(prefix): v for k, v in state.items() if prefix in k}
-        quantizer = create(spec, weight.shape, axis=0)
-        if quantizer.scale.shape != own["scale"].shape:
-            quantizer = create(spec, weight.shape, axis=1)  # transposed layers have their output channels there
-        quantizer.load_state_dict(own)
-        tally, name = Tally(), prefix.removesuffix(".")
-        tally.add(name, quantizer, weight)
-        rows.append(Health.of(summarize(name, quantizer, tally, (layer,)), len(tally.codes)))
-    return rows
+def _row(layer: str, plan: Plan, state: Mapping[str, Tensor]) -> Health | None:
+    place = plan.layers.get(layer) or plan.parameters[layer]
+    weight = state.get(place.get("parameter", f"{layer}.weight"))
+    if weight is None:
+        return None
+    if "rows" in place:
+        weight = weight.narrow(0, *place["rows"])
+    if "stacked" in place:
+        weight = experts(weight, place["stacked"])
+    name, tally = f"{layer}.weight_quantizer", Tally()
+    quantizer, prefix = create(plan.weights[layer], weight.shape, place.get("axis", 0)), f"{name}."
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    if own["scale"].shape != quantizer.scale.shape:  # an old plan does not say where the weight lies
+        return None
+    quantizer.load_state_dict(own)
+    tally.add(name, quantizer, weight)
+    return Health.of(summarize(name, quantizer, tally, (layer,)), len(tally.codes))

@@ -23,7 +23,8 @@ class Plan:
             `layer1.0.add_0.input_1`).
         layers: Per layer: `weight`, the owner of its weight's grid (or `None`), and `input`, the activation grids its
             input passes in turn (`input_1`: its second input; `Bilinear` has one). `read` is there if functions
-            around the layer read its float weight, too.
+            around the layer read its float weight, too. An owner whose weight is not `<layer>.weight` with its output
+            channels along axis 0 also has `parameter`, its path, and `rows`, the first of them and how many, or `axis`.
         sites: Per functional site: for each operand (or for the output), the activation grids it passes in turn.
         parameters: Per functional site whose second operand is a parameter: `parameter`, its path, `axis`, its output
             channels, `weight`, the owner of its grid (or `None`), and `alone`, whether only such sites read it; of

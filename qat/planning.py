@@ -25,7 +25,7 @@ from qat.edges import activation_grids
 from qat.engines import engine_of
 from qat.errors import UserError
 from qat.functions import ELEMENTWISE, EXPERTS, FUNCTIONS
-from qat.layers import BoundPart, is_computed, sites_changed
+from qat.layers import BoundPart, is_computed, mixin_for, sites_changed
 from qat.plan import Plan, kind_of, owner_of
 from qat.policy import QuantPolicy
 from qat.probe import Call, Recording, record
@@ -143,9 +143,19 @@ def _plan_weights(
                 transposed = call.operands[1][0] != id(weight)  # then the parameter is [experts, out, in]
                 plan.parameters[name].update(axis=0, stacked="out_in" if transposed else "in_out")
         else:
-            plan.layers[name] = {"weight": owner, "input": []}
+            plan.layers[name] = {"weight": owner, "input": []} | (_place(name, call.what) if owner == name else {})
             if owner and recording.read_by_functions(call.what._parameters.get("weight"), f"{name}.weight"):
                 plan.layers[name]["read"] = True
+
+
+def _place(name: str, layer: nn.Module) -> dict[str, Any]:
+    """Where a weight lies, unless it is `<name>.weight` with its output channels along axis 0; see `Plan.layers`."""
+    if isinstance(layer, BoundPart):
+        parameter, first, count = layer.rows[0]
+        place = {"parameter": f"{name.rpartition('.')[0]}.{parameter}".lstrip(".")}
+        return place if count is None else place | {"rows": [first, count]}
+    mixin = mixin_for(layer)
+    return {"axis": mixin.channel_axis} if mixin is not None and mixin.channel_axis else {}
 
 
 def _parameter_operands(plan: Plan, recording: Recording, calls: dict[str, list[Call]]) -> dict[str, dict[str, Any]]:

@@ -6,13 +6,17 @@ import warnings
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from pytorch_lightning.loggers import CSVLogger
+from small_models import quantized
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.data import DataLoader
 
 from qat import QATCallback
 from qat.cli import main
 from qat.errors import UserError
-from qat.health import Health, worst_first
+from qat.health import Health, from_checkpoint, worst_first
 from qat.insert import named_quantizers
 from qat.lightning import QuantizerHealth
 from qat.models import MLP
@@ -145,6 +149,88 @@ def test_without_the_callback_inspect_measures_the_weights(tmp_path, capsys):
     error = (weight - module.fc1.weight_quantizer(weight)).square().sum()
     expected = 10 * (weight.square().sum() / error).log10().item()
     assert rows["fc1.weight_quantizer"]["sqnr_db"] == pytest.approx(expected, abs=1e-3)
+
+
+class Nested(nn.Module):
+    """One layer's path ends like another's."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 8))
+        self.block = nn.ModuleDict({"net": nn.Sequential(nn.Linear(8, 8))})
+
+    def forward(self, x):
+        return self.net(self.block["net"](x))
+
+
+class Products(nn.Module):
+    """Weights that no layer owns, with their output channels along either axis, and one that two layers share."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(self.first(F.linear(x @ self.a, self.b)))
+
+
+class Narrow(nn.Module):
+    """Attention to keys and values of other widths, whose projections are parameters of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, kdim=6, vdim=4)
+
+    def forward(self, x):
+        return self.attn(x, x[..., :6], x[..., :4])[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        pytest.param(lambda: nn.Sequential(nn.ConvTranspose2d(8, 8, 3)), (2, 8, 4, 4), id="transposed"),
+        pytest.param(lambda: nn.Sequential(nn.ConvTranspose2d(8, 8, 3, groups=2)), (2, 8, 4, 4), id="in-groups"),
+        pytest.param(Nested, (4, 8), id="nested"),
+        pytest.param(Products, (4, 8), id="products-and-ties"),
+        pytest.param(lambda: nn.Sequential(nn.LSTM(8, 8, bidirectional=True)), (3, 4, 8), id="lstm"),
+        pytest.param(lambda: nn.LSTM(8, 8), (3, 4, 8), id="root"),
+        pytest.param(lambda: nn.Sequential(nn.GRUCell(8, 8)), (4, 8), id="cell"),
+        pytest.param(lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0), (3, 4, 8), id="attention"),
+        pytest.param(Narrow, (3, 4, 8), id="three-widths"),
+    ],
+)
+@pytest.mark.parametrize("grid", [{"granularity": "channel"}, {"granularity": "group", "group_size": 2}], ids=str)
+def test_without_recorded_health_every_weight_is_measured_where_it_lies(make, shape, grid):
+    torch.manual_seed(0)
+    model = make()
+    for parameter in (p for p in model.parameters() if p.ndim > 1):  # no two channels alike, along either axis
+        rows, columns = (torch.linspace(0.1, 3, n) for n in parameter.shape[:2])
+        parameter.data *= torch.outer(rows, columns**2).view(*parameter.shape[:2], *[1] * (parameter.ndim - 2))
+    x = torch.randn(shape)
+    plan = quantized(model, x, {"weight": {"bits": 4, **grid}})
+    rows, recorded, left_out = from_checkpoint({"qat": plan.to_dict(), "state_dict": model.state_dict()}, "x")
+    assert not recorded and not left_out
+    expected: dict[str, float] = {}
+
+    def note(name, before, after):
+        expected[name] = 10 * (before.square().sum() / (before - after).square().sum()).log10().item()
+
+    for name, quantizer in named_quantizers(model):
+        quantizer.register_forward_hook(lambda _, args, after, name=name: note(name, args[0], after))
+    model.train()(x)
+    assert {row.name: row.sqnr_db for row in rows} == pytest.approx(expected, abs=1e-3)
+
+
+def test_weights_that_are_computed_are_left_out_with_a_line(tmp_path, capsys):
+    model = nn.Sequential(weight_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 8))
+    plan = quantized(model, torch.randn(4, 8))
+    torch.save({"qat": plan.to_dict(), "state_dict": model.state_dict()}, tmp_path / "model.ckpt")
+    assert main(["inspect", str(tmp_path / "model.ckpt"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line)["layer"] for line in out.splitlines()] == ["2"]
+    assert err.startswith("qat: left out, as the checkpoint alone does not tell the weight: 0; ")
 
 
 @pytest.mark.parametrize(

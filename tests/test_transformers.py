@@ -16,6 +16,7 @@ import zoo
 from scale_gradients import scale_gradients
 
 from qat.errors import UserError
+from qat.health import from_checkpoint
 from qat.insert import apply_plan, named_quantizers, remove
 from qat.layers import original_class
 
@@ -94,6 +95,17 @@ def test_an_expert_that_saw_no_token_has_weights_on_a_grid_of_its_own():
     model, *_ = quantized("Mixtral")
     sites = [q for name, q in named_quantizers(model) if "experts.grouped_mm_0.weight" in name]
     assert [q.scale.shape for q in sites] == [(4 * 128,)] * 2  # experts times outputs
+
+
+def test_a_checkpoint_tells_how_well_the_experts_weights_do():
+    model, _, _, plan, _ = quantized("Mixtral")
+    rows, _, left_out = from_checkpoint({"qat": plan.to_dict(), "state_dict": model.state_dict()}, "model.ckpt")
+    found = {row.layer: row.sqnr_db for row in rows}
+    assert not left_out and found.keys() == plan.weights.keys()
+    for name in (n for n in found if "experts.grouped_mm" in n):
+        site = model.get_submodule(name)
+        error = (site.weight - site.weight_quantizer(site.weight)).square().sum()
+        assert found[name] == pytest.approx(10 * (site.weight.square().sum() / error).log10().item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])

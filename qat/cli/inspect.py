@@ -1,6 +1,7 @@
 """`qat inspect CKPT`: how well each quantizer of a trained model does, what hurts most first."""
 
 import json
+import sys
 from pathlib import Path
 
 from qat.cli.arguments import Parser
@@ -17,7 +18,13 @@ def main(argv: list[str]) -> int:
     from qat.health import from_checkpoint, worst_first  # imports torch: only once there is something to read
     from qat.lightning.weights import read_checkpoint
 
-    rows, recorded = from_checkpoint(read_checkpoint(path), path)
+    rows, recorded, left_out = from_checkpoint(read_checkpoint(path), path)
+    if left_out:
+        print(
+            f"qat: left out, as the checkpoint alone does not tell the weight: {', '.join(left_out)}; "
+            "qat.stats.weight_stats measures it in the loaded model",
+            file=sys.stderr,
+        )
     rows = worst_first(rows)
     if args.json:
         for row in rows:
