@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from qat.audit import AuditRow, audit, coverage, to_dict
+from qat.audit import AuditRow, audit, check_coverage, coverage, to_dict
+from qat.errors import UserError
 from qat.insert import apply_plan, make_plan
 from qat.policy import QuantPolicy
 from qat.quantizers import Quantizer
@@ -235,3 +236,9 @@ def test_the_audit_is_plain_containers():
     stored = json.loads(json.dumps(to_dict(rows)))
     assert [AuditRow(**row) for row in stored["rows"]] == rows
     assert stored["coverage"] == {"macs": 1.0, "params": 1.0}
+
+
+def test_what_falls_short_by_little_never_looks_like_enough():
+    rows = [AuditRow("a", "Linear", macs=99_999), AuditRow("b", "Linear", macs=1, reason="policy leaves it float")]
+    with pytest.raises(UserError, match=r"require_coverage=1.0: 99\.99% of"):
+        check_coverage(rows, {"": 1.0})
