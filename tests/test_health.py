@@ -262,3 +262,8 @@ def test_what_has_collapsed_comes_before_what_is_noisy():
 def test_a_step_is_too_few_for_oscillation():
     with pytest.raises(UserError, match="every_n_steps=1: must be at least 2"):
         QuantizerHealth(every_n_steps=1)
+
+
+@pytest.mark.parametrize(("bits", "said"), [(1, []), (2, ["75% of its values are clipped"])], ids=["one-bit", "two"])
+def test_a_grid_of_one_bit_has_nothing_but_ends_to_clip_to(bits, said):
+    assert Health("q", "l", "weight", f"int{bits}", bits, 2, 0.1, 3.0, 0.75).findings() == said
