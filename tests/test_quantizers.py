@@ -484,3 +484,13 @@ def test_a_subclass_of_lsq_chooses_the_scale_of_its_gradient():
         quantizer(x).sum().backward()
         found.append(quantizer.scale.grad / quantizer.gradient_scale(x))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
+def test_a_range_that_follows_the_data_passes_by_a_batch_that_is_not_finite(symmetric, value):
+    quantizer, x = ready("minmax", "act-u4-affine", symmetric=symmetric)
+    before = copy.deepcopy(quantizer.state_dict())
+    x[0, 0, 0] = value
+    quantizer(x)
+    torch.testing.assert_close(quantizer.state_dict(), before, rtol=0, atol=0)
