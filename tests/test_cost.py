@@ -16,6 +16,9 @@ from qat.export.packed import WEIGHTS, save_packed
 from qat.insert import apply_plan, make_plan
 from qat.models import ResNet
 from qat.policy import QuantPolicy
+from qat.search import Search
+from qat.search.costs import Files, make_costs
+from qat.search.space import make_space
 from qat.storage import with_bytes
 
 CIFAR_RESNET20 = (
@@ -137,3 +140,18 @@ def _stored(model, plan, x, folder):
     header = json.loads(content[8 : 8 + size])
     grids = [v["data_offsets"] for k, v in header.items() if "input_quantizer" in k]
     return len(content) - size - 8, sum(end - start for start, end in grids)
+
+
+@pytest.mark.parametrize("name", ["packed", "size"])
+@pytest.mark.parametrize("larger", [2, 8], ids=["the-narrowest-has-the-larger-rest", "the-widest-has"])
+def test_no_file_is_larger_than_predicted(name, larger):
+    model = Drawn(Shape(norm=False)).eval()
+    x, policy = model.example(2), QuantPolicy.from_dict({"weight": CHANNEL, "act": {"bits": 8}})
+    space = make_space(model, policy, Search([2, 8], [8]), lambda: model(x))
+    choices = {bits: {layer.name: (bits, 8) for layer in space.layers} for bits in (2, 8)}
+    codes = make_costs(space, Files(**{name: {2: 0, 8: 0}}))[name]
+    codes = {bits: codes.total(choice) - codes.fixed for bits, choice in choices.items()}
+    files = {bits: int(codes[bits]) + 1000 + 7 * (bits == larger) for bits in choices}
+    cost = make_costs(space, Files(**{name: files}))[name]
+    predicted = {bits: cost.total(choice) for bits, choice in choices.items()}
+    assert all(files[bits] <= predicted[bits] for bits in files) and predicted[larger] == files[larger]
