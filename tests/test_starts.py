@@ -16,6 +16,7 @@ from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.modes import evaluating
 from qat.starts import AdaRound, CorrectBias, Equalize
+from qat.starts.adaround import SoftRounding
 from qat.starts.equalize import find_pairs
 
 POLICY = {"weight": {"bits": 3, "granularity": "channel"}, "act": {"bits": 8}}
@@ -176,8 +177,6 @@ def test_learned_rounding_beats_nearest_on_data_it_has_not_seen(blocks):
 
 
 def test_what_it_writes_rounds_to_what_it_learned_and_is_no_further_from_the_float_weights_than_needed():
-    from qat.starts.adaround import SoftRounding
-
     net, x = nn.Sequential(nn.Linear(16, 8)), torch.randn(32, 16)
     quantized(net, x, POLICY)
     quantizer, weight = net[0].weight_quantizer, net[0].weight.detach().clone()
@@ -288,3 +287,12 @@ def test_drawn_networks_keep_their_function_when_equalized():
         before = net(x)
         Equalize(rounds=3).prepare(net, lambda net=net, x=x: net(x))
         assert torch.allclose(net(x), before, rtol=1e-4, atol=1e-5), kind
+
+
+def test_what_decides_joins_after_a_fifth_of_the_steps_and_sharpens_from_then_on(monkeypatch):
+    net, x, seen = nn.Sequential(nn.Linear(4, 4)), torch.randn(8, 4), []
+    plan = quantized(net, x, POLICY)
+    undecided = SoftRounding.undecided
+    monkeypatch.setattr(SoftRounding, "undecided", lambda soft, b: seen.append(b) or undecided(soft, b))
+    AdaRound(steps=10).refine(net, lambda: net(x), plan)
+    assert seen == pytest.approx([20 - 18 * step / 8 for step in range(8)])
