@@ -77,6 +77,13 @@ def test_a_files_scale_gives_trainings_codes_and_none_near_a_tie_where_one_does(
         assert result == second
 
 
+def test_where_two_grids_leave_no_scale_with_a_margin_the_middle_is_as_far_from_both_ties():
+    values, scale = np.array([0.4999995, 1.50009], np.float32), np.float32(1)  # code 0 of one grid, code 2 of another
+    result = moved(values, scale, 0, 15)
+    assert codes(values, result, 0, 15).tolist() == [0, 2] == codes(values, scale, 0, 15).tolist()
+    assert from_a_tie(values, scale, 0, 15) < 1e-6 and 1e-5 < from_a_tie(values, result, 0, 15) < MARGIN
+
+
 class Twice(nn.Module):
     """The body's convolution reads 4 bits of the 8 that the addition reads."""
 

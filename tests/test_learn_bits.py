@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.plugins import MixedPrecision
 from tiny_module import Tiny, loader, trainer
 from torch import nn
 
@@ -294,6 +295,18 @@ def test_a_module_that_steps_by_hand_learns_the_same_widths():
     widths = [{tensor: width.at for tensor, width in learn.widths.items()} for learn in learned]
     assert widths[0] == widths[1] and learned[0].choice == learned[1].choice
     assert any(at != 4 for at in widths[0].values())
+
+
+def test_widths_do_not_depend_on_the_scale_of_the_loss_in_half_precision():
+    found = []
+    for scale in (1.0, 2.0**10):
+        torch.manual_seed(0)
+        learn = LearnBits({"avg_bits": 3}, WIDTHS, WIDTHS, lr=0.2)
+        half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))  # pyright: ignore
+        fit = trainer(None, learn, policy=POLICY, plugins=[half])
+        fit.fit(Tiny(), loader(16))
+        found.append([width.at for width in learn.widths.values()])
+    assert found[1] == pytest.approx(found[0], abs=0.005) and found[0] != [4] * len(found[0])
 
 
 def test_a_checkpoint_from_the_middle_loads_as_a_plain_quantized_model(tmp_path):

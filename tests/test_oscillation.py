@@ -40,6 +40,7 @@ def test_a_weight_is_frozen_to_its_average_level_and_stays_there():
         state.update(torch.tensor([2.0 if step % 3 == 2 else 3.0, 2.0]), 0.2)
     state.freeze(0.05, quantizer)
     assert state.frozen.tolist() == [True, False] and state.previous.tolist() == [3, 2]
+    assert not state.frequency.any(), "what is frozen has come to rest"
     state.update(torch.tensor([-5.0, -5.0]), 0.2)
     assert state.previous.tolist() == [3, -5]
 

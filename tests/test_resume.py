@@ -3,10 +3,13 @@
 import csv
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -16,6 +19,7 @@ from safetensors.torch import load_file
 from qat.cli import main
 from qat.errors import UserError
 from qat.lightning import read_checkpoint
+from qat.lightning.resume import SeedEpochs
 from qat.lightning.settled import check_settled, settled
 
 ROOT = Path(__file__).parents[1]
@@ -186,3 +190,16 @@ def test_where_data_lies_may_change_when_a_run_is_resumed():
     with pytest.raises(UserError, match=r"^data\.flip=False: the run in run has data\.flip=True"):
         flipped = {**moved, "data": {"root": None, "flip": False}}
         check_settled(settled(OmegaConf.create(flipped)), settled(OmegaConf.create(of)), Path("run"))
+
+
+def test_every_process_and_every_epoch_draws_numbers_of_its_own_and_the_same_ones_again():
+    def drawn(seed: int, epoch: int, rank: int) -> tuple[float, float, float]:
+        at = SimpleNamespace(current_epoch=epoch, global_rank=rank, fit_loop=SimpleNamespace(_data_fetcher=None))
+        SeedEpochs(seed).on_train_epoch_start(at, None)  # pyright: ignore
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    every = {(s, e, r): drawn(s, e, r) for s in (0, 1) for e in (0, 1) for r in (0, 1)}
+    ranks = [key for key in every if key[0] == 0]
+    for generator in range(3):
+        assert len({every[key][generator] for key in ranks}) == len(ranks)
+    assert all(drawn(*key) == numbers for key, numbers in every.items())

@@ -140,10 +140,18 @@ def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_gamma(calls_train
     assert all(changes([gamma for _, gamma in seen]))
 
 
-def test_a_share_of_training_counts_steps_where_they_limit_it(tmp_path):
-    settings = {"policy": MINMAX, "max_steps": 6, "max_epochs": -1}
+@pytest.mark.parametrize(
+    ("steps", "epochs", "half"),
+    [
+        pytest.param(6, -1, 3, id="steps-alone"),
+        pytest.param(6, 4, 3, id="steps-end-first"),
+        pytest.param(24, 2, 4, id="epochs-end-first"),
+    ],
+)
+def test_a_share_of_training_is_of_what_ends_it(steps, epochs, half, tmp_path):
+    settings = {"policy": MINMAX, "max_steps": steps, "max_epochs": epochs}
     ranges = watched(tmp_path, lambda m: m.stem.input_quantizer.running_high, FreezeRanges(0.5), **settings)
-    assert changes(ranges) == [True, True, False, False, False]
+    assert changes(ranges) == [True] * (half - 1) + [False] * half
 
 
 def test_batch_norm_statistics_are_those_of_the_last_weights(tmp_path):

@@ -63,6 +63,19 @@ def test_the_traces_of_a_linear_regression_are_those_of_its_hessian():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_last_batch_that_is_smaller_counts_by_its_samples():
+    model, batches = Quadratic().eval(), [torch.randn(n, 6) for n in (12, 4)]
+    with torch.no_grad():
+        model.fc.weight.copy_(2 * torch.eye(3, 6))  # W'W is diagonal, so one probe is exact
+
+    def losses(model):
+        for x in batches:
+            yield 0.5 * model(x).square().sum(1).mean(), len(x)
+
+    found = traces(model, {"fc.input": ["fc"]}, losses, probes=1)
+    assert found["fc.input"] == pytest.approx(3 * 2.0**2)
+
+
 def test_the_traces_of_a_network_are_the_sums_of_its_second_derivatives():
     torch.manual_seed(0)
     model = Drawn(Shape(kind="linear", norm=False)).eval()

@@ -95,3 +95,11 @@ def test_nothing_is_kept_after_a_forward_that_failed(model):
     with pytest.raises(ZeroDivisionError):
         model.train()(x)
     assert not shared.forwards
+
+
+def test_a_tensor_of_inference_mode_is_rounded_for_each_reader(model):
+    x = torch.randn(16, 8)
+    quantized(model, x, LSQ)
+    expected = model.train()(x)
+    with torch.inference_mode():
+        assert torch.equal(model(x), expected)

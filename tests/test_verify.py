@@ -152,9 +152,11 @@ def scaled(factor: float):
     return edit
 
 
-def test_nan_outputs_are_named(trained, tmp_path) -> None:
+def test_nan_outputs_are_named_and_so_is_their_layer(trained, tmp_path) -> None:
     edited(trained.path, tmp_path / "x.onnx", scaled(float("nan")))
-    assert failed(trained.verify(tmp_path / "x.onnx"))["outputs"] == "hold NaN or infinity"
+    wrong = failed(trained.verify(tmp_path / "x.onnx"))
+    assert wrong["outputs"] == "hold NaN or infinity"
+    assert wrong["layers"] == "the first layer that diverges is 'model.head'"
 
 
 def test_a_wrong_scale_is_found_though_every_prediction_agrees(trained, tmp_path) -> None:
