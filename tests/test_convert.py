@@ -93,6 +93,13 @@ def test_a_batch_norm_folds_into_groups() -> None:
     torch.testing.assert_close(converted(x), fake(x), rtol=1e-5, atol=2e-6)
 
 
+def test_a_channel_that_a_batch_norm_makes_constant_keeps_its_bias() -> None:
+    model, x = with_norm(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), torch.randn(IMAGE)
+    model[1].bias.data[0] = 0.3
+    for computed in both(model, x, {"weight": NARROW, "act": {"bits": 8}}):
+        torch.testing.assert_close(computed(x)[:, 0], torch.full((4, 4, 4), 0.3), rtol=0, atol=1e-3)
+
+
 def test_nothing_is_left_of_a_folded_batch_norm() -> None:
     model, x = with_norm(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)), torch.randn(IMAGE)
     _, converted = both(model, x, {"weight": NARROW})
@@ -225,6 +232,20 @@ def test_biases_are_whole_steps_of_the_accumulator() -> None:
     error = dequantized(bias) - fake[2].bias.double()
     assert bias.codes.dtype == torch.int32
     assert (error.abs() <= bias.scale / 2 * (1 + 1e-6)).all()
+
+
+def test_a_bias_beyond_int32_ends_where_int32_does() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(8, 4)
+    model[0].bias.data = torch.tensor([1e12, -1e12])
+    fake, converted = both(model, x, {"weight": NARROW, "act": {"bits": 8}})
+    assert converted[0].integer_bias.codes.tolist() == [2**31 - 1, -(2**31)]
+    torch.testing.assert_close(converted(x), fake(x))
+
+
+def test_codes_of_more_than_24_bits_are_rounded_once() -> None:
+    codes = torch.randint(2**24, 2**31 - 1, (64,), dtype=torch.int32)
+    bias = IntegerTensor(codes, torch.tensor([1 / 3]), torch.zeros(1), 32)
+    assert torch.equal(bias(), (codes.double() * bias.scale.double()).float())
 
 
 def test_a_layer_without_bias_stays_without() -> None:

@@ -26,10 +26,8 @@ def pack_scale(scale: Tensor, kind: str) -> tuple[Tensor, float] | None:
         The bytes, in the shape of `scale` (for `float16`, float16), and what all of them are times; `None` if `kind`
         has not these scales exactly.
     """
-    for packed, unit in _candidates(scale, kind):
-        if torch.equal(unpack_scale(packed, kind, unit), scale):
-            return packed, unit
-    return None
+    stored = _stored(scale, kind)
+    return stored if stored is not None and torch.equal(unpack_scale(stored[0], kind, stored[1]), scale) else None
 
 
 def unpack_scale(packed: Tensor, kind: str, unit: float) -> Tensor:
@@ -41,14 +39,15 @@ def unpack_scale(packed: Tensor, kind: str, unit: float) -> Tensor:
     return (packed.to(torch.int32) << 23).view(torch.float32)
 
 
-def _candidates(scale: Tensor, kind: str) -> list[tuple[Tensor, float]]:
+def _stored(scale: Tensor, kind: str) -> tuple[Tensor, float] | None:
+    """The bytes that scales of this kind have, and their unit, whether it has these or not."""
     if kind == "float16":
-        return [(scale.half(), 1.0)]
+        return scale.half(), 1.0
     if kind in ("pow2", "e8m0"):
-        return [((scale.view(torch.int32) >> 23).to(torch.uint8), 1.0)]
+        return (scale.view(torch.int32) >> 23).to(torch.uint8), 1.0
     if kind != "e4m3" or not scale.numel():
-        return []
-    # The largest scale is the largest e4m3 number times the unit, rounded: the unit is the quotient or a neighbour.
+        return None
+    # The largest scale is the largest e4m3 number times the unit, which is such a quotient itself (`two_level`): the
+    # same division gives it back.
     unit = scale.amax() / E4M3.largest
-    units = [unit, *(torch.nextafter(unit, torch.tensor(to)) for to in (0.0, torch.inf))]
-    return [(E4M3.encode(E4M3((scale / u).clamp_max(E4M3.largest))), float(u)) for u in units]
+    return E4M3.encode(E4M3((scale / unit).clamp_max(E4M3.largest))), float(unit)
