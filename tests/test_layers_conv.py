@@ -77,8 +77,10 @@ def test_the_scales_of_a_transposed_convolution_go_along_its_output_channels():
 
 def test_groups_of_a_transposed_convolution_share_grids():
     layer = nn.ConvTranspose2d(4, 6, 3, groups=2)
-    quantized(layer, image(2))
+    _, converted = both(layer, image(2), POLICY)
     assert layer.weight_quantizer.scale.shape == (3,)
+    of_outputs = converted.integer_weight.scale[[0, 1, 2, 0, 1, 2]]
+    torch.testing.assert_close(converted.integer_bias.scale, converted.input_quantizer.scale * of_outputs)
 
 
 def test_an_output_size_given_by_the_caller_is_kept():

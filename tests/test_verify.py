@@ -18,7 +18,7 @@ from qat.errors import UserError
 from qat.export.manifest import write_manifest
 from qat.export.onnx import OnnxTarget, export_onnx
 from qat.export.runtime import OnnxRunner
-from qat.export.verify import Comparison, Verdict, check_metric
+from qat.export.verify import Comparison, Verdict, check_codes, check_metric, count_kernels, weight_codes
 from qat.insert import Plan
 from qat.lightning.evaluate import verify_file
 
@@ -206,6 +206,20 @@ def test_float_kernels_are_counted_against_the_model(trained) -> None:
     OnnxTarget().check_kernels(verdict, trained.converted, OnnxRunner(trained.path, optimize=False))
     floats = "in float: model.stem, model.body, model.head"
     assert not verdict.passed and verdict.checks[0].detail == f"0 of 3 convolutions and matrix products; {floats}"
+
+
+def test_a_layer_in_float_is_not_made_up_for_by_one_that_runs_several_times(trained) -> None:
+    verdict = Verdict()
+    count_kernels(verdict, trained.converted, 5, floats=["model.stem"])
+    assert not verdict.passed and verdict.checks[0].detail.startswith("2 of 3 convolutions and matrix products;")
+
+
+def test_codes_that_a_file_holds_as_floats_are_not_those_of_the_model(trained) -> None:
+    codes = weight_codes(trained.converted)
+    for stored, passed in ((codes, True), ({n: c.astype(np.float32) for n, c in codes.items()}, False)):
+        verdict = Verdict()
+        check_codes(verdict, trained.converted, stored)
+        assert verdict.passed is passed
 
 
 def test_each_position_of_a_sequence_is_a_prediction() -> None:
