@@ -246,6 +246,14 @@ def test_deviations_are_measured_in_steps_of_the_output_grid() -> None:
     assert comparison.agreement == 1
 
 
+def test_outputs_that_are_no_classes_agree_where_no_value_is_more_than_a_step_away() -> None:
+    comparison, expected = Comparison(), np.linspace(0, 255, 16, dtype=np.float32).reshape(2, 2, 2, 2)
+    actual = expected.copy()
+    actual[:, 0, 0, 0] += np.array([0.9, 1.1], np.float32)
+    comparison.update(expected, actual)
+    assert comparison.samples == 2 and comparison.agreement == 1 / 2
+
+
 def test_no_samples_agree_with_nothing() -> None:
     assert Comparison().agreement == 0
 
