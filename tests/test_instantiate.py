@@ -1,5 +1,6 @@
 """`instantiate` reports every mistake of a config node under the key the user wrote, before the target is called."""
 
+import importlib
 import sys
 import types
 from collections.abc import Sequence
@@ -9,7 +10,8 @@ from typing import Literal, Optional, Union
 import pytest
 from omegaconf import OmegaConf
 
-from qat.cli.instantiate import allowed_patterns, instantiate
+from qat.cli import main
+from qat.cli.instantiate import allowed_patterns, instantiate, locate
 from qat.cli.typecheck import accepts
 from qat.errors import UserError
 
@@ -241,3 +243,15 @@ def test_a_trusted_package_reaches_hydras_own_list():
 )
 def test_a_value_fits_an_annotation(hint, value, fits):
     assert accepts(hint, value) is fits
+
+
+def test_the_command_finds_a_package_in_the_folder_that_it_is_run_in(tmp_path, monkeypatch, capsys):
+    (tmp_path / "kept_beside.py").write_text("class Model:\n    pass\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if folder not in ("", str(tmp_path))])
+    monkeypatch.setenv("QAT_TARGETS", "kept_beside")
+    with pytest.raises(UserError, match="no package 'kept_beside'"):
+        locate("kept_beside.Model", "model")
+    importlib.invalidate_caches()
+    assert main(["bench", "nowhere.onnx"]) == 2
+    assert locate("kept_beside.Model", "model").__name__ == "Model"

@@ -5,6 +5,7 @@ is status 130, as shells have it. Anything else is a bug and keeps its traceback
 is imported, and none of them imports torch before it has something to compute.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -66,6 +67,9 @@ def _mistake(error: UserError) -> int:
 def _run(command: str, argv: list[str]) -> int:
     if command not in COMMANDS:
         raise UserError(f"unknown command '{command}'{nearest(command, COMMANDS)}")
+    here = os.getcwd()
+    if os.environ.get("QAT_TARGETS") and not {"", here} & set(sys.path):
+        sys.path.append(here)  # a package beside the configs is found, as `python train.py` finds it
     return import_module(f"qat.cli.{command}").main(argv)
 
 

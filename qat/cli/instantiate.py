@@ -179,7 +179,7 @@ def locate(path: Any, key: str) -> Any:
         )
     found = _import(root, key)
     if found is None:
-        raise UserError(f"{key}: there is no package '{root}'; is it installed or on PYTHONPATH?")
+        raise UserError(f"{key}: there is no package '{root}'; is it installed, in this folder or on PYTHONPATH?")
     done = root
     for part in rest:
         module, done = found, f"{done}.{part}"
