@@ -26,12 +26,12 @@ from qat.engines import engine_of
 from qat.errors import UserError
 from qat.functions import ELEMENTWISE, EXPERTS, FUNCTIONS
 from qat.layers import BoundPart, is_computed, mixin_for, sites_changed
+from qat.networks import Policy
 from qat.plan import Plan, kind_of, owner_of
-from qat.policy import QuantPolicy
 from qat.probe import Call, Recording, record
 
 
-def make_plan(model: nn.Module, policy: QuantPolicy, run: Callable[[], Any]) -> tuple[Plan, Recording]:
+def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple[Plan, Recording]:
     """Decides every grid from one pass of `run()` (see `probe.record`); the model is left as it is.
 
     Raises:

@@ -31,7 +31,6 @@ leaves that tensor float.
 import fnmatch
 import inspect
 from collections.abc import Mapping, Sequence
-from importlib import import_module
 from typing import Any
 
 from qat import quantizers, ranges
@@ -69,6 +68,7 @@ class QuantPolicy:
         required_coverage: Least share of multiply-accumulates on integers, 0 to 1, by the part of the model that it is
             asked of (`""` for all).
         settings: The policy as plain containers, as given (what checkpoints and manifests store).
+        where: The key that it was given under, for messages.
     """
 
     def __init__(
@@ -77,11 +77,13 @@ class QuantPolicy:
         rules: Sequence[Rule],
         settings: dict[str, Any],
         kinds: Sequence[str] = DEFAULT_KINDS,
+        where: str = "quant",
     ) -> None:
         self.defaults = defaults
         self.rules = tuple(rules)
         self.settings = settings
         self.kinds = tuple(kinds)
+        self.where = where
         self.concat: str = CONCAT[0] if settings.get("concat") is None else settings["concat"]
         self.target: str | None = settings.get("target")
         own = settings.get("round_bias")
@@ -97,8 +99,6 @@ class QuantPolicy:
         """
         if not isinstance(settings, Mapping):
             raise UserError(f"{where}={settings!r}: must be settings such as {{weight: {{bits: 8}}, act: {{bits: 8}}}}")
-        if "modules" in settings:  # several networks, a policy for each
-            return import_module("qat.networks").NetworkPolicies.from_dict(settings, where)
         for key in settings:
             if key not in KEYS:
                 raise UserError(f"{where}.{key}: no such setting{nearest(str(key), KEYS)}")
@@ -110,7 +110,7 @@ class QuantPolicy:
         if not isinstance(rules, Mapping):
             raise UserError(f"{where}.rules={rules!r}: must map a name to each rule")
         parsed = [Rule.from_dict(str(n), r, f"{where}.rules.{n}") for n, r in rules.items() if r is not None]
-        policy = cls(defaults, parsed, _plain(settings), _kinds(settings.get("kinds"), f"{where}.kinds"))
+        policy = cls(defaults, parsed, _plain(settings), _kinds(settings.get("kinds"), f"{where}.kinds"), where)
         if policy.concat not in CONCAT:
             hint = nearest(str(policy.concat), CONCAT)
             raise UserError(f"{where}.concat={policy.concat!r}: must be one of {', '.join(CONCAT)}{hint}")
@@ -120,7 +120,7 @@ class QuantPolicy:
         share = policy.required_coverage[""]
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
             raise UserError(f"{where}.require_coverage={share!r}: must be a share between 0 and 1, such as 0.99")
-        policy._check_specs(where)
+        policy._check_specs()
         return policy
 
     @property
@@ -129,13 +129,17 @@ class QuantPolicy:
         asked = [*self.defaults.values(), *(s for rule in self.rules for s in rule.settings.values())]
         return not any(isinstance(settings, Mapping) for settings in asked)
 
-    def _check_specs(self, where: str) -> None:
+    def covers(self, name: str) -> bool:
+        """Whether a layer is in the part of the model that it is for."""
+        return True
+
+    def _check_specs(self) -> None:
         """Every default and every rule on top of it must make a valid spec, whether or not it will match."""
         for key, base in self.defaults.items():
             role = "act" if key == "sites" else key
-            _spec(base, f"{where}.{key}", role)
+            _spec(base, f"{self.where}.{key}", role)
             for rule in self.rules:
-                _spec(merge(base, rule.settings.get(role, False)), f"{where}.rules.{rule.name}.{role}", role)
+                _spec(merge(base, rule.settings.get(role, False)), f"{self.where}.rules.{rule.name}.{role}", role)
 
     def resolve(self, targets: Sequence[Target]) -> dict[str, dict[str, tuple[QuantSpec | None, str]]]:
         """Decides the grid of every target's weight and inputs.
@@ -163,9 +167,9 @@ class QuantPolicy:
                     if own is None or target.name not in matched[rule.name]:
                         continue
                     by, current = rule.name, merge(base if by == "default" else current, own)
-                spec = _spec(current, f"quant.{role} for {target.name}", role)
+                spec = _spec(current, f"{self.where}.{role} for {target.name}", role)
                 if spec is not None and (role == "act" or target.has_weight):
-                    where = f"quant.{role}" if by == "default" else f"quant.rules.{by}.{role}"
+                    where = f"{self.where}.{role}" if by == "default" else f"{self.where}.rules.{by}.{role}"
                     spec = engine.settle(spec, where, target.type if role == "weight" else None)
                 result[target.name][role] = spec, by
         return result
@@ -174,6 +178,7 @@ class QuantPolicy:
         return not target.is_site or target.has_weight or target.type in self.kinds
 
     def _matches(self, rule: Rule, targets: Sequence[Target]) -> set[str]:
+        where = f"{self.where}.rules.{rule.name}"
         weighted = [t.name for t in targets if t.has_weight]
         special = {"@first": weighted[:1], "@last": weighted[-1:]}
         typed = [t for t in targets if rule.type in (None, t.type)]
@@ -182,11 +187,11 @@ class QuantPolicy:
         silent = {t.name: t.type for t in typed if rule.type is None and not self._is_on(t)}
         if not pool:
             hint = nearest(str(rule.type), sorted({t.type for t in targets}))
-            raise UserError(f"quant.rules.{rule.name}.type: nothing is a '{rule.type}'{hint}")
+            raise UserError(f"{where}.type: nothing is a '{rule.type}'{hint}")
         found: set[str] = set()
         for pattern in rule.match:
             if pattern.startswith("@") and pattern not in special:
-                raise UserError(f"quant.rules.{rule.name}.match: no selector '{pattern}'{nearest(pattern, special)}")
+                raise UserError(f"{where}.match: no selector '{pattern}'{nearest(pattern, special)}")
             hits = [
                 n
                 for n in pool
@@ -194,14 +199,10 @@ class QuantPolicy:
                 and (n not in silent or _last(pattern).startswith(silent[n]))
             ]
             if not hits:
-                raise UserError(
-                    f"quant.rules.{rule.name}.match: no layer matches '{pattern}'{_nearest_pattern(pattern, pool)}"
-                )
+                raise UserError(f"{where}.match: no layer matches '{pattern}'{_nearest_pattern(pattern, pool)}")
             found.update(hits)
         if "weight" in rule.settings and rule.settings["weight"] and not found.intersection(weighted):
-            raise UserError(
-                f"quant.rules.{rule.name}.weight: nothing that it matches has a weight: {', '.join(sorted(found))}"
-            )
+            raise UserError(f"{where}.weight: nothing that it matches has a weight: {', '.join(sorted(found))}")
         return found
 
 

@@ -7,8 +7,8 @@ from torch import nn
 from qat.addressable import computed, described, has_weight, is_complex, is_norm, targets, type_of
 from qat.layers import MIXINS, Composite, Site, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
+from qat.networks import policy_of
 from qat.plan import Plan
-from qat.policy import QuantPolicy
 from qat.probe import Call, Recording
 from qat.quantizers import Quantizer
 
@@ -36,7 +36,7 @@ class Reasons:
         self.model, self.plan, self.recording = model, plan, recording
         self.calls = targets(model, recording)
         self.adapters = set(inside_adapters(model))
-        self.decisions = QuantPolicy.from_dict(plan.policy).resolve(described(self.calls))
+        self.decisions = policy_of(plan.policy).resolve(described(self.calls))
         self.modules: dict[str, list[Call]] = {}
         for call in recording.modules:
             self.modules.setdefault(call.name, []).append(call)

@@ -8,7 +8,7 @@ from qat.cli.configs import configs_dir, finish
 from qat.cli.instantiate import _check, instantiate
 from qat.cli.train import VERSION
 from qat.errors import UserError
-from qat.lightning.workspace import OTHER_KEYS
+from qat.lightning.workspace import OTHER_KEYS, Workspace
 from qat.policy import QuantPolicy
 
 
@@ -54,6 +54,16 @@ def test_every_config_composes_and_its_targets_take_every_key(choice, config):
     settings = OmegaConf.to_container(cfg.quant)
     assert isinstance(settings, dict)
     QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
+
+
+def test_the_policies_of_networks_settle_by_the_rules_of_the_file_to_be_written(config, tmp_path):
+    cfg = config("model=resnet20", "model.depth=8", "model.in_channels=1", "export=openvino")
+    other = {"calibration_samples": 64, "scale_lr": None, "module": None}
+    cfg.quant = {"modules": {"layer1": {"weight": {"bits": 8}}, "layer2": {"weight": {"bits": 4}}}, **other}
+    assert Workspace(cfg, tmp_path).policy.target == "openvino"
+    cfg.quant.module = "layer1"
+    with pytest.raises(UserError, match="module=layer1: its policy has networks of its own, layer1, layer2"):
+        Workspace(cfg, tmp_path)
 
 
 @pytest.mark.parametrize(("recipe", "budget"), BESIDE)

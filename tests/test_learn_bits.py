@@ -14,7 +14,7 @@ from qat.calibrate import calibrate
 from qat.cli import main
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, named_quantizers
-from qat.lightning import LearnBits, load_from_checkpoint
+from qat.lightning import LearnBits, QATCallback, load_from_checkpoint
 from qat.policy import QuantPolicy
 from qat.quantizers import create
 from qat.search import Search
@@ -234,6 +234,19 @@ def test_what_training_ends_with_keeps_budgets_ties_and_pairs(settings, check, t
         assert (layer.weight_quantizer.spec.bits, grid.spec.bits) == (weight, act)
         assert module.quantization_plan.weights[name].bits == weight
     assert all("forward" not in q.__dict__ for _, q in named_quantizers(module))
+
+
+def test_the_widths_of_one_network_are_learned_alone(tmp_path):
+    output = tmp_path / "quant" / "learned.yaml"
+    learn = LearnBits({"avg_bits": 3}, WIDTHS, WIDTHS, lr=0.2, output=str(output))
+    module = Tiny()
+    trainer(None, QATCallback(POLICY, 16, module="net"), learn, policy=None, max_epochs=4).fit(module, loader(32))
+    rules = yaml.safe_load(output.read_text())["modules"]["net"]["rules"]
+    chosen = {f"net.{n}": (r["weight"]["bits"], r["act"]["bits"]) for r in rules.values() for n in r["match"]}
+    assert chosen == learn.choice
+    assert {name: spec.bits for name, spec in module.quantization_plan.weights.items()} == {
+        name: weight for name, (weight, _) in chosen.items()
+    }
 
 
 def test_a_tight_budget_narrows_and_a_wide_one_does_not():

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat.errors import UserError
+from qat.networks import NetworkPolicies, policy_of
 from qat.policy import QuantPolicy, Target
 
 TARGETS = [
@@ -181,6 +182,41 @@ def test_a_rule_that_matches_nothing_is_an_error(rule, message):
     with pytest.raises(UserError) as error:
         built.resolve(TARGETS)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param({"modules": {"layer1": DEFAULTS}, "rules": {}},
+                     "quant.rules: no such setting beside modules; each network has its own", id="beside"),
+        pytest.param({"modules": {"layer1": DEFAULTS}, "wieght": 3}, "quant.wieght: no such setting", id="misspelled"),
+        pytest.param({"modules": {"layer1": {"modules": {"0": DEFAULTS}}}},
+                     "quant.modules.layer1.modules: no such setting", id="nested"),
+        pytest.param({"modules": {}}, "quant.modules={}: must map the path of each network", id="none"),
+        pytest.param({"modules": ["layer1"]}, "quant.modules=['layer1']: must map the path of each", id="list"),
+        pytest.param({"modules": {"layer1": {"weight": {"bit": 4}}}}, "quant.modules.layer1.weight.bit: no such",
+                     id="in-one"),
+        pytest.param({"modules": {"layer1": {**DEFAULTS, "concat": "shared"}, "layer2": DEFAULTS}},
+                     "concat: the networks of one model share a setting", id="differ"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_policies_of_networks_is_named(settings, message):
+    with pytest.raises(UserError) as error:
+        policy_of(settings)
+    assert message in str(error.value)
+
+
+def test_a_network_s_rule_is_named_by_its_own_key():
+    built = policy_of({"modules": {"layer1": policy(r={"match": "0.conv2", "act": {"bits": 8}})}})
+    with pytest.raises(UserError, match=r"^quant\.modules\.layer1\.rules\.r\.match: no layer matches '0\.conv2'"):
+        built.resolve(TARGETS)
+
+
+def test_policies_of_networks_are_no_policy_of_a_network():
+    several = policy_of({"modules": {"0": DEFAULTS}})
+    assert not isinstance(several, QuantPolicy), "its settings are others"
+    with pytest.raises(UserError, match="module=layer1: its policy has networks of its own, 0"):
+        NetworkPolicies({"layer1": several})
 
 
 def test_weight_settings_for_sites_alone_are_an_error():

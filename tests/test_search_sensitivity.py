@@ -5,12 +5,16 @@ import itertools
 
 import pytest
 import torch
+import yaml
 from small_models import Drawn, Shape
 from torch import nn
 
 from qat.errors import UserError
+from qat.networks import NetworkPolicies, policy_of
+from qat.planning import make_plan
 from qat.policy import QuantPolicy
 from qat.search import Search
+from qat.search.emit import write
 from qat.search.hessian import traces
 from qat.search.measured import Measured
 from qat.search.sensitivity import measure, missing
@@ -242,3 +246,28 @@ def test_a_policy_without_integer_weights_leaves_nothing_to_choose():
     policy = QuantPolicy.from_dict({"weight": {"bits": None, "format": "e4m3"}, "act": {"bits": 8}})
     with pytest.raises(UserError, match="gives no weight an integer grid"):
         make_space(model, policy, Search([4], [8]), lambda: model(model.example(2)))
+
+
+def test_a_search_within_a_network_chooses_for_its_layers_alone(tmp_path):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(6, 6)
+            self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x):
+            return self.body(self.stem(x))
+
+    model, x = Two().eval(), torch.randn(4, 6)
+    search = Search([2, 4, 8], [4, 8], least={"@first": 8})
+    space = make_space(model, NetworkPolicies({"body": POLICY}), search, lambda: model(x))
+    options = {layer.name: {weight for weight, _ in layer.options} for layer in space.layers}
+    assert options == {"body.0": {8}, "body.2": {2, 4, 8}}, "the first layer is the network's"
+    assert {name: spec.bits for name, spec in space.plans[2].weights.items()} == {"body.0": 2, "body.2": 2}
+
+    path = tmp_path / "mine.yaml"
+    write(path, space.policy, {"body.0": (8, 8), "body.2": (2, 4)}, {}, {}, "qat search")
+    content = yaml.safe_load(path.read_text())
+    del content["predicted"]
+    plan, _ = make_plan(model, policy_of(content), lambda: model(x))
+    assert {name: spec.bits for name, spec in plan.weights.items()} == {"body.0": 8, "body.2": 2}

@@ -25,8 +25,7 @@ from qat.lightning.sharded import average_gradients
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import at_home, described_input, run_steps, trainer_source
 from qat.memory import keep_freed
-from qat.networks import NetworkPolicies
-from qat.policy import QuantPolicy
+from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.starts import Start
 
 MUST_FOLLOW = (*AVERAGING, ModelPruning)
@@ -54,7 +53,7 @@ class QATCallback(Callback):
 
     def __init__(
         self,
-        policy: QuantPolicy | Mapping[str, Any],
+        policy: Policy | Mapping[str, Any],
         calibration_samples: int = 512,
         scale_lr_factor: float | None = None,
         module: str | None = None,
@@ -67,7 +66,8 @@ class QATCallback(Callback):
             raise UserError(
                 f"scale_lr_factor={scale_lr_factor}: must be 0 or more, or null to let the optimizer decide"
             )
-        self.policy = policy if isinstance(policy, QuantPolicy) else QuantPolicy.from_dict(policy)
+        where = "quant" if module is None else f"quant.{KEY}.{module}"
+        self.policy = policy if isinstance(policy, Policy) else policy_of(policy, where)
         self.calibration_samples = calibration_samples
         self.scale_lr_factor = scale_lr_factor
         self.module = module
@@ -91,7 +91,7 @@ class QATCallback(Callback):
         keep_freed()
         follow_insertion(trainer, pl_module)
         if (plan := pl_module.quantization_plan) is not None:
-            policy = _joint_policy(callbacks, pl_module).settings
+            policy = joint_policy(callbacks, pl_module).settings
             if changed := [key for key in policy if policy[key] != plan.policy.get(key)]:  # pyright: ignore
                 raise UserError(
                     f"{original_class(pl_module).__name__} is quantized already, with another policy "
@@ -133,7 +133,7 @@ class QATCallback(Callback):
         """What would be inserted for all `QATCallback`s of the trainer, from one probe batch; the module is left as it
         is.
         """
-        policy = _joint_policy(_callbacks(trainer) or [self], pl_module)
+        policy = joint_policy(_callbacks(trainer) or [self], pl_module)
         plan, recording = make_plan(pl_module, policy, run_steps(pl_module, trainer_source(trainer), samples=1))
         if any(policy.required_coverage.values()):
             check_coverage(audit(pl_module, plan, recording), policy.required_coverage)
@@ -202,7 +202,7 @@ def _before_tuners(trainer: pl.Trainer, callbacks: list[QATCallback]) -> None:
         everyone.sort(key=lambda c: c is not callbacks[0])  # in place, and nobody else changes place
 
 
-def _joint_policy(callbacks: list[QATCallback], pl_module: pl.LightningModule) -> QuantPolicy:
+def joint_policy(callbacks: list[QATCallback], pl_module: pl.LightningModule) -> Policy:
     """The policy of the whole module that the callbacks make together."""
     wanted = [callback.module for callback in callbacks]
     if len(wanted) > 1 and (None in wanted or len(set(wanted)) < len(wanted)):

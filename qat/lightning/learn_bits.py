@@ -30,12 +30,11 @@ from qat.copies import copied
 from qat.errors import UserError
 from qat.insert import remove
 from qat.lightning.averages import averages
-from qat.lightning.callback import QATCallback
+from qat.lightning.callback import QATCallback, joint_policy
 from qat.lightning.schedules.anneal import current_plan
 from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.stateful import Stateful
 from qat.lightning.steps import Source, run_steps, trainer_source
-from qat.policy import QuantPolicy
 from qat.search.allocate import Problem, solve
 from qat.search.budget import shown
 from qat.search.costs import Files, make_costs, make_harms, predict
@@ -67,7 +66,7 @@ class LearnBits(Stateful):
 
     Raises:
         UserError: for a value out of its range; (when training starts) if the budgets cannot be met, a pattern matches
-            nothing, a quantizer's width cannot be learned, or there is not one `QATCallback` for the whole module.
+            nothing, a quantizer's width cannot be learned, or there is not one `QATCallback`.
     """
 
     def __init__(
@@ -132,8 +131,8 @@ class LearnBits(Stateful):
 
     def _qat(self, trainer: pl.Trainer) -> QATCallback:
         callbacks = [c for c in trainer.callbacks if isinstance(c, QATCallback)]  # pyright: ignore[reportAttributeAccessIssue]
-        if len(callbacks) != 1 or callbacks[0].module is not None or not isinstance(callbacks[0].policy, QuantPolicy):
-            raise UserError("LearnBits: needs one QATCallback, for the whole module")
+        if len(callbacks) != 1:
+            raise UserError(f"LearnBits: needs one QATCallback, not {len(callbacks)}")
         if len(trainer.optimizers) > 1:
             raise UserError(f"LearnBits: {len(trainer.optimizers)} optimizers would each count the others' gradients")
         return callbacks[0]
@@ -144,8 +143,8 @@ class LearnBits(Stateful):
         for name in ("configure_model", "training_step"):
             shell.__dict__.pop(name, None)
         remove(shell)
-        assert isinstance(qat.policy, QuantPolicy)
-        self.space: Space = make_space(shell, qat.policy, self.settings, run_steps(shell, source, samples=1))
+        policy = joint_policy([qat], shell)
+        self.space: Space = make_space(shell, policy, self.settings, run_steps(shell, source, samples=1))
         self.other = {
             "calibration_samples": qat.calibration_samples, "scale_lr": qat.scale_lr_factor, "module": None,
         }  # fmt: skip

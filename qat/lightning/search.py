@@ -26,10 +26,8 @@ from qat.lightning.calm import calm
 from qat.lightning.losses import BatchLosses
 from qat.lightning.run import Run
 from qat.lightning.steps import example_input, run_steps
-from qat.lightning.workspace import OTHER_KEYS
 from qat.modes import evaluating
 from qat.planning import make_plan
-from qat.policy import QuantPolicy
 from qat.report.search import front_table, save_front, save_sensitivity, search_table, sensitivity_table
 from qat.search.allocate import Problem, front, solve
 from qat.search.costs import Files, Latencies, make_problem, predict
@@ -66,15 +64,12 @@ class SearchRun(Run):
         self.settings: Search = instantiate(cfg.search)
         if self.policy.is_off:
             raise UserError("quant=off leaves everything float: a search starts from a quant that says which grids")
-        if not isinstance(self.policy, QuantPolicy):
-            raise UserError("quant.module: a search is over the whole module; leave it out")
         front_points = None if self.settings.front is None else self.settings.points or 1
         if self.settings.output is not None:
             outputs(self.settings.output, front_points)
 
     def space(self) -> Space:
         run = run_steps(self.module, self.data.train_dataloader, samples=1)
-        assert isinstance(self.policy, QuantPolicy)
         return make_space(self.module, self.policy, self.settings, run)
 
     def sensitivities(self, space: Space, by_loss: BatchLosses) -> Measured:
@@ -175,7 +170,8 @@ class SearchRun(Run):
 
     def _write(self, space: Space, problem: Problem, choices: list[dict[str, Pair]]) -> None:
         settings = self.settings
-        other = {key: self.cfg.quant[key] for key in OTHER_KEYS if key in self.cfg.quant and key != "predicted"}
+        other = {key: self.cfg.quant[key] for key in ("calibration_samples", "scale_lr") if key in self.cfg.quant}
+        other["module"] = None  # the policy itself says whose it is
         content = [{"costs": predict(problem, c), "harm": problem.total_harm(c), "pairs": c} for c in choices]
         self.write_json("search.json", {"by": settings.by, "budget": settings.budget, "choices": content})
         if settings.output is None:

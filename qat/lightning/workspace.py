@@ -40,8 +40,7 @@ from qat.lightning.settled import check_settled, settled
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights
-from qat.networks import NetworkPolicies
-from qat.policy import QuantPolicy
+from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.starts import Start
 
 ON_THE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
@@ -79,13 +78,8 @@ class Workspace:
             raise UserError(
                 f"{folder} holds a run: ckpt=last goes on with it; give another a folder of its own with run_dir=..."
             )
-        settings = OmegaConf.to_container(cfg.quant, resolve=True)
-        assert isinstance(settings, dict)
         self.target: Target | None = build(cfg, "export", Target) if cfg.export else None
-        if settings.get("target") is None and self.target is not None:
-            settings["target"] = self.target.engine
-        policy = QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
-        self.policy = NetworkPolicies({cfg.quant.module: policy}) if cfg.quant.module else policy
+        self.policy = self._policy()
         self.callbacks = [build(cfg, f"callbacks.{n}", Callback) for n, node in (cfg.callbacks or {}).items() if node]
         self.loggers: list[Any] = [build(cfg, "logger", Logger)] if cfg.logger else []
         for name, instead in SET_BY_THE_RUN.items():
@@ -101,6 +95,17 @@ class Workspace:
         self.data.setup("fit")
         if self.progress["start"] and not self.done("float"):
             load_weights(self.module, self.progress["start"])
+
+    def _policy(self) -> Policy:
+        """That of the config; where it names no target, that of the file to be written."""
+        settings = OmegaConf.to_container(self.cfg.quant, resolve=True)
+        assert isinstance(settings, dict)
+        given = {str(k): v for k, v in settings.items() if k not in OTHER_KEYS}
+        for own in several.values() if isinstance(several := given.get(KEY), dict) else [given]:
+            if self.target is not None and isinstance(own, dict) and own.get("target") is None:
+                own["target"] = self.target.engine
+        policy = policy_of(given)
+        return NetworkPolicies({self.cfg.quant.module: policy}) if self.cfg.quant.module else policy
 
     def _float_module(self) -> pl.LightningModule:
         """The model with the settings of `float_model`, under whose key mistakes are reported."""

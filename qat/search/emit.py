@@ -8,7 +8,7 @@ import yaml
 
 from qat.errors import UserError
 from qat.export.files import atomic
-from qat.policy import QuantPolicy
+from qat.networks import Policy
 from qat.search.space import Pair, with_bit_rules
 
 
@@ -38,7 +38,7 @@ def outputs(output: str, points: int | None, key: str = "search.output") -> list
 
 def write(
     path: Path,
-    policy: QuantPolicy,
+    policy: Policy,
     choice: Mapping[str, Pair],
     predicted: Mapping[str, float],
     other: Mapping[str, Any],
@@ -55,8 +55,7 @@ def write(
         command: What made it, for the comment at the top.
     """
     content = {
-        **policy.settings,
-        "rules": with_bit_rules(policy, choice),
+        **with_bit_rules(policy.settings, choice),
         **other,
         "predicted": {k: _short(v) for k, v in predicted.items()},
     }

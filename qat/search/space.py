@@ -17,9 +17,9 @@ from torch import nn
 from qat.addressable import has_weight
 from qat.audit import AuditRow, audit
 from qat.errors import UserError, nearest
+from qat.networks import KEY, Policy, policy_of
 from qat.plan import Plan
 from qat.planning import make_plan
-from qat.policy import QuantPolicy
 from qat.search.settings import Search
 from qat.storage import is_layer, with_bytes
 
@@ -61,7 +61,7 @@ class Space:
     """
 
     model: nn.Module
-    policy: QuantPolicy
+    policy: Policy
     layers: list[Layer]
     tied: list[list[str]]
     plan: Plan
@@ -85,7 +85,7 @@ class Space:
         return sorted(found)
 
 
-def make_space(model: nn.Module, policy: QuantPolicy, search: Search, run: Callable[[], Any]) -> Space:
+def make_space(model: nn.Module, policy: Policy, search: Search, run: Callable[[], Any]) -> Space:
     """Finds what can be chosen from one pass of `run()` (see `qat.probe.record`); the model is left as it is.
 
     Raises:
@@ -103,7 +103,7 @@ def make_space(model: nn.Module, policy: QuantPolicy, search: Search, run: Calla
         bits: make_plan(model, with_bits(policy, dict.fromkeys(weights, bits), dict.fromkeys(acts, bits)), run)[0]
         for bits in widths
     }
-    weighted = [n for n in real if has_weight(model.get_submodule(n))]
+    weighted = [n for n in real if policy.covers(n) and has_weight(model.get_submodule(n))]
     least = _least(search.least, weighted)
     shared = plans[widths[-1]]
     layers = [
@@ -123,23 +123,30 @@ def _free(spec: Any) -> bool:
     return spec is not None and spec.format in FORMATS
 
 
-def with_bits(policy: QuantPolicy, weights: Mapping[str, int], acts: Mapping[str, int]) -> QuantPolicy:
+def with_bits(policy: Policy, weights: Mapping[str, int], acts: Mapping[str, int]) -> Policy:
     """The policy with rules on top that give layers their bits."""
     pairs = {name: (weights.get(name), acts.get(name)) for name in (*weights, *acts)}
-    return QuantPolicy.from_dict({**policy.settings, "rules": with_bit_rules(policy, pairs)})
+    return policy_of(with_bit_rules(policy.settings, pairs))
 
 
-def with_bit_rules(policy: QuantPolicy, pairs: Mapping[str, tuple[int | None, int | None]]) -> dict[str, Any]:
-    """The policy's rules, without those of an earlier search, and then one for each pair in use:
-    `searched_w4a8: {match: [conv1, conv2], weight: {bits: 4}, act: {bits: 8}}`."""
-    rules = {n: r for n, r in (policy.settings.get("rules") or {}).items() if not n.startswith(PREFIX)}
+def with_bit_rules(settings: Mapping[str, Any], pairs: Mapping[str, tuple[int | None, int | None]]) -> dict[str, Any]:
+    """A policy's settings, without the rules of an earlier search, and then one for each pair in use:
+    `searched_w4a8: {match: [conv1, conv2], weight: {bits: 4}, act: {bits: 8}}`; of networks, each has its own."""
+    if KEY in settings:
+        return {
+            KEY: {
+                path: with_bit_rules(own, {n[len(path) + 1 :]: p for n, p in pairs.items() if n.startswith(f"{path}.")})
+                for path, own in settings[KEY].items()
+            }
+        }
+    rules = {n: r for n, r in (settings.get("rules") or {}).items() if not n.startswith(PREFIX)}
     for name, (weight, act) in pairs.items():
         label = PREFIX + (f"w{weight}" if weight else "") + (f"a{act}" if act else "")
         rule = rules.setdefault(label, {"match": []})
         rule["match"].append(name)
         rule |= {"weight": {"bits": weight}} if weight else {}
         rule |= {"act": {"bits": act}} if act else {}
-    return rules
+    return {**settings, "rules": rules}
 
 
 def _least(patterns: Mapping[str, int], weighted: Sequence[str]) -> dict[str, int]:
