@@ -36,7 +36,7 @@ class AuditRow:
         macs: Multiply-accumulates for one sample; 0 where the recording can't tell (a layer without a twin). Those of
             an attention are in two rows: query with key, and below it `.probabilities` with value.
         params: Weights and biases, counted where they appear first.
-        bytes: What a packed file stores of them (`qat.storage.with_bytes` fills it in).
+        bytes: What a packed file stores of them; 0 until `qat.storage.with_bytes` fills it in, as runs do.
         reason: Why it is not integer throughout, or runs on floats even so; `None` if it is integer.
     """
 

@@ -60,6 +60,9 @@ def test_a_run_writes_every_file_and_reports_every_stage(finished):
     assert report["verify"]["passed"] and report["verify"]["codes_identical"]
     assert {"name", "weight_bits", "act_bits", "weight_sqnr_db", "macs"} <= set(report["layers"][0])
     assert report["stages"]["exported"]["bytes"] == (finished / "model.onnx").stat().st_size
+    stored = {k: v for k, v in load_file(finished / "model.safetensors").items() if "input_quantizer" not in k}
+    for rows in (report["layers"], json.loads((finished / "audit.json").read_text())["rows"]):
+        assert sum(row["bytes"] for row in rows) == sum(v.nbytes for v in stored.values())
 
 
 def test_the_log_holds_the_scale_and_the_sqnr_of_every_layer(finished):

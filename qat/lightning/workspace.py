@@ -42,6 +42,7 @@ from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.starts import Start
+from qat.storage import with_bytes
 
 ON_THE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 """How a run's trainer goes on where it need not be as it trained."""
@@ -152,7 +153,9 @@ class Workspace:
             if self.target is not None and (reason := self.target.why_not(shell, plan)):
                 raise UserError(f"export: {reason}")
             apply_plan(shell, plan)
-            self.audit: Callable[[Plan], list[AuditRow]] = lambda plan: audit(shell, plan, recording)
+            self.audit: Callable[[Plan], list[AuditRow]] = lambda plan: with_bytes(
+                audit(shell, plan, recording), shell, plan
+            )
             self.audit_rows = self.audit(plan)
             check_coverage(self.audit_rows, self.policy.required_coverage)
 
