@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qat.adapters import merge_adapters
     from qat.errors import UserError
+    from qat.insert import remove
     from qat.lightning.callback import QATCallback
     from qat.lightning.module import load_from_checkpoint
     from qat.lightning.weights import load_weights
@@ -29,6 +30,7 @@ _HOME = {
     "load_from_checkpoint": "qat.lightning.module",
     "load_weights": "qat.lightning.weights",
     "merge_adapters": "qat.adapters",
+    "remove": "qat.insert",
 }
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "load_from_checkpoint",
     "load_weights",
     "merge_adapters",
+    "remove",
 ]
 
 

@@ -147,7 +147,9 @@ def weight_stats(model: nn.Module) -> list[QuantizerStats]:
 def _check_calibrated(found: dict[str, Quantizer]) -> None:
     for name, quantizer in found.items():
         if not quantizer.initialised:
-            raise UserError(f"statistics of '{name}': it has no range yet; calibrate the model first (qat.calibrate)")
+            raise UserError(
+                f"statistics of '{name}': it has no range yet; qat.calibrate.calibrate(model, run) finds it"
+            )
 
 
 def _weight_tallies(model: nn.Module, found: dict[str, Quantizer]) -> dict[str, Tally]:

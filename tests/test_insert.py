@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+import qat
 from qat.audit import audit
 from qat.calibrate import calibrate
 from qat.errors import UserError
@@ -146,6 +147,8 @@ UNSIGNED = [
     pytest.param(lambda x: F.dropout(F.relu(x), 0.1).flatten(1).view(x.shape), id="dropout-and-flatten-of-relu"),
     pytest.param(lambda x: F.relu(x) + F.relu(-x), id="sum-of-relus"),
     pytest.param(lambda x: F.relu(x).add_(F.relu(-x)), id="inplace-sum-of-relus"),
+    pytest.param(lambda x: torch.multiply(F.relu(x), F.relu(x)), id="product-of-relus"),
+    pytest.param(lambda x: F.relu(x).multiply(F.relu(x)), id="product-of-relus-by-a-method"),
     pytest.param(lambda x: torch.cat([F.relu(x), F.relu(-x)], 2), id="concatenation-of-relus"),
     pytest.param(lambda x: 2 * F.relu(x) + 1, id="positive-constants"),
     pytest.param(lambda x: F.interpolate(F.relu(x), scale_factor=2), id="nearest-interpolation"),
@@ -512,8 +515,10 @@ def test_inserting_twice_is_an_error():
     model = nn.Sequential(nn.Linear(8, 8))
     plan = planned(model, torch.randn(4, 8))
     apply_plan(model, plan)
-    with pytest.raises(UserError, match="Sequential holds quantizers already"):
+    with pytest.raises(UserError, match=r"Sequential holds quantizers already; qat\.remove\(model\) takes them out"):
         apply_plan(model, plan)
+    qat.remove(model)
+    apply_plan(model, plan)
 
 
 @pytest.mark.parametrize(

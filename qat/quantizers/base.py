@@ -263,7 +263,7 @@ class Quantizer(nn.Module):
         if self.observing:
             self._observe(x)
         elif self._wants_calibration:
-            raise RuntimeError("this quantizer has no range yet: calibrate the model before running it (qat.calibrate)")
+            raise RuntimeError("this quantizer has no range yet: qat.calibrate.calibrate(model, run) finds it")
         return x
 
     def _read_flags(self) -> None:
