@@ -7,7 +7,7 @@ from qat.errors import UserError
 
 BUDGETS = {
     "packed": "bytes of the packed integers (model.safetensors)",
-    "size": "bytes of the exported file, where codes take 4 or 8 bits",
+    "size": "bytes of the exported file, where codes take 2, 4, 8 or 16 bits",
     "avg_bits": "bits of a weight, on average",
     "bops": "bit operations: MACs x weight bits x input bits",
     "latency": "milliseconds of the exported file on this CPU",
