@@ -127,13 +127,10 @@ def _table() -> Iterator[tuple[Any, Function]]:
         yield f, Function(EXPERTS, ((0, "mat_a"), (1, "mat_b")), channel_axis=-1)
 
 
-ADD = {torch.add, T.add, T.add_, T.__add__, T.__radd__, T.__iadd__}
-MULTIPLY = {torch.mul, T.mul, T.mul_, T.__mul__, T.__rmul__, T.__imul__}
 MEAN = {torch.mean, T.mean}
 POOL = {
     F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d,
 }  # fmt: skip
-JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack, torch.hstack, torch.vstack, torch.dstack}
 KEEPS_VALUES = {
     torch.flatten, T.flatten, torch.ravel, T.ravel, torch.reshape, T.reshape, T.reshape_as, T.view, T.view_as,
     torch.permute, T.permute, torch.transpose, T.transpose, torch.swapaxes, T.swapaxes, torch.swapdims, T.swapdims,
@@ -170,6 +167,7 @@ OTHERS_THAT_COMPUTE = {
 """Functions with arithmetic or weights that are no sites."""
 
 FUNCTIONS: dict[Any, Function] = dict(_table())
+ADD, MULTIPLY, JOINS = ({f for f, known in FUNCTIONS.items() if known.kind == kind} for kind in ("add", "mul", "cat"))
 KINDS = tuple(dict.fromkeys(f.kind for f in FUNCTIONS.values()))
 WEIGHTED = tuple(kind for kind in KINDS if kind.startswith(("linear", "conv", EXPERTS)))
 """Kinds that are layers without a module: sites only with a parameter as weight."""
