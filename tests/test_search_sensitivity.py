@@ -215,7 +215,7 @@ def test_a_loss_that_is_not_finite_is_no_ground_to_stand_on(tmp_path):
 
 def test_a_damaged_cache_says_so(tmp_path):
     (tmp_path / "s.json").write_text('{"loss"')
-    with pytest.raises(UserError, match=r"s\.json: is damaged; delete it"):
+    with pytest.raises(UserError, match=r"s\.json: is damaged: no JSON; delete it"):
         Measured(tmp_path / "s.json")
 
 

@@ -14,6 +14,7 @@ from qat.cli.targets import build
 from qat.convert import convert
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
+from qat.export.manifest import files_bytes
 from qat.export.target import Target
 from qat.export.verify import Comparison, Verdict, check_codes, expected_integer_nodes
 
@@ -139,6 +140,16 @@ def test_every_export_config_but_none_is_a_target() -> None:
     for path in (configs_dir() / "export").glob("*.yaml"):
         if path.stem != "none":
             assert isinstance(target_of(path.stem), Target)
+
+
+@pytest.mark.parametrize(("text", "said"), [("{", "no JSON"), ("[]", "holds a list"), ("{}", "lacks 'sha256'")])
+def test_the_size_of_a_file_beside_a_damaged_manifest_is_an_error_that_names_it(text, said, tmp_path) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(b"onnx")
+    assert files_bytes(path) == 4, "a file without a manifest stands alone"
+    (tmp_path / "model.onnx.json").write_text(text)
+    with pytest.raises(UserError, match=rf"model\.onnx\.json: is damaged: {said}"):
+        files_bytes(path)
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from qat import __version__
 from qat.errors import UserError
-from qat.export.files import sha256
+from qat.export.files import read_object, sha256
 
 FORMAT = 1
 
@@ -48,7 +48,7 @@ def _inside(made: Path, called: str) -> list[tuple[Path, str]]:
     ]
 
 
-def read_json(path: Path, version: int) -> dict[str, Any]:
+def valid_manifest(path: Path, version: int) -> dict[str, Any]:
     """A manifest whose format and checksum are right.
 
     Raises:
@@ -56,16 +56,12 @@ def read_json(path: Path, version: int) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; it holds the hashes, and is copied along with what it describes")
-    try:
-        manifest = json.loads(path.read_text())
-        found, sum_of_itself = manifest["format"], digest(manifest)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # no UTF-8, no JSON, no object
-        raise UserError(f"{path}: is damaged or no manifest") from None
-    if found != version:
+    manifest = read_object(path, "format")
+    if (found := manifest["format"]) != version:
         maker = manifest.get("qat")
         by = f" (made by qat {maker})" if isinstance(maker, str) else ""
         raise UserError(f"{path}: has format {str(found)[:20]}{by}; this version reads format {version}")
-    if manifest.get("manifest_sha256") != sum_of_itself:
+    if manifest.get("manifest_sha256") != digest(manifest):
         raise UserError(f"{path}: is damaged: its content does not have the checksum that it states")
     return manifest
 
@@ -79,7 +75,7 @@ def check_manifest(path: Path, target: str) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     beside = path.with_name(f"{path.name}.json")
-    manifest = read_json(beside, FORMAT)
+    manifest = valid_manifest(beside, FORMAT)
     if manifest["target"] != target:
         raise UserError(f"{beside}: is of a file that {manifest['target']} made, not {target}")
     present = [name for _, name in _inside(path, path.name)]
@@ -97,17 +93,21 @@ def check_manifest(path: Path, target: str) -> dict[str, Any]:
 def made_by(path: Path) -> str | None:
     """Name of the class that made a file, as the manifest beside it says; `None` if there is none, or a damaged one."""
     try:
-        target = json.loads(path.with_name(f"{path.name}.json").read_text())["target"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        target = read_object(path.with_name(f"{path.name}.json"), "target")["target"]
+    except (OSError, UserError):
         return None
     return target if isinstance(target, str) else None
 
 
 def companions(path: Path) -> list[Path]:
     """An exported file, the files that belong to it, and their manifest (none of them need exist); of a folder, the
-    files in it."""
+    files in it.
+
+    Raises:
+        UserError: if the manifest is damaged.
+    """
     beside = path.with_name(f"{path.name}.json")
-    names = json.loads(beside.read_text())["sha256"] if beside.is_file() else []
+    names = read_object(beside, "sha256")["sha256"] if beside.is_file() else []
     files = dict.fromkeys([path, *(path.parent / name for name in names)])
     return [*(file for file in files if not file.is_dir()), beside]
 

@@ -24,7 +24,7 @@ from qat.convert import EVERYTHING, Holds, convert
 from qat.copies import copied
 from qat.errors import UserError
 from qat.export.files import atomic, sha256
-from qat.export.manifest import digest, read_json
+from qat.export.manifest import digest, valid_manifest
 from qat.export.packed_scales import pack_scale, unpack_scale
 from qat.export.target import Target
 from qat.export.torch_runner import TorchRunner
@@ -150,7 +150,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         UserError: if either file is missing, damaged, swapped, or of another format version.
     """
     folder = Path(folder)
-    manifest = read_json(folder / MANIFEST, FORMAT)
+    manifest = valid_manifest(folder / MANIFEST, FORMAT)
     if not (folder / WEIGHTS).is_file():
         raise UserError(f"{folder / WEIGHTS}: no such file; a packed model is {WEIGHTS} beside {MANIFEST}")
     if sha256(folder / WEIGHTS) != manifest.get("sha256"):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qat.errors import UserError
-from qat.export.files import atomic
+from qat.export.files import atomic, read_object
 
 Measure = Literal["loss", "hessian", "sqnr"]
 SAVE_SECONDS = 2.0
@@ -32,11 +32,11 @@ class Measured:
         self.tensors: dict[str, dict[str, Any]] = {}
         if path.is_file():
             try:
-                content = json.loads(path.read_text())
-                self.loss, self.tensors, found = content["loss"], content["tensors"], content["key"]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(f"{path}: is damaged; delete it to measure again") from None
-            if found != key:
+                content = read_object(path, "loss", "tensors", "key")
+            except UserError as error:
+                raise UserError(f"{error}; delete it to measure again") from None
+            self.loss, self.tensors = content["loss"], content["tensors"]
+            if content["key"] != key:
                 raise UserError(
                     f"search.dir={path.parent} holds what was measured of another model, data, quant or number of "
                     "samples; choose another folder, or search.dir=null for one that fits"
