@@ -29,14 +29,14 @@ leaves that tensor float.
 """
 
 import fnmatch
-import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qat import quantizers, ranges
+from qat import quantizers
 from qat.engines import ROUND_BIAS, engine_of
 from qat.errors import UserError, nearest
 from qat.functions import KINDS, KV_CACHE, PROBABILITIES, WEIGHTED
+from qat.ranges import ESTIMATORS
 from qat.rules import ROLES, Rule, Target, merge, read_role
 from qat.spec import QuantSpec
 
@@ -47,14 +47,6 @@ DEFAULT_KINDS = ("add", "avg_pool", "cat", "matmul", "einsum", "attention")
 ALL_KINDS = (*(kind for kind in KINDS if kind not in WEIGHTED), PROBABILITIES, KV_CACHE)
 CONCAT = ("separate", "shared")
 KEYS = (*ROLES, "sites", "kinds", "concat", "target", "round_bias", "require_coverage", "rules")
-RANGES = tuple(
-    name
-    for name, f in vars(ranges).items()
-    if inspect.isfunction(f)
-    and f.__module__ == ranges.__name__
-    and name != "scale_and_zero_point"
-    and not name.startswith("_")
-)
 
 
 class QuantPolicy:
@@ -231,8 +223,8 @@ def _spec(values: Mapping[str, Any] | bool, where: str, role: str) -> QuantSpec 
         raise UserError(
             f"{where}.quantizer={spec.quantizer}: no such quantizer{nearest(spec.quantizer, quantizers.names())}"
         )
-    if spec.range not in RANGES:
-        raise UserError(f"{where}.range={spec.range}: no such estimator{nearest(spec.range, RANGES)}")
+    if spec.range not in ESTIMATORS:
+        raise UserError(f"{where}.range={spec.range}: no such estimator{nearest(spec.range, ESTIMATORS)}")
     if role == "act":
         try:  # which granularities an activation can have is the quantizer's to say
             quantizers.create(spec.resolved(nonnegative=False, weight=False))

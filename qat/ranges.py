@@ -2,8 +2,11 @@
 
 Each takes rows `x [R, N]` (one row per scale, finite, N >= 1) and the spec of the grid, and returns `(low [R], high
 [R])` with `low <= 0 <= high`, so that zero is always a grid point (padding and ReLU produce exact zeros).
-`scale_and_zero_point` turns an interval into a grid. A new estimator is one more function of this signature.
+`scale_and_zero_point` turns an interval into a grid. A new estimator is one more function of this signature, listed in
+`ESTIMATORS` at the end.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -178,3 +181,9 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
         return scale, torch.zeros_like(scale, dtype=torch.int32)
     zero_point = (spec.quant_min - (low / snap(scale, spec)).round()).clamp(spec.quant_min, spec.quant_max)
     return scale, zero_point.to(torch.int32)
+
+
+ESTIMATORS: dict[str, Callable[[Tensor, QuantSpec], Range]] = {
+    f.__name__: f for f in (mse, minmax, percentile, kl, lsq, centred, even)
+}
+"""What `range` may name."""

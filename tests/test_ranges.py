@@ -10,7 +10,6 @@ from hypothesis.extra import numpy as hnp
 
 from qat import ranges
 from qat.functional import SCALE_FLOOR, levels, values
-from qat.policy import RANGES
 from qat.scales import snap
 from qat.spec import QuantSpec
 
@@ -36,7 +35,7 @@ GRIDS = {
     "nvfp4": QuantSpec(None, "e2m1", granularity="group", group_size=4, scale="e4m3"),
 }
 each_grid = pytest.mark.parametrize("spec", [pytest.param(s, id=n) for n, s in GRIDS.items()])
-each_range = pytest.mark.parametrize("name", RANGES)
+each_range = pytest.mark.parametrize("name", ranges.ESTIMATORS)
 
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 ROWS = hnp.arrays(
@@ -80,7 +79,7 @@ def check_grid(low, high, spec):
 @example(x=[[1e-12, 2e-12]])
 def test_any_finite_numbers_give_a_grid_with_a_positive_scale_and_an_exact_zero(spec, name, x):
     x = torch.as_tensor(x)
-    low, high = getattr(ranges, name)(x, spec)
+    low, high = ranges.ESTIMATORS[name](x, spec)
     assert low.shape == high.shape == (len(x),)
     assert (low <= 0).all() and (high >= 0).all()
     assert low.isfinite().all() and high.isfinite().all()

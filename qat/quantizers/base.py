@@ -346,7 +346,7 @@ class Quantizer(nn.Module):
 
     def _fit(self, rows: Tensor) -> None:
         """Finds the first range from `rows [scales, N]`."""
-        self._set_range(*getattr(ranges, self.spec.range)(rows, self.spec))
+        self._set_range(*ranges.ESTIMATORS[self.spec.range](rows, self.spec))
 
     def _rows(self, x: Tensor) -> Tensor:
         if self.spec.granularity == "tensor":

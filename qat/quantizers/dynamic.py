@@ -104,7 +104,7 @@ class Dynamic(Quantizer):
         """The grid that fits `x`, without gradients."""
         rows = self._rows(self.transform(x.detach()).float())
         if rows.numel():
-            low, high = getattr(ranges, self.spec.range)(rows, self.spec)
+            low, high = ranges.ESTIMATORS[self.spec.range](rows, self.spec)
             scale, zero_point = ranges.scale_and_zero_point(low, high, self.spec)
             scale = two_level(scale, self.scale) if self.calibrated else snap(scale, self.spec)
         else:
