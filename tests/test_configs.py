@@ -1,5 +1,7 @@
 """No config can rot: each file composes, and its targets take what it says."""
 
+import re
+
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
@@ -10,6 +12,7 @@ from qat.cli.train import VERSION
 from qat.errors import UserError
 from qat.lightning.workspace import OTHER_KEYS, Workspace
 from qat.policy import QuantPolicy
+from qat.ranges import ESTIMATORS
 
 
 def _options(group: str) -> list[str]:
@@ -54,6 +57,16 @@ def test_every_config_composes_and_its_targets_take_every_key(choice, config):
     settings = OmegaConf.to_container(cfg.quant)
     assert isinstance(settings, dict)
     QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
+
+
+@pytest.mark.parametrize("path", sorted(configs_dir().rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_begins_with_what_it_is_for(path):
+    assert path.read_text().removeprefix("# @package _global_\n").startswith("# ")
+
+
+def test_the_default_quant_names_every_range_estimator():
+    named = re.search(r"qat/ranges\.py: (.*)", (configs_dir() / "quant/w8a8.yaml").read_text())
+    assert named and named[1].split(", ") == list(ESTIMATORS)
 
 
 def test_the_policies_of_networks_settle_by_the_rules_of_the_file_to_be_written(config, tmp_path):
