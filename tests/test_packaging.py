@@ -1,11 +1,15 @@
 """The wheel works outside the checkout: it carries the configs, the command, and everything a run needs."""
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -72,3 +76,22 @@ def test_the_installed_command_trains_from_another_folder(qat_command, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "run" / ".hydra" / "config.yaml").exists()
     assert [path for path in (tmp_path / "run").rglob("*") if path.suffix == ".onnx"]
+
+
+def _imported(path: Path) -> set[str]:
+    """The packages that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_what_the_package_imports_is_a_dependency_or_in_an_extra_for_users():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [text for name, texts in project["optional-dependencies"].items() if name != "dev" for text in texts]
+    listed = {re.split(r"[^\w-]", text)[0].lower().replace("_", "-") for text in [*project["dependencies"], *extras]}
+    listed |= {"omegaconf"}  # see there
+    homes = packages_distributions()
+    imported = {name for path in (ROOT / "qat").rglob("*.py") for name in _imported(path)} - sys.stdlib_module_names
+    lacking = {n for n in imported if not listed & {home.lower().replace("_", "-") for home in homes.get(n, [n])}}
+    assert lacking - {"qat"} == set()
