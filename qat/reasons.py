@@ -152,16 +152,20 @@ class Reasons:
 
 
 def layers(root: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's layers that have parameters or arithmetic, each once; those with a twin are not entered."""
+    """The model's layers that have parameters or arithmetic, each once; those with a twin are not entered, but for
+    the layers that one made of several holds (`attn.out_proj`).
+    """
     inside: set[nn.Module] = set()
     for name, module in root.named_modules():
-        closed = isinstance(module, Site | Quantizer) or mixin_for(module) is not None
+        mixin = mixin_for(module)
         if isinstance(module, Composite):  # its parts are listed instead
             continue
         if module in inside:
             continue
-        if closed:
+        if isinstance(module, Site | Quantizer) or mixin is not None:
             inside.update(m for m in module.modules() if m is not module)
+        if mixin is not None and issubclass(mixin, Composite):
+            inside.difference_update(m for m in module.children() if mixin_for(m) is not None)
         if not isinstance(module, Site | Quantizer) and _is_listed(module, is_root=not name):
             yield name, module
 

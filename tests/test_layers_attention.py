@@ -264,9 +264,11 @@ def test_the_audit_counts_projections_and_products():
     qkv = (query, memory, memory)
     count = sum(p.numel() for p in model.parameters())
     plan, recording = make_plan(model, QuantPolicy.from_dict(POLICY), lambda: model(qkv))
+    before = audit(model, plan, recording)
     apply_plan(model, plan)
     calibrate(model, lambda: model(qkv))
     rows = audit(model, plan, recording)
+    assert rows == before
     assert {r.name.removeprefix("attn."): r.macs for r in rows} == {
         "q_proj": 5 * 8 * 8, "k_proj": 7 * 8 * 8, "v_proj": 7 * 8 * 8, "out_proj": 5 * 8 * 8,
         "matmul_0": 5 * 7 * 8, "matmul_1": 5 * 7 * 8,

@@ -249,6 +249,15 @@ def test_the_widths_of_one_network_are_learned_alone(tmp_path):
     }
 
 
+def test_the_projection_behind_an_attention_learns_as_any_layer_does():
+    module = Tiny()
+    encoder = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)
+    module.net = nn.Sequential(nn.Flatten(1, 2), encoder, nn.Flatten(), nn.Linear(36, 3))
+    learn = LearnBits({"avg_bits": 4, "bops": 300_000}, WIDTHS, WIDTHS)
+    trainer(None, learn, policy=POLICY, max_epochs=2).fit(module, loader())
+    assert set(learn.choice) == {"net.1.self_attn.out_proj", "net.1.linear1", "net.1.linear2", "net.3"}
+
+
 def test_a_tight_budget_narrows_and_a_wide_one_does_not():
     wide, tight = (LearnBits({"avg_bits": b}, WIDTHS, WIDTHS, lr=0.1, until=3) for b in (8, 2.5))
     for learn in (wide, tight):

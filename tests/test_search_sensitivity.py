@@ -9,16 +9,18 @@ import yaml
 from small_models import Drawn, Shape
 from torch import nn
 
+from qat.audit import audit, bops
 from qat.errors import UserError
 from qat.networks import NetworkPolicies, policy_of
 from qat.planning import make_plan
 from qat.policy import QuantPolicy
 from qat.search import Search
+from qat.search.costs import Files, make_costs
 from qat.search.emit import write
 from qat.search.hessian import traces
 from qat.search.measured import Measured
 from qat.search.sensitivity import measure, missing
-from qat.search.space import make_space
+from qat.search.space import make_space, with_bits
 
 POLICY = QuantPolicy.from_dict({"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 8}})
 
@@ -204,6 +206,19 @@ def test_layers_that_read_one_tensor_share_a_grid_and_layers_of_one_weight_share
     layers = {layer.name: layer for layer in space.layers}
     assert layers["body"].act == layers["down"].act and layers["body"].weight != layers["down"].weight
     assert space.tensors[layers["body"].act or ""] == ["body", "down"]
+
+
+def test_costs_of_an_encoder_are_those_that_its_audit_shows():
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.randn(2, 5, 8)
+    space = _space(model, x)
+    pairs = {layer.name: layer.options[i] for i, layer in enumerate(space.layers)}
+    assert set(pairs) == {"self_attn.out_proj", "linear1", "linear2"}
+    weights, acts = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+    rows = audit(model, *make_plan(model, with_bits(POLICY, weights, acts), lambda: model(x)))
+    costs, sized = make_costs(space, Files()), [row for row in rows if row.weight_bits]
+    assert costs["bops"].total(pairs) == bops(rows)
+    average = sum(row.weight_bits * row.params for row in sized) / sum(row.params for row in sized)
+    assert costs["avg_bits"].total(pairs) == pytest.approx(average)
 
 
 def test_a_loss_that_is_not_finite_is_no_ground_to_stand_on(tmp_path):
