@@ -7,8 +7,9 @@ import time
 import pytest
 
 from qat.errors import UserError
-from qat.search.allocate import Cost, Problem, front, smallest, solve
+from qat.search.allocate import Cost, Problem, smallest, solve
 from qat.search.budget import amount
+from qat.search.front import front
 from qat.search.space import Layer
 
 
@@ -64,14 +65,71 @@ def test_the_optimum_is_that_of_brute_force(seed, tied, shared):
     assert _harm(problem, found) == pytest.approx(min(_harm(problem, c) for c in within), rel=1e-9)
 
 
+def _uneven(seed: int) -> Problem:
+    """Of layers that cost from 1 to 1e10, some of which share tensors or are tied."""
+    rng, options = random.Random(seed), tuple(itertools.product((2, 4, 8), (4, 8)))
+    names = [f"l{i}" for i in range(rng.randint(1, 4))]
+    own = lambda name, part: f"{name if rng.random() < 0.7 else 'l0'}.{part}"  # noqa: E731
+    layers = [Layer(n, own(n, "weight"), own(n, "input"), options) for n in names]
+    harm = {(n, p): rng.choice([rng.random(), 10 ** rng.uniform(-6, 0), -1e-3]) for n in names for p in options}
+    bops = {item: float(rng.randint(1, 10 ** rng.choice([1, 6, 10]))) for item in harm}
+    bits = {(n, (w, a)): 100.0 * w for n, (w, a) in harm}
+    costs = {"bops": Cost(bops, rng.choice([0, 1e9])), "avg_bits": Cost(bits, 0, 100 * len(names))}
+    return Problem(layers, harm, costs, [names[:2]] if rng.random() < 0.3 else ())
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_budgets_that_just_fit_are_met_however_uneven_the_layers_are(seed):
+    problem, rng = _uneven(seed), random.Random(seed)
+    every = list(_allowed(problem))
+    totals = {name: sorted(cost.total(c) for c in every) for name, cost in problem.costs.items()}
+    for budgets in (
+        {"bops": totals["bops"][0]},
+        {"bops": rng.choice(totals["bops"]), "avg_bits": totals["avg_bits"][-1]},
+        {"bops": totals["bops"][-1], "avg_bits": rng.choice(totals["avg_bits"])},
+    ):
+        within = [c for c in every if all(problem.costs[n].total(c) <= limit for n, limit in budgets.items())]
+        found = solve(problem, budgets)
+        assert found in within
+        assert _harm(problem, found) == pytest.approx(min(_harm(problem, c) for c in within), rel=1e-6, abs=1e-9)
+    with pytest.raises(UserError, match=r"^bops=.* cannot be met: the smallest feasible is"):
+        solve(problem, {"bops": totals["bops"][0] * (1 - 1e-11)})
+
+
+def test_the_smallest_budget_is_met_beside_a_head_of_two_classes():
+    macs = [115605504, *(348585984, 116195328, 464781312, 464781312) * 12, 768 * 2]  # ViT-B
+    options, rng = tuple(itertools.product((2, 4, 8), (2, 4, 8))), random.Random(0)
+    layers = [Layer(f"l{i}", f"l{i}.weight", f"l{i}.input", options) for i in range(len(macs))]
+    harm = {(la.name, (w, a)): rng.random() * 4.0**-w + rng.random() * 4.0**-a for la in layers for w, a in options}
+    bops = {(la.name, (w, a)): float(m * w * a) for la, m in zip(layers, macs, strict=True) for w, a in options}
+    problem = Problem(layers, harm, {"bops": Cost(bops, 4.5e9)})
+    least = problem.costs["bops"].total(smallest(problem, "bops"))
+    assert set(solve(problem, {"bops": least}).values()) == {(2, 2)}
+
+
+def _best(problem: Problem, name: str) -> list[tuple[float, float]]:
+    """The front by brute force, as (cost, harm)."""
+    best: list[tuple[float, float]] = []
+    for point in sorted((problem.costs[name].total(c), _harm(problem, c)) for c in _allowed(problem)):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
+
+
+def test_a_front_has_points_that_are_a_byte_apart_in_a_file_of_megabytes():
+    options = ((2, None), (4, None), (8, None))
+    layers = [Layer("body", "body.weight", None, options), Layer("head", "head.weight", None, options)]
+    harm = {("body", p): 4.0 ** -p[0] for p in options} | {("head", p): 1e-2 * 4.0 ** -p[0] for p in options}
+    packed = {("body", p): 1e6 * p[0] for p in options} | {("head", p): p[0] // 2 for p in options}
+    problem = Problem(layers, harm, {"packed": Cost(packed)})
+    found = [problem.costs["packed"].total(c) for c in front(problem, "packed", {}, None)]
+    assert found == [cost for cost, _ in _best(problem, "packed")] and len(found) == 9
+
+
 def test_the_front_is_that_of_brute_force():
     problem = _problem(4, (2, 4, 8), (8,), seed=3)
     cost = problem.costs["packed"]
-    points = sorted((cost.total(c), _harm(problem, c)) for c in _allowed(problem))
-    best: list[tuple[float, float]] = []
-    for point in points:
-        if not best or point[1] < best[-1][1]:
-            best.append(point)
+    best = _best(problem, "packed")
     found = [(cost.total(c), _harm(problem, c)) for c in front(problem, "packed", {}, None)]
     assert [c for c, _ in found] == [c for c, _ in best]
     assert [h for _, h in found] == pytest.approx([h for _, h in best])
@@ -102,6 +160,22 @@ def test_a_budget_that_cannot_be_met_names_the_smallest_feasible_which_can():
         solve(problem, {"packed": 10})
     least = int(str(caught.value).rpartition(" is ")[2].partition(" ")[0])
     assert problem.costs["packed"].total(solve(problem, {"packed": least})) == least
+
+
+def test_the_smallest_feasible_average_can_be_given_back_as_it_is_written():
+    problem = _problem(5, (2, 4, 8), (4, 8), seed=0)
+    average = Cost(problem.costs["packed"].table, 1 / 3, 1e5 / 7)
+    problem = Problem(problem.layers, problem.harm, {"avg_bits": average})
+    with pytest.raises(UserError, match="the smallest feasible is") as caught:
+        solve(problem, {"avg_bits": 0.1})
+    solve(problem, {"avg_bits": float(str(caught.value).rpartition(" is ")[2])})
+
+
+@pytest.mark.parametrize("of", ["packed", "bops"])
+def test_a_front_within_a_budget_that_cannot_be_met_says_what_can(of):
+    problem = _problem(5, (2, 4, 8), (4, 8), seed=0)
+    with pytest.raises(UserError, match=r"^packed=10 B cannot be met: the smallest feasible is"):
+        front(problem, of, {"packed": 10}, 4)
 
 
 def test_of_two_budgets_the_smallest_feasible_keeps_the_other():

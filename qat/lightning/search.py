@@ -29,9 +29,10 @@ from qat.lightning.steps import example_input, run_steps
 from qat.modes import evaluating
 from qat.planning import make_plan
 from qat.report.search import front_table, save_front, save_sensitivity, search_table, sensitivity_table
-from qat.search.allocate import Problem, front, solve
+from qat.search.allocate import Problem, solve
 from qat.search.costs import Files, Latencies, make_problem, predict
 from qat.search.emit import outputs, write
+from qat.search.front import front
 from qat.search.latency import layer_latencies
 from qat.search.measured import Measured
 from qat.search.sensitivity import mean_loss, measure, missing

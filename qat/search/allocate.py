@@ -23,14 +23,16 @@ from qat.errors import UserError
 from qat.search.budget import shown
 from qat.search.space import Layer, Pair
 
-SLACK = 1e-9
+SLACK = 1e-12
 """Relative; what two orders of adding the same costs may differ by."""
-TIGHTER = 2e-6
-"""Twice the solver's own tolerance, by which it may overstep a budget."""
-ATTEMPTS = 20
+LOOSE = 1e-6
+"""The solver's tolerance, which its budgets are wider by: its rounding must not exclude what fits exactly."""
+ATTEMPTS = 100
 
 Table = Mapping[tuple[str, Pair], float]
 """(layer, pair) -> a number that adds up over layers."""
+Item = tuple[str, Pair]
+"""A column of the program."""
 
 
 @dataclass(frozen=True)
@@ -76,26 +78,22 @@ def solve(problem: Problem, budgets: Mapping[str, float]) -> dict[str, Pair]:
     Raises:
         UserError: if there is none, with the smallest feasible value of each budget.
     """
-    scaled = {name: float(limit) for name, limit in budgets.items()}
-    for _ in range(ATTEMPTS):
-        choice = _milp(problem, problem.harm, scaled)
-        if choice is None:
-            raise UserError(_infeasible(problem, budgets))
-        over = [name for name in budgets if problem.costs[name].total(choice) > budgets[name] * (1 + SLACK)]
-        if not over:
-            return choice
-        for name in over:
-            scaled[name] *= 1 - TIGHTER
-    raise UserError("the solver oversteps the budgets again and again; give them a little room")
+    choice = optimum(problem, problem.harm, budgets)
+    if choice is None:
+        raise UserError(_infeasible(problem, budgets))
+    return choice
 
 
 def smallest(problem: Problem, name: str, budgets: Mapping[str, float] | None = None) -> dict[str, Pair]:
     """The allocation with the least of one cost, within `budgets` for the others.
 
     Raises:
-        UserError: if no allocation keeps the constraints at all (pairs and ties that exclude each other).
+        UserError: if no allocation keeps the budgets, or the constraints at all (pairs and ties that exclude each
+            other).
     """
-    choice = _milp(problem, problem.costs[name].table, budgets or {})
+    choice = optimum(problem, problem.costs[name].table, budgets or {})
+    if choice is None and budgets:
+        raise UserError(_infeasible(problem, budgets))
     if choice is None:
         raise UserError("the layers' options exclude each other: tied layers have no pair in common")
     return choice
@@ -104,13 +102,13 @@ def smallest(problem: Problem, name: str, budgets: Mapping[str, float] | None = 
 def _infeasible(problem: Problem, budgets: Mapping[str, float]) -> str:
     each = {name: problem.costs[name].total(smallest(problem, name)) for name in budgets}
     for name, least in each.items():
-        if least > budgets[name]:
+        if least > budgets[name] or len(budgets) == 1:
             return (
                 f"{name}={shown(name, budgets[name])} cannot be met: the smallest feasible is {_at_least(name, least)}"
             )
     first, *others = budgets
     rest = {name: budgets[name] for name in others}
-    choice = _milp(problem, problem.costs[first].table, rest)
+    choice = optimum(problem, problem.costs[first].table, rest)
     said = " and ".join(f"{name}={shown(name, budgets[name])}" for name in others)
     if choice is None:
         return f"no allocation meets {said} together; alone, each can be met"
@@ -119,25 +117,88 @@ def _infeasible(problem: Problem, budgets: Mapping[str, float]) -> str:
 
 
 def _at_least(name: str, least: float) -> str:
-    """To the last digit, so that it can be given as the next budget: three digits may lie below it."""
-    return f"{least:.0f} ({shown(name, least)})" if name in ("packed", "size", "bops") else f"{least:.6g}"
+    """With enough digits to be given as the next budget: three may lie below it."""
+    if name in ("packed", "size", "bops"):
+        return f"{least:.0f} ({shown(name, least)})"
+    return next(text for digits in range(6, 18) if float(text := f"{least:.{digits}g}") >= least)
 
 
-def _milp(problem: Problem, objective: Table, budgets: Mapping[str, float]) -> dict[str, Pair] | None:
+@dataclass(frozen=True)
+class _Limit:
+    """A budget, counted from where every layer has its cheapest option.
+
+    Attributes:
+        excess: What an option costs more than the cheapest of its layer.
+        room: What all of these together may come to.
+    """
+
+    excess: dict[Item, float]
+    room: float
+
+    def over(self, choice: Mapping[str, Pair]) -> float:
+        """By how much an allocation exceeds the budget; negative below it."""
+        return sum(self.excess[item] for item in choice.items()) - self.room
+
+    def cover(self, choice: Mapping[str, Pair]) -> tuple[set[Item], int]:
+        """A cut that an allocation over the budget breaks and none within it does: options of few layers, and how many
+        of them an allocation may have. These layers alone, at what they cost here or more, are over the budget.
+        """
+        over, kept = self.over(choice), list[Item]()
+        for item in sorted(choice.items(), key=self.excess.__getitem__):
+            if self.excess[item] < over:
+                over -= self.excess[item]
+            else:
+                kept.append(item)
+        least = {name: self.excess[name, pair] for name, pair in kept}
+        return {i for i, cost in self.excess.items() if cost >= least.get(i[0], np.inf)}, len(kept) - 1
+
+
+def _limit(problem: Problem, cost: Cost, budget: float) -> _Limit:
+    least = {layer.name: min(cost.table[layer.name, pair] for pair in layer.options) for layer in problem.layers}
+    items = [(layer.name, pair) for layer in problem.layers for pair in layer.options]
+    room = (budget + SLACK * abs(budget)) * cost.scale - cost.fixed - sum(least.values())
+    return _Limit({item: cost.table[item] - least[item[0]] for item in items}, room)
+
+
+def optimum(problem: Problem, objective: Table, budgets: Mapping[str, float]) -> dict[str, Pair] | None:
+    """The best allocation that keeps the budgets to the letter, `None` if there is none.
+
+    The solver oversteps a budget within its tolerance, which the choice for a small layer beside large ones may be less
+    than. So it is not shown options that are too dear whatever the other layers have, and what it oversteps with is cut
+    off: a smaller budget could exclude what is right.
+    """
+    limits = [_limit(problem, problem.costs[name], budget) for name, budget in budgets.items()]
+    cuts: list[tuple[set[Item], int]] = []
+    for _ in range(ATTEMPTS):
+        choice = _milp(problem, objective, limits, cuts)
+        over = [limit for limit in limits if choice is not None and limit.over(choice) > 0]
+        if choice is None or not over:
+            return choice
+        cuts += [limit.cover(choice) for limit in over]
+    raise UserError("the solver oversteps the budgets again and again; give them a little room")
+
+
+def _milp(
+    problem: Problem, objective: Table, limits: Sequence[_Limit], cuts: Sequence[tuple[set[Item], int]]
+) -> dict[str, Pair] | None:
     from scipy.optimize import Bounds, LinearConstraint, milp
 
-    columns = [(layer.name, pair) for layer in problem.layers for pair in layer.options]
+    every = [(layer.name, pair) for layer in problem.layers for pair in layer.options]
+    columns = [c for c in every if all(limit.excess[c] <= limit.room for limit in limits)]
+    if len({name for name, _ in columns}) < len(problem.layers):
+        return None
     goal = np.array([objective[c] for c in columns], dtype=float)
     # The solver stops within 1e-6 of the optimum, in units of the objective.
     goal = goal / (np.abs(goal).max() or 1.0) * 1e4
     equalities, right = _equalities(problem, columns)
     sides: Any = right
     constraints = [LinearConstraint(equalities, sides, sides)]
-    for name, limit in budgets.items():
-        cost = problem.costs[name]
-        row, room = np.array([cost.table[c] for c in columns], dtype=float), limit * cost.scale - cost.fixed
-        unit = max(abs(room), np.abs(row).max()) or 1.0
-        constraints.append(LinearConstraint(row[None] / unit, -np.inf, room * (1 + SLACK) / unit))
+    for limit in limits:
+        row = np.array([limit.excess[c] for c in columns])
+        if row.any():
+            constraints.append(LinearConstraint(row[None] / limit.room, -np.inf, 1 + LOOSE))
+    for items, most in cuts:
+        constraints.append(LinearConstraint(np.array([[c in items for c in columns]], dtype=float), -np.inf, most))
     result: Any = milp(
         goal, integrality=np.ones(len(columns)), bounds=Bounds(0, 1), constraints=constraints,
         options={"mip_rel_gap": 0.0},
@@ -181,52 +242,3 @@ def _links(problem: Problem) -> list[tuple[str, str, Callable[[Pair], Any]]]:
             if name is not None and first.setdefault(name, layer.name) != layer.name:
                 links.append((first[name], layer.name, lambda pair, part=part: pair[part]))
     return links + [(group[0], other, lambda pair: pair) for group in problem.tied for other in group[1:]]
-
-
-def front(problem: Problem, name: str, budgets: Mapping[str, float], points: int | None) -> list[dict[str, Pair]]:
-    """Pareto-optimal allocations for harm and one cost, from the cheapest to the dearest.
-
-    Args:
-        problem: The problem.
-        name: The cost.
-        budgets: Limits of other costs.
-        points: How many budgets between the extremes are tried, equally far apart; `None` walks down from the dearest
-            through every point there is.
-    """
-    cost, others = problem.costs[name], {k: v for k, v in budgets.items() if k != name}
-    low = cost.total(smallest(problem, name, others))
-    high = min(budgets.get(name, np.inf), cost.total(_cheapest_best(problem, name, others)))
-    found: list[dict[str, Pair]] = []
-    if points is not None:
-        for limit in np.linspace(low, max(low, high), points):
-            found.append(_cheapest_best(problem, name, {**others, name: float(limit)}))
-    else:
-        limit = max(low, high)
-        while limit >= low:
-            found.append(_cheapest_best(problem, name, {**others, name: limit}))
-            limit = cost.total(found[-1]) * (1 - 4 * TIGHTER)
-        found.reverse()
-    unique = {tuple(choice.items()): choice for choice in found}
-    return _undominated(problem, cost, list(unique.values()))
-
-
-def _cheapest_best(problem: Problem, name: str, budgets: Mapping[str, float]) -> dict[str, Pair]:
-    """Of the allocations of least harm within the budgets, the one that costs least."""
-    best = solve(problem, budgets)
-    harm = Cost(problem.harm)
-    within = Problem(problem.layers, problem.harm, {**problem.costs, "": harm}, problem.tied)
-    cheaper = _milp(within, problem.costs[name].table, {**budgets, "": harm.total(best)})
-    if cheaper is None or harm.total(cheaper) > harm.total(best) * (1 + SLACK):
-        return best
-    return cheaper if problem.costs[name].total(cheaper) < problem.costs[name].total(best) else best
-
-
-def _undominated(problem: Problem, cost: Cost, choices: list[dict[str, Pair]]) -> list[dict[str, Pair]]:
-    """Without those that cost more than a cheaper one and do no less harm."""
-    kept: list[dict[str, Pair]] = []
-    least, harm = np.inf, Cost(problem.harm)
-    for choice in sorted(choices, key=lambda c: (cost.total(c), harm.total(c))):
-        if harm.total(choice) < least:
-            kept.append(choice)
-            least = harm.total(choice)
-    return kept
