@@ -24,7 +24,21 @@ class _Detaching(TorchFunctionMode):
 
 def copied(module: M) -> M:
     """A deep copy. What a forward in training kept as an attribute (an auxiliary output, an attention map) is copied
-    without its history.
+    without its history; what was compiled runs as it is written, for compiled code is bound to the original's weights.
     """
     with _Detaching():
-        return copy.deepcopy(module)
+        made = copy.deepcopy(module)
+    for part in made.modules():
+        part.__dict__.pop("_compiled_call_impl", None)
+        drop_compiled_steps(part)
+    return made
+
+
+def drop_compiled_steps(module: nn.Module) -> None:
+    """Takes the compiled forward and steps that Lightning keeps in the instance off a module that went through
+    `torch.compile(module)`; below them are those of its class.
+    """
+    for name in module.__dict__.get("_compiler_ctx") or ():  # original_forward, ...
+        module.__dict__.pop(name.removeprefix("original_"), None)
+    if "_compiler_ctx" in module.__dict__:
+        module.__dict__["_compiler_ctx"] = None

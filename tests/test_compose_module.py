@@ -17,11 +17,13 @@ from torch import nn
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from qat.convert import convert
+from qat.copies import copied
 from qat.errors import UserError
 from qat.insert import make_plan, named_quantizers, remove
 from qat.layers.twin import original_class
 from qat.lightning import (
     AnnealBits,
+    Distill,
     FreezeOscillations,
     LearnBits,
     QuantizerHealth,
@@ -69,6 +71,56 @@ def test_a_module_compiled_before_fit_trains_and_validates_as_an_eager_one(polic
     assert list(other.state_dict()) == list(eager.state_dict())
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(other.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def _called(net: Tiny) -> Tiny:
+    net.compile(backend="eager")
+    return net
+
+
+COMPILED = [
+    pytest.param(Tiny, _in_place, id="network-in-place"),
+    pytest.param(Direct, _called, id="module-in-place"),
+    pytest.param(Direct, _whole, id="module"),
+]
+
+
+@pytest.mark.parametrize(("cls", "compiled"), COMPILED)
+def test_a_copy_of_a_compiled_module_computes_with_weights_of_its_own(cls, compiled, tmp_path):
+    torch._dynamo.reset()
+    net = cls()
+    trainer(tmp_path, policy=None).fit(compiled(net), loader())
+    expected = net.eval()(images())
+    other = copied(net)
+    for parameter in net.parameters():
+        parameter.data.zero_()
+    assert expected.any() and torch.equal(other(images()), expected)
+
+
+@pytest.mark.parametrize(("cls", "compiled"), COMPILED)
+def test_a_compiled_module_is_distilled_and_converted_as_an_eager_one(cls, compiled, tmp_path):
+    torch._dynamo.reset()
+    eager, other = cls(), cls()
+    other.load_state_dict(eager.state_dict())
+    found = []
+    for net, module in ((eager, eager), (other, compiled(other))):
+        fit = trainer(tmp_path, Distill(alpha=0.5, features="net.stem"))
+        fit.fit(module, loader())
+        made = convert(net, net.quantization_plan)
+        for parameter in net.parameters():
+            parameter.data.zero_()
+        terms = [fit.callback_metrics[f"distill/{name}"] for name in ("output", "features")]
+        assert all(terms)
+        found.append([*terms, made(images())])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("cls", "compiled"), COMPILED)
+def test_bits_of_a_compiled_module_are_learned(cls, compiled, tmp_path):
+    torch._dynamo.reset()
+    learn = LearnBits({"avg_bits": 4})
+    trainer(tmp_path, learn, policy={**POLICY, "sites": {"bits": 8}}).fit(compiled(cls()), loader())
+    assert set(learn.choice) == {"net.stem", "net.conv", "net.head"}
 
 
 # -- precision ---------------------------------------------------------------------------------------------------------
@@ -125,11 +177,11 @@ COPIES = [
 ]
 
 
-@pytest.mark.parametrize("copied", COPIES)
-def test_a_copy_of_the_trained_module_computes_the_same_and_can_be_trained_on(copied, tmp_path):
+@pytest.mark.parametrize("through", COPIES)
+def test_a_copy_of_the_trained_module_computes_the_same_and_can_be_trained_on(through, tmp_path):
     net = Tiny()
     trainer(tmp_path).fit(net, loader())
-    other = copied(net)
+    other = through(net)
     assert original_class(other) is Tiny and torch.equal(other.eval()(images()), net.eval()(images()))
     trainer(tmp_path).fit(other, loader())
     assert not same(quantizer_state(net), quantizer_state(other))

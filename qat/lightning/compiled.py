@@ -11,8 +11,10 @@ from contextlib import AbstractContextManager, contextmanager
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.compile import from_compiled, to_uncompiled
+from pytorch_lightning.utilities.compile import from_compiled
 from torch._dynamo import OptimizedModule
+
+from qat.copies import drop_compiled_steps
 
 
 def eagerly() -> AbstractContextManager[None]:
@@ -27,9 +29,7 @@ def uncompiled(module: pl.LightningModule) -> Iterator[None]:
     if context is None:
         yield
         return
-    to_uncompiled(module)
-    for name in context:  # original_forward, ...: bound to the class that it was
-        module.__dict__.pop(name.removeprefix("original_"), None)
+    drop_compiled_steps(module)  # not `to_uncompiled`: what it puts back is bound to the class that it was
     try:
         yield
     finally:
