@@ -73,6 +73,50 @@ def test_a_relu6_that_clips_is_in_the_way(activation):
     assert len(find_pairs(net.eval(), lambda: net(x))) == (activation == "relu")
 
 
+@pytest.mark.parametrize("activation", [nn.ReLU6(), nn.Hardtanh(-10, 10)], ids=["relu6", "hardtanh"])
+def test_channels_that_would_clip_once_they_are_scaled_are_left_alone(activation):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), activation, nn.Linear(12, 4)).eval()
+    with torch.no_grad():
+        net[2].weight.mul_(10 ** torch.linspace(-2, 2, 12))
+    x = torch.randn(16, 6)
+    assert activation(net[0](x)).abs().max() < 4, "nothing clips yet"
+    with pytest.raises(UserError, match="what clips, such as ReLU6, is in the way"):
+        Equalize().prepare(net, lambda: net(x))
+
+
+def test_no_channel_is_scaled_further_than_pairs_are_tried():
+    net = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).eval()
+    with torch.no_grad():
+        net[2].weight.mul_(torch.tensor([1e-9, 1.0, 1e9]))
+    before, x = net[0].weight.detach().clone(), torch.randn(16, 4)
+    Equalize().prepare(net, lambda: net(x))
+    moved = (before / net[0].weight.detach()).mean(1)
+    assert moved[0] == pytest.approx(2**10) and moved[2] == pytest.approx(2**-10)
+
+
+def test_a_pair_whose_scaling_changes_the_answer_after_all_is_left_as_it_was():
+    class Band(nn.Module):
+        """Nothing for the values of the batch and for those they are tried at, but something between."""
+
+        def forward(self, x):
+            return torch.where((x > 30) & (x < 300), x / 2, x)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), Band(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    with torch.no_grad():
+        net[0].bias.fill_(2)
+        net[2].weight.mul_(1e4)
+        net[4].weight.mul_(torch.logspace(-1, 1, 8))
+    x, before = torch.randn(32, 4) * 0.1, copy.deepcopy(net)
+    expected = net(x)
+    assert len(find_pairs(net, lambda: net(x))) == 2
+    with pytest.warns(UserWarning, match="Equalize: '0' and '2' stay as they are"):
+        Equalize().prepare(net, lambda: net(x))
+    assert torch.allclose(net(x), expected, rtol=1e-4)
+    assert torch.equal(net[0].weight, before[0].weight) and not torch.equal(net[4].weight, before[4].weight)
+
+
 def test_equalizing_keeps_the_function_and_makes_ranges_equal():
     net = lived(_uneven(Net()))
     x = _input(8)

@@ -7,10 +7,14 @@ channel's weights in the first (its BatchNorm folded in) and r2 in the second, s
 that one grid for all channels fits them all. It matters most for one scale per tensor and for depthwise layers.
 
 Which layers are such pairs is not guessed from the architecture: a candidate (two layers that run one after the other,
-the second reading as many channels as the first writes) is one if scaling its channels by random powers of two, which
-is exact arithmetic, leaves everything that runs from the second layer on as it was.
+the second reading as many channels as the first writes) is one if scaling its channels by powers of two, which is exact
+arithmetic, leaves everything that runs from the second layer on as it was. Each channel is tried as far up and as far
+down as it may be scaled, so that what bends far from the values of the batch (a ReLU6 that has not clipped yet) shows.
 """
 
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -19,12 +23,14 @@ from torch import Tensor, nn
 
 from qat.addressable import has_weight, is_leaf
 from qat.errors import UserError
-from qat.layers import mixin_for, original_class
+from qat.functions import flat
+from qat.layers import is_computed, original_class
 from qat.modes import evaluating
 from qat.probe import Call, record
 from qat.starts.base import Run, Start, replay
 
-MAX_FACTOR = 1e3
+MAX_EXPONENT = 10
+"""Of two: further than by 1024 no channel is scaled, in all rounds together."""
 
 
 class Pair:
@@ -34,12 +40,16 @@ class Pair:
         first: Its outputs are divided, at `norm` if there is one.
         norm: A BatchNorm behind it.
         second: Its inputs are multiplied.
+
+    Attributes:
+        total: What the channels have been divided by.
     """
 
     def __init__(self, first: Any, norm: Any | None, second: Any) -> None:
         self.first, self.norm, self.second = first, norm, second
         depthwise = getattr(second, "groups", 1) == second.weight.shape[0] > 1
         self.inputs = 0 if depthwise else 1  # the axis of the second weight that its input channels are along
+        self.total = torch.ones_like(first.weight[:, *[0] * (first.weight.ndim - 1)])
 
     def divide(self, s: Tensor) -> None:
         """Divides the channels between the layers by `s`."""
@@ -48,14 +58,30 @@ class Pair:
         if source.bias is not None:
             source.bias.div_(s)
         self.second.weight.mul_(_along(s, self.inputs, self.second.weight))
+        self.total = self.total * s
+
+    @contextmanager
+    def divided(self, s: Tensor) -> Iterator[None]:
+        """Meanwhile the channels are divided by `s`; afterwards all is as it was, to the last bit."""
+        source = self.first if self.norm is None else self.norm
+        tensors = [t for t in (source.weight, source.bias, self.second.weight) if t is not None]
+        before, total = [t.clone() for t in tensors], self.total
+        try:
+            self.divide(s)
+            yield
+        finally:
+            self.total = total
+            for tensor, values in zip(tensors, before, strict=True):
+                tensor.copy_(values)
 
     def factors(self) -> Tensor:
-        """What makes the ranges equal; 1 for channels that have none."""
+        """What makes the ranges equal, as far as it may; 1 for channels that have none."""
         one = self.first.weight.abs().flatten(1).amax(1)
         if self.norm is not None:
             one = one * self.norm.weight.abs() * (self.norm.running_var + self.norm.eps).rsqrt()
         two = self.second.weight.abs().movedim(self.inputs, 0).flatten(1).amax(1)
-        s = (one / two).sqrt().clamp(1 / MAX_FACTOR, MAX_FACTOR)
+        furthest = 2.0**MAX_EXPONENT
+        s = ((one / two).sqrt() * self.total).clamp(1 / furthest, furthest) / self.total
         return torch.where((one > 0) & (two > 0), s, 1)
 
 
@@ -81,15 +107,40 @@ class Equalize(Start):
     @torch.no_grad()
     def prepare(self, model: nn.Module, run: Run) -> None:
         with evaluating(model):
-            pairs = find_pairs(model, replay(model, run))
+            again = replay(model, run)
+            pairs = find_pairs(model, again)
             if not pairs:
                 raise UserError(
                     f"Equalize: {original_class(model).__name__} has no two layers with only BatchNorm, ReLU or "
-                    "pooling between them; leave it out"
+                    "pooling between them (what clips, such as ReLU6, is in the way); leave it out"
                 )
+            firsts = {id(pair.first) for pair in pairs}
+            ends = [model, *(m for m in model.modules() if _scalable(m) and id(m) not in firsts)]
+            before = _outputs(ends, again)
+            # Other than powers of two are rounded, in the coarsest arithmetic that there is.
+            rtol = max(1e-3, 8 * max(torch.finfo(t.dtype).eps for t in (*before, pairs[0].total)))
+            for pair, s in zip(pairs, self._totals(pairs), strict=True):
+                with pair.divided(s):
+                    after = _outputs(ends, again)
+                if _alike(before, after, rtol):
+                    pair.divide(s)
+                else:
+                    names = {id(module): name for name, module in model.named_modules()}
+                    warnings.warn(
+                        f"Equalize: '{names[id(pair.first)]}' and '{names[id(pair.second)]}' stay as they are: "
+                        "scaling the channels between them changes what the model computes",
+                        stacklevel=2,
+                    )
+
+    def _totals(self, pairs: list[Pair]) -> list[Tensor]:
+        """What each pair is to be divided by; the pairs stay as they are."""
+        with ExitStack() as stack:
+            for pair in pairs:
+                stack.enter_context(pair.divided(torch.ones_like(pair.total)))
             for _ in range(self.rounds):
                 for pair in pairs:
                     pair.divide(pair.factors())
+            return [pair.total for pair in pairs]
 
 
 @torch.no_grad()
@@ -103,23 +154,35 @@ def find_pairs(model: nn.Module, run: Run) -> list[Pair]:
         pair = _candidate(calls, i, j)
         if pair is None:
             continue
-        before = _outputs(model, calls[j:], run)
-        width = len(pair.factors())
-        s = (2.0 ** torch.randint(-2, 3, (width,), generator=generator)).to(pair.first.weight)
-        pair.divide(s)
-        after = _outputs(model, calls[j:], run)
-        pair.divide(1 / s)
-        if len(before) == len(after) and all(map(_same, before, after)):
+        watched = [*(call.what for call in calls[j:]), model]
+        before = _outputs(watched, run)
+        # Different powers, for the second layer may read channels in another order.
+        powers = torch.randint(MAX_EXPONENT, MAX_EXPONENT + 3, pair.total.shape, generator=generator)
+        signs = torch.randint(2, pair.total.shape, generator=generator) * 2 - 1
+        s = (2.0 ** (powers * signs)).to(pair.total)
+        if all(_keeps(pair, factors, before, watched, run) for factors in (s, 1 / s)):
             found.append(pair)
     return found
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+def _keeps(pair: Pair, s: Tensor, before: list[Tensor], watched: list[nn.Module], run: Run) -> bool:
+    """Whether modules answer with `before`, too, when the pair is divided by `s`."""
+    with pair.divided(s):
+        return _alike(before, _outputs(watched, run), 1e-4)
+
+
+def _alike(before: list[Tensor], after: list[Tensor], rtol: float) -> bool:
+    return len(before) == len(after) and all(_same(a, b, rtol) for a, b in zip(before, after, strict=True))
+
+
+def _same(a: Tensor, b: Tensor, rtol: float) -> bool:
+    most = float(a.abs().max()) if a.numel() else 0.0
+    return a.shape == b.shape and torch.allclose(a, b, rtol=rtol, atol=0.1 * rtol * most)
 
 
 def _scalable(module: Any) -> bool:
-    return mixin_for(module) is not None and has_weight(module) and not isinstance(module, nn.Embedding)
+    """Whether it is a layer whose weight can be written to."""
+    return has_weight(module) and not is_computed(module) and not isinstance(module, nn.Embedding)
 
 
 def _candidate(calls: list[Call], i: int, j: int) -> Pair | None:
@@ -133,12 +196,14 @@ def _candidate(calls: list[Call], i: int, j: int) -> Pair | None:
     return pair if fits and first.weight is not second.weight else None
 
 
-def _outputs(model: nn.Module, calls: list[Call], run: Run) -> list[Tensor]:
-    """What the modules of `calls` and the model itself answer."""
+def _outputs(modules: list[nn.Module], run: Run) -> list[Tensor]:
+    """What modules answer."""
     seen: list[Tensor] = []
-    modules = [*dict.fromkeys(call.what for call in calls), model]
-    hook = lambda _m, _a, y: seen.append(y.clone()) if isinstance(y, Tensor) else None  # noqa: E731
-    handles = [module.register_forward_hook(hook) for module in modules]
+
+    def note(_module: nn.Module, _args: Any, output: Any) -> None:
+        seen.extend(y.clone() for y in flat((output,)) if isinstance(y, Tensor) and y.is_floating_point())
+
+    handles = [module.register_forward_hook(note) for module in dict.fromkeys(modules)]
     try:
         run()
     finally:
