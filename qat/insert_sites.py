@@ -52,14 +52,16 @@ def _site(
     weights: dict[str, Quantizer],
 ) -> Site:
     weight, (between,) = plan.parameters.get(name), plan.sites.get(f"{name}.{PROBABILITIES}", [[]])
+    holder = _holder(modules, weight["parameter"]) if weight else None
     float_operands = [[]] * (2 if weight else 3)  # only its weight, or only its probabilities are quantized
     return Site(
         [chain(labels, activations) for labels in plan.sites.get(name, float_operands)],
         output=kind_of(name) in OUTPUTS,
         probabilities=chain(between, activations),
         weight=weights[weight["weight"]] if weight and weight["weight"] is not None else None,
-        parameter=_holder(modules, weight["parameter"]) if weight else None,
+        parameter=holder,
         stacked=weight.get("stacked") if weight else None,
+        output_axis=1 - getattr(*holder).ndim if holder and kind_of(name).startswith("conv") else -1,
     )
 
 

@@ -189,6 +189,29 @@ def test_after_bias_correction_every_layer_s_outputs_have_the_mean_they_have_in_
         assert after < 0.02 * means[name].abs().max() and after < 0.3 * before, name
 
 
+@pytest.mark.parametrize("length", [5, 8], ids=["other", "as-wide"])
+def test_parts_of_attention_are_corrected_by_feature_however_long_sequences_are(length):
+    torch.manual_seed(0)
+    net = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+    x = torch.randn(64, length, 8) + torch.linspace(-2, 4, length)[:, None]
+    weight, bias = net.self_attn.in_proj_weight.detach().clone(), net.self_attn.in_proj_bias.detach().clone()
+    expected = (x @ weight.T + bias).mean((0, 1)).chunk(3)
+    CorrectBias().refine(net, lambda: net(x), quantized(net, x, {"weight": {"bits": 2}, "act": {"bits": 8}}))
+    for name, wanted in zip(("q_proj", "k_proj", "v_proj"), expected, strict=True):
+        with torch.no_grad():
+            got = getattr(net.self_attn, name)(x).mean((0, 1))
+        assert (got - wanted).abs().max() < 0.02, name
+
+
+def test_the_input_of_a_recurrent_layer_is_corrected():
+    torch.manual_seed(0)
+    net, x = nn.LSTM(4, 4, batch_first=True).eval(), torch.randn(32, 6, 4) + 1
+    expected = (x @ net.weight_ih_l0.T + net.bias_ih_l0).mean((0, 1)).detach()
+    CorrectBias().refine(net, lambda: net(x), quantized(net, x, {"weight": {"bits": 2}, "act": {"bits": 8}}))
+    with torch.no_grad():
+        assert (net.ih_l0(x).mean((0, 1)) - expected).abs().max() < 0.02
+
+
 def test_without_a_bias_or_a_batchnorm_there_is_nothing_to_correct():
     net, x = nn.Sequential(nn.Linear(4, 4, bias=False)), torch.randn(8, 4)
     plan = quantized(net, x, POLICY)

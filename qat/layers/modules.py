@@ -36,10 +36,12 @@ class _QuantConv(QuantizedLayer):
 
 class QuantConv1d(_QuantConv):
     serves = nn.Conv1d
+    output_axis = -2
 
 
 class QuantConv2d(_QuantConv):
     serves = nn.Conv2d
+    output_axis = -3
 
     def geometry(self) -> Geometry | None:
         this: Any = self
@@ -51,6 +53,7 @@ class QuantConv2d(_QuantConv):
 
 class QuantConv3d(_QuantConv):
     serves = nn.Conv3d
+    output_axis = -4
 
 
 class QuantBilinear(QuantizedLayer):

@@ -24,6 +24,7 @@ class Site(TwinMixin, nn.Module):
 
     Attributes:
         explicit: Whether an attention, or a product that adds to a tensor, is computed in plain operations.
+        output_axis: Which axis of a product with a parameter the output channels are along, counted from the end.
         held: Which operand is a weight, whatever the caller gives: the second, if that is a parameter; in a converted
             model also a parameter that is added or multiplied elementwise.
 
@@ -38,6 +39,7 @@ class Site(TwinMixin, nn.Module):
         weight: Of the second operand.
         parameter: The module that the weight is registered with, and its name there.
         stacked: Of the experts' weights, the order of the last two axes; see `qat.layers.experts`.
+        output_axis: See above.
     """
 
     weight_quantizer: Quantizer | None
@@ -52,6 +54,7 @@ class Site(TwinMixin, nn.Module):
         weight: Quantizer | None = None,
         parameter: tuple[nn.Module, str] | None = None,
         stacked: str | None = None,
+        output_axis: int = -1,
     ) -> None:
         super().__init__()
         self.operands = [f"input_quantizer_{i}" for i in range(len(quantizers))] if not output else []
@@ -63,6 +66,7 @@ class Site(TwinMixin, nn.Module):
         self.holder = parameter  # in a tuple, where it is no child
         self.held = 1 if parameter else None
         self.stacked = stacked
+        self.output_axis = output_axis
 
     @property
     def weight(self) -> Tensor:

@@ -31,14 +31,17 @@ class _QuantConvTranspose(QuantizedLayer):
 
 class QuantConvTranspose1d(_QuantConvTranspose):
     serves = nn.ConvTranspose1d
+    output_axis = -2
     function = staticmethod(F.conv_transpose1d)
 
 
 class QuantConvTranspose2d(_QuantConvTranspose):
     serves = nn.ConvTranspose2d
+    output_axis = -3
     function = staticmethod(F.conv_transpose2d)
 
 
 class QuantConvTranspose3d(_QuantConvTranspose):
     serves = nn.ConvTranspose3d
+    output_axis = -4
     function = staticmethod(F.conv_transpose3d)

@@ -52,8 +52,7 @@ def _means(layers: dict[str, nn.Module], run: Run) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(name: str, output: Tensor, layer: nn.Module) -> None:
-        axis = output.ndim - 1 if isinstance(layer, nn.Linear) else 1
+    def add(name: str, output: Tensor, axis: int) -> None:
         with ours():  # what a hook computes is no part of the forward around it
             rows = output.double().movedim(axis, 0).flatten(1)
             sums[name] = sums.get(name, 0) + rows.sum(1)
@@ -62,7 +61,8 @@ def _means(layers: dict[str, nn.Module], run: Run) -> dict[str, Tensor]:
     handles = []
     for name, layer in layers.items():
         assert isinstance(layer, QuantizedLayer)
-        handles.append(layer.register_forward_hook(lambda m, _, y, name=name: add(name, y, m)))  # pyright: ignore
+        axis = layer.output_axis
+        handles.append(layer.register_forward_hook(lambda _m, _a, y, name=name, axis=axis: add(name, y, axis)))  # pyright: ignore
     try:
         run()
     finally:
