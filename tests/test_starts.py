@@ -271,6 +271,122 @@ def test_wrong_blocks_and_grids_are_named():
         AdaRound(steps=0)
 
 
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x, y):
+        return self.inner(x) + y, x
+
+
+class Called(nn.Module):
+    """Layers and a block that are called in every other way than with one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.named, self.block = nn.Linear(8, 8), Two()
+        self.own = nn.Parameter(torch.randn(8, 8) * 0.3)
+
+    def forward(self, x):
+        x = F.relu_(self.named(input=x))
+        y, x = self.block(x, y=x)
+        return F.linear(y, self.own)
+
+
+def _rounded_by(net, x, start, policy=POLICY):
+    """Which weights a start rounds otherwise, by name; and the errors of what they make of it, before and after."""
+    expected = net(x)
+    plan = quantized(net, x, policy)
+    layers = {n: dict(net.named_modules())[n] for n in plan.weights}
+    codes = {n: m.weight_quantizer.quantize(m.weight) for n, m in layers.items()}
+    before = F.mse_loss(_first(net(x)), _first(expected)).item()
+    start.refine(net, lambda: net(x), plan)
+    moved = {n for n, m in layers.items() if not torch.equal(codes[n], m.weight_quantizer.quantize(m.weight))}
+    return moved, before, F.mse_loss(_first(net(x)), _first(expected)).item()
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("blocks", [[], ["block"]], ids=["layers", "block"])
+def test_rounding_is_learned_however_a_layer_or_a_block_is_called(blocks):
+    torch.manual_seed(0)
+    net, x = Called().eval(), torch.randn(256, 8) @ torch.randn(8, 8)
+    moved, before, after = _rounded_by(net, x, AdaRound(blocks, steps=300, lr=0.03))
+    assert moved == {"named", "block.inner", "linear_0"} and after < 0.9 * before
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["batch-first", "time-first"])
+@pytest.mark.parametrize("blocks", [["0"], ["0.self_attn"]], ids=["encoder", "attention"])
+def test_a_block_may_mix_what_its_first_axis_holds(blocks, first):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=first, dropout=0.0)).eval()
+    x = torch.randn(32, 6, 8) if first else torch.randn(6, 32, 8)
+    moved, before, after = _rounded_by(net, x, AdaRound(blocks, steps=150, lr=0.03))
+    assert {f"0.self_attn.{n}_proj" for n in ("v", "out")} <= moved and after < before
+
+
+def test_a_recurrent_block_learns_the_rounding_of_its_steps_and_alone_says_that_it_does_not():
+    torch.manual_seed(0)
+    x = torch.randn(32, 6, 8)
+    policy = POLICY | {"act": "off"}
+    moved, before, after = _rounded_by(
+        nn.Sequential(nn.LSTM(8, 8)).eval(), x, AdaRound("0", steps=150, lr=0.03), policy
+    )
+    assert moved == {"0.ih_l0", "0.hh_l0"} and after < before
+    net = nn.Sequential(nn.LSTM(8, 8), Head()).eval()
+    with pytest.warns(UserWarning, match="'0.hh_l0' is rounded to nearest: it never runs by itself"):
+        moved, *_ = _rounded_by(net, x, AdaRound(steps=50, lr=0.03), policy)
+    assert "0.hh_l0" not in moved and "1.linear" in moved
+
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(x[0])
+
+
+def test_batches_may_be_of_several_lengths():
+    net, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(16, 5, 8)
+    plan = quantized(net, x, POLICY)
+    AdaRound(steps=5).refine(net, lambda: [net(x[:, :length]) for length in (3, 5, 4)], plan)
+
+
+def test_a_linear_layer_of_sequences_learns_what_it_would_of_their_rows():
+    def learned(x):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(16, 4)).eval()
+        plan = quantized(net, x, {"weight": POLICY["weight"]})
+        AdaRound(steps=200, lr=0.03, batch_size=len(x)).refine(net, lambda: net(x), plan)
+        return net[0].weight_quantizer.quantize(net[0].weight)
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 16, generator=generator) @ torch.randn(16, 16, generator=generator)
+    twice = x.repeat(2, 1, 1)  # whichever samples are drawn, the step is the same
+    assert (learned(twice) != learned(twice.flatten(0, 1))).float().mean() < 0.04
+
+
+def test_a_weight_that_is_computed_keeps_its_rounding_and_is_named():
+    def net():
+        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 4)).eval()
+
+    with pytest.warns(UserWarning, match="'0' is rounded to nearest: its weight is computed"):
+        moved, *_ = _rounded_by(net(), torch.randn(64, 8), AdaRound(steps=100, lr=0.03))
+    assert moved == {"2"}
+
+
+def test_a_block_without_anything_to_round_is_an_error():
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(8, 4)
+    plan = quantized(net, x, POLICY)
+    with pytest.raises(UserError, match="blocks: '1' matches nothing with a weight to round"):
+        AdaRound("1").refine(net, lambda: net(x), plan)
+
+
 # -- handover ----------------------------------------------------------------------------------------------------------
 
 

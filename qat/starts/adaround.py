@@ -17,19 +17,23 @@ to nearest then gives these levels, so that training starts with them, as near t
 
 import fnmatch
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from qat.errors import UserError, nearest
 from qat.functional import ratio
+from qat.functions import first_tensor
 from qat.insert import Plan
-from qat.layers import original_class
+from qat.layers import is_computed, original_class
 from qat.modes import evaluating
 from qat.quantizers import Quantizer
 from qat.starts.base import Run, Start, in_float, replay
+from qat.starts.calls import Call, answers_rows, joined, noted
 
 
 class SoftRounding(nn.Module):
@@ -69,12 +73,13 @@ class AdaRound(Start):
             layer.
         steps: Steps of Adam for each unit.
         lr: Their learning rate.
-        batch_size: Samples in a step.
+        batch_size: Samples in a step, of all batches. A unit that takes several tensors, or mixes samples (attention
+            along the first axis), gets one whole batch instead.
         strength: Of the term that decides.
 
     Raises:
-        UserError: if a number is out of its range; (in `refine`) if a pattern matches nothing, or no weight has a grid
-            of equal steps.
+        UserError: if a number is out of its range; (in `refine`) if a pattern matches nothing, or nothing with a weight
+            to round, or no weight has a grid of equal steps.
     """
 
     def __init__(
@@ -93,40 +98,60 @@ class AdaRound(Start):
 
     def refine(self, model: nn.Module, run: Run, plan: Plan) -> None:
         modules = dict(model.named_modules())
-        units = self._units(modules, plan)
-        if not units:
-            raise UserError(f"AdaRound: no weight of {original_class(model).__name__} has a grid of equal steps (int)")
+        layers = _layers(modules, plan)
+        if not layers:
+            what = "has a grid of equal steps (int) and can be written to"
+            raise UserError(f"AdaRound: no weight of {original_class(model).__name__} {what}")
+        units = self._units(modules, layers)
         with evaluating(model), torch.no_grad():
             again = replay(model, run)
             order = _order({name: modules[name] for name in units}, again)
+            for name in [layer for unit in units if unit not in order for layer in units[unit]]:
+                _warn(f"'{name}' is rounded to nearest: it never runs by itself; name a module around it in blocks")
             for name in order:
+                unit: Any = modules[name]
                 with in_float(model):
-                    targets = [y for _, y in _seen(modules[name], again)]
-                inputs = [x for x, _ in _seen(modules[name], again)]
+                    wanted = noted(unit, again)
+                    rows = answers_rows(unit, wanted)
+                given = noted(unit, again)
+                if [y.shape for *_, y in given] != [y.shape for *_, y in wanted]:
+                    _warn(f"'{name}' is rounded to nearest: the float model calls it with other samples")
+                    continue
+                calls = [(args, kwargs, y) for (args, kwargs, _), (*_, y) in zip(given, wanted, strict=True)]
+                del given, wanted
                 with torch.enable_grad():
-                    self._learn(modules[name], [modules[layer] for layer in units[name]], inputs, targets)
+                    self._learn(unit, [modules[layer] for layer in units[name]], calls, rows)
 
-    def _units(self, modules: dict[str, nn.Module], plan: Plan) -> dict[str, list[str]]:
+    def _units(self, modules: dict[str, nn.Module], layers: list[str]) -> dict[str, list[str]]:
         """The layers to be rounded, by the unit they are in."""
         blocks: list[str] = []
         for pattern in self.blocks:
             hits = fnmatch.filter(modules, pattern)
             if not hits:
                 raise UserError(f"AdaRound: blocks: no module matches '{pattern}'{nearest(pattern, modules)}")
-            blocks += [hit for hit in hits if hit]
+            hits = [hit for hit in hits if any(f"{layer}.".startswith(f"{hit}.") for layer in layers)]
+            if not hits:
+                raise UserError(f"AdaRound: blocks: '{pattern}' matches nothing with a weight to round; leave it out")
+            blocks += hits
         units: dict[str, list[str]] = {}
-        for name in plan.weights:
-            quantizer: Any = modules[name].weight_quantizer
-            plain = type(quantizer).transform is Quantizer.transform and quantizer.static and quantizer.on
-            if quantizer.spec.format == "int" and plain and not isinstance(modules[name], nn.Embedding):
-                unit = next((block for block in blocks if f"{name}.".startswith(f"{block}.")), name)
-                units.setdefault(unit, []).append(name)
+        for name in layers:
+            unit = next((block for block in blocks if f"{name}.".startswith(f"{block}.")), name)
+            units.setdefault(unit, []).append(name)
         return units
 
-    def _learn(self, unit: Any, layers: list[Any], inputs: list[Tensor], targets: list[Tensor]) -> None:
+    def _drawn(self, calls: list[Call], rows: bool, generator: torch.Generator) -> Call:
+        """What a step learns from: samples of the calls if a unit answers `rows`, or else one whole call."""
+        call = calls[int(torch.randint(len(calls), (), generator=generator))] if len(calls) > 1 else calls[0]
+        if not rows:
+            return tree_map_only(Tensor, torch.clone, call)  # a unit may write over what it is given
+        count = len(call[2])
+        at = torch.randint(count, (min(self.batch_size, count),), generator=generator).to(call[2].device)
+        return tree_map_only(Tensor, lambda t: t[at], call)
+
+    def _learn(self, unit: Any, layers: list[Any], calls: list[Call], rows: bool) -> None:
         quantizers = [layer.weight_quantizer for layer in layers]
         soft = [SoftRounding(q, layer.weight) for q, layer in zip(quantizers, layers, strict=True)]
-        x, y = torch.cat(inputs), torch.cat(targets)
+        calls = joined(calls) if rows else calls
         optimizer = torch.optim.Adam([s.up for s in soft], self.lr)
         generator = torch.Generator().manual_seed(0)
         try:
@@ -134,9 +159,12 @@ class AdaRound(Start):
                 # As in training: plain bias, no kept weight. The mode of its children is left alone.
                 layer._modules["weight_quantizer"], layer.training = one, True
             for step in range(self.steps):
-                at = torch.randint(len(x), (min(self.batch_size, len(x)),), generator=generator).to(x.device)
-                error = (unit(x[at]) - y[at]).square()
-                loss = error.sum() / (error.numel() / error.shape[1])  # over channels the sum, else the mean
+                args, kwargs, y = self._drawn(calls, rows, generator)
+                answer = first_tensor(unit(*args, **kwargs))
+                assert answer is not None
+                error = (answer - y).square()
+                channels = _channels(error, layers[-1].output_axis)
+                loss = error.sum() / (error.numel() / channels)  # over channels the sum, else the mean
                 if (share := step / self.steps) >= 0.2:
                     b = 2 + 18 * (1 - (share - 0.2) / 0.8)
                     loss = loss + self.strength * torch.stack([s.undecided(b) for s in soft]).sum()
@@ -151,6 +179,31 @@ class AdaRound(Start):
                 layer.weight.copy_(one.hardened(layer.weight))
 
 
+def _layers(modules: dict[str, nn.Module], plan: Plan) -> list[str]:
+    """The layers with a weight that can be rounded up or down."""
+    found = []
+    for name in plan.weights:
+        layer: Any = modules[name]
+        quantizer = layer.weight_quantizer
+        plain = type(quantizer).transform is Quantizer.transform and quantizer.static and quantizer.on
+        if quantizer.spec.format != "int" or not plain or isinstance(layer, nn.Embedding):
+            continue
+        if is_computed(layer) or getattr(layer, "stacked", None) == "in_out":
+            _warn(f"'{name}' is rounded to nearest: its weight is computed, so nothing can be written into it")
+        else:
+            found.append(name)
+    return found
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"AdaRound: {message}", stacklevel=3)
+
+
+def _channels(output: Tensor, axis: int) -> int:
+    """How many channels a unit answers with whose last layer has them along `axis`; flattened, they are the last."""
+    return output.shape[axis if output.ndim >= -axis else -1]
+
+
 def _order(units: dict[str, nn.Module], run: Run) -> list[str]:
     """Names in the order of their first calls."""
     order: dict[str, None] = {}
@@ -161,14 +214,3 @@ def _order(units: dict[str, nn.Module], run: Run) -> list[str]:
         for handle in handles:
             handle.remove()
     return list(order)
-
-
-def _seen(unit: nn.Module, run: Run) -> list[tuple[Tensor, Tensor]]:
-    """What the unit is given and what it answers, batch by batch."""
-    seen: list[tuple[Tensor, Tensor]] = []
-    handle = unit.register_forward_hook(lambda _m, args, y: seen.append((args[0].detach(), y.detach())))
-    try:
-        run()
-    finally:
-        handle.remove()
-    return seen
