@@ -14,8 +14,10 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import pytorch_lightning as pl, torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from qat.lightning import LearnBits, QATCallback
+from qat.lightning.schedules import ReestimateBatchNorm
+from qat.starts import AdaRound, CorrectBias
 
 class Net(pl.LightningModule):
     def __init__(self):
@@ -24,6 +26,16 @@ class Net(pl.LightningModule):
     def forward(self, x): return self.net(x)
     def training_step(self, batch, batch_idx): return nn.functional.cross_entropy(self(batch[0]), batch[1])
     def configure_optimizers(self): return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+class Sampled(Net):
+    '''Gives each process samples of its own, which are larger from one to the next.'''
+    def __init__(self):
+        super().__init__()
+        self.net.insert(1, nn.BatchNorm1d(16))
+    def train_dataloader(self):
+        x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.2, 3, 64)[:, None]
+        data = TensorDataset(x, x[:, :3].argmax(1))
+        return DataLoader(data, 8, sampler=DistributedSampler(data, shuffle=False))
 
 class Widths(pl.Callback):
     def __init__(self, learn):
@@ -37,7 +49,7 @@ class Look(pl.Callback):
         self.path, self.watched = path, watched
     def on_train_start(self, trainer, module):
         self.before = {k: v.clone() for k, v in module.state_dict().items()}
-    def on_train_end(self, trainer, module):
+    def on_fit_end(self, trainer, module):
         found = {"before": self.before, "after": module.state_dict()}
         if self.watched:
             learn, widths = self.watched
@@ -62,7 +74,19 @@ def main(name, devices):
     )
     trainer.fit(net, loader)
 
+def sampled():
+    pl.seed_everything(0)
+    policy = {"weight": {"bits": 3}, "act": {"bits": 4}}
+    starts = [AdaRound(steps=60, lr=0.1), CorrectBias()]
+    trainer = pl.Trainer(
+        callbacks=[QATCallback(policy, 32, starts=starts), ReestimateBatchNorm(4), Look("sampled_2")], devices=2,
+        accelerator="cpu", max_epochs=1, strategy="ddp_fork", logger=False, use_distributed_sampler=False,
+        enable_progress_bar=False, enable_checkpointing=False,
+    )
+    trainer.fit(Sampled())
+
 torch.set_num_threads(1)
+sampled()
 for name in ("plain", "learned"):  # importing takes seconds, so all in one process and its forks
     for devices in (1, 2):
         main(name, devices)
@@ -90,9 +114,10 @@ def states(tmp_path_factory) -> dict[str, dict]:
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 
+@pytest.mark.parametrize("name", ["plain", "sampled"], ids=["same-data", "own-sampler-with-starts"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_both_processes_have_identical_weights_and_scales(when, states):
-    first, second = states["plain_2_0"][when], states["plain_2_1"][when]
+def test_both_processes_have_identical_weights_scales_and_statistics(when, name, states):
+    first, second = states[f"{name}_2_0"][when], states[f"{name}_2_1"][when]
     assert first.keys() == second.keys() and any(key.endswith("quantizer.scale") for key in first)
     assert all(torch.equal(first[key], second[key]) for key in first)
 

@@ -463,6 +463,26 @@ def test_training_begins_with_exactly_what_was_measured_and_resumes_without_doin
     assert all(q.initialised for _, q in named_quantizers(again))
 
 
+@pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)
+def test_a_module_that_was_compiled_trains_compiled_after_its_start(starts):
+    runs = []
+
+    def backend(graph, inputs):
+        return lambda *args: (runs.append(torch.is_grad_enabled()), graph(*args))[1]
+
+    class Count(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            runs.clear()
+
+    torch._dynamo.reset()
+    module = Module()
+    module.compile(backend=backend)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    callbacks = [QATCallback(POLICY, calibration_samples=64, starts=starts), Count()]
+    pl.Trainer(callbacks=callbacks, max_epochs=1, enable_model_summary=False, **quiet).fit(module, _data())
+    assert len(runs) >= 4, "at least a graph a step"
+
+
 def test_drawn_networks_keep_their_function_when_equalized():
     for kind in ("conv", "depthwise", "linear"):
         net = lived(Drawn(Shape(kind=kind, residual=False)))

@@ -19,7 +19,7 @@ from qat.errors import UserError, nearest
 from qat.insert import Plan, adopt_modes, fold_again, make_plan, named_quantizers
 from qat.layers.twin import become_twin, original_class
 from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion, follow_widths
-from qat.lightning.compiled import uncompiled
+from qat.lightning.compiled import eagerly, uncompiled
 from qat.lightning.module import QuantizedModule, insert_plan
 from qat.lightning.sharded import average_gradients
 from qat.lightning.shared_ranges import RangeCache
@@ -143,7 +143,8 @@ class QATCallback(Callback):
         if pl_module.quantization_plan is None:
             with described_input(pl_module) as described, uncompiled(pl_module), at_home(pl_module):
                 for start in [start for callback in _callbacks(trainer) or [self] for start in callback.starts]:
-                    start.prepare(pl_module, run_steps(pl_module, trainer_source(trainer), samples=1))
+                    with eagerly():  # they call parts of the module themselves, and watch
+                        start.prepare(pl_module, run_steps(pl_module, trainer_source(trainer), samples=1))
                 insert_plan(pl_module, self.plan(trainer, pl_module))
             pl_module.input_described = next(iter(described), None)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
             follow_insertion(trainer, pl_module)
@@ -171,9 +172,10 @@ class QATCallback(Callback):
                     self.ranges.save(pl_module, missing or ())
                 for start in [start for callback in callbacks for start in callback.starts]:
                     run = run_steps(pl_module, trainer_source(trainer), samples)
-                    start.refine(pl_module, run, pl_module.quantization_plan)  # pyright: ignore
+                    with eagerly():
+                        start.refine(pl_module, run, pl_module.quantization_plan)  # pyright: ignore
                 if trainer.world_size > 1:
-                    _agree(pl_module)
+                    _agree(pl_module, started=any(callback.starts for callback in callbacks))
                 follow_calibration(trainer, pl_module)
 
     def _check_order(self, trainer: pl.Trainer) -> None:
@@ -216,9 +218,15 @@ def joint_policy(callbacks: list[QATCallback], pl_module: pl.LightningModule) ->
     return first.policy if first.module is None else NetworkPolicies({str(c.module): c.policy for c in callbacks})
 
 
-def _agree(module: pl.LightningModule) -> None:
-    """Gives every process the first one's ranges: under a distributed sampler of the user's, each saw other samples."""
-    for _, quantizer in named_quantizers(module):
-        for value in quantizer.state_dict().values():
-            if value.dtype != torch.bool:  # the flags are the same everywhere, and not every backend takes them
-                torch.distributed.broadcast(value, 0)
+@torch.no_grad()
+def _agree(module: pl.LightningModule, started: bool) -> None:
+    """Gives every process the first one's ranges, and what starts have made of weights: under a distributed sampler of
+    the user's, each saw other samples.
+    """
+    holders = [module] if started else [quantizer for _, quantizer in named_quantizers(module)]
+    for value in [value for holder in holders for value in (*holder.parameters(), *holder.buffers())]:
+        # Flags are the same everywhere, and not every backend takes them; shards are each process's own.
+        if value.dtype != torch.bool and not hasattr(value, "full_tensor"):
+            first = value.detach().clone(memory_format=torch.contiguous_format)
+            torch.distributed.broadcast(first, 0)
+            value.copy_(first)  # which counts as a change of it

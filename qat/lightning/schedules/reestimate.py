@@ -18,7 +18,8 @@ from qat.lightning.steps import batches, no_trace, precision, step_of, to_module
 
 
 class ReestimateBatchNorm(Callback):
-    """At the end of fit, replaces running statistics by the mean over training batches, all else in evaluation mode.
+    """At the end of fit, replaces running statistics by the mean over training batches, of all processes, all else in
+    evaluation mode.
 
     BatchNorms that the last training step met in evaluation mode (`FreezeBatchNorm`, or frozen by the user) keep their
     statistics, which the weights were trained against; a line says how many.
@@ -63,3 +64,6 @@ class ReestimateBatchNorm(Callback):
                 step(to_module(pl_module, batch))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+            for statistic in (norm.running_mean, norm.running_var):  # a user's sampler gives each process other batches
+                assert statistic is not None
+                statistic.copy_(trainer.strategy.reduce(statistic.clone(), reduce_op="mean"))
