@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from qat import QATCallback
 from qat.errors import UserError
 from qat.lightning import Distill
+from qat.starts import Equalize
 
 POLICY = {"weight": {"bits": 3, "granularity": "channel"}, "act": {"bits": 8}}
 
@@ -117,6 +118,31 @@ def test_features_count_by_their_relative_error():
     a, b = before.net[0](x), taught.net[0](x)
     expected = F.cross_entropy(before.net(x), y) + 3 * ((a - b).square().sum() / b.square().sum())
     assert module.losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("order", "make", "said"),
+    [
+        pytest.param(1, {}, None, id="own-self"),
+        pytest.param(-1, {}, "put Distill behind QATCallback", id="copied-before"),
+        pytest.param(1, {"teacher": "float.safetensors"}, "set teacher to null", id="file"),
+        pytest.param(1, {"model": nn.Linear(6, 3)}, "set teacher to null", id="another"),
+    ],
+)
+def test_features_of_an_equalized_model_are_compared_with_those_of_a_teacher_that_is_equalized_alike(order, make, said):
+    torch.manual_seed(0)
+    module = Plain()
+    with torch.no_grad():
+        module.net[2].weight.mul_(torch.logspace(-1, 1, 8))
+    distill = Distill(features="net.0", **make)
+    policy = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}
+    fit = trainer(*[QATCallback(policy, calibration_samples=8, starts=[Equalize()]), distill][::order], max_steps=1)
+    if said is not None:
+        with pytest.raises(UserError, match=f"features: Equalize scales .*; {said}"):
+            fit.fit(module, data())
+        return
+    fit.fit(module, data())
+    assert fit.callback_metrics["distill/features"] < 0.01
 
 
 def test_a_glob_means_the_layers_of_both_and_no_quantizers():

@@ -28,8 +28,10 @@ from torch import Tensor, nn
 from qat.copies import copied
 from qat.errors import UserError
 from qat.insert import remove
+from qat.lightning.callback import QATCallback
 from qat.lightning.taps import Call, Taps, answer, fingerprint, named_layers
 from qat.lightning.weights import load_weights
+from qat.starts import Equalize
 
 
 class Distill(Callback):
@@ -48,8 +50,8 @@ class Distill(Callback):
 
     Raises:
         UserError: if a number is out of its range; (when fit starts) if the teacher's file does not fit, a pattern
-            matches nothing, or the module optimizes manually; (in a step) if nothing was called that could be compared,
-            or what was called cannot learn from it.
+            matches nothing, the module optimizes manually, or its features are equalized and the teacher's are not; (in
+            a step) if nothing was called that could be compared, or what was called cannot learn from it.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Distill(Callback):
         if stage != "fit" or self._student is pl_module:
             return
         _check_automatic(pl_module)
+        self.check_features(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
         configure = pl_module.configure_model  # may still make layers, and quantizers; a restore comes behind it
 
         def configure_then_copy() -> None:
@@ -104,6 +107,23 @@ class Distill(Callback):
             self._teacher, self._student = self._make_teacher(pl_module, self.file), pl_module
 
         pl_module.__dict__["configure_model"] = configure_then_copy
+
+    def check_features(self, callbacks: Sequence[Callback]) -> None:
+        """Equalizing scales the channels that features compare: of a teacher, too, if it is copied afterwards.
+
+        Raises:
+            UserError: if a `QATCallback` equalizes the model, and the teacher is another.
+        """
+        scales = [c for c in callbacks if isinstance(c, QATCallback) and any(isinstance(s, Equalize) for s in c.starts)]
+        if not (self.patterns and scales):
+            return
+        if self.file is not None or self.model is not None:
+            way = "set teacher to null (and no model), for the module's own float self"
+        elif callbacks.index(self) < callbacks.index(scales[0]):
+            way = "put Distill behind QATCallback"
+        else:
+            return
+        raise UserError(f"Distill: features: Equalize scales the model's channels and not this teacher's; {way}")
 
     def _make_teacher(self, pl_module: pl.LightningModule, file: str | Path | None) -> nn.Module:
         teacher: nn.Module = copied(pl_module) if self.model is None else self.model

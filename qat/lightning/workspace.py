@@ -148,6 +148,7 @@ class Workspace:
             check_monitors(trainer, shell, self.data, self._monitors())
             for callback in self.callbacks:
                 if isinstance(callback, Distill):
+                    callback.check_features([self.qat_callback(), *self.callbacks])
                     callback.check(shell, self.folder)
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
             if self.target is not None and (reason := self.target.why_not(shell, plan)):
