@@ -11,8 +11,8 @@ Sources, where an engine's maker documents them; the rest is measured:
     ort_no_vnni  the same page, "reduce_range": without VNNI (or AMX), AVX2 and AVX512 kernels add two products of u8
                  and s8 in int16, which saturates: 2 * 255 * 127 > 32767, and 2 * 255 * 63 is not
     openvino     docs.openvino.ai, "Low Precision Transformations". The CPU plugin adds what comes straight from a
-                 convolution in its accumulator and forgets a grid in between (2026.4, measured:
-                 tests/test_rules_openvino.py)
+                 convolution in its accumulator and forgets a grid in between; convolutions with zero points of weights
+                 it computes in float, transposed ones wrongly (2026.4, measured: tests/test_rules_openvino.py)
     tensorrt     docs.nvidia.com, "Working with Quantized Types" (TensorRT 10 and 11): symmetric int8 alone, zero points
                  are zero, scales of activations per tensor, float biases; "quantize the residual input in skip
                  connections", not what the convolution before the addition returns, which fuses with it
@@ -46,7 +46,7 @@ class Engine:
             that are >= 0.
         act_symmetric: Whether activations may have no zero point.
         weight_bits: The largest width of weights.
-        weight_symmetric: Whether weights are signed, without a zero point.
+        weight_symmetric: Layers whose weights are signed, without a zero point, by the beginning of their class's name.
         channel_types: Layers whose weights may have a scale per channel, by the beginning of their class's name;
             `None` for all.
         round_bias: When biases are rounded to int32 at s_x * s_w; engines with float biases never need it.
@@ -59,7 +59,7 @@ class Engine:
     act_signed: bool | None = None
     act_symmetric: bool = False
     weight_bits: int = 16
-    weight_symmetric: bool = False
+    weight_symmetric: tuple[str, ...] = ()
     channel_types: tuple[str, ...] | None = None
     round_bias: Biases = "eval"
     adds: Adds = "both"
@@ -76,7 +76,7 @@ class Engine:
             UserError: if a setting contradicts them, with the value to set.
         """
         weight = type_name is not None
-        if conflict := self._conflict(spec, weight):
+        if conflict := self.conflict(spec, type_name):
             key, wanted = conflict
             raise UserError(
                 f"{where}.{key}={getattr(spec, key)}: quant.target={self.name} cannot compute that; set {where}.{key}"
@@ -91,16 +91,23 @@ class Engine:
     def _per_channel(self, type_name: str) -> bool:
         return self.channel_types is None or type_name.lower().startswith(self.channel_types)
 
-    def _conflict(self, spec: QuantSpec, weight: bool) -> tuple[str, object] | None:
-        """The setting that cannot be, and what it should be."""
+    def conflict(self, spec: QuantSpec, type_name: str | None) -> tuple[str, object] | None:
+        """The setting that cannot be, and what it should be.
+
+        Args:
+            spec: Of a grid.
+            type_name: Class of the layer if it is a weight's, empty if nobody knows it; `None` for an activation's.
+        """
         if not spec.integer:
             return None
-        if weight:
+        if type_name is not None:
             if spec.width > self.weight_bits:
                 return "bits", self.weight_bits
-            if self.weight_symmetric and not spec.symmetric:
+            if not type_name.lower().startswith(self.weight_symmetric):
+                return None
+            if not spec.symmetric:
                 return "symmetric", "true"
-            return ("signed", "null") if self.weight_symmetric and spec.signed is False else None
+            return ("signed", "null") if spec.signed is False else None
         if spec.width not in self.act_bits:
             return "bits", min(self.act_bits, key=lambda bits: (abs(bits - spec.width), bits))
         if self.act_symmetric and not spec.symmetric:
@@ -134,7 +141,7 @@ class Engine:
         """
         for role, specs in (("weight", weights), ("act", activations)):
             for name, spec in specs.items():
-                if conflict := self._conflict(spec, role == "weight"):
+                if conflict := self.conflict(spec, "" if role == "weight" else None):
                     key, wanted = conflict
                     return (
                         f"'{name}' is {spec.short}, which {self.name} does not compute: train it with "
@@ -160,18 +167,24 @@ ENGINES = {
     for engine in (
         Engine("ort"),
         Engine("ort_no_vnni", weight_bits=7),
-        Engine("openvino", act_bits=tuple(range(1, 9)), weight_bits=8, adds="not convolutions"),
+        Engine(
+            "openvino",
+            act_bits=tuple(range(1, 9)),
+            weight_bits=8,
+            weight_symmetric=("conv",),
+            adds="not convolutions",
+        ),
         Engine(
             "tensorrt",
             act_bits=(8,),
             act_signed=True,
             act_symmetric=True,
             weight_bits=8,
-            weight_symmetric=True,
+            weight_symmetric=("",),
             round_bias="never",
             adds="not products",
         ),
-        Engine("qnn", act_bits=(8, 16), weight_bits=8, weight_symmetric=True, channel_types=("conv",)),
+        Engine("qnn", act_bits=(8, 16), weight_bits=8, weight_symmetric=("",), channel_types=("conv",)),
     )
 }
 

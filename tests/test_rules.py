@@ -97,6 +97,11 @@ def test_scales_per_channel_are_for_convolutions_on_qnn():
         pytest.param(
             {"target": "tensorrt", "act": {"bits": 4}}, "set quant.act.bits=8, or another target", id="tensorrt-4-bit"
         ),
+        pytest.param(
+            {"target": "openvino", "weight": {"bits": 4, "symmetric": False}},
+            "quant.weight.symmetric=False: quant.target=openvino cannot compute that; set quant.weight.symmetric=true",
+            id="convolution-with-zero-points",
+        ),
         pytest.param({"target": "qnn", "act": {"bits": 12}}, "set quant.act.bits=8,", id="qnn-12-bit"),
         pytest.param({"target": "ort_no_vnni"}, "set quant.weight.bits=7, or another target", id="saturation"),
         pytest.param(

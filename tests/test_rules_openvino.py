@@ -1,5 +1,6 @@
 """OpenVINO computes what training measured, once training knows which grids it forgets."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from qat.convert import convert
 from qat.errors import UserError
+from qat.export.onnx_engines import OpenVinoOnnx
 from qat.export.openvino_ir import OpenVinoTarget
-from qat.export.verify import Comparison, Verdict
+from qat.export.verify import Comparison, Verdict, check_codes
 
 pytest.importorskip("openvino", reason="needs the extra `openvino`")
 torch.set_num_threads(1)
@@ -155,6 +157,88 @@ def test_openvino_computes_what_was_trained_where_its_plugin_rewrites_graphs(fun
         comparison.update(model(x).numpy(), runner(x.numpy()))
     exporter.check_kernels(verdict, converted, runner)
     assert comparison.mean_steps < 0.1  # single neighbouring codes; half a step and more where it is rewritten
+    assert verdict.passed, verdict.checks
+
+
+class Headless(nn.Module):
+    """A layer without a bias whose channels differ in scale, and what follows it."""
+
+    def __init__(self, layer: nn.Module, then: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.then = layer, then
+        with torch.no_grad():
+            layer.weight.mul_(torch.logspace(-2, 1, 4).view(-1, *[1] * (layer.weight.ndim - 1)))  # pyright: ignore
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self.layer(x))
+
+
+class Averaged(nn.Module):
+    """An attention whose biases are zeros, as they start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attention(x, x, x, need_weights=False)[0].mean(1))
+
+
+UNBIASED = [
+    pytest.param(lambda: Headless(nn.Linear(8, 4, bias=False), torch.sigmoid), (16, 9, 8), id="longer-than-channels"),
+    pytest.param(lambda: Headless(nn.Linear(8, 4, bias=False), F.relu), (16, 8, 8), id="a-multiple-of-them"),
+    pytest.param(
+        lambda: Headless(nn.Conv2d(3, 4, 3, bias=False), lambda y: y.reshape(-1, 8, 8)), (16, 3, 6, 6), id="images"
+    ),
+    pytest.param(Averaged, (16, 4, 8), id="averaged"),
+]
+
+
+@pytest.mark.parametrize(("make", "shape"), UNBIASED)
+def test_openvino_keeps_the_scales_of_layers_without_biases_to_their_channels(make, shape, tmp_path):
+    torch.manual_seed(0)
+    model, x = make(), torch.randn(shape)
+    plan = quantized(model, x, W8A8 | {"target": "openvino"})
+    exporter, converted, verdict, comparison = OpenVinoTarget(), convert(model, plan), Verdict(), Comparison()
+    exporter.export(converted, plan, x[:4], tmp_path / "model.xml")
+    runner = exporter.load(tmp_path / "model.xml", model)
+    with torch.no_grad():
+        comparison.update(model(x).numpy(), runner(x.numpy()))
+    exporter.check_kernels(verdict, converted, runner)
+    assert comparison.mean_steps < 0.1
+    assert verdict.passed, verdict.checks
+
+
+@pytest.mark.parametrize("exporter", [OpenVinoTarget, OpenVinoOnnx])
+def test_what_openvino_refuses_to_load_is_one_line_and_no_file(exporter, tmp_path, monkeypatch):
+    monkeypatch.setattr("qat.export.onnx.evade_rewrites", lambda model: None)
+    model, x = Headless(nn.Linear(8, 4, bias=False), F.relu), torch.randn(16, 9, 8)
+    plan = quantized(model, x, W8A8 | {"target": "openvino"})
+    path = tmp_path / exporter.file
+    with pytest.raises(UserError, match=rf"^{path.name}: openvino refuses it: Requested output shape") as caught:
+        exporter().export(convert(model, plan), plan, x, path)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("exporter", [OpenVinoTarget, OpenVinoOnnx])
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(3, 4, 3)], ids=["conv", "transposed"])
+def test_openvino_is_given_no_convolution_with_zero_points_of_weights(layer, exporter):
+    weight = {"bits": 4, "granularity": "channel", "symmetric": False}
+    model, x, name = nn.Sequential(copy.deepcopy(layer)), torch.randn(4, 3, 6, 6), type(layer).__name__
+    plan = quantized(model, x, W8A8 | {"weight": weight})
+    for each in (model, convert(model, plan)):
+        reason = exporter().unfit(each, plan) or ""
+        assert reason.endswith(f"which openvino does not compute for a {name}: train it with symmetric=true"), reason
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_an_odd_number_of_codes_of_4_bits_comes_back(bits, tmp_path):
+    weight = {"bits": bits, "granularity": "channel"}
+    model, x, verdict = nn.Sequential(nn.Conv2d(5, 7, 3)), torch.randn(4, 5, 6, 6), Verdict()
+    plan = quantized(model, x, W8A8 | {"weight": weight, "target": "openvino"})
+    converted = convert(model, plan)
+    OpenVinoTarget().export(converted, plan, x, tmp_path / "model.xml")
+    check_codes(verdict, converted, OpenVinoTarget().codes(tmp_path / "model.xml"))
     assert verdict.passed, verdict.checks
 
 

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
-from torch import nn
+from torch import Tensor, nn
 
 from qat.convert import INTEGERS
 from qat.export.onnx import OnnxTarget
 from qat.export.onnx_checks import Graph, qnn_violations, tensorrt_violations
 from qat.export.onnx_placement import OPENVINO, QNN, TENSORRT, Placement
-from qat.export.openvino_ir import OpenVinoRunner, check_precisions
+from qat.export.openvino_ir import OpenVinoRunner, check_precisions, unfit_for_openvino
 from qat.export.runtime import OnnxRunner
 from qat.export.verify import Verdict, count_kernels
+from qat.insert import Plan
 
 
 class OpenVinoOnnx(OnnxTarget):
@@ -28,6 +29,13 @@ class OpenVinoOnnx(OnnxTarget):
     package = extra = "openvino"
     max_bits = 8
     holds = INTEGERS
+
+    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
+        return super().unfit(model, plan) or unfit_for_openvino(model, plan)
+
+    def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
+        super().write(model, plan, example, folder)
+        self.try_out(model, folder)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> Any:
         return OpenVinoRunner(path, optimize=optimize, threads=threads)

@@ -6,6 +6,7 @@ what the integers stand for. Weights of up to 4 bits stay int4 in the file.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
+from qat.addressable import type_of
+from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.onnx import export_onnx
 from qat.export.onnx_layers import shared_weights
@@ -21,6 +24,7 @@ from qat.export.onnx_placement import OPENVINO
 from qat.export.target import INPUT, Target
 from qat.export.verify import Verdict, count_kernels
 from qat.insert import Plan
+from qat.plan import kind_of
 
 CARRIERS = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose")
 """What may stand between a weight and the operation that computes with it."""
@@ -149,8 +153,10 @@ def _is_constant(node: Any) -> bool:
     return all(_is_constant(value.get_node()) for value in node.input_values())
 
 
-def _unpack(packed: np.ndarray, kind: str) -> np.ndarray:
-    """Two codes from each byte of i4 or u4, the lower half first."""
+def _codes(packed: np.ndarray, kind: str) -> np.ndarray:
+    """The codes in a constant's bytes: two in each of i4 or u4, the lower half first, the last of which may be none."""
+    if kind not in ("i4", "u4"):
+        return packed.reshape(-1)
     byte = packed.view(np.int8 if kind == "i4" else np.uint8)
     return np.stack([np.left_shift(byte, 4) >> 4, byte >> 4], -1).reshape(-1)
 
@@ -163,6 +169,9 @@ class OpenVinoTarget(Target):
     file = "model.xml"
     package = extra = "openvino"
     optimizes = True
+
+    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
+        return unfit_for_openvino(model, plan)
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         import openvino  # pyright: ignore[reportMissingImports]
@@ -180,6 +189,7 @@ class OpenVinoTarget(Target):
             ) from None
         finally:
             source.unlink()
+        self.try_out(model, folder)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> OpenVinoRunner:
         return OpenVinoRunner(path, optimize=optimize, threads=threads)
@@ -192,13 +202,26 @@ class OpenVinoTarget(Target):
         for layer, node in weights(model).items():
             array, shape = node.get_data(), list(node.get_output_shape(0))
             kind = node.get_element_type().get_type_name()
-            found[layer] = (_unpack(array, kind) if kind in ("i4", "u4") else array).reshape(shape)
+            found[layer] = _codes(array, kind)[: math.prod(shape)].reshape(shape)
         for name, same in json.loads(model.get_rt_info(SHARED_KEY).value).items():
             found[name.rpartition(".")[0]] = found[same.rpartition(".")[0]]
         return found
 
     def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: OpenVinoRunner) -> None:
         check_precisions(verdict, converted, runner)
+
+
+def unfit_for_openvino(model: nn.Module, plan: Plan) -> str | None:
+    """Which weight OpenVINO does not compute with, in a plan by another engine's rules; `None` if there is none."""
+    modules = dict(model.named_modules())
+    for name, spec in plan.weights.items():
+        kind = kind_of(name) if name in plan.parameters else type_of(modules[name]).__name__ if name in modules else ""
+        if conflict := engine_of("openvino").conflict(spec, kind):
+            key, wanted = conflict
+            return (
+                f"'{name}' is {spec.short}, which openvino does not compute for a {kind}: train it with {key}={wanted}"
+            )
+    return None
 
 
 def check_precisions(verdict: Verdict, converted: nn.Module, runner: OpenVinoRunner) -> None:

@@ -169,6 +169,17 @@ class Target:
         """Opens a file whose hash is right; see `load`."""
         raise NotImplementedError
 
+    def try_out(self, model: nn.Module, folder: Path) -> None:
+        """Opens what was just written into `folder`, so that no file is left that its runtime refuses.
+
+        Raises:
+            UserError: if it does.
+        """
+        try:
+            self.open(folder / self.file, model)
+        except UserError as error:
+            raise UserError(str(error).removeprefix(f"{folder}/")) from None
+
     def codes(self, path: Path) -> dict[str, np.ndarray]:
         """The integer weights in the file, by layer, as int8 or uint8."""
         raise NotImplementedError
