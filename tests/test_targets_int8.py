@@ -232,6 +232,20 @@ def test_an_operation_that_the_file_has_no_form_for_is_named(tmp_path) -> None:
         target.write(both(Sorted(), x, W8A8)[1], None, x, tmp_path)  # pyright: ignore[reportArgumentType]
 
 
+def test_an_operation_that_torch_adds_is_named_by_the_module_whose_operations_read_it(tmp_path) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.head = nn.GRU(12, 4, batch_first=True), nn.Linear(4, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.gru(x)[0][:, -1])
+
+    target, x = target_of("litert"), torch.randn(8, 3, 12)
+    with pytest.raises(UserError, match=r"^'gru': aten.sym_size.int has no form"):
+        target.write(both(Last(), x, W8A8)[1], None, x, tmp_path)  # pyright: ignore[reportArgumentType]
+
+
 # -- ExecuTorch ------------------------------------------------------------------------------------------------------
 
 

@@ -227,9 +227,12 @@ def float_products(program: ExportedProgram, kinds: Sequence[Any] | None = None)
 
 
 def layer_of(node: fx.Node) -> str | None:
-    """The module that a node's operation belongs to."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return stack[-1][0].removeprefix("model.") if stack else None
+    """The module that a node's operation belongs to; of one that torch added, that of a node beside it."""
+    for near in (node, *node.users, *node.all_input_nodes):
+        paths = [path for path, _ in (near.meta.get("nn_module_stack") or {}).values() if path.startswith("model")]
+        if paths:
+            return paths[-1].removeprefix("model.")
+    return None
 
 
 def _from_codes(node: Any) -> bool:
