@@ -338,6 +338,35 @@ def test_executorch_refuses_a_convolution_that_it_would_compute_wrongly(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+class Joined(nn.Module):
+    """Codes of two grids, concatenated into those of a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(8, 4), nn.Linear(8, 4), nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.cat([self.a(x), 3 * self.b(x)], 1))
+
+
+def test_executorch_refuses_a_concatenation_of_several_grids_and_says_where(tmp_path) -> None:
+    target, x = target_of("executorch"), torch.randn(8, 8)
+    converted = both(nn.Sequential(Joined()), x, W8A8 | {"concat": "separate", "kinds": "all"})[1]
+    with pytest.raises(UserError, match=r"'0.cat_0' concatenates codes of one grid .* set quant.concat=shared"):
+        target.write(converted, None, x, tmp_path)  # pyright: ignore[reportArgumentType]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_what_executorch_refuses_to_load_is_one_line_and_no_file(tmp_path, monkeypatch) -> None:
+    target, model, x = target_of("executorch"), Joined(), torch.randn(8, 8)
+    monkeypatch.setattr("qat.export.executorch_pte._mixed", lambda program: None)
+    plan = quantized(model, x, W8A8 | {"concat": "separate", "kinds": "all"})
+    with pytest.raises(UserError, match=r"^model.pte: executorch refuses it: ") as caught:
+        target.export(target.prepared(model, plan), plan, x, tmp_path / target.file)
+    assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
 def test_executorch_needs_a_batch_that_can_vary() -> None:
     target_of("executorch")
     from qat.export.executorch_pte import ExecuTorchTarget

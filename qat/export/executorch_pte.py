@@ -3,8 +3,9 @@
 XNNPACK computes a convolution or linear layer on integers if its input and its output both lie on grids. A linear layer
 that no grid follows (as a rule the last one) keeps its codes in the file, which a portable kernel turns into floats for
 a product in float. A convolution that none follows is refused: behind XNNPACK, ExecuTorch 1.5 computes other numbers
-(off by half of their range; without XNNPACK they are right). So layers are made visible by their codes. An application
-links the runtime's XNNPACK back end, portable kernels and quantized kernels.
+(off by half of their range; without XNNPACK they are right). So layers are made visible by their codes. A concatenation
+of codes on one grid into those of another is refused, too: XNNPACK does not load it. An application links the runtime's
+XNNPACK back end, portable kernels and quantized kernels.
 
 The runtime plans memory for batches of up to `max_batch`; the runner here splits what is larger.
 """
@@ -21,11 +22,20 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from qat.errors import UserError
 from qat.export.executorch_file import PteFile, describe
 from qat.export.executorch_graph import expose, shorten
-from qat.export.int8_program import CONVOLUTIONS, float_products, int8_program, unfit_for_int8
+from qat.export.int8_program import (
+    CONVOLUTIONS,
+    DEQUANTIZE,
+    QUANTIZE,
+    float_products,
+    int8_program,
+    layer_of,
+    unfit_for_int8,
+)
 from qat.export.target import OnGrid, Target
 from qat.export.verify import Verdict, count_kernels
 from qat.insert import Plan
@@ -122,6 +132,11 @@ class ExecuTorchTarget(Target):
                 f"{self.file}: '{wrong[0]}' is a convolution whose output lies on no grid, which ExecuTorch computes "
                 f'wrongly behind XNNPACK; leave it float with a rule {{match: "{wrong[0]}", weight: off, act: off}}'
             )
+        if mixed := _mixed(program):
+            raise UserError(
+                f"{self.file}: '{mixed}' concatenates codes of one grid into those of another, which XNNPACK refuses; "
+                f'set quant.concat=shared, or leave them float with a rule {{match: "{mixed}", act: off}}'
+            )
         with _quiet():
             import executorch.kernels.quantized  # pyright: ignore # noqa: F401 - registers dequantize_per_channel.out
             from executorch.backends.xnnpack.partition import xnnpack_partitioner as xnn  # pyright: ignore
@@ -138,6 +153,7 @@ class ExecuTorchTarget(Target):
                 raise UserError(f"{type(model).__name__} cannot be lowered for ExecuTorch: {reason}") from error
         (folder / self.file).write_bytes(content)
         (folder / "model.layers.json").write_text(describe(content, model, floats))
+        self.try_out(model, folder)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> ExecuTorchRunner:
         return ExecuTorchRunner(path, threads=threads)
@@ -150,6 +166,16 @@ class ExecuTorchTarget(Target):
         count_kernels(
             verdict, converted, file.integer_nodes(), without=len(file.unfollowed), what="products in XNNPACK"
         )
+
+
+def _mixed(program: ExportedProgram) -> str | None:
+    """A concatenation whose operands and result lie on grids that differ; XNNPACK has it on one."""
+    for node in program.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default):
+        ends: Any = (*node.args[0], *node.users)
+        on_codes = len(node.users) == 1 and all(end.target in (QUANTIZE, DEQUANTIZE) for end in ends)
+        if on_codes and len({end.args[1:] for end in ends}) > 1:
+            return layer_of(node)
+    return None
 
 
 @contextlib.contextmanager
