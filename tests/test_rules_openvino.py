@@ -209,6 +209,18 @@ def test_openvino_keeps_the_scales_of_layers_without_biases_to_their_channels(ma
     assert verdict.passed, verdict.checks
 
 
+@pytest.mark.parametrize("optimize", [True, False])
+def test_openvino_rounds_no_float_input_of_integer_weights(optimize, tmp_path):
+    torch.manual_seed(0)
+    model, x, comparison = nn.Sequential(nn.Linear(64, 64, bias=False)), torch.randn(64, 64), Comparison()
+    plan = quantized(model, x, {"weight": W8A8["weight"], "act": None, "target": "openvino"})
+    OpenVinoTarget().export(convert(model, plan), plan, x[:4], tmp_path / "model.xml")
+    with torch.no_grad():
+        found = OpenVinoTarget().load(tmp_path / "model.xml", model, optimize=optimize)(x.numpy())
+        comparison.update(model(x).numpy(), found)
+    assert comparison.mean_steps < 1e-3
+
+
 @pytest.mark.parametrize("exporter", [OpenVinoTarget, OpenVinoOnnx])
 def test_what_openvino_refuses_to_load_is_one_line_and_no_file(exporter, tmp_path, monkeypatch):
     monkeypatch.setattr("qat.export.onnx.evade_rewrites", lambda model: None)
