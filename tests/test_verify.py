@@ -254,6 +254,37 @@ def test_outputs_that_are_no_classes_agree_where_no_value_is_more_than_a_step_aw
     assert comparison.samples == 2 and comparison.agreement == 1 / 2
 
 
+@pytest.mark.parametrize("constant", [-1e9, 0.25, -np.inf, np.inf])
+@pytest.mark.parametrize("shape", [(10, 3), (5, 2, 3), (2, 3, 5, 1)])
+def test_a_constant_output_changes_nothing_of_the_steps_of_the_others(constant, shape) -> None:
+    axis, steps = 1 if len(shape) > 3 else -1, {}
+    expected = np.linspace(-1, 1, 30, dtype=np.float32).reshape(shape)
+    for name, fill in (("alone", None), ("beside", constant)):
+        comparison = Comparison()
+        for part in (expected[:1], expected[1:]):
+            wrong = part * np.float32(1.3)
+            if fill is not None:
+                part, wrong = (np.insert(x, 0, np.float32(fill), axis) for x in (part, wrong))
+            comparison.update(part, wrong)
+        steps[name] = comparison.mean_steps, comparison.deviation_steps
+    assert steps["beside"] == pytest.approx(steps["alone"]) and steps["alone"][0] > 10
+
+
+@pytest.mark.parametrize("actual", [np.nan, np.inf, 1.0])
+def test_another_infinity_than_the_model_s_is_none_of_its_outputs(actual) -> None:
+    comparison, expected = Comparison(), np.array([[0, 1, -np.inf], [1, 2, -np.inf]], np.float32)
+    wrong = expected.copy()
+    wrong[1, 2] = actual
+    comparison.update(expected, wrong)
+    assert comparison.mean_steps == comparison.deviation_steps == np.inf
+
+
+def test_one_sample_has_the_range_of_all_its_outputs() -> None:
+    comparison, expected = Comparison(), np.array([[-1, 0, 1]], np.float32)
+    comparison.update(expected, expected + np.float32(2 / 255))
+    assert comparison.mean_steps == pytest.approx(1, rel=1e-4)
+
+
 def test_no_samples_agree_with_nothing() -> None:
     assert Comparison().agreement == 0
 

@@ -2,10 +2,14 @@
 
 The fake-quantized model and the exported file see the same batches. Weight codes must be identical; outputs are
 compared in steps of an 8-bit grid over the range of the model's outputs (255 steps from the smallest to the largest
-seen), since outputs themselves are float. They need not be bitwise equal: the runtime multiplies its integer
-accumulator by one combined factor where training divides twice, so a value that falls on the border of two codes can
-take the other one (measured: 5 in a million per layer), and what follows carries it on. Single outputs may therefore
-be steps away; a file that computes something else is away on the average.
+seen), since outputs themselves are float. An output that is the same for every sample (a class that a mask holds at
+-1e9) counts neither for the range nor in the average: no quantized arithmetic made it, and it would widen the step
+until no deviation of the others shows. Infinities have no place in a range; equal ones are equal.
+
+Outputs need not be bitwise equal: the runtime multiplies its integer accumulator by one combined factor where training
+divides twice, so a value that falls on the border of two codes can take the other one (measured: 5 in a million per
+layer), and what follows carries it on. Single outputs may therefore be steps away; a file that computes something else
+is away on the average.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,9 +35,9 @@ class Comparison:
     agreeing: int = 0
     deviation: float = 0.0
     total: float = 0.0
-    values: int = 0
-    low: float = np.inf
-    high: float = -np.inf
+    outputs: dict[int, np.ndarray] = field(default_factory=dict)
+    """By how many outputs a tensor has (classes; channels of an image): of each, the smallest and the largest of its
+    finite values, and their number, as rows."""
 
     def update(self, expected: np.ndarray, actual: np.ndarray) -> None:
         """Adds a batch (`[N, C]`, `[N, T, C]` or `[N, ...]`) of the fake-quantized model's outputs and the file's.
@@ -47,12 +51,13 @@ class Comparison:
             )
         if not expected.size:
             return
-        self.low, self.high = min(self.low, float(expected.min())), max(self.high, float(expected.max()))
-        # NaN compares false with everything, and would slip through a maximum.
-        difference = np.nan_to_num(np.abs(expected.astype(np.float64) - actual), nan=np.inf)
+        self._widen(expected)
+        difference = np.zeros(expected.shape)
+        np.subtract(expected, actual, out=difference, where=expected != actual, dtype=np.float64)
+        # NaN (not inf - inf, which was left out) compares false with everything, and would slip through a maximum.
+        difference = np.nan_to_num(np.abs(difference), nan=np.inf, posinf=np.inf)
         self.deviation = max(self.deviation, float(difference.max()))
         self.total += float(difference.sum())
-        self.values += difference.size
         if expected.ndim in (2, 3) and expected.shape[-1] > 1:  # classes; of a sequence, at each position
             same = (expected.argmax(-1) == actual.argmax(-1)).reshape(-1)
         else:
@@ -60,10 +65,27 @@ class Comparison:
         self.samples += same.size
         self.agreeing += int(same.sum())
 
+    def _widen(self, expected: np.ndarray) -> None:
+        each = np.moveaxis(expected, 1 if expected.ndim > 3 else -1, 0) if expected.ndim > 1 else expected[None]
+        each = each.reshape(len(each), -1)
+        seen = self.outputs.setdefault(len(each), np.array([[np.inf], [-np.inf], [0.0]]).repeat(len(each), 1))
+        finite = np.isfinite(each)
+        seen[0] = np.minimum(seen[0], each.min(1, where=finite, initial=np.inf))
+        seen[1] = np.maximum(seen[1], each.max(1, where=finite, initial=-np.inf))
+        seen[2] += finite.sum(1)
+
+    def _counted(self) -> np.ndarray:
+        """Rows of `outputs` for those that vary; for all that were ever finite if none does (there is one sample)."""
+        seen = np.concatenate([np.empty((3, 0)), *self.outputs.values()], 1)
+        varies = seen[0] < seen[1]
+        return seen[:, varies if varies.any() else seen[2] > 0]
+
     @property
     def step(self) -> float:
         """Width of a step of the 8-bit grid over the outputs seen so far."""
-        return max(self.high - self.low, 0.0) / 255 or float(np.finfo(np.float32).tiny)
+        low, high, _ = self._counted()
+        span = float(high.max(initial=-np.inf) - low.min(initial=np.inf))
+        return max(span, 0.0) / 255 or float(np.finfo(np.float32).tiny)
 
     @property
     def agreement(self) -> float:
@@ -79,7 +101,7 @@ class Comparison:
     @property
     def mean_steps(self) -> float:
         """Mean deviation in steps."""
-        return self.total / max(self.values, 1) / self.step
+        return self.total / max(float(self._counted()[2].sum()), 1) / self.step
 
 
 @dataclass
