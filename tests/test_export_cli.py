@@ -13,6 +13,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from small_models import quantized
+from torch import nn
 
 from qat.cli import main
 from qat.cli.bench import Opener
@@ -20,6 +21,8 @@ from qat.cli.targets import build
 from qat.errors import UserError
 from qat.export.bench import Measured, Timing
 from qat.export.manifest import write_manifest
+from qat.export.target import Target
+from qat.insert import Plan
 from qat.models import MLP, CausalLM
 from qat.report.bench import warnings
 
@@ -76,6 +79,89 @@ def test_a_checkpoint_of_the_run_is_exported_and_verified_as_itself(run, tmp_pat
     assert main(["export", checkpoint, "target=onnx", f"out={out}"]) == 0
     assert main(["verify", out, checkpoint]) == 0
     assert "last.onnx: verified: weight codes identical" in words(capfd)
+
+
+@pytest.mark.parametrize("target", ["onnx", "packed"])
+def test_a_checkpoint_s_file_lies_apart_from_the_run_s_own(target, run, tmp_path):
+    copied, file = shutil.copytree(run, tmp_path / "copied"), build(target, {}).file
+    before = (copied / file).read_bytes()
+    assert main(["export", str(copied / "checkpoints" / "last.ckpt"), f"target={target}"]) == 0
+    assert (copied / file).read_bytes() == before and (copied / "checkpoints" / "last" / file).is_file()
+    assert main(["export", str(copied / "quantized.ckpt"), f"target={target}"]) == 0, "the run's own, written again"
+    assert sorted(p.name for p in (copied / "checkpoints").iterdir() if p.is_dir()) == ["last"]
+
+
+@pytest.mark.parametrize(
+    ("target", "out", "mine"),
+    [
+        pytest.param("onnx", "mine.onnx", ["mine.onnx"], id="file"),
+        pytest.param("onnx", "new.onnx", ["new.onnx.json"], id="manifest"),
+        pytest.param("packed", "", ["model.safetensors"], id="weights-in-a-folder"),
+        pytest.param("packed", "", ["manifest.json"], id="manifest-in-a-folder"),
+    ],
+)
+def test_what_no_export_wrote_is_not_written_over(target, out, mine, run, tmp_path, capfd):
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    for _ in range(2):
+        assert main(["export", str(run), f"target={target}", f"out={tmp_path / out}"]) == 2
+        assert f"{tmp_path / mine[0]}: is there already, and no manifest says that" in words(capfd)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == dict.fromkeys(mine, "mine")
+
+
+def test_the_float_reference_of_a_run_is_not_written_over(run, capfd):
+    before = (run / "float.onnx").read_bytes()
+    assert main(["export", str(run), "target=onnx", f"out={run / 'float.onnx'}"]) == 2
+    assert "float.onnx: is there already" in words(capfd) and (run / "float.onnx").read_bytes() == before
+
+
+def test_a_run_is_not_begun_where_its_files_would_take_the_place_of_others(tmp_path, capfd):
+    for name in ("model.onnx", "model.safetensors"):
+        (tmp_path / name).write_text("mine")
+        assert main(["train", *TINY, f"run_dir={tmp_path}"]) == 2
+        assert f"{tmp_path / name}: is there already" in words(capfd)
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()
+
+
+class FolderTarget(Target):
+    """A target whose main file is a folder."""
+
+    file, graph, integer = "weights", None, False
+
+    def write(self, model: nn.Module, plan: Plan, example: torch.Tensor, folder: Path) -> None:
+        (folder / self.file).mkdir()
+        (folder / self.file / "config.json").write_text("{}")
+
+
+def test_a_folder_that_is_there_is_written_into_and_only_an_earlier_export_is_replaced(
+    run, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr("qat.cli.export.build", lambda name, settings: FolderTarget())
+    mine, export = tmp_path / "mine", ["export", str(run), "target=folder"]
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("mine")
+    for _ in range(2):
+        assert main([*export, f"out={mine}"]) == 0
+    assert sorted(p.name for p in mine.iterdir()) == ["thesis.txt", "weights", "weights.json"]
+    for _ in range(2):
+        assert main([*export, f"out={tmp_path / 'new'}"]) == 0
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["config.json"], "the same command, the same folder"
+    (tmp_path / "new" / "tokenizer.json").write_text("mine")
+    capfd.readouterr()
+    assert main([*export, f"out={tmp_path / 'new'}"]) == 2
+    assert "new/tokenizer.json: is there already, and no manifest says that FolderTarget wrote it" in words(capfd)
+    assert (tmp_path / "new" / "tokenizer.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize("out", ["new/", "a/b/new.onnx"])
+def test_a_refused_export_makes_no_folder(out, run, tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise UserError("cannot be written")
+
+    monkeypatch.setattr("qat.export.onnx.OnnxTarget.write", refuse)
+    assert main(["export", str(run), "target=onnx", f"out={tmp_path}/{out}"]) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_of_two_gpus_is_verified_on_a_machine_without_any(run, tmp_path, capfd):

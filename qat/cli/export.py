@@ -2,10 +2,12 @@
 without data.
 
 RUN_DIR may also be a checkpoint below a run's folder:
-`qat export RUN_DIR/checkpoints/best.ckpt target=onnx out=best.onnx`.
+`qat export RUN_DIR/checkpoints/best.ckpt target=onnx out=best.onnx`. Without `out`, a run's file lies in its folder, a
+checkpoint's in a folder that is called like it (RUN_DIR/checkpoints/best/model.onnx).
 """
 
 from pathlib import Path
+from typing import Any
 
 from qat.cli.arguments import Parser
 from qat.cli.targets import build, split
@@ -33,10 +35,22 @@ def main(argv: list[str]) -> int:
     from qat.report.format import size
 
     if out is not None:
-        folder = out.endswith("/") or not Path(out).suffix  # files of a target that has a suffix have one
-        out = Path(out).absolute()
-        if (folder or out.is_dir()) and not out.is_file() and Path(target.file).suffix:
-            out = out / target.file
+        out = _file(out, target)
     written = export(path, target, out)
     print(f"{written}  {size(files_bytes(written))}")
     return 0
+
+
+def _file(out: str, target: Any) -> Path:
+    """What `out` names: a file, or a folder to write it into under the target's own name.
+
+    Of a target that writes a folder, one that is there is written into, too, unless it is an earlier export.
+    """
+    from qat.export.manifest import made_by
+
+    path = Path(out).absolute()
+    if not Path(target.file).suffix:
+        into = path.is_dir() and made_by(path) != type(target).__name__
+    else:  # files of a target that has a suffix have one
+        into = path.is_dir() or ((out.endswith("/") or not path.suffix) and not path.is_file())
+    return path / target.file if into else path

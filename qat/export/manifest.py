@@ -7,7 +7,7 @@ mix-ups, not against a forger, who can compute hashes, too.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +90,38 @@ def check_manifest(path: Path, target: str) -> dict[str, Any]:
     return manifest
 
 
+def stated(manifest: Path) -> dict[str, Any]:
+    """What a manifest says, unchecked; nothing if there is none, or a damaged one."""
+    try:
+        return read_object(manifest)
+    except (OSError, UserError):
+        return {}
+
+
 def made_by(path: Path) -> str | None:
     """Name of the class that made a file, as the manifest beside it says; `None` if there is none, or a damaged one."""
-    try:
-        target = read_object(path.with_name(f"{path.name}.json"), "target")["target"]
-    except (OSError, UserError):
-        return None
+    target = stated(path.with_name(f"{path.name}.json")).get("target")
     return target if isinstance(target, str) else None
+
+
+def check_unclaimed(files: Iterable[Path], listed: Container[str], target: str) -> None:
+    """Refuses to write over a file, or over one in a folder, that an earlier export did not write.
+
+    Args:
+        files: What is about to be written.
+        listed: The names that a manifest of the same target gives.
+        target: The class that is about to write.
+
+    Raises:
+        UserError: naming the first that is there and not listed.
+    """
+    for path in files:
+        for file, name in _inside(path, path.name):
+            if file.exists() and name not in listed:
+                raise UserError(
+                    f"{file}: is there already, and no manifest says that {target} wrote it; choose another name, or "
+                    "delete it first"
+                )
 
 
 def companions(path: Path) -> list[Path]:

@@ -10,6 +10,7 @@ the weights file and of itself.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,7 +25,7 @@ from qat.convert import EVERYTHING, Holds, convert
 from qat.copies import copied
 from qat.errors import UserError
 from qat.export.files import atomic, sha256
-from qat.export.manifest import digest, valid_manifest
+from qat.export.manifest import check_unclaimed, digest, stated, valid_manifest
 from qat.export.packed_scales import pack_scale, unpack_scale
 from qat.export.target import Target
 from qat.export.torch_runner import TorchRunner
@@ -239,12 +240,17 @@ class PackedTarget(Target):
     graph = None
     holds: ClassVar[Holds] = EVERYTHING
 
+    def check_place(self, path: Path, companions: Sequence[Path] = ()) -> None:
+        beside = path.with_name(MANIFEST)
+        listed = (WEIGHTS, MANIFEST) if "packed" in stated(beside) else ()
+        check_unclaimed([path, beside], listed, type(self).__name__)
+
     def export(self, model: nn.Module, plan: Plan, example: Tensor | None, path: Path) -> None:
         if path.name != WEIGHTS:
             raise UserError(
                 f"{path}: a packed model is {WEIGHTS} beside {MANIFEST}; name its folder, or {path.parent / WEIGHTS}"
             )
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.check_place(path)
         save_packed(model, plan, path.parent)
 
     def load(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> TorchRunner:

@@ -11,13 +11,14 @@ Most are written from a converted model; one whose format has more than integers
 (`integer = False`). `prepared` makes either. The main file may be a folder.
 
 `export` and `load` around them are the same for all: files appear together or not at all, beside them a manifest with
-their hashes (`qat.export.manifest`), without which no runner is opened.
+their hashes (`qat.export.manifest`), without which no runner is opened. An export takes the place of an earlier one by
+the same target, and of nothing else.
 """
 
 import importlib.util
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -30,7 +31,7 @@ from qat.copies import copied
 from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.files import replace
-from qat.export.manifest import check_manifest, made_by, write_manifest
+from qat.export.manifest import check_manifest, check_unclaimed, made_by, stated, write_manifest
 from qat.insert import Plan
 from qat.integer import storage_bits
 
@@ -193,6 +194,17 @@ class Target:
             runner: What `load` returned.
         """
 
+    def check_place(self, path: Path, companions: Sequence[Path] = ()) -> None:
+        """Looks whether an export to `path` would write over something else than an earlier one by this target.
+
+        Raises:
+            UserError: naming the file.
+        """
+        name, beside = type(self).__name__, path.with_name(f"{path.name}.json")
+        files = stated(beside).get("sha256") if made_by(path) == name else None
+        listed = {*files, beside.name} if isinstance(files, dict) else set()
+        check_unclaimed([path, *companions, beside], listed, name)
+
     def export(self, model: nn.Module, plan: Plan, example: Tensor | None, path: Path) -> None:
         """Writes a converted model to `path`, with its companions and the manifest; all of them or none.
 
@@ -203,7 +215,7 @@ class Target:
             path: The main file; companions stand beside it.
 
         Raises:
-            UserError: if the format cannot hold the model, with what to change.
+            UserError: if the format cannot hold the model, with what to change; if something else is there already.
         """
         if reason := self.mismatch(plan) or self.unfit(model, plan):
             raise UserError(f"{path.name}: {reason}")
@@ -212,13 +224,16 @@ class Target:
             raise UserError(f"{path}: this target writes files called *{main.suffix}; a folder's name ends in /")
         if path.exists() and path.is_dir() == bool(main.suffix):
             raise UserError(f"{path}: is {'a' if main.suffix else 'no'} folder already; choose another name")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as temporary:
+        self.check_place(path)  # before the work; what stands beside it is known only after
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        with tempfile.TemporaryDirectory(dir=there, prefix=f".{path.stem}.") as temporary:
             folder = Path(temporary)
             self.write(model, plan, example, folder)  # pyright: ignore[reportArgumentType]
             stem = main.stem, path.stem if main.suffix else path.name
             made = sorted(folder.iterdir())
             names = {each.name: each.name.replace(*stem, 1) for each in made}
+            self.check_place(path, [path.parent / name for name in names.values()])
+            path.parent.mkdir(parents=True, exist_ok=True)
             manifest = write_manifest(folder / f"{path.name}.json", type(self).__name__, made, names)
             for each in made:
                 replace(each, path.parent / names[each.name])

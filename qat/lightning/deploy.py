@@ -120,7 +120,8 @@ def export(path: Path, target: Target, out: Path | None = None) -> Path:
     Args:
         path: The run's folder, or a checkpoint below it.
         target: The format.
-        out: The file; by default, the target's name in the run's folder.
+        out: The file; by default, the target's name in the run's folder or, of a checkpoint, in a folder called like
+            it: in the run's, it would take the place of the run's own.
 
     Returns:
         The file.
@@ -132,7 +133,8 @@ def export(path: Path, target: Target, out: Path | None = None) -> Path:
         trained = restore(path)
         if trained.example is None and target.graph is not None:
             raise UserError(f"checkpoint {trained.checkpoint}: does not say what the model's input looks like")
-        out = out or trained.folder / target.file
+        own = trained.checkpoint.name == TRAINED
+        out = out or (trained.folder if own else trained.checkpoint.with_suffix("")) / target.file
         if reason := target.why_not(trained.module, trained.plan):
             raise UserError(f"{trained.checkpoint}: {reason}")
         target.export(target.prepared(trained.module, trained.plan), trained.plan, trained.example, out)

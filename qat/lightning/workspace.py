@@ -30,6 +30,7 @@ from qat.errors import UserError
 from qat.export.files import atomic, read_object
 from qat.export.onnx import traceable
 from qat.export.onnx_trace import check_trace
+from qat.export.packed import PackedTarget
 from qat.export.target import Target
 from qat.insert import Plan, apply_plan, make_plan
 from qat.lightning.cache import FloatCache
@@ -136,6 +137,9 @@ class Workspace:
                 raise UserError(
                     f"cache_dir={cache}: there is no such folder, and none can be made ({error})"
                 ) from error
+        for target in (self.target, PackedTarget()):
+            if target is not None:
+                target.check_place(self.folder / target.file)
         self.qat_callback()
         shell = copied(self.module)
         one = {key: int(self.cfg.trainer.get(key) != 0) for key in ("limit_test_batches", "limit_val_batches")}
