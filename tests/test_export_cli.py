@@ -24,7 +24,7 @@ from qat.export.manifest import write_manifest
 from qat.export.target import Target
 from qat.insert import Plan
 from qat.models import MLP, CausalLM
-from qat.report.bench import warnings
+from qat.report.bench import save_bench_plot, warnings
 
 TINY = """model=mlp model.width=16 data.train_limit=64 data.val_limit=32 data.test_limit=64 float_epochs=1
     trainer.max_epochs=1 trainer.limit_train_batches=1 trainer.enable_progress_bar=false quant.calibration_samples=64
@@ -444,6 +444,8 @@ def test_bench_measures_every_file_against_float_in_a_table_and_a_chart(run, tmp
         pytest.param(["{run}/model.onnx", "batch=many"], "batch=many: must be whole numbers", id="words"),
         pytest.param(["{run}/report.png"], "no target writes such a file", id="no-export"),
         pytest.param(["{run}/model.onnx", "out=/dev/null/x.png"], "error: /dev/null: ", id="no-place-for-the-chart"),
+        pytest.param(["{run}/model.onnx", "out={run}/quantized.ckpt"], "ckpt: is for the chart, a", id="chart"),
+        pytest.param(["{run}/model.onnx", "out={run}/model.onnx"], "onnx: is for the chart, a .png", id="itself"),
         pytest.param(["{run}/model.onnx", "run=/"], "holds no float.onnx to compare with", id="no-float"),
     ],
 )
@@ -451,6 +453,13 @@ def test_a_mistake_in_bench_is_one_line_with_status_2(arguments, said, run, capf
     assert main(["bench", *(text.format(run=run) for text in arguments)]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0], lines
+
+
+@pytest.mark.parametrize(("suffix", "begins"), [(".png", b"\x89PNG"), (".pdf", b"%PDF"), (".svg", b"<?xml")])
+def test_a_chart_has_the_format_of_its_name(suffix, begins, tmp_path):
+    base = Measured("float", 100, timings=[Timing(1, 1, 1.0, 2.0, 1000)])
+    save_bench_plot([base, base], tmp_path / f"x{suffix}")
+    assert (tmp_path / f"x{suffix}").read_bytes().startswith(begins)
 
 
 def test_a_slower_file_is_warned_of_with_its_float_layers_and_a_faster_one_is_not():

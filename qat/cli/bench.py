@@ -13,6 +13,7 @@ from qat.errors import UserError, nearest
 
 DEFAULTS = {"threads": "1,2", "batch": "1,16", "seconds": "2", "out": "bench.png", "run": ""}
 FLOAT = "float.onnx"
+PICTURES = (".png", ".jpg", ".webp", ".svg", ".pdf")
 USAGE = "qat bench FILE... [threads=1,2] [batch=1,16] [seconds=2] [out=FILE|FOLDER] [run=DIR]"
 
 
@@ -72,9 +73,7 @@ def main(argv: list[str]) -> int:
     run_dir = Path(settings["run"] or next(iter(files.values())).parent).absolute()
     if not (run_dir / FLOAT).is_file():
         raise UserError(f"{run_dir} holds no {FLOAT} to compare with; name the run with run=DIR")
-    chart = Path(settings["out"])
-    if chart.is_dir():
-        chart = chart / DEFAULTS["out"]
+    chart = _chart(settings["out"])
     chart.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written to shows before anything is measured
     measured = _measure(Opener(run_dir), {"float": run_dir / FLOAT} | files, threads, batches, float(seconds))
     from rich.console import Console
@@ -88,6 +87,16 @@ def main(argv: list[str]) -> int:
     save_bench_plot(measured, chart)
     console.print(f"chart: {chart}", highlight=False)
     return 0
+
+
+def _chart(out: str) -> Path:
+    """The picture that `out` names; a folder gets one of the default's name."""
+    path = Path(out)
+    if path.is_dir() or out.endswith("/"):
+        return path / DEFAULTS["out"]
+    if path.suffix not in PICTURES:  # the name of a file of the run would be one slip away
+        raise UserError(f"out={out}: is for the chart, a {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
+    return path
 
 
 def numbers(key: str, text: str, several: bool = True) -> list[int]:

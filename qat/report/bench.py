@@ -72,7 +72,7 @@ def save_bench_plot(measured: Sequence[Measured], path: Path) -> None:
 
     Args:
         measured: The float file first.
-        path: The PNG; it appears complete or not at all.
+        path: The picture, in the format of its suffix; it appears complete or not at all.
     """
     settings = [(t.batch, t.threads) for t in measured[0].timings]
     rows = len(measured)
@@ -104,4 +104,4 @@ def save_bench_plot(measured: Sequence[Measured], path: Path) -> None:
     figure.supxlabel("ms per batch, log scale: bar = median, line = up to the 99th percentile", fontsize=9, color=MUTED)
     figure.tight_layout()
     with atomic(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png")
+        FigureCanvasAgg(figure).print_figure(temporary)
