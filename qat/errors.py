@@ -26,6 +26,11 @@ def refused(error: OSError) -> UserError | None:
     return UserError(f"{error.filename}: {error.strerror}")
 
 
+def unmakeable(key: str, error: OSError) -> UserError:
+    """What became of a folder that a config key names and the file system would not make."""
+    return UserError(f"{key}={error.filename}: there is no such folder, and none can be made ({error.strerror})")
+
+
 def nearest(name: str, options: Iterable[str], *, shown: int = 8) -> str:
     """Returns a hint to append to an error: the closest of `options`, or else the first few of them.
 

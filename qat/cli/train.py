@@ -26,7 +26,7 @@ from qat.cli.configs import configs_dir, finish, group_overrides
 from qat.cli.explain import COMPOSITION_ERRORS, explain
 from qat.cli.instantiate import HYDRA_1_4, allowed_patterns
 from qat.cli.output import discard, discard_all
-from qat.errors import UserError, refused
+from qat.errors import UserError, refused, unmakeable
 
 # Hydra 1.3 warns without version_base, 1.4 warns with it and wants to know whose code a config may call.
 VERSION: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
@@ -95,8 +95,10 @@ def main(argv: list[str]) -> int:
             raise
         discard_all()
         raise explain(error, overrides, args.config_dir, VERSION) from error
-    except (UserError, OSError):
+    except (UserError, OSError) as error:
         discard_all()
+        if isinstance(error, FileNotFoundError) and not task.started:  # all that Hydra makes by then
+            raise unmakeable("run_dir", error) from error
         raise
     return 0
 

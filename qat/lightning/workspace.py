@@ -26,7 +26,7 @@ from rich.console import Console
 from qat.audit import AuditRow, audit, check_coverage
 from qat.cli.instantiate import build
 from qat.copies import copied
-from qat.errors import UserError
+from qat.errors import UserError, unmakeable
 from qat.export.files import atomic, read_object
 from qat.export.onnx import traceable
 from qat.export.onnx_trace import check_trace
@@ -134,9 +134,7 @@ class Workspace:
             try:
                 Path(cache).mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(
-                    f"cache_dir={cache}: there is no such folder, and none can be made ({error})"
-                ) from error
+                raise unmakeable("cache_dir", error) from error
         for target in (self.target, PackedTarget()):
             if target is not None:
                 target.check_place(self.folder / target.file)
