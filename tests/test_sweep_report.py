@@ -54,6 +54,25 @@ def test_the_page_stands_alone(page):
     assert "scale/fc1" not in points[0]["curves"] and points[0]["folder"] == "points/0"
 
 
+def test_runs_of_several_metrics_have_a_table_a_page_and_a_front_for_each(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    measured = [("test/acc", True, 0.8), ("test/loss", False, 0.3), ("test/acc", True, 0.7), ("test/loss", False, 0.2)]
+    for number, (metric, higher, value) in enumerate(measured):
+        path = write_point(tmp_path, number, {}, metric=value) / "report.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"metric": metric, "higher_is_better": higher}))
+    (write_point(tmp_path, 4, {}, metric=0) / "report.json").write_text("[")
+    assert main(["report", str(tmp_path)]) == 0
+    said = capfd.readouterr().out
+    rows = [cells[0] for line in said.splitlines() if (cells := line.split()) and re.fullmatch(r"\*?\d", cells[0])]
+    assert rows == ["*0", "2", "4", "*3", "1"] and said.count("point 4:") == 1
+    assert {p.name for p in tmp_path.glob("report*")} == {
+        f"report-test-{of}.{suffix}" for of in ("acc-max", "loss-min") for suffix in ("html", "png")
+    }
+    text = (tmp_path / "report-test-loss-min.html").read_text()
+    page = json.loads(re.search(r'json">(.*?)</script>', text, re.S)[1])
+    assert page["metric"] == "test/loss" and page["objectives"]["metric"] == "min" and page["front"] == [3]
+
+
 @pytest.fixture(scope="module")
 def browser():
     sync = pytest.importorskip("playwright.sync_api", reason="driving a browser needs playwright")

@@ -36,10 +36,9 @@ def save_page(sweep: Sweep, path: Path) -> None:
 
 def page_data(sweep: Sweep, beside: Path) -> dict[str, Any]:
     """All that the page shows, as plain containers; links to runs are relative to the folder `beside`."""
-    first = next((r.report for r in sweep.results if r.report), {})
     return {
         "name": sweep.folder.name,
-        "metric": first.get("metric", "metric"),
+        "metric": sweep.metric,
         "objectives": sweep.objectives,
         "meanings": OBJECTIVES,
         "front": [result.number for result in sweep.front()],

@@ -1,5 +1,6 @@
 """What a sweep comes to: a table in the terminal, a page (`report.html`), a picture (`report.png`), and W&B's copy."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,25 @@ COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
 """How the table heads and shows each cost."""
 
 
-def write_report(sweep: Sweep, console: Console) -> None:
-    """Prints the table, and writes page and picture into the sweep's folder (beside the report of a single run)."""
+def write_reports(sweep: Sweep, console: Console) -> None:
+    """`write_report` of a folder whose runs may have several metrics: for each of them, and files that are named after
+    it."""
+    parts = sweep.by_metric()
+    for part in parts:
+        of = re.sub(r"\W+", "-", f"-{part.metric}-{part.objectives['metric']}") if len(parts) > 1 else ""
+        write_report(part, console, of)
+
+
+def write_report(sweep: Sweep, console: Console, of: str = "") -> None:
+    """Prints the table, and writes page and picture into the sweep's folder (beside the report of a single run).
+
+    Args:
+        sweep: Of one metric.
+        console: Where to print.
+        of: What the files' names end in.
+    """
     console.print(sweep_table(sweep))
-    name = "sweep" if (sweep.folder / "report.json").is_file() else "report"
+    name = ("sweep" if (sweep.folder / "report.json").is_file() else "report") + of
     page, picture = sweep.folder / f"{name}.html", sweep.folder / f"{name}.png"
     save_page(sweep, page)
     save_sweep_plot(sweep, picture)
@@ -65,7 +81,6 @@ def sweep_table(sweep: Sweep) -> Table:
 
 def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the table as plain text; the costs are those that are objectives, and the usual ones."""
-    name = next((r.report["metric"] for r in sweep.results if "metric" in r.report), "metric")
     costs = [cost for cost in COSTS if cost != "size" or cost in sweep.objectives]
     front = {result.number for result in sweep.front()}
     rows = []
@@ -77,7 +92,7 @@ def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
         values = result.values if result.state == "done" else {}
         cells = [COSTS[cost][1](values[cost]) if cost in values else NONE for cost in costs]
         rows.append([f"{'*' if result.number in front else ''}{result.number}", label, ptq, score, *cells])
-    return ["", "parameters", "PTQ", str(name), *(COSTS[cost][0] for cost in costs)], rows
+    return ["", "parameters", "PTQ", sweep.metric, *(COSTS[cost][0] for cost in costs)], rows
 
 
 def _ordered(sweep: Sweep) -> Sequence[Result]:

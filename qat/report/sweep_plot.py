@@ -52,8 +52,7 @@ def _scatter(axes: Axes, sweep: Sweep, cost: str, first: bool) -> None:
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color=ACT, linewidth=1.6, zorder=2)
     for value in sorted(float_metrics(sweep)):
         axes.axhline(value, color=MUTED, linestyle="--", linewidth=1)
-    name = next((r.report["metric"] for r in sweep.results if "metric" in r.report), "metric")
-    axes.set_title(f"{name} against {AXES[cost]}", loc="left", fontsize=9.5, fontweight="bold", color=INK)
+    axes.set_title(f"{sweep.metric} against {AXES[cost]}", loc="left", fontsize=9.5, fontweight="bold", color=INK)
     text = {"packed": lambda x, _: size(x), "bops": lambda x, _: count(round(x))}.get(cost)
     if text:
         axes.xaxis.set_major_formatter(FuncFormatter(text))

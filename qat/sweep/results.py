@@ -5,7 +5,7 @@ A point whose files are damaged is one that failed, with the file named as its e
 
 import csv
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,30 @@ class Result:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A finished or unfinished sweep, or any folder of runs."""
+    """A finished or unfinished sweep, or any folder of runs (which may have several metrics: `by_metric`)."""
 
     folder: Path
     objectives: dict[str, str]
     results: list[Result]
+
+    @property
+    def metric(self) -> str:
+        """Name of the metric, as the first run says that has one."""
+        return next((str(r.report["metric"]) for r in self.results if "metric" in r.report), "metric")
+
+    def by_metric(self) -> list["Sweep"]:
+        """A part for each metric and direction in it, since no order is over several; what left no report is in the
+        first."""
+        parts: dict[tuple[str, bool], list[Result]] = {}
+        for result in self.results:
+            if result.report:
+                of = result.report.get("metric", "metric"), result.report.get("higher_is_better", True)
+                parts.setdefault(of, []).append(result)
+        if len(parts) < 2:
+            return [self]
+        first, *rest = parts.values()
+        first = [r for r in self.results if r in first or not r.report]
+        return [Sweep(self.folder, _objectives(part), part) for part in (first, *rest)]
 
     @property
     def done(self) -> list[Result]:
@@ -107,9 +126,14 @@ def read_sweep(folder: Path) -> Sweep:
     if not runs:
         raise UserError(f"SWEEP_DIR {folder} holds neither a sweep nor a finished run")
     results = [_plain_run(number, run) for number, run in enumerate(runs)]
-    better = "max" if next((r.report for r in results if r.report), {}).get("higher_is_better", True) else "min"
-    packed = {"packed": "min"} if any("packed" in result.values for result in results) else {}
-    return Sweep(folder, {"metric": better, **packed}, results)
+    return Sweep(folder, _objectives(results), results)
+
+
+def _objectives(runs: Sequence[Result]) -> dict[str, str]:
+    """Those of runs that no sweep made."""
+    better = "max" if next((r.report for r in runs if r.report), {}).get("higher_is_better", True) else "min"
+    packed = {"packed": "min"} if any("packed" in result.values for result in runs) else {}
+    return {"metric": better, **packed}
 
 
 def read_point(folder: Path) -> Result:
