@@ -1,13 +1,17 @@
 """Health of quantizers: what is logged while training, what a checkpoint remembers, and what `qat inspect` says."""
 
+import io
 import json
+import re
 import warnings
+from dataclasses import replace
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.loggers import CSVLogger
+from rich.console import Console
 from small_models import quantized
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -20,6 +24,7 @@ from qat.health import Health, from_checkpoint, worst_first
 from qat.insert import named_quantizers
 from qat.lightning import QuantizerHealth
 from qat.models import MLP
+from qat.report.health import health_table
 
 POLICY = {"weight": {"bits": 2, "granularity": "channel"}, "act": {"bits": 4}}
 
@@ -124,7 +129,7 @@ def test_a_collapsed_quantizer_is_warned_of_once_and_leads_the_table(how, who, s
 
 
 def test_a_healthy_model_is_not_warned_of_and_inspect_shows_what_training_recorded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "160")  # else names fold
+    monkeypatch.setenv("COLUMNS", "80")
     health = QuantizerHealth(every_n_steps=2)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -136,7 +141,7 @@ def test_a_healthy_model_is_not_warned_of_and_inspect_shows_what_training_record
     assert {row["name"] for row in rows} == {name for name, _ in named_quantizers(module)}
     assert [row["sqnr_db"] for row in rows] == sorted(row["sqnr_db"] for row in rows)
     assert main(["inspect", str(tmp_path / "model.ckpt")]) == 0
-    assert "fc1.input_quantizer" in capsys.readouterr().out
+    assert re.search(r"^ fc1\.input +u?int\d ", capsys.readouterr().out, re.M)
 
 
 def test_without_the_callback_inspect_measures_the_weights(tmp_path, capsys):
@@ -257,6 +262,19 @@ def test_what_has_collapsed_comes_before_what_is_noisy():
 
     rows = worst_first([row("exact", None), row("good", 30.0), row("noisy", 3.0), row("collapsed", 40.0, codes=1)])
     assert [r.name for r in rows] == ["collapsed", "noisy", "good", "exact"]
+
+
+def test_at_80_columns_names_and_grids_are_whole_and_findings_are_below():
+    row = Health(
+        "features.30.weight_quantizer", "features.30", "weight", "int4/channel", 4, 1, 0.1, 12.34, 0.5, 4.47e-06,
+        0.00347, 0.000205,
+    )  # fmt: skip
+    console = Console(width=80, file=io.StringIO())
+    console.print(health_table([row, replace(row, name="cat_0.input_quantizer_1.0")], True))
+    lines = [line.split() for line in console.file.getvalue().splitlines()]
+    numbers = ["int4/channel", "12.3", "50.00%", "1", "4.5e-06", "0.0035", "0.0002"]
+    assert ["features.30.weight", *numbers] in lines and ["cat_0.input_1.0", *numbers] in lines
+    assert ["features.30.weight:", "all", "codes", "are", "equal"] in lines
 
 
 def test_a_step_is_too_few_for_oscillation():
