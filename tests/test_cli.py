@@ -97,6 +97,12 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
         pytest.param(
             ["train", "model=mpl"], "model=mpl: there is no such option; did you mean 'mlp'?", id="group-option"
         ),
+        pytest.param(
+            ["train", "callbacks.distill.alpha=0.5"],
+            "callbacks.distill.alpha: no callback 'distill' is on: distill=self",
+            id="callback-that-is-off",
+        ),
+        pytest.param(["train", "start.equalize.rounds=3"], "no start 'equalize' is on: start=equalize", id="no-start"),
         pytest.param(["train", "max_epochs=3"], "did you mean 'trainer.max_epochs'?", id="key-without-its-parent"),
         pytest.param(["train", "trainer.max_epoch=3"], "did you mean 'trainer.max_epochs'", id="nested-key"),
         pytest.param(

@@ -16,7 +16,10 @@ from pytorch_lightning.profilers import SimpleProfiler
 from safetensors.torch import load_file
 
 from qat.cli import main
+from qat.errors import UserError
 from qat.export.manifest import write_manifest
+from qat.lightning.weights import load_weights, read_checkpoint
+from qat.models import MLP
 
 TINY = ["model=mlp", "model.width=16", "data.train_limit=192", "data.val_limit=64", "data.test_limit=128"]
 SHORT = [
@@ -392,6 +395,23 @@ def test_a_bad_checkpoint_is_refused_and_never_executed(make, said, in_an_empty_
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and "checkpoint bad.ckpt" in lines[0] and said in lines[0], lines
     assert [path.name for path in in_an_empty_folder.iterdir()] == ["bad.ckpt"]
+
+
+def test_only_checkpoints_are_suggested_for_one_that_is_not_there(tmp_path):
+    for name in ("quantized.ckpt", "float.safetensors", "train.log", "nowhere.png"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"no such file; choose from quantized\.ckpt, float\.safetensors$"):
+        read_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_quantized_checkpoint_says_where_its_float_model_is(finished):
+    for name in ("quantized.ckpt", "checkpoints/last.ckpt"):
+        with pytest.raises(UserError) as refused:
+            load_weights(MLP(width=16), finished / name)
+        assert str(refused.value) == (
+            f"checkpoint {finished / name}: is quantized, and a float model is wanted; "
+            f"its float model is {finished / 'float.safetensors'}"
+        )
 
 
 def test_a_model_with_nothing_to_quantize_is_refused_before_training(in_an_empty_folder, monkeypatch, capfd):

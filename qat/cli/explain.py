@@ -55,6 +55,9 @@ def explain(error: Exception, overrides: list[str], config_dir: str | None, vers
                 f"config key '{key}': from here, a mapping changes values that are there and adds none; to replace it "
                 f"as a whole, write '~{key}' '+{key}={{...}}'"
             )
+        if choices := _choices(key, keys):
+            kind, name, *_ = key.split(".")
+            return UserError(f"{key}: no {kind.removesuffix('s')} '{name}' is on: {' or '.join(choices)}")
         return UserError(f"unknown config key '{key}'{_suggest(key, keys)}")
     found = re.match(r"Error merging override (?P<key>[^ =]+)=", text)
     if found and "Cannot merge DictConfig with ListConfig" in str(error.__cause__):
@@ -75,6 +78,17 @@ def _in_one_line(error: BaseException) -> UserError:
         lines = [line.strip() for line in str(each or "").splitlines()]
         parts.append(" ".join(line for line in lines if line and not line.startswith(_INTERNAL)))
     return UserError(": ".join(part for part in parts if part))
+
+
+def _choices(key: str, keys: list[str]) -> list[str]:
+    """What turns on the named part that a key is a setting of: `distill=self` for `callbacks.distill.alpha`."""
+    kind, _, rest = key.partition(".")
+    name, dot, _ = rest.partition(".")
+    if not dot or f"{kind}.{name}" in keys:
+        return []
+    folders = {"callbacks": ("callbacks", "distill"), "start": ("start",)}.get(kind, ())
+    paths = [path for folder in folders for path in sorted((configs_dir() / folder).glob("*.yaml"))]
+    return [f"{path.parent.name}={path.stem}" for path in paths if name in OmegaConf.load(path)]
 
 
 def _suggest(key: str, keys: list[str]) -> str:

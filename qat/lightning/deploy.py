@@ -25,9 +25,9 @@ from qat.export.target import Target
 from qat.export.verify import Verdict
 from qat.insert import Plan
 from qat.lightning.calm import calm
-from qat.lightning.module import CHECKPOINT_KEY, INPUT_KEY, insert_plan
+from qat.lightning.module import INPUT_KEY, insert_plan
 from qat.lightning.run import TRAINED, Run
-from qat.lightning.weights import read_checkpoint
+from qat.lightning.weights import CHECKPOINT_KEY, read_checkpoint
 from qat.lightning.workspace import ON_THE_CPU, unmixed
 from qat.report import report_table
 from qat.report.format import verdict as outcome

@@ -23,10 +23,10 @@ from qat.errors import UserError
 from qat.insert import Plan, apply_plan, remove
 from qat.layers.twin import TwinMixin, become_twin, twin_of
 from qat.lightning.groups import own_groups, settle
-from qat.lightning.weights import join_state, read_checkpoint, split_state
+from qat.lightning.weights import CHECKPOINT_KEY, join_state, read_checkpoint, split_state
 from qat.quantizers import Quantizer
 
-CHECKPOINT_KEY, INPUT_KEY = "qat", "qat_input"
+INPUT_KEY = "qat_input"
 Module = TypeVar("Module", bound=pl.LightningModule)
 
 

@@ -45,10 +45,10 @@ from qat.lightning.cache import FloatCache
 from qat.lightning.calm import calm
 from qat.lightning.evaluate import test_metric, verify_file
 from qat.lightning.logs import finish, log_results
-from qat.lightning.module import CHECKPOINT_KEY, insert_plan
+from qat.lightning.module import insert_plan
 from qat.lightning.resume import SeedEpochs, continue_csv
 from qat.lightning.steps import example_input, run_steps
-from qat.lightning.weights import load_weights, read_checkpoint
+from qat.lightning.weights import CHECKPOINT_KEY, load_weights, read_checkpoint
 from qat.lightning.workspace import ON_THE_CPU, Workspace
 from qat.memory import keep_freed
 from qat.report import audit_table, layer_rows, report_table, save_plot

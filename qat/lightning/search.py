@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
 
 from qat.calibrate import calibrated
+from qat.cli.configs import configs_dir
 from qat.cli.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
@@ -181,7 +182,9 @@ class SearchRun(Run):
         paths = outputs(settings.output, None if settings.front is None else len(choices))
         for path, choice, entry in zip(paths, choices, content, strict=True):
             write(path, space.policy, choice, entry["costs"], other, self.command)
-            self.console.print(f"wrote {path}: python train.py quant={path.stem}", highlight=False, soft_wrap=True)
+            own = path.absolute().parents[1] == configs_dir()
+            command = f"qat train{'' if own else f' --config-dir {path.parents[1]}'} quant={path.stem}"
+            self.console.print(f"wrote {path}: {command}", highlight=False, soft_wrap=True)
 
 
 def search(cfg: DictConfig, folder: Path, command: str, only_measure: bool = False) -> None:

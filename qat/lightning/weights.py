@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from qat.errors import UserError, nearest
 
-STATE_KEY = "qat_state"
+CHECKPOINT_KEY, STATE_KEY = "qat", "qat_state"
+"""What a checkpoint of a quantized model holds besides the model's own state: its plan, and the state of quantizers."""
+SUFFIXES = (".ckpt", ".safetensors")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -27,7 +29,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         if path.exists():
             raise UserError(f"checkpoint {path}: is no file; name the .ckpt or .safetensors itself")
-        siblings = [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+        siblings = [p.name for suffix in SUFFIXES for p in sorted(path.parent.glob(f"*{suffix}"))]
         raise UserError(f"checkpoint {path}: no such file{nearest(path.name, siblings) if siblings else ''}")
     try:
         if path.suffix == ".safetensors":
@@ -82,7 +84,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         UserError: naming the file and the first keys or shapes that do not fit.
     """
-    state: dict[str, Tensor] = read_checkpoint(path)["state_dict"]
+    checkpoint = read_checkpoint(path)
+    state: dict[str, Tensor] = checkpoint["state_dict"]
     own = model.state_dict()
     # A BatchNorm's step counter matters to nothing but cumulative averaging, and many published files leave it out.
     optional = {k for k in own if k.endswith("num_batches_tracked")}
@@ -91,6 +94,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"checkpoint {path}: lacks '{missing[0]}' ({len(missing)} keys missing){nearest(missing[0], state)}"
         )
     if extra := [k for k in state if k not in own]:
+        if CHECKPOINT_KEY in checkpoint:
+            raise UserError(f"checkpoint {path}: is quantized, and a float model is wanted{_float_beside(Path(path))}")
         raise UserError(
             f"checkpoint {path}: has '{extra[0]}', which {type(model).__name__} lacks ({len(extra)} such keys)"
             f"{nearest(extra[0], own)}"
@@ -102,3 +107,9 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
                 f"checkpoint {path}: '{key}' is {shape}, but {type(model).__name__} has {tuple(own[key].shape)}"
             )
     model.load_state_dict({**{k: own[k] for k in optional}, **state})
+
+
+def _float_beside(path: Path) -> str:
+    """Where the float model is that a run's quantized one was made of."""
+    found = next((p for folder in path.parents[:2] if (p := folder / "float.safetensors").is_file()), None)
+    return f"; its float model is {found}" if found is not None else ""
