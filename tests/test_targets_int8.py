@@ -21,7 +21,7 @@ from qat.cli.targets import build, of_file
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
 from qat.export.executorch_file import PteFile
-from qat.export.int8_program import DEQUANTIZE, QUANTIZE, float_products, int8_program
+from qat.export.int8_program import CLIPS, DEQUANTIZE, QUANTIZE, float_products, int8_program
 from qat.export.tflite_builder import pack, unpack
 from qat.export.verify import Comparison, Verdict, check_codes
 from qat.models import SmallCNN
@@ -68,6 +68,21 @@ def test_a_tensor_that_two_layers_read_is_quantized_once_and_before_it_is_pooled
     assert len({(q.args[0], q.args[1]) for q in quantized}) == len(quantized)
     [pool] = [node for node in graph.nodes if "max_pool2d" in str(node.target)]
     assert pool.args[0].target is DEQUANTIZE and all(user.target is QUANTIZE for user in pool.users)
+
+
+@pytest.mark.parametrize("clip", [nn.ReLU(), nn.ReLU6(), nn.Hardtanh(), nn.Hardtanh(-0.5, 2.0)], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "affine"])
+def test_the_clip_of_a_narrow_grid_and_the_models_own_become_one(clip, symmetric) -> None:
+    x = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), clip, nn.MaxPool2d(2), nn.Conv2d(4, 4, 1), clip, nn.Conv2d(4, 2, 1))
+    converted = both(model, x, W8A8 | {"act": {"bits": 4, "symmetric": symmetric}})[1]
+    program = int8_program(converted, x)
+    quantized: Any = program.graph.find_nodes(op="call_function", target=QUANTIZE)
+    clips = [node.args[0] for node in quantized if node.args[0].target in CLIPS]
+    assert len(clips) == 3 and all(node.args[0].target not in CLIPS for node in clips)
+    with torch.no_grad():
+        assert torch.allclose(program.module()(x), converted(x), atol=1e-5)
 
 
 def test_a_layer_that_no_grid_follows_is_named_and_no_constant_is_left_that_nobody_reads() -> None:
@@ -357,6 +372,25 @@ def test_executorch_refuses_a_concatenation_of_several_grids_and_says_where(tmp_
     assert list(tmp_path.iterdir()) == []
 
 
+class Decoder(nn.Module):
+    def __init__(self, last: nn.Module) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3), last
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.first(x)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("last", [nn.ConvTranspose2d(4, 4, 2, 2)], ids=["transposed-without-a-grid"])
+def test_executorch_refuses_a_convolution_that_xnnpack_does_not_take(last, tmp_path) -> None:
+    target, x, model = target_of("executorch"), torch.randn(8, 3, 6, 6), Decoder(last)
+    plan = quantized(model, x, W8A8 | {"target": target.engine})
+    with pytest.raises(UserError, match=r"'last' is a convolution that XNNPACK does not compute on integers here"):
+        target.export(target.prepared(model, plan), plan, x, tmp_path / target.file)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_what_executorch_refuses_to_load_is_one_line_and_no_file(tmp_path, monkeypatch) -> None:
     target, model, x = target_of("executorch"), Joined(), torch.randn(8, 8)
@@ -365,6 +399,39 @@ def test_what_executorch_refuses_to_load_is_one_line_and_no_file(tmp_path, monke
     with pytest.raises(UserError, match=r"^model.pte: executorch refuses it: ") as caught:
         target.export(target.prepared(model, plan), plan, x, tmp_path / target.file)
     assert "\n" not in str(caught.value) and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("clip", [nn.ReLU6(), nn.Hardtanh()], ids=str)
+def test_executorch_computes_on_integers_what_a_clip_and_a_narrow_grid_follow(clip, tmp_path) -> None:
+    target, x = target_of("executorch"), torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), clip, nn.Conv2d(4, 4, 3), clip, nn.Flatten(), nn.Linear(64, 5))
+    converted = both(model, x, W8A8 | {"act": {"bits": 4}})[1]
+    target.write(converted, None, x[:8], tmp_path)  # pyright: ignore[reportArgumentType]
+    runner: Any = target.open(tmp_path / target.file, converted)
+    assert runner.float_layers() == ["5"]
+    comparison = Comparison()
+    with torch.no_grad():
+        comparison.update(converted(x[:9]).numpy(), runner(x[:9].numpy()))
+    assert comparison.mean_steps <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "said"),
+    [
+        pytest.param(nn.Conv3d(4, 4, 2), (5, 5, 5), r"'0' has three dimensions", id="3d"),
+        pytest.param(
+            nn.ConvTranspose2d(4, 4, 2, groups=2), (5, 5),
+            r"'0' is transposed and has groups, .* with a rule \{match: \"0\", weight: off, act: off\}", id="groups",
+        ),
+    ],
+)  # fmt: skip
+def test_what_executorch_has_no_kernel_for_is_refused_before_training(layer, shape, said) -> None:
+    target, x, model = target_of("executorch"), torch.randn(4, 4, *shape), nn.Sequential(layer, nn.ReLU())
+    plan = quantized(model, x, W8A8)
+    with pytest.raises(UserError, match=said):
+        raise UserError(target.why_not(model, plan) or "")
 
 
 def test_executorch_needs_a_batch_that_can_vary() -> None:

@@ -2,10 +2,10 @@
 
 XNNPACK computes a convolution or linear layer on integers if its input and its output both lie on grids. A linear layer
 that no grid follows (as a rule the last one) keeps its codes in the file, which a portable kernel turns into floats for
-a product in float. A convolution that none follows is refused: behind XNNPACK, ExecuTorch 1.5 computes other numbers
-(off by half of their range; without XNNPACK they are right). So layers are made visible by their codes. A concatenation
-of codes on one grid into those of another is refused, too: XNNPACK does not load it. An application links the runtime's
-XNNPACK back end, portable kernels and quantized kernels.
+a product in float. A convolution of codes that XNNPACK does not take, as a rule because no grid follows it, is refused:
+behind XNNPACK, ExecuTorch 1.5 computes other numbers (off by half of their range; without XNNPACK they are right). So
+layers are made visible by their codes. A concatenation of codes on one grid into those of another is refused, too:
+XNNPACK does not load it. An application links the runtime's XNNPACK back end, portable kernels and quantized kernels.
 
 The runtime plans memory for batches of up to `max_batch`; the runner here splits what is larger.
 """
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from qat.errors import UserError
 from qat.export.executorch_file import PteFile, describe
@@ -122,6 +123,11 @@ class ExecuTorchTarget(Target):
             raise UserError(f"max_batch={self.max_batch}: must be at least 2, or the batch is taken for a constant")
 
     def unfit(self, model: nn.Module, plan: Plan) -> str | None:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+                return f"'{name}' has three dimensions, which ExecuTorch convolves neither on integers nor in float"
+            if isinstance(module, _ConvTransposeNd) and module.groups > 1 and name in plan.weights:
+                return f"'{name}' is transposed and has groups, which XNNPACK has no int8 kernel for; {_leave(name)}"
         return unfit_for_int8(plan, "XNNPACK")
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
@@ -130,7 +136,7 @@ class ExecuTorchTarget(Target):
         if wrong := float_products(program, CONVOLUTIONS):
             raise UserError(
                 f"{self.file}: '{wrong[0]}' is a convolution whose output lies on no grid, which ExecuTorch computes "
-                f'wrongly behind XNNPACK; leave it float with a rule {{match: "{wrong[0]}", weight: off, act: off}}'
+                f"wrongly behind XNNPACK; {_leave(wrong[0])}"
             )
         if mixed := _mixed(program):
             raise UserError(
@@ -153,6 +159,12 @@ class ExecuTorchTarget(Target):
                 raise UserError(f"{type(model).__name__} cannot be lowered for ExecuTorch: {reason}") from error
         (folder / self.file).write_bytes(content)
         (folder / "model.layers.json").write_text(describe(content, model, floats))
+        left = PteFile.read(folder / self.file).float_layers()
+        if wrong := [name for name in left if isinstance(model.get_submodule(name), _ConvNd)]:
+            raise UserError(
+                f"{self.file}: '{wrong[0]}' is a convolution that XNNPACK does not compute on integers here, and "
+                f"ExecuTorch computes it wrongly behind XNNPACK; {_leave(wrong[0])}"
+            )
         self.try_out(model, folder)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> ExecuTorchRunner:
@@ -166,6 +178,10 @@ class ExecuTorchTarget(Target):
         count_kernels(
             verdict, converted, file.integer_nodes(), without=len(file.unfollowed), what="products in XNNPACK"
         )
+
+
+def _leave(layer: str) -> str:
+    return f'leave it float with a rule {{match: "{layer}", weight: off, act: off}}'
 
 
 def _mixed(program: ExportedProgram) -> str | None:

@@ -6,6 +6,7 @@ alone: a grid whose codes have the other sign is moved by 128, which changes no 
 it is quantized (rounding is monotone, so that gives the same codes).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ DEQUANTIZE_CHANNELS = OPS.dequantize_per_channel.default
 CONVOLUTIONS = (ATEN.conv1d.default, ATEN.conv2d.default)
 PRODUCTS = (*CONVOLUTIONS, ATEN.linear.default, ATEN.matmul.default, ATEN.bmm.default)
 IDENTITIES = ATEN.dropout.default, ATEN.contiguous.default, ATEN.clone.default, ATEN.alias.default
-CLIPS = ATEN.relu.default, ATEN.relu6.default, ATEN.hardtanh.default
+CLIPS = {ATEN.relu.default: (0.0, math.inf), ATEN.relu6.default: (0.0, 6.0), ATEN.hardtanh.default: (-1.0, 1.0)}
+"""Clips, and their limits where a node names no others."""
 MOVES = (
     *(ATEN.max_pool1d.default, ATEN.max_pool2d.default, ATEN.flatten.using_ints, ATEN.view.default),
     *(ATEN.reshape.default, ATEN.permute.default, ATEN.transpose.int, ATEN.squeeze.dim, ATEN.unsqueeze.default),
@@ -192,23 +194,38 @@ def _moves(node: fx.Node) -> bool:
 
 
 def _merge(graph: fx.Graph) -> None:
-    """Quantizes a tensor once per grid, and drops the ReLUs whose limit the clip of a narrow grid has, too."""
+    """Quantizes a tensor once per grid, and makes one clip of a narrow grid's and the model's own in front of it:
+    runtimes look for one behind a product."""
     seen: dict[Any, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in (QUANTIZE, ATEN.hardtanh.default):
             continue
+        if node.target is ATEN.hardtanh.default:
+            _clip_once(node)
         key = node.target, node.args
         if key in seen:
             node.replace_all_uses_with(seen[key])
             graph.erase_node(node)
             continue
         seen[key] = node
-        source = node.args[0]
-        if node.target is ATEN.hardtanh.default and isinstance(source, fx.Node):
-            low = node.args[1] if len(node.args) > 1 else -1.0
-            if source.target is ATEN.relu.default and isinstance(low, float) and low >= 0:
-                node.args = (source.args[0], *node.args[1:])
     graph.eliminate_dead_code()
+
+
+def _clip_once(clip: fx.Node) -> None:
+    """Gives a clip the limits of the one that it reads, too; not where nothing, or one number, lies within both."""
+    source: Any = clip.args[0]
+    if source.target not in CLIPS:
+        return
+    (low, high), (least, most) = limits_of(clip), limits_of(source)
+    if max(low, least) < min(high, most):
+        clip.args = source.args[0], max(low, least), min(high, most)
+
+
+def limits_of(clip: fx.Node) -> tuple[float, float]:
+    """The limits of one of `CLIPS`."""
+    given: Any = clip.args[1:]
+    low, high = (*given, *CLIPS[clip.target][len(given) :])
+    return low, high
 
 
 def float_products(program: ExportedProgram, kinds: Sequence[Any] | None = None) -> list[str]:

@@ -15,13 +15,12 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from qat.errors import UserError
-from qat.export.int8_program import ATEN, DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, layer_of
+from qat.export.int8_program import CLIPS, DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, layer_of, limits_of
 from qat.export.tflite_builder import Builder, Grid, Value
 from qat.integer import IntegerLayer, reads_elementwise
 
 LOW, HIGH = -128, 127
 CODES = ".integer_weight.codes"
-CLIPS = {ATEN.relu.default: (0.0, None), ATEN.relu6.default: (0.0, 6.0), ATEN.hardtanh.default: (-1.0, 1.0)}
 
 
 @dataclass(frozen=True)
@@ -47,13 +46,6 @@ class Codes:
         return self.low == self.grid[1] and self.high == HIGH
 
 
-def bounds(node: fx.Node) -> tuple[float | None, float | None]:
-    """The limits of a clip."""
-    low, high = CLIPS[node.target]  # pyright: ignore[reportArgumentType]
-    values: Any = node.args[1:] if node.target is ATEN.hardtanh.default else ()
-    return (*values, low, high)[:2] if len(values) == 2 else (low, high)
-
-
 def codes_after(node: fx.Node) -> Codes | None:
     """The grid behind a node, if nothing but clips stands between and nobody else reads what is there."""
     clips, at = ([node] if node.target in CLIPS else []), node
@@ -68,9 +60,8 @@ def codes_after(node: fx.Node) -> Codes | None:
         return None
     numbers: Any = at.args[1:5]
     scale, zero, low, high = numbers
-    for below, above in map(bounds, clips):
-        low = max(low, _code(below, scale, zero)) if below is not None else low
-        high = min(high, _code(above, scale, zero)) if above is not None else high
+    for below, above in map(limits_of, clips):
+        low, high = max(low, _code(below, scale, zero)), min(high, _code(above, scale, zero))
     return Codes(at, (scale, zero), low, high, tuple(clips))
 
 

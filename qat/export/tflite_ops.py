@@ -7,9 +7,9 @@ import numpy as np
 from torch import fx
 
 from qat.errors import UserError
-from qat.export.int8_program import ATEN, QUANTIZE, layer_of
+from qat.export.int8_program import ATEN, CLIPS, QUANTIZE, layer_of, limits_of
 from qat.export.tflite_handlers import RELU, Handler, aligned, finish, operand
-from qat.export.tflite_lower import CLIPS, Codes, Lowering, bounds, codes_after
+from qat.export.tflite_lower import Codes, Lowering, codes_after
 from qat.export.tflite_moves import cat, max_pool2d, mean, pad, permute, reshape, slices
 from qat.export.tflite_products import conv2d, linear, matmul
 
@@ -64,8 +64,8 @@ def clip(low: Lowering, node: fx.Node) -> None:
         low.quantized(x, after)
         return
     value = low.float(x)
-    for kind, bound in zip(("MAXIMUM", "MINIMUM"), bounds(node), strict=True):
-        if bound is not None:
+    for kind, bound in zip(("MAXIMUM", "MINIMUM"), limits_of(node), strict=True):
+        if np.isfinite(bound):
             limit = low.build.constant(np.array(bound, np.float32))
             value = low.build.op(kind, [value.index, limit], low.build.value(value.shape, None, value.last))
     low.values[node] = value
