@@ -78,9 +78,10 @@ def test_a_file_has_the_same_codes_and_outputs_with_and_without_optimizations(na
         assert comparison.mean_steps <= limit and comparison.agreement >= 0.9, (optimize, comparison)
 
 
-@pytest.mark.parametrize("name", ["onnx", "openvino"])
-def test_unsigned_weights_of_4_bits_come_back_and_give_the_outputs(name, tmp_path) -> None:
-    weight = {"bits": 4, "granularity": "channel", "symmetric": False}
+@pytest.mark.parametrize("name", ["onnx", "openvino", "torch"])
+@pytest.mark.parametrize("grain", [{"granularity": "channel"}, {"granularity": "group", "group_size": 4}], ids=str)
+def test_unsigned_weights_of_4_bits_come_back_and_give_the_outputs(name, grain, tmp_path) -> None:
+    weight = {"bits": 4, "symmetric": False, **grain}
     target, case, verdict = target_of(name), Case(Shape(kind="linear"), W8A8 | {"weight": weight}, name), Verdict()
     path = case.export(target, tmp_path)
     check_codes(verdict, case.converted, target.codes(path))

@@ -28,7 +28,7 @@ class DecomposedEmitter(Eager):
     """Writes quantized-decomposed operations while a converted model is traced."""
 
     def dequantize(self, tensor: IntegerTensor) -> Tensor:
-        codes, zero = tensor.codes, tensor.zero_point
+        codes, zero = tensor.codes, tensor.zero_point.long()  # a difference of two uint8 would wrap
         limits = torch.iinfo(codes.dtype)
         if tensor.group_size is not None:
             if codes.ndim != 2 or tensor.axis != 1:  # torch has such an operation for matrices alone
