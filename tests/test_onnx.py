@@ -29,7 +29,7 @@ W4 = {"bits": 4, "granularity": "channel"}
 W8 = {"bits": 8, "granularity": "channel"}
 AFFINE = {"bits": 4, "granularity": "channel", "symmetric": False, "quantizer": "fixed"}
 GROUPS = {"bits": 4, "granularity": "group", "group_size": 4}
-A8, A4 = {"bits": 8}, {"bits": 4}
+A8, A4, B12 = {"bits": 8}, {"bits": 4}, {"bits": 12}
 
 
 class Calls(nn.Module):
@@ -121,6 +121,18 @@ CASES = [
     pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), AFFINE, A8, id="unsigned-weights-linear"),
     pytest.param(two(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)), (4, 8, 8), AFFINE, A8, id="unsigned-weights-conv"),
     pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), AFFINE | GROUPS, A8, id="unsigned-groups"),
+    pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), AFFINE | B12, A8, id="unsigned-weights-of-12-bits"),
+    pytest.param(two(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)), (4, 8, 8), AFFINE, A8, id="unsigned-weights-conv"),
+    pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), AFFINE | GROUPS, A8, id="unsigned-groups"),
+    pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), AFFINE | B12, A8, id="unsigned-weights-of-12-bits"),
+    pytest.param(two(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)), (4, 8, 8), AFFINE | B12, B12, id="all-of-12-bits"),
+    pytest.param(
+        two(nn.Conv2d(3, 8, 3), nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 4, 3))),
+        (3, 8, 8),
+        W8,
+        B12 | {"signed": True},
+        id="activations-of-12-bits",
+    ),
     pytest.param(two(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)), (4, 8, 8), W4, None, id="weights-only"),
     pytest.param(two(nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)), (4, 8, 8), None, A4, id="activations-only"),
     pytest.param(two(nn.Linear(16, 24), nn.Linear(24, 5)), (16,), None, A4, id="activations-only-linear"),
@@ -164,6 +176,18 @@ def test_the_file_computes_what_the_model_does(tmp_path, model, size, weight, ac
         assert deviations(path, fake, x[:5], optimize).max() <= 1e-5
     runner = OnnxRunner(path)
     assert runner.integer_nodes() >= expected_integer_nodes(converted) - float_convolutions(path)
+
+
+@pytest.mark.parametrize("act", [B12, B12 | {"signed": True}], ids=["unsigned", "signed"])
+@pytest.mark.parametrize("weight", [W8, AFFINE | B12], ids=["8-bits", "affine-12-bits"])
+def test_activations_of_12_bits_are_clipped_where_the_runtime_can(tmp_path, weight, act) -> None:
+    torch.manual_seed(0)
+    x, path = torch.randn(8, 3, 8, 8), tmp_path / "model.onnx"
+    model = two(nn.Conv2d(3, 8, 3), nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(8, 4, 3)))
+    fake, converted = exported(model, x, {"weight": weight, "act": act}, path)
+    assert_same_codes(path, converted)
+    for optimize in (False, True):
+        assert deviations(path, fake, x[:5], optimize).max() <= 1e-3, "sums in another order: a code or two"
 
 
 def test_linear_layers_on_sequences_become_matrix_products_with_their_bias(tmp_path) -> None:

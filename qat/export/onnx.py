@@ -5,9 +5,10 @@ The converted model writes its own quantization: while it is traced, `OnnxEmitte
 (measured with 1.32):
 
     activations   uint8, zero point 128 for signed grids. Narrower grids clip the uint8 codes; a float clip before
-                  QuantizeLinear would break fusion
+                  QuantizeLinear would break fusion. Above 8 bits uint16, which no integer kernel reads and no Clip
+                  takes, so there it is a float clip
     weights       int8 (affine ones uint8) with zero points; up to 4 and up to 2 bits packed as INT4 and INT2 (UINT4,
-                  UINT2) and cast to one byte, which the runtime does once, at load
+                  UINT2) and cast to one byte, which the runtime does once, at load; above 8 bits int16 and uint16
     linear        Gemm, on inputs of two dimensions; MatMul has no integer kernel that adds a bias
     biases        int32 at s_x * s_w; a float bias would be re-quantized differently (2.5% of a layer's outputs)
     fp8           QuantizeLinear and DequantizeLinear of FLOAT8E4M3FN and FLOAT8E5M2, without a zero point
@@ -63,6 +64,8 @@ class OnnxEmitter:
             elif isinstance(grid, IntegerTensor) and grid.number is not None:
                 kind = FP8[grid.number]
                 grid.codes, grid.zero_point = grid.codes.view(kind), torch.zeros_like(grid.zero_point, dtype=kind)
+            elif isinstance(grid, IntegerTensor) and grid.codes.dtype == torch.int32 and grid.bits <= 16:
+                grid.codes, grid.zero_point = grid.codes.to(torch.uint16), grid.zero_point.to(torch.uint16)
             elif isinstance(grid, IntegerTensor) and grid.codes.dtype == torch.int32 and self.placement.float_biases:
                 grid.register_buffer("onnx_value", grid())
             elif isinstance(grid, IntegerLayer) and reads_elementwise(grid):
@@ -102,10 +105,11 @@ class OnnxEmitter:
         kind, fp8 = zero.dtype, grid.spec.float_format is not None
         # QuantizeLinear saturates fp8 at the largest number, which is where its grid ends.
         limited = not fp8 and grid.quant_max - grid.quant_min < 2 ** torch.iinfo(kind).bits - 1
-        if limited and not self.placement.clips_codes:
+        clips_codes = self.placement.clips_codes and kind.itemsize == 1
+        if limited and not clips_codes:
             x = x.clamp(*grid.onnx_values)  # pyright: ignore
         codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=kind, shape=x.shape)
-        if limited and self.placement.clips_codes:
+        if limited and clips_codes:
             limits = grid.get_buffer("onnx_low"), grid.get_buffer("onnx_high")
             codes = torch.onnx.ops.symbolic("Clip", (codes, *limits), dtype=kind, shape=x.shape)
         return torch.onnx.ops.symbolic("DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=x.shape)

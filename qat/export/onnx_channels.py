@@ -72,7 +72,9 @@ def _is_patches(conv: ir.Node) -> bool:
 
 
 def _is_codes_of_image(image: ir.Node | None) -> bool:
-    if image is None or image.op_type != "DequantizeLinear" or image.inputs[0] is None:
+    if image is None or image.op_type != "DequantizeLinear" or image.inputs[0] is None or image.inputs[2] is None:
+        return False
+    if image.inputs[2].dtype != ir.DataType.UINT8:  # wider codes have neither an integer kernel nor a Pad
         return False
     shape = image.outputs[0].shape
     return not image.inputs[0].is_initializer() and shape is not None and len(shape) == 4 and shape[1] == IMAGE

@@ -151,7 +151,7 @@ def pool_globally(model: ir.Model) -> None:
 
 def clip_codes(model: ir.Model, all_limits: bool = True) -> None:
     """Turns the ReLU or Clip in front of each QuantizeLinear into limits of its codes, or only those that its type has
-    anyway.
+    anyway; so always those of 16 bits, which no Clip of the runtime's takes.
     """
     for node in list(model.graph):
         if node.op_type == "QuantizeLinear":
@@ -180,7 +180,7 @@ def _clip_codes_of(graph: ir.Graph, quantize: ir.Node, all_limits: bool) -> None
     ]
     low = limits.min if codes[0] is None else codes[0]
     high = limits.max if codes[1] is None else codes[1]
-    if not all_limits and (low > limits.min or high < limits.max):
+    if not (all_limits and limits.bits == 8) and (low > limits.min or high < limits.max):
         return
     edge.replace_input_with(0, source.inputs[0])
     _limit(graph, quantize, low, high, limits)

@@ -20,7 +20,7 @@ from qat.export.target import INPUT, Runner
 CODES: dict[int, Any] = {
     **dict.fromkeys([onnx.TensorProto.INT8, onnx.TensorProto.INT4, onnx.TensorProto.INT2], np.int8),
     **dict.fromkeys([onnx.TensorProto.UINT8, onnx.TensorProto.UINT4, onnx.TensorProto.UINT2], np.uint8),
-    **{onnx.TensorProto.INT16: np.int16, onnx.TensorProto.UINT16: np.uint16},
+    **{onnx.TensorProto.INT16: np.int16, onnx.TensorProto.UINT16: np.int32},
 }
 """Types of stored weights, and what they are compared as."""
 FP8 = (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2)
@@ -120,7 +120,7 @@ class OnnxRunner:
 
 
 def weight_codes(path: str | Path) -> dict[str, np.ndarray]:
-    """The codes of the weights in an ONNX file, by layer, as int8 or uint8; those that are packed are widened here."""
+    """The codes of the weights in an ONNX file, by layer, in the model's types; packed ones are widened here."""
     model = onnx.load(str(path))
     found = {}
     for tensor in model.graph.initializer:
@@ -138,7 +138,7 @@ def _unshifted(name: str, codes: np.ndarray) -> np.ndarray:
     """Signed codes, if half of their range was added to them."""
     if name.rpartition(".")[2] != SHIFTED_WEIGHT:
         return codes
-    kind = np.dtype(f"int{codes.itemsize * 8}")
+    kind = np.dtype(np.int8 if codes.dtype == np.uint8 else np.int16)
     return (codes.astype(np.int32) + np.iinfo(kind).min).astype(kind)
 
 

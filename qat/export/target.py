@@ -182,7 +182,7 @@ class Target:
             raise UserError(str(error).removeprefix(f"{folder}/")) from None
 
     def codes(self, path: Path) -> dict[str, np.ndarray]:
-        """The integer weights in the file, by layer, as int8 or uint8."""
+        """The integer weights in the file, by layer, in the types that the model has them in."""
         raise NotImplementedError
 
     def check_kernels(self, verdict: Any, converted: nn.Module, runner: Any) -> None:
