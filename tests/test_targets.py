@@ -1,5 +1,6 @@
 """Every target's file computes what training measured, holds the very same codes, and shows where it went wrong."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from qat.cli.configs import configs_dir
 from qat.cli.targets import build
 from qat.convert import convert
+from qat.copies import copied
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
 from qat.export.manifest import files_bytes
@@ -135,6 +137,19 @@ def test_a_missing_package_is_an_error_that_names_the_extra(name, package, monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"needs {package}: pip install qat\[{name}\]"):
         build(name, {})
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64], ids=str)
+def test_a_model_that_is_not_in_float32_has_no_graph_but_tensors(kind) -> None:
+    x = torch.randn(8, 12).to(kind)
+    model: Any = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).to(kind)
+    plan = quantized(model, x, W8A8)
+    said = rf"'0.weight' is {str(kind)[6:]}, .* cast the model with .float\(\), or use packed"
+    assert build("packed", {}).why_not(model, plan) is None
+    for name in ("onnx", "torch"):
+        assert re.search(said, build(name, {}).why_not(model, plan) or ""), name
+        assert build(name, {}).why_not(copied(model).float(), plan) is None
+    assert "'0' is" in (build("torch", {}).why_not(convert(model, plan), plan) or "")
 
 
 def test_every_export_config_but_none_is_a_target() -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from qat.convert import INTEGERS, Holds, convert, inconvertible
@@ -33,7 +34,7 @@ from qat.errors import UserError
 from qat.export.files import replace
 from qat.export.manifest import check_manifest, check_unclaimed, made_by, stated, write_manifest
 from qat.insert import Plan
-from qat.integer import storage_bits
+from qat.integer import IntegerLayer, storage_bits
 
 INPUT, OUTPUT = "input", "output"
 
@@ -148,6 +149,8 @@ class Target:
         if reason:
             return f"there is no integer form of this quant: {reason}; use export=none"
         reason = self.mismatch(plan) or self.unfit(model, plan)
+        if self.graph is not None:
+            reason = reason or _not_float32(model)
         return reason and f"{self.file} cannot hold this quant: {reason}"
 
     def prepared(self, model: nn.Module, plan: Plan) -> nn.Module:
@@ -253,3 +256,14 @@ class Target:
         """
         check_manifest(path, type(self).__name__)
         return self.open(path, model, optimize=optimize, threads=threads)
+
+
+def _not_float32(model: nn.Module) -> str | None:
+    """Why a graph, in which grids give float32, would not fit together with what else computes in it."""
+    kinds = {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    kinds |= {name: module.computes_in for name, module in model.named_modules() if isinstance(module, IntegerLayer)}
+    for name, kind in kinds.items():
+        if kind != torch.float32:
+            said = str(kind).removeprefix("torch.")
+            return f"'{name}' is {said}, and grids in graphs are float32; cast the model with .float(), or use packed"
+    return None
