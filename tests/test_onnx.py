@@ -198,6 +198,14 @@ def test_linear_layers_on_sequences_become_matrix_products_with_their_bias(tmp_p
     assert OnnxRunner(path)(torch.randn(3, 6, 16).numpy()).shape == (3, 6, 5)
 
 
+def test_an_empty_batch_gives_no_outputs(tmp_path) -> None:
+    x, path = torch.randn(8, 4, 6, 6), tmp_path / "model.onnx"
+    model = Calls(lambda m, x: m.b(F.relu(m.a(x)).mean((2, 3))), a=nn.Conv2d(4, 8, 3), b=nn.Linear(8, 5))
+    exported(model, x, {"weight": W4, "act": A8}, path)
+    for optimize in (False, True):
+        assert OnnxRunner(path, optimize=optimize)(x[:0].numpy()).shape == (0, 5)
+
+
 def test_a_residual_addition_is_an_integer_kernel(tmp_path) -> None:
     model, path = lived(Drawn(Shape(kind="strided"))), tmp_path / "model.onnx"
     exported(model, model.example(4), POLICY, path)

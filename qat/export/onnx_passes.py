@@ -141,7 +141,11 @@ def pool_globally(model: ir.Model) -> None:
         result.type = source.type
         graph.insert_before(node, pool)
         if node.attributes.get_int("keepdims", 1) == 0:
-            reshape = ir.node("Reshape", [result, initializer(graph, "flat_shape", np.array([0, -1], np.int64))])
+            assert source.shape is not None
+            # Of an empty batch, the runtime cannot tell what a -1 stands for.
+            channels = size if isinstance(size := source.shape[1], int) else -1
+            flat = initializer(graph, f"flat_shape_{channels}", np.array([0, channels], np.int64))
+            reshape = ir.node("Reshape", [result, flat])
             reshape.outputs[0].type = source.type
             graph.insert_before(node, reshape)
             result = reshape.outputs[0]
