@@ -263,6 +263,23 @@ def test_a_policy_without_integer_weights_leaves_nothing_to_choose():
         make_space(model, policy, Search([4], [8]), lambda: model(model.example(2)))
 
 
+def test_weights_of_a_module_that_has_several_are_named_and_not_chosen():
+    class Spotter(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru, self.head = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.gru(x)[0][:, -1])
+
+    model, x = Spotter().eval(), torch.randn(2, 5, 4)
+    space = make_space(model, POLICY, Search([4, 8], [8]), lambda: model(x))
+    assert [layer.name for layer in space.layers] == ["head"] and space.parts == ["gru.ih_l0", "gru.hh_l0"]
+    float_head = {**POLICY.settings, "rules": {"head": {"match": "head", "weight": "off", "act": "off"}}}
+    with pytest.raises(UserError, match=r"no weight an integer grid but to gru.ih_l0, gru.hh_l0 \(modules of several"):
+        make_space(model, QuantPolicy.from_dict(float_head), Search([4, 8], [8]), lambda: model(x))
+
+
 def test_a_search_within_a_network_chooses_for_its_layers_alone(tmp_path):
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -42,7 +42,7 @@ from qat.search.emit import outputs, write
 from qat.search.fractional import FractionalGrid, RelaxedCost, Width, all_pairs
 from qat.search.learned import fractional_grids, shared_widths
 from qat.search.settings import Search
-from qat.search.space import Pair, Space, make_space
+from qat.search.space import Pair, Space, kept_bits, make_space
 from qat.search.weigh import converted, packed_bytes
 
 BUDGETS = ("avg_bits", "bops", "packed")
@@ -145,6 +145,8 @@ class LearnBits(Stateful):
         remove(shell)
         policy = joint_policy([qat], shell)
         self.space: Space = make_space(shell, policy, self.settings, run_steps(shell, source, samples=1))
+        if self.space.parts:
+            rank_zero_info(f"LearnBits: not learned: {kept_bits(self.space.parts)}")
         self.other = {
             "calibration_samples": qat.calibration_samples, "scale_lr": qat.scale_lr_factor, "module": None,
         }  # fmt: skip

@@ -38,7 +38,7 @@ from qat.search.latency import layer_latencies
 from qat.search.measured import Measured
 from qat.search.sensitivity import mean_loss, measure, missing
 from qat.search.settings import Search
-from qat.search.space import Pair, Space, make_space, with_bits
+from qat.search.space import Pair, Space, kept_bits, make_space, with_bits
 from qat.search.weigh import converted, packed_bytes
 
 
@@ -84,6 +84,8 @@ class SearchRun(Run):
             task = progress.add_task("Measuring", total=missing(space, measured, probes))
             measure(space, measured, by_loss, probes, lambda: progress.advance(task))
         self.console.print(sensitivity_table(space, measured))
+        if space.parts:
+            self.console.print(f"Not chosen: {kept_bits(space.parts)}", highlight=False)
         save_sensitivity(space, measured, self.folder / "sensitivity.png")
         return measured
 

@@ -57,6 +57,7 @@ class Space:
         layers: In execution order.
         tied: Groups of layers (by name) that get the same pair.
         plan, rows: Of the policy as it is.
+        parts: Integer weights that keep the bits that the policy gives them: a module has several (those of a GRU).
         plans: Per width, the plan with every chosen grid at that width.
     """
 
@@ -66,6 +67,7 @@ class Space:
     tied: list[list[str]]
     plan: Plan
     rows: dict[str, AuditRow]
+    parts: list[str]
     plans: dict[int, Plan] = field(default_factory=dict)
 
     @property
@@ -93,10 +95,12 @@ def make_space(model: nn.Module, policy: Policy, search: Search, run: Callable[[
     """
     plan, recording = make_plan(model, policy, run)
     rows = {row.name: row for row in with_bytes(audit(model, plan, recording), model, plan)}
-    real = [n for n in plan.layers if is_layer(model, n)]  # of recurrent layers, say, each weight is a part in the plan
-    weights = [n for n in real if _free(plan.weights.get(plan.layers[n]["weight"] or ""))]
+    real = [n for n in plan.layers if is_layer(model, n)]
+    free = [n for n, layer in plan.layers.items() if _free(plan.weights.get(layer["weight"] or ""))]
+    weights, parts = [n for n in free if n in real], [n for n in free if n not in real]
     if not weights:
-        raise UserError("search: the policy gives no weight an integer grid, so there is nothing to choose")
+        but = f" but to {kept_bits(parts)}" if parts else ""
+        raise UserError(f"search: the policy gives no weight an integer grid{but}, so there is nothing to choose")
     acts = [n for n in weights if (grid := plan.layers[n]["input"]) and _free(plan.activations[grid[-1]])]
     widths = sorted({*search.weight_bits, *search.act_bits})
     plans = {
@@ -116,7 +120,12 @@ def make_space(model: nn.Module, policy: Policy, search: Search, run: Callable[[
         for name in weights
     ]
     tied = [[n for n in weights if n in matching(p, "tie", weighted)] for p in search.tie]
-    return Space(model, policy, layers, tied, plan, rows, plans)
+    return Space(model, policy, layers, tied, plan, rows, parts, plans)
+
+
+def kept_bits(parts: Sequence[str]) -> str:
+    """Names the parts whose bits are not chosen, and says why."""
+    return f"{', '.join(parts)} (modules of several weights keep the bits that rules give them)"
 
 
 def _free(spec: Any) -> bool:
