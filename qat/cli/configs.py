@@ -37,6 +37,8 @@ DIVISORS = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_int
 """What Lightning's trainer divides by without a look at it."""
 REQUIRED = ("data", "model", "quant", "trainer")
 """Groups without which there is no run."""
+OTHER_KEYS = ("calibration_samples", "scale_lr", "module", "predicted")
+"""Of `quant`, what is no setting of the policy."""
 
 
 def configs_dir() -> Path:
@@ -108,6 +110,13 @@ def dotted_items(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         for key, value in tree.items():
             yield f"{prefix}{key}", value
             yield from dotted_items(value, f"{prefix}{key}.")
+
+
+def policy_settings(quant: DictConfig) -> dict[str, Any]:
+    """What `quant` says of the policy, without what it says of calibration and training."""
+    settings = OmegaConf.to_container(quant, resolve=True)
+    assert isinstance(settings, dict)
+    return {str(key): value for key, value in settings.items() if key not in OTHER_KEYS}
 
 
 def finish(cfg: DictConfig, run_dir: Path) -> None:

@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from qat.cli.configs import configs_dir, finish, group_overrides
+from qat.cli.configs import configs_dir, finish, group_overrides, policy_settings
 from qat.cli.explain import COMPOSITION_ERRORS, explain
 from qat.cli.instantiate import instantiate
 from qat.errors import UserError
@@ -145,6 +145,7 @@ class _Line:
             for value in values[1:] if isinstance(values, list) else [values.high]:
                 tried[f"{key}={value}"] = [*first[:i], f"{key}={value}", *first[i + 1 :]]
         found: dict[str, dict[str, Any]] = {}
+        policies: list[dict[str, Any]] = []
         for text, overrides in tried.items():
             cfg = self._written([*self.own, *overrides])
             said = OmegaConf.to_container(cfg)
@@ -153,6 +154,9 @@ class _Line:
                 if part not in FREE:
                     found.setdefault(str(part), {})[text] = said[part]
             finish(cfg, Path("point"))
+            if (settings := policy_settings(cfg.quant)) not in policies:
+                policies.append(settings)
+        _check_policies(policies)
         texts = {part: json.dumps(said, sort_keys=True, default=str) for part, said in found.items()}
         return {part: hashlib.sha256(text.encode()).hexdigest()[:16] for part, text in texts.items()}
 
@@ -171,6 +175,13 @@ class _Line:
         with initialize_config_dir(str(configs_dir()), **self.version):
             overrides = group_overrides([*self.fixed, *more], self.config_dir)
             return compose("train", overrides=[*overrides, *search])
+
+
+def _check_policies(settings: list[dict[str, Any]]) -> None:
+    from qat.networks import policy_of  # imports torch: only once all configs are there
+
+    for each in settings:
+        policy_of(each)
 
 
 def _values(override: Override) -> list[str] | Interval:

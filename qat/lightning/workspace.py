@@ -24,6 +24,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
 from qat.audit import AuditRow, audit, check_coverage
+from qat.cli.configs import policy_settings
 from qat.cli.instantiate import build
 from qat.copies import copied
 from qat.errors import UserError, unmakeable
@@ -53,8 +54,6 @@ SET_BY_THE_RUN = {
     "enable_checkpointing": "callbacks.best=null callbacks.last=null leave checkpoints out",
 }
 """Arguments of the trainer that cannot be configured as such, and what can be instead."""
-OTHER_KEYS = ("calibration_samples", "scale_lr", "module", "predicted")
-"""Of `quant`, what is no setting of the policy."""
 
 
 class Workspace:
@@ -100,9 +99,7 @@ class Workspace:
 
     def _policy(self) -> Policy:
         """That of the config; where it names no target, that of the file to be written."""
-        settings = OmegaConf.to_container(self.cfg.quant, resolve=True)
-        assert isinstance(settings, dict)
-        given = {str(k): v for k, v in settings.items() if k not in OTHER_KEYS}
+        given = policy_settings(self.cfg.quant)
         for own in several.values() if isinstance(several := given.get(KEY), dict) else [given]:
             if self.target is not None and isinstance(own, dict) and own.get("target") is None:
                 own["target"] = self.target.engine
