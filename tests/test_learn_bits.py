@@ -249,6 +249,19 @@ def test_the_widths_of_one_network_are_learned_alone(tmp_path):
     }
 
 
+def test_the_width_of_the_data_s_own_grid_learns_as_all_others_do():
+    class Watched(LearnBits):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+            free = {name: width.value.grad for name, width in self.widths.items() if not width.fixed}
+            seen.append({name for name, gradient in free.items() if gradient is None or not gradient.any()})
+            super().on_before_optimizer_step(trainer, pl_module, optimizer)
+
+    seen: list[set[str]] = []
+    learn = Watched({"avg_bits": 4.0}, least={})  # a budget that says nothing of inputs
+    trainer(None, learn, policy=POLICY, max_epochs=1).fit(Tiny(), loader())
+    assert "net.stem.input" in learn.widths and seen[0] == set()
+
+
 def test_the_projection_behind_an_attention_learns_as_any_layer_does():
     module = Tiny()
     encoder = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)

@@ -126,7 +126,9 @@ def test_the_front_holds_what_nobody_beats_ties_included():
         ),
         pytest.param(["sweep=bits_gird"], "did you mean 'bits_grid'", id="sweep"),
         pytest.param(["-m", "seed=0,1", "sweep.launcher.n_jobs=0"], "n_jobs=0: must be at least 1", id="no-jobs"),
-        pytest.param(["-m", "quant.weight.bits=4,0"], "quant.weight: bits=0: format=int has", id="bits-of-the-last-point"),
+        pytest.param(
+            ["-m", "quant.weight.bits=4,0"], "quant.weight: bits=0: format=int has", id="bits-of-the-last-point"
+        ),
         pytest.param(["-m", "model.lr=interval(0.1,0.2)"], "a grid needs choices", id="interval"),
     ],
 )
