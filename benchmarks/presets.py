@@ -3,11 +3,9 @@
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from qat.cli.configs import configs_dir
+from qat.cli.configs import configs_dir, policy_settings
 from qat.cli.train import VERSION
-from qat.lightning.workspace import OTHER_KEYS
 from qat.policy import QuantPolicy
 
 
@@ -15,8 +13,7 @@ def settings(*overrides: str) -> dict[str, Any]:
     """`quant` of a command line, without what is no part of a policy."""
     with initialize_config_dir(str(configs_dir()), **VERSION):
         cfg = compose("train", overrides=list(overrides))
-    found: Any = OmegaConf.to_container(cfg.quant, resolve=True)
-    return {key: value for key, value in found.items() if key not in OTHER_KEYS}
+    return policy_settings(cfg.quant)
 
 
 def policy(preset: str, *overrides: str) -> QuantPolicy:

@@ -173,9 +173,13 @@ def readers_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return {quantizer: tuple(dict.fromkeys(names)) for quantizer, names in readers.items()}
 
 
+def decibels(signal: float, noise: float) -> float | None:
+    """SQNR; `None` where there is no noise, or nothing to compare it with."""
+    return 10 * math.log10(signal / noise) if signal and noise else None
+
+
 def summarize(name: str, quantizer: Quantizer, tally: Tally, readers: tuple[str, ...]) -> QuantizerStats:
     scale = quantizer.step()
-    both = tally.signal and tally.noise
     return QuantizerStats(
         name=name,
         layer=readers[0],
@@ -186,7 +190,7 @@ def summarize(name: str, quantizer: Quantizer, tally: Tally, readers: tuple[str,
         scale_min=scale.min().item(),
         scale_mean=scale.mean().item(),
         scale_max=scale.max().item(),
-        sqnr_db=10 * math.log10(tally.signal / tally.noise) if both else None,
+        sqnr_db=decibels(tally.signal, tally.noise),
         clip_rate=tally.clipped / tally.total,
         used_codes=len(tally.codes) / quantizer.spec.size,
     )

@@ -4,13 +4,12 @@ import re
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from qat.cli.configs import configs_dir, finish
+from qat.cli.configs import configs_dir, finish, policy_settings
 from qat.cli.instantiate import _check, instantiate
 from qat.cli.train import VERSION
 from qat.errors import UserError
-from qat.lightning.workspace import OTHER_KEYS, Workspace
+from qat.lightning.workspace import Workspace
 from qat.policy import QuantPolicy
 from qat.ranges import ESTIMATORS
 
@@ -54,9 +53,7 @@ EVERY = [
 def test_every_config_composes_and_its_targets_take_every_key(choice, config):
     cfg = config(choice, *NEEDED.get(choice, []))
     _check(cfg, "", {})
-    settings = OmegaConf.to_container(cfg.quant)
-    assert isinstance(settings, dict)
-    QuantPolicy.from_dict({str(k): v for k, v in settings.items() if k not in OTHER_KEYS})
+    QuantPolicy.from_dict(policy_settings(cfg.quant))
 
 
 @pytest.mark.parametrize("path", sorted(configs_dir().rglob("*.yaml")), ids=lambda path: path.stem)

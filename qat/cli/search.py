@@ -11,9 +11,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from qat.cli.configs import configs_dir, finish, group_overrides, known_keys
+from qat.cli.configs import configs_dir, finish, group_overrides, key_of, known_keys
 from qat.cli.explain import COMPOSITION_ERRORS, explain
-from qat.cli.train import VERSION, _key, _parse, quieten
+from qat.cli.train import VERSION, _parse, quieten
 from qat.errors import UserError, nearest
 from qat.search.budget import BUDGETS
 
@@ -35,7 +35,7 @@ def main(argv: list[str], command: str = "search") -> int:
         return 0
     overrides, budgets = [], []
     for text in args.overrides:
-        (budgets if _key(text) in BUDGETS else overrides).append(text)
+        (budgets if key_of(text) in BUDGETS else overrides).append(text)
     if budgets and command != "search":
         raise UserError(f"{budgets[0]}: `qat {command}` only measures; budgets are for `qat search`")
     overrides += [f"++search.budget.{text}" for text in budgets]
@@ -63,7 +63,7 @@ def _check_names(overrides: list[str]) -> None:
     """A word that is neither a cost nor a key was probably meant as a cost."""
     keys = known_keys()
     for text in overrides:
-        key = _key(text)
+        key = key_of(text)
         if key.partition(".")[0].partition("/")[0] not in (*keys, "hydra"):
             raise UserError(f"'{key}' is neither a cost nor a config key{nearest(key, [*BUDGETS, *keys])} "
                             f"(costs: {', '.join(BUDGETS)})")  # fmt: skip
@@ -71,7 +71,7 @@ def _check_names(overrides: list[str]) -> None:
 
 def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
     overrides = group_overrides(overrides, config_dir)
-    chosen = [] if any(_key(text) == GROUP for text in overrides) else [f"{GROUP}=default"]
+    chosen = [] if any(key_of(text) == GROUP for text in overrides) else [f"{GROUP}=default"]
     path = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
     GlobalHydra.instance().clear()
     version: dict[str, Any] = VERSION

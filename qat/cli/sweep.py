@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from qat.cli.configs import configs_dir, finish, group_overrides, policy_settings
+from qat.cli.configs import configs_dir, finish, group_overrides, key_of, policy_settings
 from qat.cli.explain import COMPOSITION_ERRORS, explain
 from qat.cli.instantiate import instantiate
 from qat.errors import UserError
@@ -34,10 +34,6 @@ FREE = ("run_dir", "cache_dir", "logger", GROUP)
 """Parts of a config that say where a point runs and what is written of it, not what comes of it."""
 HYDRAS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep", "hydra.mode")
 """Hydra's ways to run a sweep, which know neither resuming nor processes of their own."""
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
 
 
 def main(args: argparse.Namespace, version: dict[str, Any]) -> int:
@@ -73,9 +69,9 @@ class _Line:
         self.config_dir = str(Path(args.config_dir).absolute()) if args.config_dir else None
         texts = list(args.overrides)
         for text in texts:
-            if _key(text) == "run_dir":
+            if key_of(text) == "run_dir":
                 raise UserError("run_dir is the directory of one run; a sweep has sweep.dir=...")
-            if _key(text).startswith(HYDRAS):
+            if key_of(text).startswith(HYDRAS):
                 raise UserError(f"{text}: sweeps here are run by sweep=... and sweep/launcher=..., not by Hydra")
         search_path = create_config_search_path(str(configs_dir()))
         if self.config_dir:
@@ -85,7 +81,7 @@ class _Line:
         self.fixed: list[str] = []
         self.swept: dict[str, Override] = {}
         for text, override in zip(texts, parsed, strict=True):
-            if _key(text).partition(".")[0].partition("/")[0] == GROUP:
+            if key_of(text).partition(".")[0].partition("/")[0] == GROUP:
                 self.own.append(f"{GROUP}=grid" if text == f"{GROUP}=[]" else text)  # none, but -m: a plain grid
             elif override.is_sweep_override():
                 self.swept[text.partition("=")[0]] = override
@@ -96,12 +92,12 @@ class _Line:
     def sweep(self) -> tuple[Any, Task]:
         """The sweep and its task, everything checked."""
         space: Space = {key: _values(override) for key, override in self.swept.items()}
-        if not any(_key(text) == GROUP for text in self.own) and not self._compose(self._first(space)).get(GROUP):
+        if not any(key_of(text) == GROUP for text in self.own) and not self._compose(self._first(space)).get(GROUP):
             self.own.insert(0, f"{GROUP}=grid")
         cfg = self._compose([*self.own, *self._first(space)])
-        given = {_key(text) for text in self.fixed}
+        given = {key_of(text) for text in self.fixed}
         written = from_yaml(OmegaConf.to_container(cfg.sweep).get("params"))  # pyright: ignore
-        space = {k: v for k, v in written.items() if _key(k) not in given and k not in space} | space
+        space = {k: v for k, v in written.items() if key_of(k) not in given and k not in space} | space
         if not space:
             raise UserError("nothing varies: give a key several values (quant.weight.bits=2,4,8), or sweep=bits_grid")
         config = self._try(space)
@@ -130,7 +126,7 @@ class _Line:
     def _folder(self, cfg: DictConfig, space: Space, objectives: dict[str, str]) -> str:
         """The same for the same command."""
         content = json.dumps([self.fixed, {k: str(v) for k, v in space.items()}, objectives, cfg.sweep._target_])
-        choice = next((text.partition("=")[2] for text in self.own if _key(text) == GROUP), GROUP)
+        choice = next((text.partition("=")[2] for text in self.own if key_of(text) == GROUP), GROUP)
         return f"logs/{cfg.name}/sweeps/{choice}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
 
     def _try(self, space: Space) -> dict[str, str]:

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from qat.cli.arguments import complaint
-from qat.cli.configs import configs_dir, finish, group_overrides
+from qat.cli.configs import configs_dir, finish, group_overrides, key_of
 from qat.cli.explain import COMPOSITION_ERRORS, explain
 from qat.cli.instantiate import HYDRA_1_4, allowed_patterns
 from qat.cli.output import discard, discard_all
@@ -78,7 +78,7 @@ def main(argv: list[str]) -> int:
         options.remove(text)
     args.overrides = group_overrides(args.overrides, args.config_dir)
     for text in args.overrides:
-        if _key(text) == "run_dir" and text.partition("=")[2].lower() in ("null", "", "''", '""'):
+        if key_of(text) == "run_dir" and text.partition("=")[2].lower() in ("null", "", "''", '""'):
             raise UserError(f"{text}: a run writes into a folder; leave this out for one named after the time")
     if _sweeping(args):
         from qat.cli.sweep import main as sweep
@@ -118,16 +118,12 @@ def _sweeping(args: argparse.Namespace) -> bool:
 
 def _resumed(overrides: list[str]) -> list[str]:
     """With `ckpt=last run_dir=DIR`, the overrides that DIR was run with, and then those given now."""
-    given = {_key(text): text.partition("=")[2] for text in overrides}
+    given = {key_of(text): text.partition("=")[2] for text in overrides}
     saved = Path(given.get("run_dir", "")) / ".hydra" / "overrides.yaml"
     if given.get("ckpt") != "last" or "run_dir" not in given or not saved.is_file():
         return overrides
     before = [str(text) for text in OmegaConf.load(saved)]
-    return [*(text for text in before if _key(text) not in given), *overrides]
-
-
-def _key(override: str) -> str:
-    return override.lstrip("+~").partition("=")[0]
+    return [*(text for text in before if key_of(text) not in given), *overrides]
 
 
 def _prepare(cfg: DictConfig, run_dir: Path) -> None:

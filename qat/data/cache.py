@@ -7,7 +7,6 @@ killed run leaves no half file, and two runs that start together write the same 
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from qat.export.files import atomic
 
 Tensors = dict[str, Tensor]
 
@@ -38,7 +39,8 @@ def cached(folder: Path | None, sources: Sequence[Path], options: object, make: 
     except (OSError, SafetensorError):
         tensors = make()
     try:
-        _write(path, tensors)
+        with atomic(path) as temporary:
+            save_file(tensors, temporary)
     except (OSError, SafetensorError) as error:
         warnings.warn(f"data.cache_dir={folder}: the decoded images could not be kept there ({error})", stacklevel=2)
     return tensors
@@ -48,13 +50,3 @@ def fingerprint(sources: Sequence[Path], options: object) -> str:
     """20 hexadecimal digits that change with name, size or modification time of a source, or with the options."""
     stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
     return hashlib.sha256(json.dumps([stats, options]).encode()).hexdigest()[:20]
-
-
-def _write(path: Path, tensors: Tensors) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from qat.export.onnx_passes import initializer
+
 IMAGE = 3
 CHANNEL = (0, 0, 0, 0, 0, 1, 0, 0)
 """Pads: one more entry behind axis 1 of four."""
@@ -108,7 +110,7 @@ def _folded(conv: ir.Node, image: ir.Node) -> list[Folded] | None:
 
 def _widen(graph: ir.Graph, conv: ir.Node, image: ir.Node, weight: ir.Node) -> None:
     """A fourth channel."""
-    pads = _constant(graph, "image_pads", CHANNEL)
+    pads = initializer(graph, "image_pads", np.array(CHANNEL, np.int64))
     _feed(graph, conv, 0, image, [ir.node("Pad", [image.inputs[0], pads, image.inputs[2]])])
     _feed(graph, conv, 1, weight, [ir.node("Pad", [weight.inputs[0], pads])])
 
@@ -119,24 +121,15 @@ def _fold(graph: ir.Graph, conv: ir.Node, image: ir.Node, weight: ir.Node, axes:
     zeros = (0, 0, high.before, wide.before, 0, 0, high.after, wide.after)
     split, merged = (0, IMAGE, high.kernel, 2, wide.kernel, 2), (0, 4 * IMAGE, high.kernel, wide.kernel)
     name = f"kernel_{'_'.join(map(str, zeros + split))}"
-    padded = ir.node("Pad", [weight.inputs[0], _constant(graph, f"{name}_pads", zeros)])
-    squares = ir.node("Reshape", [padded.outputs[0], _constant(graph, f"{name}_split", split)])
+    padded = ir.node("Pad", [weight.inputs[0], initializer(graph, f"{name}_pads", np.array(zeros, np.int64))])
+    squares = ir.node("Reshape", [padded.outputs[0], initializer(graph, f"{name}_split", np.array(split, np.int64))])
     moved = ir.node("Transpose", [squares.outputs[0]], {"perm": SQUARES})
-    kernel = ir.node("Reshape", [moved.outputs[0], _constant(graph, f"{name}_merged", merged)])
+    kernel = ir.node("Reshape", [moved.outputs[0], initializer(graph, f"{name}_merged", np.array(merged, np.int64))])
     _feed(graph, conv, 0, image, [ir.node("SpaceToDepth", [image.inputs[0]], {"blocksize": 2})])
     _feed(graph, conv, 1, weight, [padded, squares, moved, kernel])
     conv.attributes["kernel_shape"] = ir.AttrInt64s("kernel_shape", (high.kernel, wide.kernel))
     conv.attributes["strides"] = ir.AttrInt64s("strides", (1, 1))
     conv.attributes["pads"] = ir.AttrInt64s("pads", (high.pads[0], wide.pads[0], high.pads[1], wide.pads[1]))
-
-
-def _constant(graph: ir.Graph, name: str, values: tuple[int, ...]) -> ir.Value:
-    if name not in graph.initializers:
-        tensor = ir.tensor(np.array(values, np.int64), name=name)
-        graph.register_initializer(
-            ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape((len(values),)))
-        )
-    return graph.initializers[name]
 
 
 def _feed(graph: ir.Graph, reader: ir.Node, index: int, dequantize: ir.Node, nodes: list[ir.Node]) -> None:

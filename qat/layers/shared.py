@@ -40,7 +40,7 @@ def read(quantizer: nn.Module, x: Tensor) -> Tensor:
         for one in quantizer:
             x = read(one, x)
         return x
-    readers: int = quantizer.readers  # pyright: ignore[reportAssignmentType, reportAttributeAccessIssue]
+    readers = getattr(quantizer, "readers", 1)  # grids of a converted model do not count theirs
     if readers == 1 or not (quantizer.training and quantizer.on):  # what observes or measures sees every reader
         return quantizer(x)
     kept, followed = forwards[-1]

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Group, RenderableType
@@ -11,8 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from qat.export.bench import Measured, slower
-from qat.export.files import atomic
 from qat.report.format import count, size
+from qat.report.picture import save
 from qat.report.plot import ACT, DPI, INK, MUTED, RULE, WEIGHT
 
 OTHERS = (WEIGHT, ACT, "#2f855a", "#805ad5", "#c53030", "#319795")
@@ -103,5 +102,4 @@ def save_bench_plot(measured: Sequence[Measured], path: Path) -> None:
             spine.set_visible(False)
     figure.supxlabel("ms per batch, log scale: bar = median, line = up to the 99th percentile", fontsize=9, color=MUTED)
     figure.tight_layout()
-    with atomic(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary)
+    save(figure, path)

@@ -3,17 +3,16 @@
 Layers run down the page, so that their names read horizontally; the page grows with them. Sizes are in inches.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from qat.report.format import stage_table, verdict
+from qat.report.picture import save
 
 WIDTH, MARGIN, DPI = 11.0, 0.35, 150
 LINE = 0.27
@@ -42,12 +41,7 @@ def save_plot(report: Mapping[str, Any], path: Path) -> None:
     _draw_head(figure, report, headers, rows)
     if layers:
         _draw_layers(figure, layers)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save(figure, path)
 
 
 def _draw_head(figure: Figure, report: Mapping[str, Any], headers: list[str], rows: list[list[str]]) -> None:

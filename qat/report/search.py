@@ -2,10 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from matplotlib import colormaps
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Group
@@ -13,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from qat.export.files import atomic
 from qat.report.format import NONE, count
+from qat.report.picture import save
 from qat.report.plot import ACT, INK, LINE, MUTED, RULE, WEIGHT
 from qat.search.allocate import Problem
 from qat.search.budget import BUDGETS, shown
@@ -75,7 +73,7 @@ def save_sensitivity(space: Space, measured: Measured, path: Path) -> None:
     left.set_yticks(range(len(layers)), [name or "(model)" for name in layers], fontsize=8.5, parse_math=False)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=len(widths), frameon=False, fontsize=8.5)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _increase(measured: Measured, tensor: str | None, bits: int) -> float | None:
@@ -136,10 +134,4 @@ def save_front(problem: Problem, choices: Sequence[Mapping[str, Pair]], name: st
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=INK, labelsize=8.5)
     axes.spines[:].set_visible(False)
-    _save(figure, path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic(path) as temporary:
-        canvas: Any = FigureCanvasAgg(figure)
-        canvas.print_figure(temporary, format="png")
+    save(figure, path)

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qat.export.files import atomic
 from qat.report.format import count, size
+from qat.report.picture import save
 from qat.report.plot import ACT, DPI, INK, LETTER, LINE, MUTED, RULE, WEIGHT, WIDTH
 from qat.sweep.results import Result, Sweep
 
@@ -33,8 +32,7 @@ def save_sweep_plot(sweep: Sweep, path: Path) -> None:
         _scatter(figure.add_axes(place), sweep, cost, first=i == 0)
     if done:
         _heat_maps(figure, done)
-    with atomic(path) as temporary:
-        FigureCanvasAgg(figure).print_figure(temporary, format="png")
+    save(figure, path)
 
 
 def _scatter(axes: Axes, sweep: Sweep, cost: str, first: bool) -> None:

@@ -1,7 +1,6 @@
 """The cache of sensitivities: one JSON file that grows while they are measured, whole at every moment."""
 
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -76,8 +75,3 @@ class Measured:
         if by == "sqnr":
             return 0.0 if at["sqnr_db"] is None else 10 ** (-at["sqnr_db"] / 10)
         return max(0.0, at["loss_increase"])
-
-
-def decibels(signal: float, noise: float) -> float | None:
-    """SQNR; `None` where there is no noise, or nothing to compare it with."""
-    return 10 * math.log10(signal / noise) if signal and noise else None

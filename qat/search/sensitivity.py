@@ -24,8 +24,9 @@ from qat.insert import named_quantizers
 from qat.modes import evaluating
 from qat.quantizers import Quantizer
 from qat.search.hessian import traces
-from qat.search.measured import Measured, decibels
+from qat.search.measured import Measured
 from qat.search.space import Space
+from qat.stats import decibels
 
 LARGEST = 1e9
 """Stands for a loss that is not finite: a width that is out of the question."""
