@@ -20,6 +20,7 @@ from qat.cli.bench import Opener
 from qat.cli.targets import build
 from qat.errors import UserError
 from qat.export.bench import Measured, Timing
+from qat.export.files import replace
 from qat.export.manifest import write_manifest
 from qat.export.target import Target
 from qat.insert import Plan
@@ -162,6 +163,20 @@ def test_a_refused_export_makes_no_folder(out, run, tmp_path, monkeypatch):
     monkeypatch.setattr("qat.export.onnx.OnnxTarget.write", refuse)
     assert main(["export", str(run), "target=onnx", f"out={tmp_path}/{out}"]) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moved", [0, 1], ids=["before", "after"])
+def test_an_export_that_was_interrupted_is_made_again(moved, run, tmp_path, monkeypatch):
+    def interrupted(made: Path, path: Path) -> None:
+        if moved:
+            replace(made, path)
+        raise KeyboardInterrupt
+
+    command = ["export", str(run), "target=onnx", f"out={tmp_path}/"]
+    with monkeypatch.context() as patch:
+        patch.setattr("qat.export.target.replace", interrupted)
+        assert main(command) == 130
+    assert main(command) == 0 and main(["verify", str(tmp_path / "model.onnx"), str(run)]) == 0
 
 
 def test_a_run_of_two_gpus_is_verified_on_a_machine_without_any(run, tmp_path, capfd):
@@ -445,6 +460,7 @@ def test_bench_measures_every_file_against_float_in_a_table_and_a_chart(run, tmp
         pytest.param(["{run}/report.png"], "no target writes such a file", id="no-export"),
         pytest.param(["{run}/model.onnx", "out=/dev/null/x.png"], "error: /dev/null: ", id="no-place-for-the-chart"),
         pytest.param(["{run}/model.onnx", "out={run}/quantized.ckpt"], "ckpt: is for the chart, a", id="chart"),
+        pytest.param(["nowhere.onnx", "out={run}/CHART.JPEG"], "nowhere.onnx", id="a-chart-but-no-file"),
         pytest.param(["{run}/model.onnx", "out={run}/model.onnx"], "onnx: is for the chart, a .png", id="itself"),
         pytest.param(["{run}/model.onnx", "run=/"], "holds no float.onnx to compare with", id="no-float"),
     ],

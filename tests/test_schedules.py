@@ -193,6 +193,19 @@ def test_batch_norms_that_are_frozen_keep_their_statistics(tmp_path, caplog):
     assert model.kept.momentum == model.norm.momentum == 0.1
 
 
+def test_a_fit_that_resumes_at_its_end_knows_which_were_frozen(tmp_path):
+    class Saves(pl.Callback):
+        def on_train_end(self, trainer, pl_module) -> None:
+            trainer.save_checkpoint(tmp_path / "end.ckpt")
+
+    first, resumed = net(cls=TwoNorms), net(cls=TwoNorms)
+    trainer(tmp_path, ReestimateBatchNorm(2), Saves(), max_epochs=1).fit(first, data(), data())
+    resuming = trainer(tmp_path, ReestimateBatchNorm(2), max_epochs=1)
+    resuming.fit(resumed, data(), data(), ckpt_path=tmp_path / "end.ckpt", weights_only=False)
+    assert resuming.global_step == len(data()) and resumed.kept.running_mean.tolist() == [5.0] * 8
+    assert torch.equal(resumed.norm.running_mean, first.norm.running_mean)
+
+
 def test_where_all_are_frozen_a_line_says_that_none_is_re_estimated(tmp_path):
     model, watch = net(cls=TwoNorms), Watch(lambda m: m.norm.running_mean)
     callbacks = FreezeBatchNorm(0.5), ReestimateBatchNorm(2), watch

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import quantized
+from small_models import both, quantized
 from torch import Tensor, nn
 
 from qat.insert import named_quantizers
@@ -103,3 +103,9 @@ def test_a_tensor_of_inference_mode_is_rounded_for_each_reader(model):
     expected = model.train()(x)
     with torch.inference_mode():
         assert torch.equal(model(x), expected)
+
+
+def test_a_converted_model_reads_its_grids_as_often_as_before(model):
+    x = torch.randn(16, 8)
+    fake, converted = both(model, x, LSQ | {"sites": {"bits": 8}})
+    torch.testing.assert_close(converted(x), fake(x), rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import warnings
 
 import pytest
 import pytorch_lightning as pl
@@ -115,6 +116,32 @@ def test_a_pair_whose_scaling_changes_the_answer_after_all_is_left_as_it_was():
         Equalize().prepare(net, lambda: net(x))
     assert torch.allclose(net(x), expected, rtol=1e-4)
     assert torch.equal(net[0].weight, before[0].weight) and not torch.equal(net[4].weight, before[4].weight)
+
+
+def test_coarse_arithmetic_keeps_no_pair_from_being_scaled(monkeypatch):
+    """Mantissas of ten bits, as GPUs multiply with."""
+
+    def coarse(layer, x, weight, bias):
+        x, weight = ((t.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32) for t in (x, weight))
+        return F.conv2d(x, weight, bias)
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(16, 16, 1, bias=False) for _ in range(8)]
+    net = nn.Sequential(*[each for layer in layers for each in (layer, nn.ReLU())], nn.Conv2d(16, 4, 1)).eval()
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.mul_(torch.logspace(-1, 1, 16).view(-1, 1, 1, 1))
+    x = torch.randn(32, 16, 1, 1)
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", coarse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Equalize().prepare(net, lambda: net(x))
+
+
+def test_float16_is_too_narrow_to_try_channels_in():
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)).half()
+    with pytest.raises(UserError, match=r"'0\.weight' is float16"):
+        Equalize().prepare(net, lambda: net(torch.randn(2, 4).half()))
 
 
 def test_equalizing_keeps_the_function_and_makes_ranges_equal():
@@ -316,6 +343,15 @@ def test_rounding_is_learned_however_a_layer_or_a_block_is_called(blocks):
     net, x = Called().eval(), torch.randn(256, 8) @ torch.randn(8, 8)
     moved, before, after = _rounded_by(net, x, AdaRound(blocks, steps=300, lr=0.03))
     assert moved == {"named", "block.inner", "linear_0"} and after < 0.9 * before
+
+
+def test_a_block_may_hold_the_batch_norm_of_its_layer():
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3))
+    moved, before, after = _rounded_by(
+        lived(nn.Sequential(block)), torch.randn(64, 3, 6, 6), AdaRound(["0"], steps=200)
+    )
+    assert moved and after < before
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["batch-first", "time-first"])

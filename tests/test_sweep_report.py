@@ -9,6 +9,7 @@ import pytest
 from sweeps import write_point, write_sweep
 
 from qat.cli import main
+from qat.sweep.results import read_sweep
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,16 @@ def test_runs_of_several_metrics_have_a_table_a_page_and_a_front_for_each(tmp_pa
     text = (tmp_path / "report-test-loss-min.html").read_text()
     page = json.loads(re.search(r'json">(.*?)</script>', text, re.S)[1])
     assert page["metric"] == "test/loss" and page["objectives"]["metric"] == "min" and page["front"] == [3]
+
+
+def test_a_sweep_of_several_metrics_keeps_its_other_objectives(tmp_path):
+    objectives = {"metric": "max", "bops": "min"}
+    (tmp_path / "sweep.json").write_text(json.dumps({"objectives": objectives}))
+    for number, higher in enumerate((True, False)):
+        path = write_point(tmp_path, number, {}, metric=0.5) / "report.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"metric": f"m{number}", "higher_is_better": higher}))
+    parts = read_sweep(tmp_path).by_metric()
+    assert [part.objectives for part in parts] == [objectives, objectives | {"metric": "min"}]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from qat.errors import UserError, nearest
 
 DEFAULTS = {"threads": "1,2", "batch": "1,16", "seconds": "2", "out": "bench.png", "run": ""}
 FLOAT = "float.onnx"
-PICTURES = (".png", ".jpg", ".webp", ".svg", ".pdf")
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".svg", ".pdf")
 USAGE = "qat bench FILE... [threads=1,2] [batch=1,16] [seconds=2] [out=FILE|FOLDER] [run=DIR]"
 
 
@@ -94,7 +94,7 @@ def _chart(out: str) -> Path:
     path = Path(out)
     if path.is_dir() or out.endswith("/"):
         return path / DEFAULTS["out"]
-    if path.suffix not in PICTURES:  # the name of a file of the run would be one slip away
+    if path.suffix.lower() not in PICTURES:  # the name of a file of the run would be one slip away
         raise UserError(f"out={out}: is for the chart, a {', '.join(PICTURES[:-1])} or {PICTURES[-1]}")
     return path
 

@@ -50,10 +50,10 @@ def main(args: argparse.Namespace, version: dict[str, Any]) -> int:
         raise explain(error, args.overrides, args.config_dir, version) from error
     with task.claimed(sweep.kind):
         sweep.run(task)
-    from qat.report.sweep import tell_bad, write_report  # imports matplotlib
+    from qat.report.sweep import tell_bad, write_reports  # imports matplotlib
 
     swept = read_sweep(task.folder)
-    write_report(swept, task.console)
+    write_reports(swept, task.console)
     if line.logger is not None:
         from qat.report.sweep import log_sweep
 

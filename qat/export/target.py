@@ -238,9 +238,10 @@ class Target:
             self.check_place(path, [path.parent / name for name in names.values()])
             path.parent.mkdir(parents=True, exist_ok=True)
             manifest = write_manifest(folder / f"{path.name}.json", type(self).__name__, made, names)
+            # First: killed in between, files are ours to write again, and nobody opens those that it does not fit.
+            os.replace(manifest, path.parent / manifest.name)
             for each in made:
                 replace(each, path.parent / names[each.name])
-            os.replace(manifest, path.parent / manifest.name)
 
     def load(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> Runner:
         """Opens an exported file after checking it against its manifest.
@@ -265,5 +266,6 @@ def _not_float32(model: nn.Module) -> str | None:
     for name, kind in kinds.items():
         if kind != torch.float32:
             said = str(kind).removeprefix("torch.")
-            return f"'{name}' is {said}, and grids in graphs are float32; cast the model with .float(), or use packed"
+            how = "train with trainer.precision=32-true or bf16-mixed, cast the model with .float(), or use packed"
+            return f"'{name}' is {said}, and grids in graphs are float32; {how}"
     return None

@@ -37,10 +37,12 @@ from qat.starts.calls import Call, answers_rows, joined, noted
 
 
 class SoftRounding(nn.Module):
-    """Takes a weight quantizer's place while V is learned."""
+    """Takes a weight quantizer's place while V is learned; a BatchNorm that is folded into the layer asks it for the
+    grid, which stays."""
 
     def __init__(self, quantizer: Quantizer, weight: Tensor) -> None:
         super().__init__()
+        self.on, self.static, self.spec, self.step = True, quantizer.static, quantizer.spec, quantizer.step
         x = quantizer._grouped(weight.detach())
         self.scale, self.low, self.high = (t.detach() for t in quantizer.grid(weight))
         v = ratio(x, self.scale)

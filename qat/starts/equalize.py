@@ -96,7 +96,7 @@ class Equalize(Start):
         rounds: Passes over all pairs, for chains of more than two layers.
 
     Raises:
-        UserError: if rounds is below 1; (in `prepare`) if the model has no such pair.
+        UserError: if rounds is below 1; (in `prepare`) if the model has no such pair, or is in float16.
     """
 
     def __init__(self, rounds: int = 10) -> None:
@@ -106,6 +106,10 @@ class Equalize(Start):
 
     @torch.no_grad()
     def prepare(self, model: nn.Module, run: Run) -> None:
+        if half := next((n for n, p in model.named_parameters() if p.dtype == torch.float16), None):
+            raise UserError(
+                f"Equalize: '{half}' is float16, which overflows where channels are tried; cast it afterwards"
+            )
         with evaluating(model):
             again = replay(model, run)
             pairs = find_pairs(model, again)
@@ -117,15 +121,16 @@ class Equalize(Start):
             firsts = {id(pair.first) for pair in pairs}
             ends = [model, *(m for m in model.modules() if _scalable(m) and id(m) not in firsts)]
             before = _outputs(ends, again)
-            # Other than powers of two are rounded, in the coarsest arithmetic that there is.
-            rtol = max(1e-3, 8 * max(torch.finfo(t.dtype).eps for t in (*before, pairs[0].total)))
-            for pair, s in zip(pairs, self._totals(pairs), strict=True):
-                with pair.divided(s):
-                    after = _outputs(ends, again)
-                if _alike(before, after, rtol):
+            totals = self._totals(pairs)
+            # Powers of two near by, since others are rounded, in arithmetic that may be coarse (TF32).
+            kept = [
+                _keeps(pair, 2 ** s.log2().round(), before, ends, again) for pair, s in zip(pairs, totals, strict=True)
+            ]
+            names = {id(module): name for name, module in model.named_modules()}
+            for pair, s, keeps in zip(pairs, totals, kept, strict=True):
+                if keeps:
                     pair.divide(s)
                 else:
-                    names = {id(module): name for name, module in model.named_modules()}
                     warnings.warn(
                         f"Equalize: '{names[id(pair.first)]}' and '{names[id(pair.second)]}' stay as they are: "
                         "scaling the channels between them changes what the model computes",
@@ -166,18 +171,15 @@ def find_pairs(model: nn.Module, run: Run) -> list[Pair]:
 
 
 def _keeps(pair: Pair, s: Tensor, before: list[Tensor], watched: list[nn.Module], run: Run) -> bool:
-    """Whether modules answer with `before`, too, when the pair is divided by `s`."""
+    """Whether modules answer with `before`, too, when the pair is divided by `s`, powers of two."""
     with pair.divided(s):
-        return _alike(before, _outputs(watched, run), 1e-4)
+        after = _outputs(watched, run)
+    return len(before) == len(after) and all(map(_same, before, after))
 
 
-def _alike(before: list[Tensor], after: list[Tensor], rtol: float) -> bool:
-    return len(before) == len(after) and all(_same(a, b, rtol) for a, b in zip(before, after, strict=True))
-
-
-def _same(a: Tensor, b: Tensor, rtol: float) -> bool:
+def _same(a: Tensor, b: Tensor) -> bool:
     most = float(a.abs().max()) if a.numel() else 0.0
-    return a.shape == b.shape and torch.allclose(a, b, rtol=rtol, atol=0.1 * rtol * most)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=1e-4, atol=1e-5 * most)
 
 
 def _scalable(module: Any) -> bool:

@@ -94,7 +94,7 @@ class Sweep:
             return [self]
         first, *rest = parts.values()
         first = [r for r in self.results if r in first or not r.report]
-        return [Sweep(self.folder, _objectives(part), part) for part in (first, *rest)]
+        return [Sweep(self.folder, self.objectives | _better(part), part) for part in (first, *rest)]
 
     @property
     def done(self) -> list[Result]:
@@ -131,9 +131,14 @@ def read_sweep(folder: Path) -> Sweep:
 
 def _objectives(runs: Sequence[Result]) -> dict[str, str]:
     """Those of runs that no sweep made."""
-    better = "max" if next((r.report for r in runs if r.report), {}).get("higher_is_better", True) else "min"
     packed = {"packed": "min"} if any("packed" in result.values for result in runs) else {}
-    return {"metric": better, **packed}
+    return _better(runs) | packed
+
+
+def _better(runs: Sequence[Result]) -> dict[str, str]:
+    """The direction of the metric, as the first run says that has one."""
+    report = next((r.report for r in runs if r.report), {})
+    return {"metric": "max" if report.get("higher_is_better", True) else "min"}
 
 
 def read_point(folder: Path) -> Result:

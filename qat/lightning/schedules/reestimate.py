@@ -38,16 +38,27 @@ class ReestimateBatchNorm(Callback):
             raise UserError(f"batches={batches}: must be at least 1")
         self.batches = batches
 
+        self._frozen: list[int] = []
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._frozen = []  # a checkpoint's state is restored later
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"frozen": self._frozen}  # for a fit that resumes where no step is left
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._frozen = list(state_dict["frozen"])
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._norms, self._frozen = batch_norms(pl_module, "ReestimateBatchNorm"), []
+        self._norms = batch_norms(pl_module, "ReestimateBatchNorm")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._frozen = [norm for norm in self._norms if not norm.training]  # later, anybody may have called train()
+        self._frozen = [i for i, norm in enumerate(self._norms) if not norm.training]  # later, anybody may call train()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        norms = [norm for norm in self._norms if norm not in self._frozen]
+        norms = [norm for i, norm in enumerate(self._norms) if i not in self._frozen]
         if not norms:
             rank_zero_warn("ReestimateBatchNorm: every BatchNorm was frozen, so none was re-estimated; leave it out")
             return
