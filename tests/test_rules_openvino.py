@@ -144,18 +144,24 @@ class Between(nn.Module):
         return self.head(self.function(self.a(x), self.b(x)))
 
 
+def _exported(model, x, folder, settings=None) -> tuple[Comparison, Verdict]:
+    """How far the file of a quantized model is from it, and whether it runs on integers."""
+    plan = quantized(model, x, W8A8 | {"target": "openvino"} | (settings or {}))
+    exporter, converted, verdict, comparison = OpenVinoTarget(), convert(model, plan), Verdict(), Comparison()
+    exporter.export(converted, plan, x[:4], folder / "model.xml")
+    runner = exporter.load(folder / "model.xml", model)
+    with torch.no_grad():
+        comparison.update(model(x).numpy(), runner(x.numpy()))
+    exporter.check_kernels(verdict, converted, runner)
+    return comparison, verdict
+
+
 @pytest.mark.parametrize(("function", "settings"), REWRITTEN)
 def test_openvino_computes_what_was_trained_where_its_plugin_rewrites_graphs(function, settings, tmp_path):
     torch.manual_seed(0)
     model, x = Between(function), torch.randn(32, 4, 8, 8) * 1.5 + 0.3
     model(x)
-    plan = quantized(model, x, W8A8 | {"target": "openvino"} | settings)
-    exporter, converted, verdict, comparison = OpenVinoTarget(), convert(model, plan), Verdict(), Comparison()
-    exporter.export(converted, plan, x[:4], tmp_path / "model.xml")
-    runner = exporter.load(tmp_path / "model.xml", model)
-    with torch.no_grad():
-        comparison.update(model(x).numpy(), runner(x.numpy()))
-    exporter.check_kernels(verdict, converted, runner)
+    comparison, verdict = _exported(model, x, tmp_path, settings)
     assert comparison.mean_steps < 0.1  # single neighbouring codes; half a step and more where it is rewritten
     assert verdict.passed, verdict.checks
 
@@ -198,13 +204,7 @@ UNBIASED = [
 def test_openvino_keeps_the_scales_of_layers_without_biases_to_their_channels(make, shape, tmp_path):
     torch.manual_seed(0)
     model, x = make(), torch.randn(shape)
-    plan = quantized(model, x, W8A8 | {"target": "openvino"})
-    exporter, converted, verdict, comparison = OpenVinoTarget(), convert(model, plan), Verdict(), Comparison()
-    exporter.export(converted, plan, x[:4], tmp_path / "model.xml")
-    runner = exporter.load(tmp_path / "model.xml", model)
-    with torch.no_grad():
-        comparison.update(model(x).numpy(), runner(x.numpy()))
-    exporter.check_kernels(verdict, converted, runner)
+    comparison, verdict = _exported(model, x, tmp_path)
     assert comparison.mean_steps < 0.1
     assert verdict.passed, verdict.checks
 
