@@ -204,7 +204,8 @@ class Target:
             UserError: naming the file.
         """
         name, beside = type(self).__name__, path.with_name(f"{path.name}.json")
-        files = stated(beside).get("sha256") if made_by(path) == name else None
+        earlier = stated(beside)
+        files = earlier.get("sha256") if earlier.get("target") == name else None
         listed = {*files, beside.name} if isinstance(files, dict) else set()
         check_unclaimed([path, *companions, beside], listed, name)
 

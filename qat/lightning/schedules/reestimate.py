@@ -9,15 +9,15 @@ from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from qat.errors import UserError
 from qat.lightning.schedules.freeze import batch_norms
+from qat.lightning.stateful import Stateful
 from qat.lightning.steps import batches, no_trace, precision, step_of, to_module, trainer_source
 
 
-class ReestimateBatchNorm(Callback):
+class ReestimateBatchNorm(Stateful):
     """At the end of fit, replaces running statistics by the mean over training batches, of all processes, all else in
     evaluation mode.
 
@@ -37,11 +37,10 @@ class ReestimateBatchNorm(Callback):
         if batches < 1:
             raise UserError(f"batches={batches}: must be at least 1")
         self.batches = batches
+        self.forget()
 
+    def forget(self) -> None:
         self._frozen: list[int] = []
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._frozen = []  # a checkpoint's state is restored later
 
     def state_dict(self) -> dict[str, Any]:
         return {"frozen": self._frozen}  # for a fit that resumes where no step is left
