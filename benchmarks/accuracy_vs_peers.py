@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from qat.data import HFImages
 from qat.data.batches import Images
-from qat.export.files import atomic
+from qat.files import atomic
 from qat.lightning import load_weights
 from qat.lightning.groups import own_groups
 from qat.models import ResNet

@@ -83,7 +83,7 @@ LIGHTNINGS_CALLBACK = [
     Break(
         "steps that do not call forward",
         f"{KNOWN}a_step_that_does_not_call_forward_is_quantized_by_what_it_calls",
-        "qat/recording.py",
+        "qat/planning/recording.py",
         "        if any(call.inside for call in self.order):",
         "        if self.order:",
         "qat.errors.UserError: ",
@@ -110,7 +110,7 @@ SILENT = [
     Break(
         "a module under two names",
         f"{KNOWN}a_module_under_two_names_is_one_layer_with_one_grid",
-        "qat/probe.py",
+        "qat/planning/probe.py",
         "root.named_modules() if not _is_metric(module)}",
         "root.named_modules(remove_duplicate=False) if not _is_metric(module)}",
         "qat.errors.UserError: ",
@@ -118,7 +118,7 @@ SILENT = [
     Break(
         "a module held in a dict",
         f"{KNOWN}a_module_that_only_a_dict_knows_is_in_the_audit",
-        "qat/audit.py",
+        "qat/planning/audit.py",
         "for calls in own.values() for c, row in self._functions(calls))",
         "for calls in () for c, row in self._functions(calls))",
     ),
@@ -169,7 +169,7 @@ SILENT = [
     Break(
         "a layer left float without a word",
         "tests/test_audit.py::test_what_stays_float_says_why[subclass]",
-        "qat/reasons.py",
+        "qat/planning/reasons.py",
         "        return self._no_twin(module)",
         "        return None",
     ),
@@ -250,7 +250,7 @@ SILENT = [
         "parametrized layers crashing or left out",
         "tests/test_layers_computed.py::"
         "test_the_computed_weight_is_quantized_and_conversion_keeps_the_result[weight-norm]",
-        "qat/addressable.py",
+        "qat/planning/addressable.py",
         "if not is_computed(module) and not isinstance(",
         "if not isinstance(",
         "qat.errors.UserError: Sequential has no layer that can be quantized",
@@ -258,7 +258,7 @@ SILENT = [
     Break(
         "pruned layers crashing",
         "tests/test_insert.py::test_what_cannot_be_quantized_stays_float_and_is_audited[pruned]",
-        "qat/addressable.py",
+        "qat/planning/addressable.py",
         '        return "weight"\n',
         "        return None\n",
     ),

@@ -18,10 +18,10 @@ import zoo
 from scale_gradients import scale_gradients, tensors
 from torch import Tensor, nn
 
-from qat.audit import AuditRow, audit, coverage
 from qat.calibrate import calibrate
-from qat.export.files import atomic
+from qat.files import atomic
 from qat.insert import Plan, apply_plan, make_plan
+from qat.planning.audit import AuditRow, audit, coverage
 from qat.policy import QuantPolicy
 
 POLICY = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}, "kinds": "all"}

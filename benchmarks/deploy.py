@@ -31,16 +31,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.calibrate import calibrate
-from qat.cli.targets import build
+from qat.config.targets import build
 from qat.data import HFImages, Text
 from qat.errors import UserError
 from qat.export.bench import time_interleaved
-from qat.export.files import atomic
 from qat.export.manifest import files_bytes
 from qat.export.onnx import export_onnx
 from qat.export.runtime import OnnxRunner
 from qat.export.target import Target
 from qat.export.verify import Comparison, Verdict, check_codes, check_outputs, expected_integer_nodes
+from qat.files import atomic
 from qat.insert import Plan, apply_plan, make_plan
 from qat.models import GPT, MobileNetV2, ResNet
 from qat.policy import QuantPolicy

@@ -24,7 +24,7 @@ from models import workload
 from pages import put
 from small_models import quantized
 
-from qat.cli.targets import build
+from qat.config.targets import build
 from qat.export.bench import time_interleaved
 from qat.export.onnx import export_onnx
 from qat.export.runtime import OnnxRunner

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from train_step import quantized
 
 from qat import kernels
-from qat.launch import exact_division
+from qat.kernels.launch import exact_division
 from qat.models import MobileNetV2
 
 ROUND = 0.02  # seconds of one candidate's calls in a round

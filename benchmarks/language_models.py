@@ -20,7 +20,7 @@ from presets import policy
 from torch import Tensor, nn
 
 from qat.calibrate import calibrate
-from qat.cli.configs import configs_dir
+from qat.config.configs import configs_dir
 from qat.insert import apply_plan, make_plan
 from qat.lightning.groups import own_groups
 from qat.policy import QuantPolicy

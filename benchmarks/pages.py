@@ -5,7 +5,7 @@ hand.
 import re
 from pathlib import Path
 
-from qat.export.files import atomic
+from qat.files import atomic
 
 DOCS = Path(__file__).parents[1] / "docs"
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 
-from qat.cli.configs import configs_dir, policy_settings
-from qat.cli.train import VERSION
+from qat.config.configs import configs_dir, policy_settings
+from qat.config.instantiate import VERSION
 from qat.policy import QuantPolicy
 
 

@@ -20,7 +20,7 @@ from timing import bytes_saved_for_backward, interleave
 from torch import Tensor, nn
 
 from qat import kernels
-from qat.memory import keep_freed
+from qat.kernels.memory import keep_freed
 from qat.quantizers import create
 from qat.spec import QuantSpec
 

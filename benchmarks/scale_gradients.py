@@ -18,8 +18,8 @@ import torch
 import zoo
 from torch import Tensor, nn
 
-from qat.functions import flat
 from qat.insert import named_quantizers
+from qat.planning.functions import flat
 from qat.quantizers import Quantizer
 
 Reads = dict[str, list[tuple[Tensor, Tensor]]]

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from qat import kernels
 from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan
-from qat.memory import keep_freed
+from qat.kernels.memory import keep_freed
 from qat.policy import QuantPolicy
 
 COLUMNS = (

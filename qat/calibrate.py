@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from qat.cascades import untie
 from qat.copies import copied
 from qat.errors import UserError
-from qat.functions import PROBABILITIES
 from qat.insert import apply_plan, named_quantizers
 from qat.layers import QuantizedLayer, Site
 from qat.modes import evaluating
-from qat.plan import Plan
+from qat.planning.functions import PROBABILITIES
+from qat.planning.plan import Plan
 from qat.quantizers import Quantizer
 
 

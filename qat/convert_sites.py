@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from qat.functions import PROBABILITIES
 from qat.integer import IntegerLayer, IntegerTensor, integer_tensor
 from qat.layers import Site, become_twin
-from qat.plan import Plan, kind_of
+from qat.planning.functions import PROBABILITIES
+from qat.planning.plan import Plan, kind_of
 from qat.quantizers import Quantizer
 
 

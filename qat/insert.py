@@ -12,7 +12,6 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat import quantizers
-from qat.addressable import check_shapes_known, has_weight
 from qat.errors import UserError, nearest
 from qat.insert_sites import chain, insert_sites
 from qat.layers import (
@@ -34,8 +33,9 @@ from qat.layers import (
     rounds_within,
 )  # fmt: skip
 from qat.layers.experts import QuantExperts, rows
-from qat.plan import Plan
-from qat.planning import make_plan
+from qat.planning.addressable import check_shapes_known, has_weight
+from qat.planning.plan import Plan
+from qat.planning.planner import make_plan
 from qat.quantizers import Quantizer
 from qat.spec import QuantSpec
 

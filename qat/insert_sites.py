@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import nn
 
-from qat.functions import EXPERTS, PROBABILITIES
 from qat.layers import Site, become_twin, owner_mixin
 from qat.layers.experts import QuantExperts
-from qat.plan import OUTPUTS, Plan, kind_of, owner_of
+from qat.planning.functions import EXPERTS, PROBABILITIES
+from qat.planning.plan import OUTPUTS, Plan, kind_of, owner_of
 from qat.quantizers import Quantizer
 
 

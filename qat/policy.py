@@ -35,7 +35,7 @@ from typing import Any
 from qat import quantizers
 from qat.engines import ROUND_BIAS, engine_of
 from qat.errors import UserError, nearest
-from qat.functions import KINDS, KV_CACHE, PROBABILITIES, WEIGHTED
+from qat.planning.functions import KINDS, KV_CACHE, PROBABILITIES, WEIGHTED
 from qat.ranges import ESTIMATORS
 from qat.rules import ROLES, Rule, Target, merge, read_role
 from qat.spec import QuantSpec

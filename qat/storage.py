@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.audit import AuditRow
 from qat.cost import code_bytes, trit_bytes
 from qat.formats import round_midrise
 from qat.integer import storage_bits
 from qat.layers import mixin_for
 from qat.layers.accumulator import WIDEST
-from qat.plan import Plan, operand_spec
+from qat.planning.audit import AuditRow
+from qat.planning.plan import Plan, operand_spec
 from qat.spec import QuantSpec
 
 FLOAT_BYTES = 4

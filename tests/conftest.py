@@ -16,7 +16,7 @@ import torch
 from absl import logging as absl_logging
 from hypothesis import settings
 
-from qat import kernels
+from qat.kernels import dispatch
 
 # Hydra closes the handlers that it finds, and this one closes its stream with it, if that is not sys.stderr just then:
 # pytest's own, if it was made (as TensorBoard was imported) in one test and Hydra called in another that captures.
@@ -45,6 +45,6 @@ def seeded():
 @pytest.fixture
 def kernel_settings():
     """What the test chooses by `kernels.configure` ends with it."""
-    before = dict(kernels._settings)
+    before = dict(dispatch._settings)
     yield
-    kernels._settings.update(before)
+    dispatch._settings.update(before)

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from qat.audit import AuditRow, audit, check_coverage, coverage, to_dict
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan
+from qat.planning.audit import AuditRow, audit, check_coverage, coverage, to_dict
 from qat.policy import QuantPolicy
 from qat.quantizers import Quantizer
 

@@ -5,9 +5,8 @@ import re
 import pytest
 from hydra import compose, initialize_config_dir
 
-from qat.cli.configs import configs_dir, finish, policy_settings
-from qat.cli.instantiate import _check, instantiate
-from qat.cli.train import VERSION
+from qat.config.configs import configs_dir, finish, policy_settings
+from qat.config.instantiate import VERSION, _check, instantiate
 from qat.errors import UserError
 from qat.lightning.workspace import Workspace
 from qat.policy import QuantPolicy

@@ -8,13 +8,13 @@ import torch
 from small_models import Drawn, Shape, lived
 from torch import nn
 
-from qat.audit import audit, bops
 from qat.calibrate import calibrate
 from qat.convert import EVERYTHING, convert
 from qat.cost import average_bits, bit_operations
 from qat.export.packed import WEIGHTS, save_packed
 from qat.insert import apply_plan, make_plan
 from qat.models import ResNet
+from qat.planning.audit import audit, bops
 from qat.policy import QuantPolicy
 from qat.search import Search
 from qat.search.costs import Files, make_costs

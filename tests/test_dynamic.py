@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from qat.calibrate import calibrate
-from qat.cli.configs import configs_dir
-from qat.cli.train import VERSION
+from qat.config.configs import configs_dir
+from qat.config.instantiate import VERSION
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.policy import QuantPolicy

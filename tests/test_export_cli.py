@@ -17,12 +17,12 @@ from torch import nn
 
 from qat.cli import main
 from qat.cli.bench import Opener
-from qat.cli.targets import build
+from qat.config.targets import build
 from qat.errors import UserError
 from qat.export.bench import Measured, Timing
-from qat.export.files import replace
 from qat.export.manifest import write_manifest
 from qat.export.target import Target
+from qat.files import replace
 from qat.insert import Plan
 from qat.models import MLP, CausalLM
 from qat.report.bench import save_bench_plot, warnings

@@ -17,7 +17,8 @@ from torch._inductor.utils import fresh_cache
 from qat import kernels
 from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan
-from qat.kernels import Kernel
+from qat.kernels import dispatch
+from qat.kernels.dispatch import Kernel
 from qat.policy import QuantPolicy
 from qat.quantizers.fixed import forward
 from qat.spec import QuantSpec
@@ -64,10 +65,10 @@ each_split = pytest.mark.parametrize("split", [pytest.param(v, id=k) for k, v in
 
 @pytest.fixture(autouse=True)
 def products_of_floats():
-    before = dict(kernels._settings)
+    before = dict(dispatch._settings)
     kernels.configure("never")
     yield
-    kernels._settings.update(before)
+    dispatch._settings.update(before)
 
 
 def quantized(model: nn.Module, x: Tensor, settings: dict[str, Any] | None = None) -> nn.Module:
@@ -168,7 +169,7 @@ def test_kernels_clip_in_one_instruction_and_nobody_else_does(monkeypatch):
 
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", noted)
     spec = QuantSpec(bits=8).resolved(nonnegative=False, weight=False)
-    x = torch.linspace(-2, 2, kernels.SMALL)
+    x = torch.linspace(-2, 2, dispatch.SMALL)
     args = x, torch.ones(1), torch.full((1,), -1.0), torch.full((1,), 1.0)
     with fresh_cache():
         kernels.configure("always")

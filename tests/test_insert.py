@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import qat
-from qat.audit import audit
 from qat.calibrate import calibrate
 from qat.errors import UserError
 from qat.insert import Plan, apply_plan, make_plan, named_quantizers, remove
 from qat.models.resnet import BasicBlock
+from qat.planning.audit import audit
 from qat.policy import QuantPolicy
 
 W4A4 = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}}

@@ -11,8 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from qat.cli import main
-from qat.cli.instantiate import allowed_patterns, instantiate, locate
-from qat.cli.typecheck import accepts
+from qat.config.instantiate import allowed_patterns, instantiate, locate
+from qat.config.typecheck import accepts
 from qat.errors import UserError
 
 CALLS: list[str] = []

@@ -15,7 +15,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat import kernels
-from qat.gradient import gradient
+from qat.kernels import dispatch
+from qat.kernels.gradient import gradient
 from qat.quantizers import create
 from qat.spec import QuantSpec
 
@@ -57,7 +58,7 @@ def test_other_sizes_bits_flags_and_epochs_compile_nothing_new():
 
 
 def test_channels_last_and_channels_give_the_same_as_plain_torch(monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
     weight = lsq(granularity="channel", shape=torch.Size((8, 4, 3, 3)))
     x = torch.randn(8, 4, 3, 3)
     results = {}
@@ -78,7 +79,7 @@ def test_channels_last_and_channels_give_the_same_as_plain_torch(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_a_program_made_for_equal_sizes_serves_unequal_ones(dtype, monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
     for rows, columns in ((8, 8), (8, 12), (12, 8), (8, 1), (2, 1000)):
         weight, x = lsq(granularity="channel", shape=torch.Size((rows, columns))), torch.randn(rows, columns)
         found = []
@@ -104,7 +105,7 @@ def test_a_program_made_for_equal_sizes_serves_unequal_ones(dtype, monkeypatch):
     ids=str,
 )
 def test_scales_may_lie_across_memory(shape, axis, group_size, of_x, monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
     spec = QuantSpec(bits=4, granularity="group" if group_size else "channel", group_size=group_size, range="minmax")
     weight = create(spec.resolved(nonnegative=False, weight=True), torch.Size(shape), axis)
     x = torch.randn(shape).to(memory_format=of_x)
@@ -141,7 +142,7 @@ def test_modes_that_see_each_operation_see_those_of_a_quantizer():
 
 
 def test_without_a_compiler_it_warns_once_and_computes_the_same(monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
     kernels.configure("never")
     expected = train_on(lsq(), 32, 256)
 
@@ -174,7 +175,7 @@ def test_a_stance_toward_compiled_code_is_about_the_user_s(stance):
 
 
 def test_short_runs_never_compile(monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
     monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: pytest.fail("compiled before its patience ran out"))
     gradient.cache_clear()
     kernels.configure("auto", patience=10**9)
@@ -239,7 +240,7 @@ def test_a_tensor_without_values_turns_nothing_off():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lsq().gradient(torch.empty(1 << 16, device="meta"), *grid)
-    assert kernels._settings["patience"] == 0
+    assert dispatch._settings["patience"] == 0
 
 
 def test_a_negated_view_is_read_as_what_it_stands_for():

@@ -17,10 +17,10 @@ from small_models import quantized
 from tiny_module import POLICY, Tiny, TinyNet, images, loader, trainer
 from torch import Tensor, nn
 
-from qat.audit import audit
 from qat.convert import convert
 from qat.insert import make_plan, named_quantizers
 from qat.lightning import load_from_checkpoint
+from qat.planning.audit import audit
 from qat.policy import QuantPolicy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

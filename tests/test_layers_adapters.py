@@ -8,11 +8,11 @@ from small_models import POLICY, quantized
 from torch import Tensor, nn
 
 from qat.adapters import merge_adapters
-from qat.audit import audit
 from qat.convert import convert
 from qat.errors import UserError
 from qat.export.packed import load_packed, save_packed
 from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.planning.audit import audit
 from qat.policy import QuantPolicy
 
 peft = pytest.importorskip("peft", reason="peft is not installed")

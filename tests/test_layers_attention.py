@@ -10,11 +10,11 @@ import torch
 from small_models import POLICY, both, quantized
 from torch import Tensor, nn
 
-from qat.audit import audit, coverage
 from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.export.packed import load_packed, save_packed
 from qat.insert import apply_plan, make_plan, named_quantizers, remove
+from qat.planning.audit import audit, coverage
 from qat.policy import QuantPolicy
 
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}

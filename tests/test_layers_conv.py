@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from small_models import POLICY, both, quantized
 from torch import Tensor, nn
 
-from qat.audit import audit
 from qat.convert import convert
 from qat.errors import UserError
 from qat.export.packed import load_packed, save_packed
 from qat.insert import apply_plan, make_plan
+from qat.planning.audit import audit
 from qat.policy import QuantPolicy
 
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qat import kernels
 from qat.calibrate import calibrate
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan
+from qat.kernels import dispatch
 from qat.layers import modules
 from qat.policy import QuantPolicy
 
@@ -185,8 +185,8 @@ def test_the_output_may_be_written_to(used):
 @pytest.mark.parametrize("small", [True, False], ids=["small", "remembered as recipes"])
 def test_a_step_that_is_changed_before_backward_is_an_error(small, used, monkeypatch):
     if not small:
-        monkeypatch.setattr(kernels, "SMALL", 0)
-        monkeypatch.setattr("qat.gradient.SAVED", 0)
+        monkeypatch.setattr(dispatch, "SMALL", 0)
+        monkeypatch.setattr("qat.kernels.gradient.SAVED", 0)
     x = torch.randn(4, 3, 8, 8)
     model = quantized(nn.Conv2d(3, 8, 3), x)
     y = model(x)
@@ -208,8 +208,8 @@ def second_derivatives(model: nn.Module, x: torch.Tensor) -> dict[str, torch.Ten
 @pytest.mark.parametrize("small", [True, False], ids=["small", "remembered as recipes"])
 def test_second_derivatives_are_those_by_way_of_the_data(small, used, monkeypatch):
     if not small:
-        monkeypatch.setattr(kernels, "SMALL", 0)
-        monkeypatch.setattr("qat.gradient.SAVED", 0)
+        monkeypatch.setattr(dispatch, "SMALL", 0)
+        monkeypatch.setattr("qat.kernels.gradient.SAVED", 0)
     x = torch.randn(4, 3, 8, 8) * 2
     model = quantized(nn.Conv2d(3, 8, 3), x)
     expected = second_derivatives(model, x.clone().requires_grad_())

@@ -10,12 +10,12 @@ from small_models import POLICY, both, quantized
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from qat.audit import audit
 from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.export.packed import load_packed, save_packed
 from qat.insert import Plan, apply_plan, make_plan, named_quantizers, remove
 from qat.layers import Part
+from qat.planning.audit import audit
 from qat.policy import QuantPolicy
 
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}

@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from qat import memory
+from qat.kernels import memory
 
 STEPS = """
 import resource
 import torch
-from qat.memory import keep_freed
+from qat.kernels.memory import keep_freed
 keep_freed()
 for step in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

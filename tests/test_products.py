@@ -13,11 +13,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 
-from qat import kernels, onednn
+from qat import kernels
 from qat.calibrate import calibrate
 from qat.errors import UserError
-from qat.gradient import Made
 from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.kernels import dispatch, onednn
+from qat.kernels.gradient import Made
 from qat.layers import products
 from qat.policy import QuantPolicy
 from qat.quantizers.lsq import LSQ
@@ -27,15 +28,15 @@ pytestmark = pytest.mark.skipif(not onednn.exact(), reason="needs a processor wi
 
 @pytest.fixture(autouse=True)
 def codes_always_pay(monkeypatch):
-    before = dict(kernels._settings)
-    monkeypatch.setattr(kernels, "SMALL", 0)
-    monkeypatch.setattr("qat.gradient.SAVED", 0)
+    before = dict(dispatch._settings)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
+    monkeypatch.setattr("qat.kernels.gradient.SAVED", 0)
     monkeypatch.setattr("qat.layers.base.MIN_ELEMENTS", 0)
     monkeypatch.setattr(products, "MIN_POSITIONS", 0)
     monkeypatch.setattr(products, "MIN_TERMS", 0)
     monkeypatch.setattr(products, "MIN_PRODUCTS", {"linear": 0, "conv2d": 0})
     yield
-    kernels._settings.update(before)
+    dispatch._settings.update(before)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 
 from qat import kernels, quantizers
 from qat.errors import UserError
+from qat.kernels import dispatch
 from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
 
@@ -222,7 +223,7 @@ def test_it_compiles_into_one_graph(name, grid, dynamic):
 @pytest.mark.slow
 @each(COMPILED)
 def test_compiled_kernels_do_what_plain_torch_does(name, grid, monkeypatch, kernel_settings):
-    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
     quantizer, x = ready(name, grid)
     parts = quantizer.gradient.forward, quantizer.gradient.backward
     for part in parts:

@@ -10,9 +10,9 @@ from matplotlib.image import imread
 from rich.console import Console
 from torch import nn
 
-from qat.audit import AuditRow, audit, coverage
 from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan
+from qat.planning.audit import AuditRow, audit, coverage
 from qat.policy import QuantPolicy
 from qat.report import audit_table, layer_rows, report_table, save_plot
 from qat.report.format import count, size

@@ -9,7 +9,7 @@ from small_models import Drawn, Shape, both, lived, quantized
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qat.cli.targets import build, of_file
+from qat.config.targets import build, of_file
 from qat.convert import convert
 from qat.engines import ENGINES, Engine
 from qat.errors import UserError

@@ -12,7 +12,7 @@ import torch
 from small_models import Drawn, Shape, lived, quantized
 from torch import nn
 
-from qat.cli.targets import build
+from qat.config.targets import build
 from qat.convert import convert
 from qat.export.onnx_checks import qnn_violations, tensorrt_violations
 from qat.export.runtime import OnnxRunner

@@ -17,9 +17,9 @@ from small_models import POLICY, Drawn, Shape, lived, quantized
 
 from qat.convert import convert
 from qat.errors import UserError
-from qat.export.files import atomic
 from qat.export.pt2 import PICKLED
 from qat.export.torch_export import ProgramRunner, TorchTarget
+from qat.files import atomic
 from qat.lightning.weights import read_checkpoint
 
 torch.set_num_threads(1)

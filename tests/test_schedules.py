@@ -12,9 +12,8 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from qat.cli.configs import configs_dir, finish
-from qat.cli.instantiate import instantiate
-from qat.cli.train import VERSION
+from qat.config.configs import configs_dir, finish
+from qat.config.instantiate import VERSION, instantiate
 from qat.convert import convert
 from qat.errors import UserError
 from qat.insert import Plan, named_quantizers

@@ -9,10 +9,10 @@ import yaml
 from small_models import Drawn, Shape
 from torch import nn
 
-from qat.audit import audit, bops
 from qat.errors import UserError
 from qat.networks import NetworkPolicies, policy_of
-from qat.planning import make_plan
+from qat.planning.audit import audit, bops
+from qat.planning.planner import make_plan
 from qat.policy import QuantPolicy
 from qat.search import Search
 from qat.search.costs import Files, make_costs

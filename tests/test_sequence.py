@@ -18,11 +18,12 @@ from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, remove
+from qat.kernels import dispatch
+from qat.kernels.rectified import RECTIFIERS
 from qat.layers import QuantSequential, original_class, sequence
 from qat.models import MobileNetV2
-from qat.plan import Plan
+from qat.planning.plan import Plan
 from qat.policy import QuantPolicy
-from qat.rectified import RECTIFIERS
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +125,8 @@ def test_a_step_is_the_same_bit_for_bit(settings, relu, rounding):
 
 @pytest.mark.parametrize("relu", RELUS, ids=["relu", "relu6", "in place"])
 def test_compiled_kernels_compute_the_same(relu, monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 0)
-    monkeypatch.setattr("qat.gradient.SAVED", 0)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
+    monkeypatch.setattr("qat.kernels.gradient.SAVED", 0)
     kernels.configure("always")
     assert_same_step(quantized(cnn(relu()), IMAGES), IMAGES)
 
@@ -159,7 +160,7 @@ def test_values_at_the_corners_and_without_a_number(relu, monkeypatch, rounding)
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_whole_network_of_inverted_residuals(autocast, monkeypatch, rounding):
-    monkeypatch.setattr(kernels, "SMALL", 0)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
     kernels.configure("always")
     x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
     model = quantized(MobileNetV2(width=0.25).to(memory_format=torch.channels_last), x)

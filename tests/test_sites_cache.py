@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.audit import audit
 from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.errors import UserError
 from qat.export.onnx import export_onnx
 from qat.export.runtime import OnnxRunner
 from qat.insert import Plan, apply_plan, make_plan
+from qat.planning.audit import audit
 from qat.policy import QuantPolicy
 
 

@@ -8,12 +8,12 @@ from omegaconf import OmegaConf
 from test_insert import Model, conv, inserted, planned
 from torch import nn
 
-from qat.audit import audit, bops, check_coverage, coverage
-from qat.cli.configs import configs_dir
-from qat.cli.train import VERSION
+from qat.config.configs import configs_dir
+from qat.config.instantiate import VERSION
 from qat.errors import UserError
 from qat.insert import make_plan, named_quantizers
 from qat.models.resnet import ResNet
+from qat.planning.audit import audit, bops, check_coverage, coverage
 from qat.policy import ALL_KINDS, DEFAULT_KINDS, QuantPolicy
 
 X = (4, 6, 8)

@@ -9,16 +9,16 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from qat import kernels
 from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.kernels import dispatch
 from qat.policy import QuantPolicy
 
 
 @pytest.fixture(autouse=True)
 def everything_is_large(monkeypatch):
-    monkeypatch.setattr(kernels, "SMALL", 0)
-    monkeypatch.setattr("qat.gradient.SAVED", 0)
+    monkeypatch.setattr(dispatch, "SMALL", 0)
+    monkeypatch.setattr("qat.kernels.gradient.SAVED", 0)
 
 
 def quantized(model: nn.Module, x: torch.Tensor) -> nn.Module:
@@ -71,7 +71,7 @@ def test_gradients_are_those_of_saved_copies_to_the_bit(make, shape, monkeypatch
     x = torch.randn(shape)
     model = quantized(make(), x)
     found = gradients(model, x)
-    monkeypatch.setattr("qat.gradient.SAVED", 10**9)
+    monkeypatch.setattr("qat.kernels.gradient.SAVED", 10**9)
     for a, b in zip(found, gradients(model, x), strict=True):
         assert torch.equal(a, b)
 
@@ -82,7 +82,7 @@ def test_what_a_hook_writes_into_is_not_made_again(of, monkeypatch):
     model = quantized(nn.Linear(16, 8), x)
     getattr(model, f"{of}_quantizer").register_forward_hook(lambda m, args, y: y.mul_(2))
     found = gradients(model, x)
-    monkeypatch.setattr("qat.gradient.SAVED", 10**9)
+    monkeypatch.setattr("qat.kernels.gradient.SAVED", 10**9)
     for a, b in zip(found, gradients(model, x), strict=True):
         assert torch.equal(a, b)
 
@@ -133,8 +133,8 @@ def test_second_derivatives_pass_through_what_is_made_again(monkeypatch):
     model = quantized(nn.Linear(6, 5), x)
     results = []
     for small in (0, 10**9):
-        monkeypatch.setattr(kernels, "SMALL", small)
-        monkeypatch.setattr("qat.gradient.SAVED", small)
+        monkeypatch.setattr(dispatch, "SMALL", small)
+        monkeypatch.setattr("qat.kernels.gradient.SAVED", small)
         leaf = x.clone().requires_grad_()
         (first,) = torch.autograd.grad(model(leaf).square().sum(), leaf, create_graph=True)
         results.append(torch.autograd.grad(first.square().sum(), [leaf, model.weight]))

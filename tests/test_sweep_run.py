@@ -71,8 +71,8 @@ def _processes_of(folder: Path) -> str:
 def test_points_share_one_float_model_of_the_same_parts_only(tmp_path):
     from hydra import compose, initialize_config_dir
 
-    from qat.cli.configs import configs_dir, finish
-    from qat.cli.train import VERSION
+    from qat.config.configs import configs_dir, finish
+    from qat.config.instantiate import VERSION
     from qat.lightning.cache import FloatCache, float_key
 
     def config(*overrides: str):

@@ -13,9 +13,8 @@ from sweeps import write_point, write_sweep
 
 import qat.sweep.point as points
 from qat.cli import main
-from qat.cli.configs import configs_dir, finish
-from qat.cli.instantiate import instantiate
-from qat.cli.train import VERSION
+from qat.config.configs import configs_dir, finish
+from qat.config.instantiate import VERSION, instantiate
 from qat.errors import UserError
 from qat.sweep import Dominated, GridSweep, Local, OptunaSweep, Slurm
 from qat.sweep.objectives import check, dominates, front

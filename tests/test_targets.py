@@ -10,8 +10,8 @@ import torch
 from small_models import POLICY, Drawn, Shape, lived, quantized
 from torch import nn
 
-from qat.cli.configs import configs_dir
-from qat.cli.targets import build
+from qat.config.configs import configs_dir
+from qat.config.targets import build
 from qat.convert import convert
 from qat.copies import copied
 from qat.errors import UserError

@@ -12,13 +12,13 @@ from small_models import POLICY
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qat.audit import audit
 from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.export.onnx import export_onnx
 from qat.export.runtime import OnnxRunner
-from qat.functions import flat
 from qat.insert import Plan, apply_plan, make_plan, named_quantizers, remove
+from qat.planning.audit import audit
+from qat.planning.functions import flat
 from qat.policy import QuantPolicy
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.cli.arguments import Parser
-from qat.cli.targets import of_file, split
+from qat.config.targets import of_file, split
 from qat.errors import UserError, nearest
 
 DEFAULTS = {"threads": "1,2", "batch": "1,16", "seconds": "2", "out": "bench.png", "run": ""}

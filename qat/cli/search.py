@@ -11,9 +11,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from qat.cli.configs import configs_dir, finish, group_overrides, key_of, known_keys
-from qat.cli.explain import COMPOSITION_ERRORS, explain
-from qat.cli.train import VERSION, _parse, quieten
+from qat.cli.train import parse, quieten
+from qat.config.configs import configs_dir, finish, group_overrides, key_of, known_keys
+from qat.config.explain import COMPOSITION_ERRORS, explain
+from qat.config.instantiate import VERSION
 from qat.errors import UserError, nearest
 from qat.search.budget import BUDGETS
 
@@ -29,7 +30,7 @@ USAGE = """usage: qat {command} {budget}[key=value ...]
 
 def main(argv: list[str], command: str = "search") -> int:
     """Runs `qat search`, or `qat sensitivity`, which stops before choosing."""
-    args = _parse(argv)
+    args = parse(argv)
     if args.help:
         print(_help(command))
         return 0

@@ -22,19 +22,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from qat.cli.arguments import complaint
-from qat.cli.configs import configs_dir, finish, group_overrides, key_of
-from qat.cli.explain import COMPOSITION_ERRORS, explain
-from qat.cli.instantiate import HYDRA_1_4, allowed_patterns
 from qat.cli.output import discard, discard_all
+from qat.config.configs import configs_dir, finish, group_overrides, key_of
+from qat.config.explain import COMPOSITION_ERRORS, explain
+from qat.config.instantiate import HYDRA_1_4, VERSION, allowed_patterns
 from qat.errors import UserError, refused, unmakeable
 
-# Hydra 1.3 warns without version_base, 1.4 warns with it and wants to know whose code a config may call.
-VERSION: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
 # What Lightning says of every trainer: advertisements, hardware that is not used, and what the progress bar shows.
 SMALL_TALK = (
     "💡 Tip", "GPU available", "TPU available", "Loading `train_dataloader`", "`Trainer.fit` stopped: `max_epochs",
     "`Trainer(limit_test_batches=1)`", "`Trainer(limit_val_batches=1)`",
 )  # fmt: skip
+# Hydra 1.4 wants to know whose code a config may call.
 TRUST: dict[str, Any] = {"execution_whitelist": allowed_patterns()} if HYDRA_1_4 else {}
 
 
@@ -72,7 +71,7 @@ class _Task:
 def main(argv: list[str]) -> int:
     """Runs the command; every mistake in `argv` or in the config is a `UserError`, and leaves nothing written."""
     task = _Task(sys.argv)
-    args = _parse(argv)
+    args = parse(argv)
     options = argv.copy()
     for text in args.overrides:
         options.remove(text)
@@ -152,7 +151,7 @@ def _hydra_environment(argv: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
-def _parse(argv: list[str]) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     """Hydra's parser, run before Hydra does: a wrong option is one line, and options may stand among overrides."""
     parser = get_args_parser()
 

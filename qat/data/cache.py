@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qat.export.files import atomic
+from qat.files import atomic
 
 Tensors = dict[str, Tensor]
 

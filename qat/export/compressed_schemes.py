@@ -22,7 +22,7 @@ from typing import Any
 from qat.errors import UserError
 from qat.insert import Plan
 from qat.integer import storage_bits
-from qat.plan import kind_of
+from qat.planning.plan import kind_of
 from qat.quantizers import find
 from qat.spec import QuantSpec
 

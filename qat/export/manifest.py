@@ -13,7 +13,7 @@ from typing import Any
 
 from qat import __version__
 from qat.errors import UserError
-from qat.export.files import read_object, sha256
+from qat.files import read_object, sha256
 
 FORMAT = 1
 

@@ -29,7 +29,6 @@ from qat.convert import Holds
 from qat.copies import copied
 from qat.errors import UserError
 from qat.export import onnx_nbits, onnx_passes
-from qat.export.files import atomic
 from qat.export.onnx_cascades import steady_cascades
 from qat.export.onnx_channels import pad_images
 from qat.export.onnx_openvino import evade_rewrites
@@ -39,6 +38,7 @@ from qat.export.onnx_trace import trace
 from qat.export.runtime import OnnxRunner, float_convolutions, weight_codes
 from qat.export.target import Target
 from qat.export.verify import Verdict, count_kernels
+from qat.files import atomic
 from qat.formats import FLOATS
 from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting, reads_elementwise

@@ -19,8 +19,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from qat.errors import UserError
-from qat.export.files import atomic
 from qat.export.onnx_passes import PASS_THROUGH
+from qat.files import atomic
 
 DOMAIN, OPERATION = "com.microsoft", "MatMulNBits"
 FLOAT32 = 1

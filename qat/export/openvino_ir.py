@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
-from qat.addressable import type_of
 from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.onnx import export_onnx
@@ -24,7 +23,8 @@ from qat.export.onnx_placement import OPENVINO
 from qat.export.target import INPUT, Target
 from qat.export.verify import Verdict, count_kernels
 from qat.insert import Plan
-from qat.plan import kind_of
+from qat.planning.addressable import type_of
+from qat.planning.plan import kind_of
 
 CARRIERS = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose")
 """What may stand between a weight and the operation that computes with it."""

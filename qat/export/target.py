@@ -31,8 +31,8 @@ from qat.convert import INTEGERS, Holds, convert, inconvertible
 from qat.copies import copied
 from qat.engines import engine_of
 from qat.errors import UserError
-from qat.export.files import replace
 from qat.export.manifest import check_manifest, check_unclaimed, made_by, stated, write_manifest
+from qat.files import replace
 from qat.insert import Plan
 from qat.integer import IntegerLayer, storage_bits
 

@@ -23,7 +23,7 @@ from qat.errors import UserError
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
 from qat.layers import Part, QuantizedLayer, Site, original_class
 from qat.layers.accumulator import WIDEST
-from qat.plan import kind_of
+from qat.planning.plan import kind_of
 from qat.quantizers import Quantizer
 
 

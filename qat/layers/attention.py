@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.functions import FUNCTIONS
 from qat.layers.parts import BoundPart, Composite, Part, Watch, part_call, product_call
 from qat.layers.site import Site
 from qat.layers.twin import TwinMixin, ours
-from qat.recording import Call
+from qat.planning.functions import FUNCTIONS
+from qat.planning.recording import Call
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 

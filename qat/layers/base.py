@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from qat.kernels.onednn import Geometry
 from qat.layers.accumulator import RoundedBias, accumulator_scale, bias_codes, grids
 from qat.layers.products import MIN_ELEMENTS, evaluated_on_codes, trained_on_codes
 from qat.layers.rounded import rounded
 from qat.layers.shared import forwards, read
 from qat.layers.sources import from_sources
 from qat.layers.twin import TwinMixin, held, ours
-from qat.onednn import Geometry
 from qat.quantizers import Quantizer
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qat.layers.parts import BoundPart, Composite, Part, Watch, part_call
 from qat.layers.recurrent import State, gru_step, lstm_step, rnn_step
 from qat.layers.twin import ours
-from qat.recording import Call
+from qat.planning.recording import Call
 
 
 class _Cell(Composite):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qat.formats import Rounding
 from qat.functional import wide
-from qat.kernels import Kernel
+from qat.kernels.dispatch import Kernel
 from qat.layers.products import looked_at
 from qat.layers.sources import innermost_hooks
 from qat.layers.twin import ours

@@ -8,10 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qat.kernels.onednn import Geometry
 from qat.layers.base import QuantizedLayer
 from qat.layers.data import convolved, reads_data
 from qat.layers.twin import ours
-from qat.onednn import Geometry
 
 
 class QuantLinear(QuantizedLayer):

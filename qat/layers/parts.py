@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from qat.layers.base import QuantizedLayer
 from qat.layers.sources import from_sources
 from qat.layers.twin import TwinMixin
-from qat.macs import layer_macs
-from qat.recording import Call, Key
+from qat.planning.macs import layer_macs
+from qat.planning.recording import Call, Key
 
 
 class Part(QuantizedLayer, nn.Module):  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -1,5 +1,5 @@
-"""Products of codes: linear layers and convolutions run on int8 kernels (`qat.onednn`), as they will where the model is
-deployed.
+"""Products of codes: linear layers and convolutions run on int8 kernels (`qat.kernels.onednn`), as they will where the
+model is deployed.
 
 Fake quantization multiplies in float32 what stands for codes of at most 8 bits. The codes have the same sums, without
 float32's rounding errors and several times as fast where the processor has instructions for them.
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
-from qat import kernels, onednn
 from qat.formats import Rounding
 from qat.functional import levels, positive, values
-from qat.gradient import Recipe, unwritten, with_recipe
-from qat.kernels import Kernel
+from qat.kernels import dispatch, onednn
+from qat.kernels.dispatch import Kernel
+from qat.kernels.gradient import Recipe, unwritten, with_recipe
+from qat.kernels.onednn import Geometry
 from qat.layers.accumulator import grids
 from qat.layers.sources import from_sources, innermost_hooks
 from qat.layers.twin import ours
-from qat.onednn import Geometry
 from qat.quantizers import Quantizer
 from qat.quantizers.fixed import forward as plain_rounding
 
@@ -145,7 +145,7 @@ def _runs_here(x: Tensor, weight: Tensor) -> bool:
     """Whether both are float32 and on a processor with int8 instructions, and nobody follows each operation."""
     if not x.dtype == weight.dtype == torch.float32 or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    if not (kernels.products() and onednn.exact()):
+    if not (dispatch.products() and onednn.exact()):
         return False
     if torch.compiler.is_dynamo_compiling():
         return not torch.compiler.is_exporting()
@@ -240,7 +240,7 @@ def _codes(
     rounded = recipe is not None and recipe[0].parts[0] is plain_rounding
     tensors = recipe[1][:4] if recipe and rounded else (x, *quantizer.grid(x))
     rounding = quantizer.spec.rounding
-    if torch.compiler.is_dynamo_compiling() or tensors[0].numel() < kernels.SMALL:
+    if torch.compiler.is_dynamo_compiling() or tensors[0].numel() < dispatch.SMALL:
         codes, scale = function(rounding, *tensors)
     else:
         codes, scale = _kernel(function, rounding).large(tensors)

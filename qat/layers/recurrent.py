@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from qat.layers.parts import BoundPart, Composite, HeldPart, Part, Watch, part_call
 from qat.layers.twin import ours
-from qat.recording import Call, Key
+from qat.planning.recording import Call, Key
 
 State = Any
 """A tuple: `(h,)`, or `(h, c)` of an LSTM."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules import module as modules
 
 from qat.functional import fake_quantized
-from qat.kernels import SMALL_FORWARD
+from qat.kernels.dispatch import SMALL_FORWARD
 from qat.quantizers import Quantizer
 from qat.quantizers.fixed import Fixed
 from qat.quantizers.fixed import forward as plain_rounding

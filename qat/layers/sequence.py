@@ -1,5 +1,5 @@
 """The twin of a sequence that holds a ReLU between two layers: in training it has the grid behind the ReLU round in the
-same pass over memory (`qat.rectified`), and does not call the ReLU.
+same pass over memory (`qat.kernels.rectified`), and does not call the ReLU.
 
 In a sequence nobody but the next layer reads what a ReLU returns. Where somebody looks after all (a hook on one of the
 three, or on saved tensors), where compilers are at work, and where kernels are not compiled, modules are called in turn
@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.kernels import compiled
-from qat.launch import PLAIN
+from qat.kernels.dispatch import compiled
+from qat.kernels.launch import PLAIN
+from qat.kernels.rectified import behind, is_rectifier, mark
 from qat.layers.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from qat.layers.products import looked_at
 from qat.layers.rounded import is_plain
@@ -21,7 +22,6 @@ from qat.layers.sites import SiteOwner, others_see
 from qat.layers.sources import innermost_hooks
 from qat.layers.twin import TwinMixin, original_class, ours
 from qat.quantizers import Quantizer
-from qat.rectified import behind, is_rectifier, mark
 
 READERS = (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d)
 PRODUCERS = {

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.functions import Function
 from qat.layers.experts import rows
 from qat.layers.explicit_attention import explicit_attention
 from qat.layers.shared import read
 from qat.layers.sources import from_sources
 from qat.layers.twin import TwinMixin, ours
+from qat.planning.functions import Function
 from qat.quantizers import Quantizer
 
 

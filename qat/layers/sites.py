@@ -18,10 +18,10 @@ from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction
 
 from qat.errors import UserError
-from qat.functions import FUNCTIONS, MEAN, WEIGHTED, Function
 from qat.layers import shared
 from qat.layers.site import Site
 from qat.layers.twin import TwinMixin, original_class
+from qat.planning.functions import FUNCTIONS, MEAN, WEIGHTED, Function
 
 
 class SiteMode(TorchFunctionMode):
@@ -132,7 +132,7 @@ class SiteOwner(TwinMixin):
         return output
 
     def is_site(self, func: Any, function: Function, operands: list[Tensor]) -> bool:
-        """Whether a call counts: what `qat.functions.site_function` says, of the parameters that the plan knows."""
+        """Whether a call counts: what `site_function` says, of the parameters that the plan knows."""
         if function.kind in WEIGHTED:
             return any(getattr(module, name) is operands[1] for module, name in self.site_weights)
         return func not in MEAN or operands[0].ndim == 4

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.gradient import Made, check_version
+from qat.kernels.gradient import Made, check_version
 
 _hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 """torch's stack of hooks on saved tensors, without the objects that `torch.autograd.graph` puts around it."""

@@ -20,8 +20,8 @@ from filelock import FileLock
 from omegaconf import DictConfig, OmegaConf
 
 from qat import __version__
-from qat.cli.instantiate import locate
-from qat.export.files import atomic, read_object, sha256
+from qat.config.instantiate import locate
+from qat.files import atomic, read_object, sha256
 
 FILES = ("float.safetensors", "float.onnx", "float/metrics.csv")
 VALUES = "values.json"

@@ -13,10 +13,10 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import BatchSizeFinder, Callback, LearningRateFinder, ModelPruning
 
-from qat.audit import audit, check_coverage
 from qat.calibrate import calibrate, needs_calibration
 from qat.errors import UserError, nearest
 from qat.insert import Plan, adopt_modes, fold_again, make_plan, named_quantizers
+from qat.kernels.memory import keep_freed
 from qat.layers.twin import become_twin, original_class
 from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion, follow_widths
 from qat.lightning.compiled import eagerly, uncompiled
@@ -24,8 +24,8 @@ from qat.lightning.module import QuantizedModule, insert_plan
 from qat.lightning.sharded import average_gradients
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import at_home, described_input, run_steps, trainer_source
-from qat.memory import keep_freed
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
+from qat.planning.audit import audit, check_coverage
 from qat.starts import Start
 
 MUST_FOLLOW = (*AVERAGING, ModelPruning)

@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch import nn
 
-from qat.launch import exact_division, own_code
+from qat.kernels.launch import exact_division, own_code
 from qat.lightning.distill import Distill
 from qat.lightning.steps import batch_size
 

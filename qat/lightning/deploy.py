@@ -15,14 +15,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from qat.cli.configs import read_config
-from qat.cli.instantiate import instantiate
-from qat.cli.targets import parsed
+from qat.config.configs import read_config
+from qat.config.instantiate import instantiate
+from qat.config.targets import parsed
 from qat.errors import UserError, nearest
-from qat.export.files import read_object
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
 from qat.export.verify import Verdict
+from qat.files import read_object
 from qat.insert import Plan
 from qat.lightning.calm import calm
 from qat.lightning.module import INPUT_KEY, insert_plan

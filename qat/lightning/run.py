@@ -29,18 +29,18 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qat import __version__
-from qat.audit import bops, coverage, to_dict
-from qat.cli.instantiate import instantiate
+from qat.config.instantiate import instantiate
 from qat.convert import EVERYTHING, convert, inconvertible
 from qat.errors import UserError
-from qat.export.files import atomic, claimed
 from qat.export.manifest import companions, files_bytes
 from qat.export.onnx import export_onnx, traceable
 from qat.export.packed import MANIFEST, WEIGHTS, save_packed
 from qat.export.runtime import OnnxRunner, latency_ms
 from qat.export.target import Runner, Target
 from qat.export.verify import Verdict
+from qat.files import atomic, claimed
 from qat.insert import Plan
+from qat.kernels.memory import keep_freed
 from qat.lightning.cache import FloatCache
 from qat.lightning.calm import calm
 from qat.lightning.evaluate import test_metric, verify_file
@@ -50,7 +50,7 @@ from qat.lightning.resume import SeedEpochs, continue_csv
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import CHECKPOINT_KEY, load_weights, read_checkpoint
 from qat.lightning.workspace import ON_THE_CPU, Workspace
-from qat.memory import keep_freed
+from qat.planning.audit import bops, coverage, to_dict
 from qat.report import audit_table, layer_rows, report_table, save_plot
 from qat.stats import quantizer_stats
 

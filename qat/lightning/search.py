@@ -15,12 +15,12 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
 
 from qat.calibrate import calibrated
-from qat.cli.configs import configs_dir
-from qat.cli.instantiate import instantiate
+from qat.config.configs import configs_dir
+from qat.config.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
-from qat.export.files import atomic, read_object
 from qat.export.onnx import export_onnx
+from qat.files import atomic, read_object
 from qat.insert import Plan
 from qat.lightning.cache import float_key
 from qat.lightning.calm import calm
@@ -28,7 +28,7 @@ from qat.lightning.losses import BatchLosses
 from qat.lightning.run import Run
 from qat.lightning.steps import example_input, run_steps
 from qat.modes import evaluating
-from qat.planning import make_plan
+from qat.planning.planner import make_plan
 from qat.report.search import front_table, save_front, save_sensitivity, search_table, sensitivity_table
 from qat.search.allocate import Problem, solve
 from qat.search.costs import Files, Latencies, make_problem, predict

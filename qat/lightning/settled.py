@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from qat.cli.configs import dotted_items
+from qat.config.configs import dotted_items
 from qat.errors import UserError
 
 SETTLED = ("seed", "metric", "float_epochs", "float_model", "model", "data")

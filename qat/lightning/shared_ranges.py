@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qat.cascades import cascades
-from qat.export.files import atomic
+from qat.files import atomic
 from qat.insert import named_quantizers
 from qat.quantizers import Quantizer
 from qat.stats import readers_of

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError, nearest
-from qat.functions import first_tensor
+from qat.planning.functions import first_tensor
 
 Call = tuple[tuple[Any, ...], dict[str, Any], Any]
 """(args, kwargs, output)."""

@@ -23,16 +23,15 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
-from qat.audit import AuditRow, audit, check_coverage
-from qat.cli.configs import policy_settings
-from qat.cli.instantiate import build
+from qat.config.configs import policy_settings
+from qat.config.instantiate import build
 from qat.copies import copied
 from qat.errors import UserError, unmakeable
-from qat.export.files import atomic, read_object
 from qat.export.onnx import traceable
 from qat.export.onnx_trace import check_trace
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
+from qat.files import atomic, read_object
 from qat.insert import Plan, apply_plan, make_plan
 from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
@@ -43,6 +42,7 @@ from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
+from qat.planning.audit import AuditRow, audit, check_coverage
 from qat.starts import Start
 from qat.storage import with_bytes
 

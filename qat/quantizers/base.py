@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qat import ranges
 from qat.errors import UserError
 from qat.functional import dither, levels, values, wide
-from qat.rectified import made_by
+from qat.kernels.rectified import made_by
 from qat.scales import SnapSTE, snap
 from qat.spec import QuantSpec
 

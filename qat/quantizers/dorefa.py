@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qat.errors import UserError
 from qat.formats import Rounding
-from qat.gradient import Grads, gradient
+from qat.kernels.gradient import Grads, gradient
 from qat.quantizers import fixed
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward

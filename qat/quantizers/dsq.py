@@ -20,7 +20,7 @@ from torch import Tensor
 from qat.errors import UserError
 from qat.formats import Rounding
 from qat.functional import ratio, sum_to, wide
-from qat.gradient import Gradient, Grads, gradient
+from qat.kernels.gradient import Gradient, Grads, gradient
 from qat.modes import recomputing
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ

@@ -26,7 +26,7 @@ from qat import ranges
 from qat.errors import UserError
 from qat.formats import FLOATS, Rounding
 from qat.functional import TINY, over, ratio
-from qat.gradient import Grads, gradient
+from qat.kernels.gradient import Grads, gradient
 from qat.quantizers.base import Grid, Quantizer
 from qat.quantizers.fixed import forward
 from qat.scales import snap, two_level

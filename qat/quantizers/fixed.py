@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qat.formats import Rounding
 from qat.functional import ratio
-from qat.gradient import Gradient, Grads, gradient
+from qat.kernels.gradient import Gradient, Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.spec import QuantSpec
 
@@ -35,5 +35,5 @@ class Fixed(Quantizer):
     def fake_quantize(
         self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
     ) -> Tensor:
-        """See `Quantizer`; another `gradient` also knows what comes before (`qat.rectified`)."""
+        """See `Quantizer`; another `gradient` also knows what comes before (`qat.kernels.rectified`)."""
         return (gradient or self.gradient)(x, scale, low, high)

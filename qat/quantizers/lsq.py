@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from qat.formats import Rounding
 from qat.functional import masks, ratio, sum_to
-from qat.gradient import Gradient, Grads, gradient
+from qat.kernels.gradient import Gradient, Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
 from qat.spec import QuantSpec
@@ -63,7 +63,7 @@ class LSQ(Quantizer):
     def fake_quantize(
         self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
     ) -> Tensor:
-        """See `Quantizer`; another `gradient` also knows what comes before (`qat.rectified`)."""
+        """See `Quantizer`; another `gradient` also knows what comes before (`qat.kernels.rectified`)."""
         extra = [getattr(self, name) for name in self.extra] if self.extra else ()
         return (gradient or self.gradient)(x, scale, low, high, *extra, grad_scale=self.gradient_scale(x))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.gradient import Gradient, gradient
+from qat.kernels.gradient import Gradient, gradient
 from qat.modes import recomputing
 from qat.quantizers import dynamic
 from qat.quantizers.fixed import Fixed, forward

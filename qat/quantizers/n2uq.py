@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qat.errors import UserError
 from qat.formats import Rounding
 from qat.functional import ratio, sum_to, values, wide
-from qat.gradient import Grads, gradient
+from qat.kernels.gradient import Grads, gradient
 from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qat.errors import UserError
 from qat.formats import Rounding
 from qat.functional import ratio, sum_to, wide
-from qat.gradient import Grads, gradient
+from qat.kernels.gradient import Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
 from qat.spec import QuantSpec

@@ -24,7 +24,7 @@ from torch import Tensor
 from qat.errors import UserError
 from qat.formats import Rounding
 from qat.functional import ratio, sum_to, wide
-from qat.gradient import Grads, gradient
+from qat.kernels.gradient import Grads, gradient
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from qat.audit import AuditRow
+from qat.planning.audit import AuditRow
 from qat.stats import QuantizerStats
 
 

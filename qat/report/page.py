@@ -12,9 +12,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qat.cli.configs import read_yaml
+from qat.config.configs import read_yaml
 from qat.errors import UserError
-from qat.export.files import atomic
+from qat.files import atomic
 from qat.sweep.objectives import OBJECTIVES
 from qat.sweep.results import Result, Sweep, curves
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qat.export.files import atomic
+from qat.files import atomic
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -9,14 +9,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from qat.audit import AuditRow
+from qat.planning.audit import AuditRow
 from qat.report.format import NONE, count, stage_table, verdict
 from qat.search.budget import shown
 from qat.sweep.results import measured
 
 
 def audit_table(rows: Sequence[AuditRow], coverage: tuple[float, float]) -> Table:
-    """What is integer, what is float and why; `coverage` (of `qat.audit`) is the line below."""
+    """What is integer, what is float and why; `coverage` (of `qat.planning.audit`) is the line below."""
     share_macs, share_params = coverage
     caption = f"integer: {share_macs:.1%} of counted MACs, {share_params:.1%} of parameters"
     table = Table(

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from qat.errors import UserError
-from qat.export.files import atomic
+from qat.files import atomic
 from qat.networks import Policy
 from qat.search.space import Pair, with_bit_rules
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qat.errors import UserError
-from qat.export.files import atomic, read_object
+from qat.files import atomic, read_object
 
 Measure = Literal["loss", "hessian", "sqnr"]
 SAVE_SECONDS = 2.0

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from qat.addressable import has_weight
-from qat.audit import AuditRow, audit
 from qat.errors import UserError, nearest
 from qat.networks import KEY, Policy, policy_of
-from qat.plan import Plan
-from qat.planning import make_plan
+from qat.planning.addressable import has_weight
+from qat.planning.audit import AuditRow, audit
+from qat.planning.plan import Plan
+from qat.planning.planner import make_plan
 from qat.search.settings import Search
 from qat.storage import is_layer, with_bytes
 
@@ -88,7 +88,7 @@ class Space:
 
 
 def make_space(model: nn.Module, policy: Policy, search: Search, run: Callable[[], Any]) -> Space:
-    """Finds what can be chosen from one pass of `run()` (see `qat.probe.record`); the model is left as it is.
+    """Finds what can be chosen from one pass of `run()` (see `qat.planning.probe.record`); the model is left as it is.
 
     Raises:
         UserError: if the policy quantizes no weight, a pattern matches nothing, or a layer has no option left.

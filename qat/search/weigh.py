@@ -10,7 +10,7 @@ from torch import nn
 from qat.calibrate import calibrated
 from qat.convert import convert
 from qat.export.packed import WEIGHTS, save_packed
-from qat.plan import Plan
+from qat.planning.plan import Plan
 
 
 def converted(model: nn.Module, plan: Plan, run: Callable[[nn.Module], Any]) -> Any:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from qat.functions import first_tensor, flat
 from qat.layers.twin import ours
+from qat.planning.functions import first_tensor, flat
 from qat.starts.base import Run
 
 Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.addressable import has_weight, is_leaf
 from qat.errors import UserError
-from qat.functions import flat
 from qat.layers import is_computed, original_class
 from qat.modes import evaluating
-from qat.probe import Call, record
+from qat.planning.addressable import has_weight, is_leaf
+from qat.planning.functions import flat
+from qat.planning.probe import Call, record
 from qat.starts.base import Run, Start, replay
 
 MAX_EXPONENT = 10

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from qat.export.files import atomic, read_object
+from qat.files import atomic, read_object
 
 State = Literal["done", "failed", "pruned"]
 RECORD, LOCK, STOP, OUTPUT = "point.json", ".lock", "stop", "output.log"

@@ -10,7 +10,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 from qat.errors import UserError
-from qat.export.files import read_object
+from qat.files import read_object
 from qat.sweep.point import STOP, Point
 from qat.sweep.results import by_epoch
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qat.cost import average_bits
 from qat.errors import UserError
-from qat.export.files import read_object
+from qat.files import read_object
 from qat.sweep.objectives import front
 from qat.sweep.point import RECORD
 
@@ -152,7 +152,7 @@ def read_point(folder: Path) -> Result:
 
 
 def _plain_run(number: int, folder: Path) -> Result:
-    from qat.cli.configs import read_yaml
+    from qat.config.configs import read_yaml
 
     path, params = folder / ".hydra" / "overrides.yaml", {}
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.errors import UserError
-from qat.export.files import atomic
+from qat.files import atomic
 from qat.sweep.launchers import Launcher, Local
 from qat.sweep.point import Outcome, Point
 from qat.sweep.prune import Dominated, Watcher

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qat.errors import UserError, unmakeable
-from qat.export.files import atomic, claimed, read_object
+from qat.files import atomic, claimed, read_object
 from qat.sweep.point import Outcome, Point
 from qat.sweep.results import DEFINITION, POINTS, read_point
 from qat.sweep.space import Interval, Space

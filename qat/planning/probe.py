@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
-from qat.functions import (
+from qat.layers.experts import is_experts
+from qat.modes import evaluating, without_fast_path
+from qat.planning.functions import (
     EXPERTS,
     FUNCTIONS,
     JOINS,
@@ -38,10 +40,8 @@ from qat.functions import (
     positional,
     site_function,
 )  # fmt: skip
-from qat.layers.experts import is_experts
-from qat.macs import function_macs, layer_macs
-from qat.modes import evaluating, without_fast_path
-from qat.recording import Call, Key, Recording
+from qat.planning.macs import function_macs, layer_macs
+from qat.planning.recording import Call, Key, Recording
 
 DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli}
 """Random numbers are data, though computed from none."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qat.formats import Rounding
-from qat.gradient import Gradient, Grads
+from qat.kernels.gradient import Gradient, Grads
 
 
 def _relu6(x: Tensor) -> Tensor:

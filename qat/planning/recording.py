@@ -1,4 +1,4 @@
-"""What `qat.probe` writes down of one forward pass, and the questions that planning and the audit ask of it."""
+"""What `qat.planning.probe` writes down of one forward pass, and what planning and the audit ask of it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

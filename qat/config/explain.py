@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from qat.cli.configs import configs_dir, dotted_items
+from qat.config.configs import configs_dir, dotted_items
 from qat.errors import UserError, nearest
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)

@@ -19,10 +19,12 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from qat.cli.typecheck import accepts, hints_of, in_words, literals
+from qat.config.typecheck import accepts, hints_of, in_words, literals
 from qat.errors import UserError, nearest
 
 HYDRA_1_4 = tuple(int(part) for part in hydra.__version__.split(".")[:2]) >= (1, 4)
+VERSION: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
+"""What composing takes: 1.3 warns without `version_base`, 1.4 warns with it."""
 ROOTS = ("qat", "torch", "torchmetrics", "pytorch_lightning", "optuna")
 # Where names of the packages above may really live: Lightning re-exports from these two.
 HOMES = ("lightning_fabric", "lightning_utilities")

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
-from qat.cli.typecheck import accepts, in_words, literals
+from qat.config.typecheck import accepts, in_words, literals
 from qat.errors import UserError, nearest
 
 # Keys that no `_target_` takes, and so no signature describes.

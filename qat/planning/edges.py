@@ -10,8 +10,8 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from qat.functions import FUNCTIONS, KV_CACHE, PROBABILITIES
-from qat.probe import Call, Key, Recording
+from qat.planning.functions import FUNCTIONS, KV_CACHE, PROBABILITIES
+from qat.planning.probe import Call, Key, Recording
 from qat.spec import QuantSpec
 
 Chains = dict[str, list[list[str]]]

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import _pop_mode_temporarily
 
-from qat.clips import in_one_instruction
-from qat.layout import Layout
+from qat.kernels.clips import in_one_instruction
+from qat.kernels.layout import Layout
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The types of tensors that have memory of their own."""

@@ -6,8 +6,8 @@ run it:
 
     inside somebody's torch.compile   inlined, so that it fuses with their code too
     small tensors                     plain torch, which is as fast there
-    large tensors                     compiled once for all shapes (`qat.launch`); where no compiler is found, plain
-                                      torch, with one warning
+    large tensors                     compiled once for all shapes (`qat.kernels.launch`); where no compiler is found,
+                                      plain torch, with one warning
 
 Compiling costs seconds, which a run of a minute never earns back, so it starts once many elements have passed
 (`configure`). torch keeps the result on disk: the next process loads it.
@@ -22,8 +22,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qat.launch import Launch, Program, launchable, program, signature
-from qat.layout import layout_of
+from qat.kernels.launch import Launch, Program, launchable, program, signature
+from qat.kernels.layout import layout_of
 
 SMALL = 1 << 11
 """Tensors below this many elements run in plain torch: a program costs as much to launch as it saves."""
@@ -72,7 +72,7 @@ class Kernel:
 
     Args:
         function: Positional tensors in, a tensor or a tuple of tensors out; it may work in place on tensors it
-            made itself. What it clips may hold NaN and comes first, limits never do (`qat.clips`).
+            made itself. What it clips may hold NaN and comes first, limits never do (`qat.kernels.clips`).
         tensors: How many of its arguments are large; the others are parameters.
     """
 

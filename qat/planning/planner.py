@@ -10,7 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from qat.addressable import (
+from qat.engines import engine_of
+from qat.errors import UserError
+from qat.layers import BoundPart, is_computed, mixin_for, sites_changed
+from qat.networks import Policy
+from qat.planning.addressable import (
     CONVOLUTIONS,
     check_shapes_known,
     described,
@@ -21,14 +25,10 @@ from qat.addressable import (
     targets,
     type_of,
 )
-from qat.edges import activation_grids
-from qat.engines import engine_of
-from qat.errors import UserError
-from qat.functions import ELEMENTWISE, EXPERTS, FUNCTIONS
-from qat.layers import BoundPart, is_computed, mixin_for, sites_changed
-from qat.networks import Policy
-from qat.plan import Plan, kind_of, owner_of
-from qat.probe import Call, Recording, record
+from qat.planning.edges import activation_grids
+from qat.planning.functions import ELEMENTWISE, EXPERTS, FUNCTIONS
+from qat.planning.plan import Plan, kind_of, owner_of
+from qat.planning.probe import Call, Recording, record
 
 
 def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple[Plan, Recording]:

@@ -9,8 +9,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from qat.cli.configs import configs_dir
-from qat.cli.instantiate import instantiate
+from qat.config.configs import configs_dir
+from qat.config.instantiate import instantiate
 from qat.errors import UserError, nearest
 from qat.export.manifest import made_by
 

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qat import kernels
 from qat.formats import Rounding
-from qat.kernels import Kernel
-from qat.launch import PLAIN
-from qat.layout import dense
+from qat.kernels import dispatch
+from qat.kernels.dispatch import Kernel
+from qat.kernels.launch import PLAIN
+from qat.kernels.layout import dense
 
 SAVED = 1 << 17
 """Fake-quantized tensors below this many elements are saved for backward as they are: making them anew
@@ -55,7 +55,7 @@ class Gradient:
         count, learning = x.numel(), torch.is_grad_enabled()
         if (
             type(count) is not int
-            or count < (kernels.SMALL if learning else kernels.SMALL_FORWARD)
+            or count < (dispatch.SMALL if learning else dispatch.SMALL_FORWARD)
             or type(x) not in PLAIN
         ):
             # Sizes are symbols and tensors have no address while somebody exports.

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from qat.cost import bit_operations
 from qat.errors import UserError
-from qat.functions import PROBABILITIES
 from qat.layers import BoundPart, Part
 from qat.layers.parts import part_parameters
-from qat.plan import OUTPUTS, Plan, operand_spec
-from qat.probe import Call, Recording
-from qat.reasons import FOLDS, Reasons, layers, type_name
+from qat.planning.functions import PROBABILITIES
+from qat.planning.plan import OUTPUTS, Plan, operand_spec
+from qat.planning.probe import Call, Recording
+from qat.planning.reasons import FOLDS, Reasons, layers, type_name
 
 SHOWN_GAPS = 5
 

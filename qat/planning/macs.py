@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.functions import EXPERTS, FUNCTIONS, first_tensor
+from qat.planning.functions import EXPERTS, FUNCTIONS, first_tensor
 
 Shape = tuple[int, ...]
 

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from qat.errors import UserError
-from qat.functions import ELEMENTWISE, KV_CACHE, MEAN, PROBABILITIES
 from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
+from qat.planning.functions import ELEMENTWISE, KV_CACHE, MEAN, PROBABILITIES
+from qat.planning.probe import Call, Recording
 from qat.policy import Target
-from qat.probe import Call, Recording
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from qat.functions import FUNCTIONS, PROBABILITIES
+from qat.planning.functions import FUNCTIONS, PROBABILITIES
 from qat.spec import QuantSpec
 
 OUTPUTS = {function.kind for function in FUNCTIONS.values() if function.output}

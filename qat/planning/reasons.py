@@ -1,15 +1,15 @@
-"""Why a part of a model stays float, in words; `qat.audit` puts them beside everything else it knows."""
+"""Why a part of a model stays float, in words; `qat.planning.audit` puts them beside everything else it knows."""
 
 from collections.abc import Iterator
 
 from torch import nn
 
-from qat.addressable import computed, described, has_weight, is_complex, is_norm, targets, type_of
 from qat.layers import MIXINS, Composite, Site, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
 from qat.networks import policy_of
-from qat.plan import Plan
-from qat.probe import Call, Recording
+from qat.planning.addressable import computed, described, has_weight, is_complex, is_norm, targets, type_of
+from qat.planning.plan import Plan
+from qat.planning.probe import Call, Recording
 from qat.quantizers import Quantizer
 
 FOLDS = "folds into "
