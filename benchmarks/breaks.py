@@ -235,14 +235,14 @@ SILENT = [
     Break(
         "4-bit files that hold bytes (ONNX)",
         "tests/test_onnx.py::test_codes_are_stored_in_two_four_or_eight_bits_and_computed_with_as_integers[4-4-symmetric]",
-        "qat/export/onnx_passes.py",
+        "qat/export/onnx/passes.py",
         "            _pack(model.graph, codes, node, size)",
         "            pass",
     ),
     Break(
         "an export bigger than the float one",
         "tests/test_onnx.py::test_the_file_is_smaller_than_the_float_file[separable-8]",
-        "qat/export/onnx.py",
+        "qat/export/onnx/export.py",
         "content = slim(finished).SerializeToString()",
         "import onnx_ir; content = onnx_ir.to_proto(finished).SerializeToString()",
     ),

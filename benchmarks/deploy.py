@@ -36,8 +36,8 @@ from qat.data import HFImages, Text
 from qat.errors import UserError
 from qat.export.bench import time_interleaved
 from qat.export.manifest import files_bytes
-from qat.export.onnx import export_onnx
-from qat.export.runtime import OnnxRunner
+from qat.export.onnx.export import export_onnx
+from qat.export.onnx.runtime import OnnxRunner
 from qat.export.target import Target
 from qat.export.verify import Comparison, Verdict, check_codes, check_outputs, expected_integer_nodes
 from qat.files import atomic

@@ -26,8 +26,8 @@ from small_models import quantized
 
 from qat.config.targets import build
 from qat.export.bench import time_interleaved
-from qat.export.onnx import export_onnx
-from qat.export.runtime import OnnxRunner
+from qat.export.onnx.export import export_onnx
+from qat.export.onnx.runtime import OnnxRunner
 
 W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}
 WANTED = 3.0

@@ -7,7 +7,7 @@ compute on an engine what it was trained for, and which setting to change.
 Sources, where an engine's maker documents them; the rest is measured:
 
     ort          onnxruntime.ai/docs/performance/model-optimizations/quantization.html; int32 biases and kernels: see
-                 `qat.export.onnx`
+                 `qat.export.onnx.export`
     ort_no_vnni  the same page, "reduce_range": without VNNI (or AMX), AVX2 and AVX512 kernels add two products of u8
                  and s8 in int16, which saturates: 2 * 255 * 127 > 32767, and 2 * 255 * 63 is not
     openvino     docs.openvino.ai, "Low Precision Transformations". The CPU plugin adds what comes straight from a

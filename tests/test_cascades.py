@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from qat.cascades import MARGIN, untie, untied
 from qat.convert import convert
 from qat.export import openvino_ir
-from qat.export.onnx_cascades import moved
-from qat.export.onnx_placement import OPENVINO, Placement
+from qat.export.onnx.cascades import moved
+from qat.export.onnx.placement import OPENVINO, Placement
 from qat.export.openvino_ir import OpenVinoTarget
 from qat.export.verify import Comparison
 from qat.insert import Plan, named_quantizers

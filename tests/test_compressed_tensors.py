@@ -13,7 +13,7 @@ pytest.importorskip("compressed_tensors", reason="needs the extra `compressed-te
 
 from qat.calibrate import calibrate
 from qat.errors import UserError
-from qat.export.compressed_tensors import CompressedTensorsTarget
+from qat.export.compressed_tensors.target import CompressedTensorsTarget
 from qat.export.verify import Verdict, check_codes
 from qat.insert import apply_plan, make_plan
 from qat.models import CausalLM

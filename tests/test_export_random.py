@@ -12,7 +12,7 @@ from forced import EQUAL, Call, compare, cut, packs, run, watch
 from random_models import draw
 from small_models import Drawn, Shape, both, lived
 
-from qat.export.onnx import export_onnx
+from qat.export.onnx.export import export_onnx
 
 PACKS = packs(range(20))
 

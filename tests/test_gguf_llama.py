@@ -9,7 +9,7 @@ from test_targets import BLOCKS, target_of
 from torch import nn
 
 from qat.convert import convert
-from qat.export.gguf_llama import Llama
+from qat.export.gguf.llama import Llama
 from qat.export.verify import Verdict, check_codes
 from qat.models import CausalLM
 

@@ -7,8 +7,8 @@ import torch
 from small_models import both, lived
 from torch import Tensor, nn
 
-from qat.export.onnx import OnnxTarget, export_onnx
-from qat.export.runtime import OnnxRunner, weight_codes
+from qat.export.onnx.export import OnnxTarget, export_onnx
+from qat.export.onnx.runtime import OnnxRunner, weight_codes
 from qat.export.verify import Verdict, check_codes
 
 W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}

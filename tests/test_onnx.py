@@ -18,10 +18,10 @@ from test_convert import policies, shapes
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.export import onnx_trace
-from qat.export.onnx import export_onnx
-from qat.export.onnx_placement import OPSET, OPSET_2_BITS, ORT
-from qat.export.runtime import OnnxRunner, float_convolutions, weight_codes
+from qat.export.onnx import trace
+from qat.export.onnx.export import export_onnx
+from qat.export.onnx.placement import OPSET, OPSET_2_BITS, ORT
+from qat.export.onnx.runtime import OnnxRunner, float_convolutions, weight_codes
 from qat.export.verify import expected_integer_nodes
 from qat.integer import IntegerLayer
 
@@ -410,8 +410,8 @@ def test_what_cannot_be_exported_says_why_and_writes_nothing(tmp_path, model, ex
     ],
 )
 def test_a_model_is_traced_again_only_where_something_is_to_be_taken_apart(call, times, tmp_path, monkeypatch) -> None:
-    decomposed, run = [], onnx_trace._run_decompositions
-    monkeypatch.setattr(onnx_trace, "_run_decompositions", lambda *a, **k: decomposed.append(a) or run(*a, **k))
+    decomposed, run = [], trace._run_decompositions
+    monkeypatch.setattr(trace, "_run_decompositions", lambda *a, **k: decomposed.append(a) or run(*a, **k))
     x, path = torch.randn(8, 3, 6, 6), tmp_path / "model.onnx"
     fake, _ = exported(Calls(call, a=nn.Conv2d(3, 4, 3)), x, POLICY, path)
     assert len(decomposed) == times

@@ -12,8 +12,8 @@ from small_models import Drawn, Shape, lived, quantized
 from torch import nn
 
 from qat.errors import UserError
-from qat.export.onnx import OnnxTarget
-from qat.export.onnx_engines import TensorRtOnnx
+from qat.export.onnx.engines import TensorRtOnnx
+from qat.export.onnx.export import OnnxTarget
 from qat.export.verify import Comparison, Verdict, check_codes, check_outputs
 from qat.insert import Plan
 

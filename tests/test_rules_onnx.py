@@ -14,8 +14,8 @@ from torch import nn
 
 from qat.config.targets import build
 from qat.convert import convert
-from qat.export.onnx_checks import qnn_violations, tensorrt_violations
-from qat.export.runtime import OnnxRunner
+from qat.export.onnx.checks import qnn_violations, tensorrt_violations
+from qat.export.onnx.runtime import OnnxRunner
 from qat.export.verify import Verdict
 
 torch.set_num_threads(1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from qat.convert import convert
 from qat.errors import UserError
-from qat.export.onnx_engines import OpenVinoOnnx
+from qat.export.onnx.engines import OpenVinoOnnx
 from qat.export.openvino_ir import OpenVinoTarget
 from qat.export.verify import Comparison, Verdict, check_codes
 
@@ -223,7 +223,7 @@ def test_openvino_rounds_no_float_input_of_integer_weights(optimize, tmp_path):
 
 @pytest.mark.parametrize("exporter", [OpenVinoTarget, OpenVinoOnnx])
 def test_what_openvino_refuses_to_load_is_one_line_and_no_file(exporter, tmp_path, monkeypatch):
-    monkeypatch.setattr("qat.export.onnx.evade_rewrites", lambda model: None)
+    monkeypatch.setattr("qat.export.onnx.export.evade_rewrites", lambda model: None)
     model, x = Headless(nn.Linear(8, 4, bias=False), F.relu), torch.randn(16, 9, 8)
     plan = quantized(model, x, W8A8 | {"target": "openvino"})
     path = tmp_path / exporter.file

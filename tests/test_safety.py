@@ -17,8 +17,8 @@ from small_models import POLICY, Drawn, Shape, lived, quantized
 
 from qat.convert import convert
 from qat.errors import UserError
-from qat.export.pt2 import PICKLED
-from qat.export.torch_export import ProgramRunner, TorchTarget
+from qat.export.torch.pt2 import PICKLED
+from qat.export.torch.target import ProgramRunner, TorchTarget
 from qat.files import atomic
 from qat.lightning.weights import read_checkpoint
 
@@ -56,7 +56,7 @@ def test_nothing_else_in_the_package_unpickles():
         "marshal.loads",
     }
     assert not [(file, name) for file, name, _ in calls() if name in forbidden]
-    assert [file for file, name, _ in calls() if name == "torch.export.load"] == ["export/pt2.py"]
+    assert [file for file, name, _ in calls() if name == "torch.export.load"] == ["export/torch/pt2.py"]
     pickled = [(f, n) for f, n, c in calls() if any(k.arg == "allow_pickle" for k in c.keywords)]
     assert not pickled
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.errors import UserError
-from qat.export.onnx import export_onnx
-from qat.export.runtime import OnnxRunner
+from qat.export.onnx.export import export_onnx
+from qat.export.onnx.runtime import OnnxRunner
 from qat.insert import Plan, apply_plan, make_plan
 from qat.planning.audit import audit
 from qat.policy import QuantPolicy

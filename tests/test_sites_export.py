@@ -9,14 +9,14 @@ from test_insert import Model
 from torch import Tensor, nn
 
 from qat.convert import convert
-from qat.export.onnx import OnnxTarget, export_onnx
+from qat.export.onnx.export import OnnxTarget, export_onnx
 from qat.export.packed import load_packed, save_packed
 from qat.integer import IntegerTensor
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
 
-from qat.export.runtime import OnnxRunner, weight_codes  # noqa: E402
+from qat.export.onnx.runtime import OnnxRunner, weight_codes  # noqa: E402
 from qat.export.verify import Comparison, Verdict, check_codes, check_outputs  # noqa: E402
 
 W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}

@@ -202,7 +202,7 @@ def agrees(name: str, policy: dict[str, Any], model: nn.Module, folder: Any, x: 
 )
 def test_what_is_computed_from_no_data_is_codes_in_the_graph(forward, name, tmp_path) -> None:
     onnx = pytest.importorskip("onnx")
-    from qat.export.onnx import export_onnx
+    from qat.export.onnx.export import export_onnx
 
     model, x, target = with_table(forward, 9, 8), torch.randn(16, 6, 8), target_of(name)
     model.register_buffer("buffer", torch.randn(6, 8))

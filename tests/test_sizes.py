@@ -10,7 +10,7 @@ from test_targets import target_of
 
 from qat.convert import convert
 from qat.export.manifest import companions
-from qat.export.onnx import export_onnx
+from qat.export.onnx.export import export_onnx
 from qat.models import ResNet
 
 

@@ -20,9 +20,9 @@ from torch import nn
 from qat.config.targets import build, of_file
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
-from qat.export.executorch_file import PteFile
+from qat.export.executorch.file import PteFile
 from qat.export.int8_program import CLIPS, DEQUANTIZE, QUANTIZE, float_products, int8_program
-from qat.export.tflite_builder import pack, unpack
+from qat.export.litert.builder import pack, unpack
 from qat.export.verify import Comparison, Verdict, check_codes
 from qat.models import SmallCNN
 
@@ -277,7 +277,7 @@ def test_executorch_computes_what_was_trained_on_integers_from_the_same_codes(tm
     assert comparison.mean_steps <= 0.01 and comparison.agreement == 1
     assert runner(case.x[:3].numpy()).shape == (3, 5)
     assert "does not show ('head')" in first_divergence(case.converted, runner, case.x.numpy())
-    load = f"from qat.export.executorch_pte import *; ExecuTorchRunner(Path({str(path)!r}))"
+    load = f"from qat.export.executorch.target import *; ExecuTorchRunner(Path({str(path)!r}))"
     subprocess.run([sys.executable, "-c", load], check=True)  # a fresh process, where nothing was exported
     with pytest.raises(UserError, match=r"model.pte: cannot run on float32 \[4, 3, 9, 9\]"):
         runner(np.zeros((4, 3, 9, 9), np.float32))
@@ -337,7 +337,7 @@ def test_a_graph_of_xnnpack_is_taken_apart_and_put_together_again_bit_for_bit(tm
     path = case.export(target, tmp_path)
     from executorch.exir._serialize._program import deserialize_pte_binary  # pyright: ignore
 
-    from qat.export.executorch_graph import compile_graph, decompile
+    from qat.export.executorch.graph import compile_graph, decompile
 
     for data in deserialize_pte_binary(path.read_bytes()).program.backend_delegate_data:
         graph = decompile(bytes(data.data))
@@ -394,7 +394,7 @@ def test_executorch_refuses_a_convolution_that_xnnpack_does_not_take(last, tmp_p
 @pytest.mark.slow
 def test_what_executorch_refuses_to_load_is_one_line_and_no_file(tmp_path, monkeypatch) -> None:
     target, model, x = target_of("executorch"), Joined(), torch.randn(8, 8)
-    monkeypatch.setattr("qat.export.executorch_pte._mixed", lambda program: None)
+    monkeypatch.setattr("qat.export.executorch.target._mixed", lambda program: None)
     plan = quantized(model, x, W8A8 | {"concat": "separate", "kinds": "all"})
     with pytest.raises(UserError, match=r"^model.pte: executorch refuses it: ") as caught:
         target.export(target.prepared(model, plan), plan, x, tmp_path / target.file)
@@ -436,7 +436,7 @@ def test_what_executorch_has_no_kernel_for_is_refused_before_training(layer, sha
 
 def test_executorch_needs_a_batch_that_can_vary() -> None:
     target_of("executorch")
-    from qat.export.executorch_pte import ExecuTorchTarget
+    from qat.export.executorch.target import ExecuTorchTarget
 
     with pytest.raises(UserError, match="max_batch=1: must be at least 2"):
         ExecuTorchTarget(max_batch=1)

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from qat.calibrate import calibrate
 from qat.convert import convert
-from qat.export.onnx import export_onnx
-from qat.export.runtime import OnnxRunner
+from qat.export.onnx.export import export_onnx
+from qat.export.onnx.runtime import OnnxRunner
 from qat.insert import Plan, apply_plan, make_plan, named_quantizers, remove
 from qat.planning.audit import audit
 from qat.planning.functions import flat

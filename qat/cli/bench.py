@@ -45,7 +45,7 @@ class Opener:
         """A runner; the float file is no export, and has no manifest."""
         import torch
 
-        from qat.export.runtime import OnnxRunner
+        from qat.export.onnx.runtime import OnnxRunner
 
         torch.set_num_threads(threads)
         if file == self.run_dir / FLOAT:

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from qat.copies import copied
 from qat.errors import UserError
-from qat.export.torch_runner import OneInput
+from qat.export.torch.runner import OneInput
 from qat.insert import Plan
 from qat.integer import Eager, IntegerActivation, IntegerLayer, IntegerTensor, emitting
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from qat.engines import engine_of
 from qat.errors import UserError
-from qat.export.onnx import export_onnx
-from qat.export.onnx_layers import shared_weights
-from qat.export.onnx_passes import SHARED_KEY, is_weight
-from qat.export.onnx_placement import OPENVINO
+from qat.export.onnx.export import export_onnx
+from qat.export.onnx.layers import shared_weights
+from qat.export.onnx.passes import SHARED_KEY, is_weight
+from qat.export.onnx.placement import OPENVINO
 from qat.export.target import INPUT, Target
 from qat.export.verify import Verdict, count_kernels
 from qat.insert import Plan

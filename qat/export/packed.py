@@ -27,7 +27,7 @@ from qat.errors import UserError
 from qat.export.manifest import check_unclaimed, digest, stated, valid_manifest
 from qat.export.packed_scales import pack_scale, unpack_scale
 from qat.export.target import Target
-from qat.export.torch_runner import TorchRunner
+from qat.export.torch.runner import TorchRunner
 from qat.files import atomic, sha256
 from qat.insert import Plan, apply_plan, named_quantizers
 from qat.integer import IntegerTensor

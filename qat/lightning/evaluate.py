@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from qat.errors import UserError, nearest
 from qat.export.bisect import first_divergence
 from qat.export.target import Runner, Target
-from qat.export.torch_runner import TorchRunner
+from qat.export.torch.runner import TorchRunner
 from qat.export.verify import Comparison, Verdict, check_codes, check_metric, check_outputs
 
 

@@ -33,9 +33,9 @@ from qat.config.instantiate import instantiate
 from qat.convert import EVERYTHING, convert, inconvertible
 from qat.errors import UserError
 from qat.export.manifest import companions, files_bytes
-from qat.export.onnx import export_onnx, traceable
+from qat.export.onnx.export import export_onnx, traceable
+from qat.export.onnx.runtime import OnnxRunner, latency_ms
 from qat.export.packed import MANIFEST, WEIGHTS, save_packed
-from qat.export.runtime import OnnxRunner, latency_ms
 from qat.export.target import Runner, Target
 from qat.export.verify import Verdict
 from qat.files import atomic, claimed

@@ -19,7 +19,7 @@ from qat.config.configs import configs_dir
 from qat.config.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
-from qat.export.onnx import export_onnx
+from qat.export.onnx.export import export_onnx
 from qat.files import atomic, read_object
 from qat.insert import Plan
 from qat.lightning.cache import float_key

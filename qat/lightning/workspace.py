@@ -27,8 +27,8 @@ from qat.config.configs import policy_settings
 from qat.config.instantiate import build
 from qat.copies import copied
 from qat.errors import UserError, unmakeable
-from qat.export.onnx import traceable
-from qat.export.onnx_trace import check_trace
+from qat.export.onnx.export import traceable
+from qat.export.onnx.trace import check_trace
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
 from qat.files import atomic, read_object

@@ -1,0 +1,1 @@
+"""`.pte` files for ExecuTorch with XNNPACK."""

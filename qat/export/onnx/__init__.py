@@ -1,0 +1,1 @@
+"""ONNX files, for ONNX Runtime and for other engines that read them."""

@@ -1,0 +1,311 @@
+"""What a traced graph still needs before ONNX Runtime turns it into integer kernels. Each pass changes the graph in
+place and no value of it.
+
+    pool_globally     a mean over all pixels becomes GlobalAveragePool, which has an integer kernel
+    clip_codes        ReLU and Clip before QuantizeLinear become a Clip of its codes (rounding is monotone, so they
+                      commute), so that it sits right behind the layer; in front of fp8 codes they are kept from being
+                      dropped
+    quantize_constants  see `qat.export.onnx.constants`
+    keep_float        a float weight behind quantized inputs stays float (left alone, the runtime quantizes it as it
+                      sees fit), and so does a convolution with groups of weights
+    split_readers     a matrix product that is read both as codes and in float keeps an integer kernel
+    pack_weights      codes of at most 4 bits become INT4 initializers, of at most 2 bits INT2 (unsigned ones UINT4 and
+                      UINT2), cast back to one byte at load
+
+Layers with identical weights (tied ones among them) share one initializer; the model's metadata says which.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from qat.export.onnx.constants import quantize_constants
+from qat.export.onnx.placement import IR_2_BITS, OPSET_2_BITS, ORT, Placement
+from qat.export.onnx.units import make_units
+
+BITS_KEY = "qat.bits"
+SHIFTED_WEIGHT = "weight_plus_half"
+"""What a weight is called whose codes became unsigned by half of their range."""
+SHARED_KEY = "qat.shared_weights"
+"""Metadata of the file: JSON, from the name of each weight that was left out to the identical one that stands for
+it."""
+FP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
+PASS_THROUGH = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
+"""Operations that commute with clipping."""
+
+
+def finish(
+    model: ir.Model, weights: Mapping[str, np.ndarray], paths: Mapping[str, str], placement: Placement = ORT
+) -> ir.Model:
+    """Runs every pass; the initializers of a layer are called after it: `conv1.weight`, `conv1.weight_scale`.
+
+    Args:
+        model: What was traced; the exporter has merged identical weights already.
+        weights: The integer codes of each layer's weight, by name (`conv1.weight`).
+        paths: Of every path of a module the first; the exporter may know it by another.
+        placement: Which passes the engine wants.
+    """
+    for name, value in list(model.graph.initializers.items()):
+        value.name = _first_path(_short(name), paths, model.graph)
+    pool_globally(model)
+    clip_codes(model, placement.folds_limits)
+    quantize_constants(model)
+    if placement.guards_fusions:
+        keep_float(model)
+        split_readers(model)
+    if placement.units:
+        make_units(model)
+    cleanup = ir.passes.Sequential(
+        common.DeduplicateInitializersPass(size_limit=2**20),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+    )
+    model = cleanup(model).model
+    shared = _shared(model.graph, weights)
+    pack_weights(model, placement.narrowest)
+    model = common.ClearMetadataAndDocStringPass()(model).model
+    if shared:
+        model.metadata_props[SHARED_KEY] = json.dumps(shared)
+    return model
+
+
+def _first_path(name: str, paths: Mapping[str, str], graph: ir.Graph) -> str:
+    """The name that a tensor of a module with several paths has under the first of them."""
+    owner, _, leaf = name.rpartition(".")
+    first = f"{paths.get(owner, owner)}.{leaf}".removeprefix(".")
+    return name if first in graph.initializers else first
+
+
+def _short(name: str) -> str:
+    """`model.conv1.integer_weight.codes` -> `conv1.weight`."""
+    for constant in ("weight", "bias"):
+        for part, short in (("codes", constant), ("scale", f"{constant}_scale"), ("zero_point", f"{constant}_zero")):
+            name = name.replace(f".integer_{constant}.{part}", f".{short}")
+    name = name.replace(".integer_bias.onnx_value", ".bias")
+    return name.removeprefix("model.")
+
+
+def is_weight(name: str) -> bool:
+    """Whether an initializer of this name holds a weight; if it is of integers, they are its codes."""
+    return name.rpartition(".")[2] in ("weight", SHIFTED_WEIGHT)
+
+
+def _shared(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """For each weight that has no initializer of its own: the one with the same codes."""
+    kept = {_content(weights[name]): name for name in graph.initializers if name in weights}
+    return {name: kept[_content(codes)] for name, codes in weights.items() if name not in graph.initializers}
+
+
+def _content(codes: np.ndarray) -> tuple[Any, ...]:
+    return codes.dtype, codes.shape, codes.tobytes()
+
+
+def _constant(value: ir.Value | None) -> Any:
+    return None if value is None or value.const_value is None else value.const_value.numpy()
+
+
+def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """The constant of that name, which is registered if there is none."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(array, name=name)
+        graph.register_initializer(
+            ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+        )
+    return graph.initializers[name]
+
+
+def pool_globally(model: ir.Model) -> None:
+    """ReduceMean over the last two axes of an image becomes GlobalAveragePool (and a Reshape, through which the
+    runtime moves Q/DQ)."""
+    graph = model.graph
+    for node in list(graph):
+        if (
+            node.op_type != "ReduceMean"
+            or node.inputs[0] is None
+            or node.inputs[0].shape is None
+            or len(node.inputs[0].shape) != 4
+        ):
+            continue
+        axes = _constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        if axes is None or sorted(int(a) % 4 for a in axes.reshape(-1)) != [2, 3]:
+            continue
+        source = node.inputs[0]
+        pool = ir.node("GlobalAveragePool", [source])
+        result = pool.outputs[0]
+        result.type = source.type
+        graph.insert_before(node, pool)
+        if node.attributes.get_int("keepdims", 1) == 0:
+            assert source.shape is not None
+            # Of an empty batch, the runtime cannot tell what a -1 stands for.
+            channels = size if isinstance(size := source.shape[1], int) else -1
+            flat = initializer(graph, f"flat_shape_{channels}", np.array([0, channels], np.int64))
+            reshape = ir.node("Reshape", [result, flat])
+            reshape.outputs[0].type = source.type
+            graph.insert_before(node, reshape)
+            result = reshape.outputs[0]
+        ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
+
+
+def clip_codes(model: ir.Model, all_limits: bool = True) -> None:
+    """Turns the ReLU or Clip in front of each QuantizeLinear into limits of its codes, or only those that its type has
+    anyway; so always those of 16 bits, which no Clip of the runtime's takes.
+    """
+    for node in list(model.graph):
+        if node.op_type == "QuantizeLinear":
+            _clip_codes_of(model.graph, node, all_limits)
+    common.RemoveUnusedNodesPass()(model)
+
+
+def _clip_codes_of(graph: ir.Graph, quantize: ir.Node, all_limits: bool) -> None:
+    edge, source = _activation_before(graph, quantize)
+    scale, zero = _constant(quantize.inputs[1]), _constant(quantize.inputs[2])
+    if source is None or scale is None or scale.size != 1:
+        return
+    if zero.dtype.kind not in "iu":
+        # The runtime takes a zero point of 0 for the lowest code, of fp8 too, and would drop the ReLU.
+        kept = ir.node("Max", [source.outputs[0]])
+        graph.insert_after(source, kept)
+        edge.replace_input_with(0, kept.outputs[0])
+        return
+    limits = np.iinfo(zero.dtype)
+    bounds = (0.0, None) if source.op_type == "Relu" else [_constant(v) for v in [*source.inputs, None, None][1:3]]
+    codes = [
+        None
+        if b is None
+        else int(np.clip(np.rint(np.float32(b) / scale.reshape(())) + int(zero.reshape(())), limits.min, limits.max))
+        for b in bounds
+    ]
+    low = limits.min if codes[0] is None else codes[0]
+    high = limits.max if codes[1] is None else codes[1]
+    if not (all_limits and limits.bits == 8) and (low > limits.min or high < limits.max):
+        return
+    edge.replace_input_with(0, source.inputs[0])
+    _limit(graph, quantize, low, high, limits)
+
+
+def _activation_before(graph: ir.Graph, quantize: ir.Node) -> tuple[ir.Node, ir.Node | None]:
+    """The ReLU or Clip in front of `quantize`, behind operations that commute with it, and the node that reads it."""
+    edge, source = quantize, quantize.inputs[0].producer() if quantize.inputs[0] else None
+    while source is not None and source.op_type in PASS_THROUGH:
+        if len(source.outputs[0].uses()) != 1 or source.outputs[0] in graph.outputs or source.inputs[0] is None:
+            return edge, None
+        edge, source = source, source.inputs[0].producer()
+    found = source is not None and source.op_type in ("Relu", "Clip") and source.inputs[0] is not None
+    return edge, source if found and source.inputs[0].dtype == ir.DataType.FLOAT else None  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def _limit(graph: ir.Graph, quantize: ir.Node, low: int, high: int, limits: Any) -> None:
+    """Clips the codes of `quantize`: by the Clip that its grid has already, or by a new one if it needs any."""
+    output = quantize.outputs[0]
+    readers = [reader for reader, _ in output.uses()]
+    if len(readers) == 1 and readers[0].op_type == "Clip":
+        clip = readers[0]
+        low, high = max(low, int(_constant(clip.inputs[1]))), min(high, int(_constant(clip.inputs[2])))
+    elif low > limits.min or high < limits.max:
+        clip = ir.node("Clip", [output, None, None])
+        ir.convenience.replace_all_uses_with(output, clip.outputs[0])
+        clip.replace_input_with(0, output)
+        graph.insert_after(quantize, clip)
+    else:
+        return
+    for index, code in ((1, low), (2, high)):
+        clip.replace_input_with(index, initializer(graph, f"code_{code}_{limits.dtype}", np.array(code, limits.dtype)))
+
+
+def keep_float(model: ir.Model) -> None:
+    """Puts a Max of one input (which changes nothing, and which the runtime does not remove) between quantized inputs
+    and a weight that no integer kernel takes: float, fp8, in blocks, or with scales that run along the sum."""
+    graph = model.graph
+    for node in list(graph):
+        computes = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
+        if not computes or node.inputs[0] is None or node.inputs[1] is None:
+            continue
+        stays_float = _stays_float(node.op_type, node.inputs[1].producer())
+        source = node.inputs[0].producer()
+        while source is not None and source.op_type in PASS_THROUGH and source.inputs[0] is not None:
+            source = source.inputs[0].producer()
+        if stays_float and source is not None and source.op_type == "DequantizeLinear":
+            kept = ir.node("Max", [node.inputs[0]])
+            graph.insert_before(node, kept)
+            node.replace_input_with(0, kept.outputs[0])
+
+
+def _stays_float(op_type: str, weight: ir.Node | None) -> bool:
+    if weight is not None and weight.inputs[0] is not None and weight.inputs[0].dtype in FP8:
+        return True  # the runtime would put the bias on int32, for which the product of two fp8 scales is too fine
+    if op_type == "MatMul":
+        return _scales_along_the_sum(weight)
+    # The runtime makes an integer kernel of a convolution with blocks of weights, and that then refuses the scales.
+    return weight is None or (op_type != "Gemm" and "block_size" in weight.attributes)
+
+
+def _scales_along_the_sum(dequantize: ir.Node | None) -> bool:
+    """Whether the right-hand side of a MatMul has a scale for each of its rows: that of a layer that it is tied to."""
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or "block_size" in dequantize.attributes:
+        return False
+    codes, scale = dequantize.inputs[0], dequantize.inputs[1]
+    if codes is None or codes.shape is None or scale is None or scale.shape is None or not len(scale.shape):
+        return False
+    axis, ndim = dequantize.attributes.get_int("axis", 1), len(codes.shape)
+    return axis % ndim != ndim - 1
+
+
+def split_readers(model: ir.Model) -> None:
+    """Puts a Max of one input between a matrix product and the QuantizeLinear behind it where others read the product,
+    too: the runtime has a kernel that returns codes and one that returns floats, and leaves what asks for both float.
+    """
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type not in ("Gemm", "MatMul"):
+            continue
+        output = node.outputs[0]
+        coders = [(reader, i) for reader, i in output.uses() if reader.op_type == "QuantizeLinear"]
+        if not coders or (len(output.uses()) == 1 and output not in graph.outputs):
+            continue
+        kept = ir.node("Max", [output])
+        graph.insert_after(node, kept)
+        for reader, i in coders:
+            reader.replace_input_with(i, kept.outputs[0])
+
+
+PACKED: dict[tuple[ir.DataType, int], tuple[ir.DataType, Any]] = {
+    (ir.DataType.INT8, 4): (ir.DataType.INT4, ml_dtypes.int4),
+    (ir.DataType.UINT8, 4): (ir.DataType.UINT4, ml_dtypes.uint4),
+    (ir.DataType.INT8, 2): (ir.DataType.INT2, ml_dtypes.int2),
+    (ir.DataType.UINT8, 2): (ir.DataType.UINT2, ml_dtypes.uint2),
+}
+"""The type of codes that fit in so many bits, for ONNX and for numpy."""
+
+
+def pack_weights(model: ir.Model, narrowest: int) -> None:
+    """Stores codes of few bits in types of as many; `narrowest` is the smallest that the engine has. It runs after all
+    folding, which would undo the Cast."""
+    for node in list(model.graph):
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if codes is None or not codes.is_initializer() or codes.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
+            continue
+        bits = int(node.metadata_props.get(BITS_KEY, 8))
+        size = next((size for size in (2, 4) if bits <= size and narrowest <= size), None)
+        if size is not None:
+            _pack(model.graph, codes, node, size)
+        if size == 2:
+            model.opset_imports[""], model.ir_version = OPSET_2_BITS, IR_2_BITS
+
+
+def _pack(graph: ir.Graph, codes: ir.Value, reader: ir.Node, size: int) -> None:
+    assert codes.const_value is not None and codes.name is not None and codes.dtype is not None
+    dtype, element = PACKED[codes.dtype, size]
+    tensor = ir.Tensor(codes.const_value.numpy().astype(element), dtype=dtype, name=codes.name)
+    packed = ir.Value(name=codes.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
+    unpack = ir.node("Cast", [packed], {"to": int(codes.dtype)})
+    graph.insert_before(reader, unpack)
+    ir.convenience.replace_all_uses_with(codes, unpack.outputs[0])
+    del graph.initializers[codes.name]
+    graph.register_initializer(packed)

@@ -1,0 +1,194 @@
+"""ONNX Runtime as the judge: what it loads, which kernels it picks, what it computes, how fast."""
+
+import collections
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from qat.errors import UserError
+from qat.export.onnx.layers import expose, layer_values, shared_weights
+from qat.export.onnx.nbits import packed_codes
+from qat.export.onnx.passes import PASS_THROUGH, SHIFTED_WEIGHT, is_weight
+from qat.export.target import INPUT, Runner
+
+CODES: dict[int, Any] = {
+    **dict.fromkeys([onnx.TensorProto.INT8, onnx.TensorProto.INT4, onnx.TensorProto.INT2], np.int8),
+    **dict.fromkeys([onnx.TensorProto.UINT8, onnx.TensorProto.UINT4, onnx.TensorProto.UINT2], np.uint8),
+    **{onnx.TensorProto.INT16: np.int16, onnx.TensorProto.UINT16: np.int32},
+}
+"""Types of stored weights, and what they are compared as."""
+FP8 = (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2)
+"""Those that are compared as bit patterns."""
+PROVIDERS = ["CPUExecutionProvider"]
+INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
+
+
+class OnnxRunner:
+    """A loaded file.
+
+    Args:
+        path: An ONNX file with one input.
+        optimize: With the runtime's graph optimizations (which make the integer kernels), or node by node as written.
+        threads: Threads within one operation.
+
+    Raises:
+        UserError: if the file is missing or the runtime refuses it.
+    """
+
+    def __init__(self, path: str | Path, *, optimize: bool = True, threads: int = 0) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: no such file")
+        self.optimize, self.threads = optimize, threads
+        self._session = self._session_of(str(self.path), optimize=optimize)
+
+    def _session_of(
+        self, content: str | bytes, *, optimize: bool, optimized_copy: str | None = None
+    ) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4  # what is wrong comes as an exception
+        options.intra_op_num_threads = self.threads
+        # Idle threads would wait for the next call at full speed, on the cores of whatever is measured in turn.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        if optimized_copy is not None:
+            options.optimized_model_filepath = optimized_copy
+        try:
+            return ort.InferenceSession(content, options, providers=PROVIDERS)
+        except Exception as error:  # the runtime's own exception types are private
+            refused = UserError(f"{self.path}: onnxruntime refuses it: {str(error).splitlines()[0]}")
+        # It makes int8 activations uint8, and stumbles over those that it moved before. So it gets to leave them.
+        options.add_session_config_entry("session.qdqisint8allowed", "1")
+        try:
+            return ort.InferenceSession(content, options, providers=PROVIDERS)
+        except Exception:
+            raise refused from None
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Runs one batch.
+
+        Raises:
+            UserError: if the file does not take such a batch.
+        """
+        try:
+            return np.asarray(self._session.run(None, {INPUT: x})[0])
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+
+    def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
+        content, layers = expose(onnx.load(str(self.path)), only)
+        # A layer whose output is seen is no integer kernel: if all are, this would be neither one nor the other.
+        session = self._session_of(content.SerializeToString(), optimize=self.optimize and only is not None)
+        values = session.run(list(layers.values()), {INPUT: x})
+        return {name: np.asarray(value) for name, value in zip(layers, values, strict=True)}
+
+    def float_layers(self) -> list[str]:
+        """The layers that the runtime computes in float: their output exists, and no integer kernel made it, or what
+        their bias is added to.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            target = str(Path(folder) / "optimized.onnx")
+            self._session_of(str(self.path), optimize=self.optimize, optimized_copy=target)
+            made = {name: node for node in onnx.load(target).graph.node for name in node.output}
+
+        def in_float(node: onnx.NodeProto) -> bool:
+            added = [made[name] for name in node.input if name in made] if node.op_type == "Add" else []
+            return all(each.op_type not in INTEGER_KERNELS for each in (node, *added))
+
+        layers = layer_values(onnx.load(str(self.path)))
+        return [layer for layer, value in layers.items() if value in made and in_float(made[value])]
+
+    def kernels(self) -> collections.Counter[str]:
+        """How many nodes of each kind the runtime executes, after its optimizations."""
+        with tempfile.TemporaryDirectory() as folder:
+            target = str(Path(folder) / "optimized.onnx")
+            self._session_of(str(self.path), optimize=self.optimize, optimized_copy=target)
+            return collections.Counter(node.op_type for node in onnx.load(target).graph.node)
+
+    def integer_nodes(self) -> int:
+        """How many convolutions and matrix products run on integers."""
+        kernels = self.kernels()
+        return sum(kernels[name] for name in INTEGER_KERNELS)
+
+
+def weight_codes(path: str | Path) -> dict[str, np.ndarray]:
+    """The codes of the weights in an ONNX file, by layer, in the model's types; packed ones are widened here."""
+    model = onnx.load(str(path))
+    found = {}
+    for tensor in model.graph.initializer:
+        if is_weight(tensor.name) and tensor.data_type in CODES:
+            found[tensor.name] = onnx.numpy_helper.to_array(tensor).astype(CODES[tensor.data_type])
+        elif is_weight(tensor.name) and tensor.data_type in FP8:
+            found[tensor.name] = onnx.numpy_helper.to_array(tensor).view(np.uint8)
+    found |= packed_codes(model)
+    for name, same in shared_weights(model).items():
+        found[name] = found[same]
+    return {name.rpartition(".")[0]: _unshifted(name, array) for name, array in found.items()}
+
+
+def _unshifted(name: str, codes: np.ndarray) -> np.ndarray:
+    """Signed codes, if half of their range was added to them."""
+    if name.rpartition(".")[2] != SHIFTED_WEIGHT:
+        return codes
+    kind = np.dtype(np.int8 if codes.dtype == np.uint8 else np.int16)
+    return (codes.astype(np.int32) + np.iinfo(kind).min).astype(kind)
+
+
+def float_convolutions(path: str | Path) -> int:
+    """How many convolutions of quantized inputs and weights the runtime computes in float: those whose output is not
+    quantized, or whose input is padded by a node of its own."""
+    graph = onnx.load(str(path)).graph
+    producers = {output: node for node in graph.node for output in node.output}
+    readers = collections.defaultdict(list)
+    for node in graph.node:
+        for name in node.input:
+            readers[name].append(node)
+
+    fp8 = {tensor.name for tensor in graph.initializer if tensor.data_type in FP8}
+
+    def quantized(name: str) -> bool:
+        node = producers.get(name)
+        return (
+            node is not None
+            and node.op_type == "DequantizeLinear"
+            and node.input[2] not in fp8
+            and all(a.name != "block_size" for a in node.attribute)
+        )
+
+    def padded(name: str) -> bool:
+        return name in producers and producers[name].op_type == "Pad" and quantized(producers[name].input[0])
+
+    def becomes_codes(name: str) -> bool:
+        if len(readers[name]) != 1:
+            return False
+        (reader,) = readers[name]
+        return reader.op_type == "QuantizeLinear" or (
+            reader.op_type in PASS_THROUGH and becomes_codes(reader.output[0])
+        )
+
+    return sum(
+        node.op_type == "Conv"
+        and quantized(node.input[1])
+        and (padded(node.input[0]) or (quantized(node.input[0]) and not becomes_codes(node.output[0])))
+        for node in graph.node
+    )
+
+
+def latency_ms(runners: Mapping[str, Runner], sample: np.ndarray, repeats: int = 200) -> dict[str, float]:
+    """Median milliseconds for one sample, measured in turn (a machine that slows down slows all of them)."""
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for step in range(repeats + repeats // 10):
+        for name, runner in runners.items():
+            start = time.perf_counter()
+            runner(sample)
+            if step >= repeats // 10:
+                times[name].append(time.perf_counter() - start)
+    return {name: float(np.median(t)) * 1e3 for name, t in times.items()}

@@ -1,0 +1,1 @@
+"""`torch.export` programs, eager and for Inductor, and modules that torch itself runs."""
