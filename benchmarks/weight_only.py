@@ -26,7 +26,8 @@ from small_models import quantized
 from qat.convert import convert
 from qat.export.bench import time_interleaved
 from qat.export.manifest import files_bytes
-from qat.export.onnx.export import OnnxTarget, export_onnx
+from qat.export.onnx.export import export_onnx
+from qat.export.onnx.target import OnnxTarget
 from qat.export.onnx.runtime import OnnxRunner
 
 GROUPS: tuple[int | None, ...] = (32, 128, None)

@@ -160,7 +160,7 @@ def test_a_refused_export_makes_no_folder(out, run, tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise UserError("cannot be written")
 
-    monkeypatch.setattr("qat.export.onnx.export.OnnxTarget.write", refuse)
+    monkeypatch.setattr("qat.export.onnx.target.OnnxTarget.write", refuse)
     assert main(["export", str(run), "target=onnx", f"out={tmp_path}/{out}"]) == 2
     assert list(tmp_path.iterdir()) == []
 

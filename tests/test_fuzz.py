@@ -15,7 +15,7 @@ from torch import nn
 
 from qat.convert import convert
 from qat.errors import UserError
-from qat.export.onnx.export import OnnxTarget
+from qat.export.onnx.target import OnnxTarget
 from qat.export.packed import MANIFEST, WEIGHTS, load_packed, packed_codes, save_packed
 from qat.lightning.weights import read_checkpoint
 

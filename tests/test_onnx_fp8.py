@@ -13,7 +13,7 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.export.onnx.engines import TensorRtOnnx
-from qat.export.onnx.export import OnnxTarget
+from qat.export.onnx.target import OnnxTarget
 from qat.export.verify import Comparison, Verdict, check_codes, check_outputs
 from qat.insert import Plan
 

@@ -9,7 +9,7 @@ from small_models import quantized
 
 from qat.convert import convert
 from qat.errors import UserError
-from qat.export.onnx.export import OnnxTarget
+from qat.export.onnx.target import OnnxTarget
 from qat.export.verify import Verdict, check_codes
 from qat.models import GPT
 

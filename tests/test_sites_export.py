@@ -9,7 +9,8 @@ from test_insert import Model
 from torch import Tensor, nn
 
 from qat.convert import convert
-from qat.export.onnx.export import OnnxTarget, export_onnx
+from qat.export.onnx.export import export_onnx
+from qat.export.onnx.target import OnnxTarget
 from qat.export.packed import load_packed, save_packed
 from qat.integer import IntegerTensor
 

@@ -16,31 +16,25 @@ The converted model writes its own quantization: while it is traced, `OnnxEmitte
 Opset 21 is the first with INT4, 25 the first with INT2. Weights of 3 bits are stored as INT4.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import numpy as np
 import onnx_ir.passes.common as common
 import torch
 from torch import Tensor, nn
 
-from qat.convert import Holds
 from qat.copies import copied
 from qat.errors import UserError
-from qat.export.onnx import nbits, passes
+from qat.export.onnx import passes
 from qat.export.onnx.cascades import steady_cascades
 from qat.export.onnx.channels import pad_images
 from qat.export.onnx.openvino import evade_rewrites
 from qat.export.onnx.placement import ORT, Placement
-from qat.export.onnx.runtime import OnnxRunner, float_convolutions, weight_codes
 from qat.export.onnx.slim import slim
 from qat.export.onnx.trace import trace
-from qat.export.target import Target
-from qat.export.verify import Verdict, count_kernels
 from qat.files import atomic
 from qat.formats import FLOATS
-from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting, reads_elementwise
 
 SHIFTED = "codes_plus_half"
@@ -206,64 +200,3 @@ def _named_codes(layer: str, weight: IntegerTensor) -> tuple[str, np.ndarray]:
 def _array(codes: Tensor) -> np.ndarray:
     """Codes, those of fp8 as bit patterns."""
     return (codes.view(torch.uint8) if codes.is_floating_point() else codes).numpy()
-
-
-@dataclass(frozen=True)
-class OnnxTarget(Target):
-    """An ONNX file for ONNX Runtime.
-
-    Attributes:
-        weight_only: What becomes of layers with a quantized weight and a float input: `qdq`, DequantizeLinear and a
-            Gemm, which every runtime has; `matmulnbits`, the operation that ONNX Runtime has for them.
-
-    Class attributes:
-        placement: Where Q/DQ nodes stand.
-
-    Raises:
-        UserError: if the engine has no such operation.
-    """
-
-    weight_only: Literal["qdq", "matmulnbits"] = "qdq"
-    engine = "ort"
-    graph = "onnx"
-    file = "model.onnx"
-    optimizes = True
-    max_bits = 16
-    placement: ClassVar[Placement] = ORT
-    holds: ClassVar[Holds] = Holds(("e4m3", "e5m2"))
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.weight_only == "matmulnbits" and self.engine != "ort":
-            raise UserError(f"weight_only=matmulnbits: {self.engine} has no such operation; use qdq")
-
-    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
-        alone = [layer for layer in plan.layers.values() if layer["weight"] is not None and not layer["input"]]
-        alone += [site for name, site in plan.parameters.items() if not any(plan.sites.get(name, [])[:1])]
-        if self.weight_only == "matmulnbits" and not alone:
-            return "weight_only=matmulnbits is for quantized weights with a float input; set quant.act=off, or use qdq"
-        floats = [f"'{name}' is {spec.short}" for name, spec in plan.weights.items() if not spec.integer]
-        if self.weight_only == "matmulnbits" and floats:
-            return f"{floats[0]}, and MatMulNBits holds integers; use weight_only=qdq"
-        return None
-
-    def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
-        export_onnx(model, example, folder / self.file, self.placement)
-        if self.weight_only == "matmulnbits":
-            nbits.rewrite(folder / self.file)
-
-    def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> OnnxRunner:
-        return OnnxRunner(path, optimize=optimize, threads=threads)
-
-    def codes(self, path: Path) -> dict[str, np.ndarray]:
-        return weight_codes(path)
-
-    def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: OnnxRunner) -> None:
-        count_kernels(
-            verdict,
-            converted,
-            runner.integer_nodes(),
-            without=float_convolutions(runner.path),
-            floats=runner.float_layers(),
-            why="nothing quantizes the output, or a separate operation pads the input",
-        )
