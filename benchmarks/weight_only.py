@@ -27,8 +27,8 @@ from qat.convert import convert
 from qat.export.bench import time_interleaved
 from qat.export.manifest import files_bytes
 from qat.export.onnx.export import export_onnx
-from qat.export.onnx.target import OnnxTarget
 from qat.export.onnx.runtime import OnnxRunner
+from qat.export.onnx.target import OnnxTarget
 
 GROUPS: tuple[int | None, ...] = (32, 128, None)
 TOKENS = (1, 16, 128)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from qat.annotations import accepts
 from qat.errors import UserError, nearest
 from qat.formats import FLOATS, Float, Rounding, round_int, round_midrise
 
@@ -149,7 +150,7 @@ class QuantSpec:
         for key, value in values.items():
             if key not in hints:
                 raise UserError(f"{where}.{key}: no such setting{nearest(key, hints)}")
-            if not _is_a(value, hints[key]):
+            if not accepts(hints[key], value):
                 raise UserError(f"{where}.{key}={value!r}: must be {_describe(hints[key])}")
         try:
             return cls(**values)
@@ -219,16 +220,6 @@ class QuantSpec:
         kind += str(self.bits) if self.format == "midrise" else ""
         unit = "" if self.granularity == "tensor" else f"/{self.granularity}{self.group_size or ''}"
         return f"{kind}{'' if self.symmetric else ' affine'}{unit}{'' if self.scale == 'float32' else ' ' + self.scale}"
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    if typing.get_origin(hint) is Literal:
-        return value in typing.get_args(hint)
-    if typing.get_origin(hint) is Mapping:
-        return isinstance(value, Mapping)
-    if isinstance(hint, types.UnionType):
-        return any(_is_a(value, option) for option in typing.get_args(hint))
-    return isinstance(value, hint) and not (hint is int and isinstance(value, bool))
 
 
 def _describe(hint: Any) -> str:

@@ -10,9 +10,10 @@ from typing import Literal, Optional, Union
 import pytest
 from omegaconf import OmegaConf
 
+from qat.annotations import accepts
 from qat.cli import main
 from qat.config.instantiate import allowed_patterns, instantiate, locate
-from qat.config.typecheck import accepts
+from qat.config.typecheck import check_type
 from qat.errors import UserError
 
 CALLS: list[str] = []
@@ -237,12 +238,18 @@ def test_a_trusted_package_reaches_hydras_own_list():
         pytest.param(tuple[int, float], [1, 2, 3], False, id="a-tuple-has-a-length"),
         pytest.param(list[float], ["a"], False, id="items-count"),
         pytest.param(dict[str, int], {"a": "b"}, False, id="values-count"),
-        pytest.param(int, {"_target_": "x.y"}, True, id="a-nested-node-is-not-known-yet"),
+        pytest.param(int, {"_target_": "x.y"}, False, id="a-mapping-is-no-number"),
         pytest.param(Layer, 1, True, id="a-class-is-not-checked"),
     ],
 )
 def test_a_value_fits_an_annotation(hint, value, fits):
     assert accepts(hint, value) is fits
+
+
+@pytest.mark.parametrize("hint", [int, list[int], dict[str, int]])
+def test_a_node_that_is_not_built_yet_fits_wherever_it_stands(hint):
+    node = {"_target_": "x.y"}
+    check_type("key", hint, {int: node, list[int]: [1, node], dict[str, int]: {"a": node}}[hint])
 
 
 def test_the_command_finds_a_package_in_the_folder_that_it_is_run_in(tmp_path, monkeypatch, capsys):

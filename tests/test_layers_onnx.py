@@ -8,8 +8,8 @@ from small_models import both, lived
 from torch import Tensor, nn
 
 from qat.export.onnx.export import export_onnx
-from qat.export.onnx.target import OnnxTarget
 from qat.export.onnx.runtime import OnnxRunner, weight_codes
+from qat.export.onnx.target import OnnxTarget
 from qat.export.verify import Verdict, check_codes
 
 W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}

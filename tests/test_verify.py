@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from qat.errors import UserError
 from qat.export.manifest import write_manifest
 from qat.export.onnx.export import export_onnx
-from qat.export.onnx.target import OnnxTarget
 from qat.export.onnx.runtime import OnnxRunner
+from qat.export.onnx.target import OnnxTarget
 from qat.export.verify import Comparison, Verdict, check_codes, check_metric, count_kernels, weight_codes
 from qat.insert import Plan
 from qat.lightning.evaluate import verify_file

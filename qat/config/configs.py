@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
-from qat.config.typecheck import accepts, in_words, literals
+from qat.config.typecheck import check_type
 from qat.errors import UserError, nearest
 
 # Keys that no `_target_` takes, and so no signature describes.
@@ -150,7 +150,7 @@ def finish(cfg: DictConfig, run_dir: Path) -> None:
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"config key '{missing[0]}' needs a value: {missing[0]}=...")
     for key, hint in TYPES.items():
-        _check_type(key, hint, OmegaConf.select(cfg, key))
+        check_type(key, hint, OmegaConf.select(cfg, key))
     scale_lr = cfg.quant.get("scale_lr")
     for key, fits, expected in (
         ("seed", 0 <= cfg.seed < 2**32, f"between 0 and {2**32 - 1}"),
@@ -204,12 +204,3 @@ def _leave_out(cfg: DictConfig, group: str) -> None:
             f"{nearest('', _options([configs_dir() / group]))}"
         )
     OmegaConf.update(cfg, group, None, force_add=True)
-
-
-def _check_type(key: str, hint: Any, value: Any) -> None:
-    if OmegaConf.is_config(value):
-        value = OmegaConf.to_container(value)
-    if not accepts(hint, value):
-        options = [option for option in literals(hint) if isinstance(option, str)]
-        close = nearest(value, options) if isinstance(value, str) and options else ""
-        raise UserError(f"{key}={value!r}: must be {in_words(hint)}{close}")

@@ -19,7 +19,8 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from qat.config.typecheck import accepts, hints_of, in_words, literals
+from qat.annotations import hints_of
+from qat.config.typecheck import check_type
 from qat.errors import UserError, nearest
 
 HYDRA_1_4 = tuple(int(part) for part in hydra.__version__.split(".")[:2]) >= (1, 4)
@@ -152,13 +153,7 @@ def _check_types(node: DictConfig, key: str, target: Callable[..., Any], names: 
         full, hint = _join(key, name), hints.get(name, Any)
         if OmegaConf.is_missing(node, name):
             raise UserError(f"{full}: needs a value: {full}=...")
-        value = node[name]
-        if OmegaConf.is_config(value):
-            value = OmegaConf.to_container(value, resolve=True)
-        if not accepts(hint, value):
-            options = [option for option in literals(hint) if isinstance(option, str)]
-            close = nearest(value, options) if isinstance(value, str) and options else ""
-            raise UserError(f"{full}={value!r}: {_name(target)} wants {in_words(hint)}{close}")
+        check_type(full, hint, node[name], f"{_name(target)} wants")
 
 
 def locate(path: Any, key: str) -> Any:

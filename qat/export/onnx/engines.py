@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from qat.convert import INTEGERS
 from qat.export.onnx.checks import Graph, qnn_violations, tensorrt_violations
-from qat.export.onnx.target import OnnxTarget
 from qat.export.onnx.placement import OPENVINO, QNN, TENSORRT, Placement
 from qat.export.onnx.runtime import OnnxRunner
+from qat.export.onnx.target import OnnxTarget
 from qat.export.openvino_ir import OpenVinoRunner, check_precisions, unfit_for_openvino
 from qat.export.verify import Verdict, count_kernels
 from qat.insert import Plan
