@@ -4,59 +4,34 @@ beside them.
 LSQ scales the gradient of a step size so that, under SGD, it moves as fast as the weights do; with one step per channel
 that is noisier than with one per tensor, and a tenth is safer (2 bits at a high learning rate can collapse without it).
 Adaptive optimizers divide any such factor out again: under Adam a step size moves by the whole learning rate each step,
-whether it is 0.1 or 0.0001. So there it moves in proportion to itself: by that share, as if its logarithm were trained.
-The factor is `SGD_FACTOR` for SGD and `ADAPTIVE_FACTOR` for all others.
-
-Under SGD, too, a change is applied to the logarithm of a scale, which is the same where it is small, and never exceeds
-a fifth in one step. Scales of 8-bit weights are so small that a gradient a hundred times as large as usual, as a run
-has now and then, would take one below zero, and a BatchNorm behind a channel without a grid turns what is left into
-gradients that no later step survives.
+whether it is 0.1 or 0.0001. So there it moves in proportion to itself (`qat.lightning.scale_steps`): by that share, as
+if its logarithm were trained. The factor is `SGD_FACTOR` for SGD and `ADAPTIVE_FACTOR` for all others.
 
 The split happens while the optimizer is constructed, not afterwards: schedulers copy the groups' learning rates when
-they are made, and so see the final groups. What schedulers take for each group of the user's (functions, highest and
-lowest rates) is spread over the groups that there are. Some give all groups one rate during training (the learning rate
-finder, stochastic weight averaging): a hook before each step restores the ratio.
+they are made, and so see the final groups (`qat.lightning.scale_schedules`).
 
 Lists of parameters that were complete in float are no longer. Layers that read one tensor share a quantizer, which the
 `parameters()` of each of them have. And what a module's own forward quantizes is no child of the submodules whose
 `parameters()` a user adds up. `settle` looks at the finished optimizers for both.
 """
 
-import functools
-import inspect
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.optim import lr_scheduler
 
-from qat.errors import UserError
-from qat.functional import TINY
 from qat.insert import named_quantizers
 from qat.layers.site import Site
+from qat.lightning.scale_schedules import values_for_all_groups
+from qat.lightning.scale_steps import FACTOR, SPLIT, in_proportion, keep_ratio, remember
 
 SGD_FACTOR = 0.1
 ADAPTIVE_FACTOR = 3.0
-FACTOR = "scale_lr_factor"
-"""Key under which a group of scales keeps its factor; checkpoints carry it."""
-SPLIT = "scales_of_the_group_before"
-"""Key under which a group of scales keeps whether it was split off the user's group in front of it."""
-BEFORE = "_scales_before"
-"""Attribute under which an optimizer keeps them during a step."""
-LARGEST_SGD_CHANGE, LARGEST_CHANGE = 0.2, math.log(2)
-"""Of a scale's logarithm in one step."""
-EACH = (
-    (lr_scheduler.LambdaLR, "lr_lambda"),
-    (lr_scheduler.MultiplicativeLR, "lr_lambda"),
-    (lr_scheduler.ReduceLROnPlateau, "min_lr"),
-)
-"""Schedulers with an argument for each group that torch does not ask `_format_param` about."""
 
 
 def auto_factor(optimizer: torch.optim.Optimizer) -> float:
@@ -81,7 +56,6 @@ def own_groups(model: nn.Module, factors: Mapping[str, float | None] = MappingPr
     }
     owned = _owned(model)
     add: Callable[..., None] = torch.optim.Optimizer.add_param_group
-    format_param: Callable[..., list[Any]] = lr_scheduler._format_param
 
     def add_param_group(self: torch.optim.Optimizer, group: dict[str, Any]) -> None:
         if FACTOR in group:  # of another optimizer, which this one wraps
@@ -114,17 +88,7 @@ def own_groups(model: nn.Module, factors: Mapping[str, float | None] = MappingPr
             self.register_step_pre_hook(remember)
             self.register_step_post_hook(in_proportion)
 
-    def format_scaled(name: str, optimizer: torch.optim.Optimizer, param: Any) -> list[Any]:
-        if isinstance(param, list | tuple):
-            param = _spread(name, optimizer, param)
-        values = format_param(name, optimizer, param)
-        return _scaled(optimizer, values) if "lr" in name else values
-
-    with ExitStack() as patched:
-        patched.enter_context(patch.object(torch.optim.Optimizer, "add_param_group", add_param_group))
-        patched.enter_context(patch.object(lr_scheduler, "_format_param", format_scaled))
-        for scheduler, argument in EACH:
-            patched.enter_context(patch.object(scheduler, "__init__", _spreading(scheduler.__init__, argument)))
+    with patch.object(torch.optim.Optimizer, "add_param_group", add_param_group), values_for_all_groups():
         yield
 
 
@@ -179,75 +143,6 @@ def _join(
                     if key in group:
                         group[key].append(value)
                 return
-
-
-def _spreading(init: Callable[..., None], argument: str) -> Callable[..., None]:
-    """A scheduler's `__init__` that takes a list for the user's groups."""
-
-    @functools.wraps(init)
-    def spreading(self: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-        bound = inspect.signature(init).bind(self, optimizer, *args, **kwargs)
-        values = bound.arguments.get(argument)
-        if isinstance(values, list | tuple):
-            values = _spread(argument, optimizer, values)
-            bound.arguments[argument] = _scaled(optimizer, values) if argument == "min_lr" else values
-        init(*bound.args, **bound.kwargs)
-
-    return spreading
-
-
-def _spread(name: str, optimizer: torch.optim.Optimizer, values: Sequence[Any]) -> list[Any]:
-    """One value per group of the user's becomes one per group: scales take that of the group they were split from."""
-    groups = optimizer.param_groups
-    if len(values) != (count := sum(not group.get(SPLIT) for group in groups)):
-        raise UserError(f"{name}: {len(values)} values for {count} parameter groups; scales take those of their group")
-    given, spread = iter(values), []
-    for group in groups:
-        spread.append(spread[-1] if group.get(SPLIT) else next(given))
-    return spread
-
-
-def _scaled(optimizer: torch.optim.Optimizer, rates: list[Any]) -> list[Any]:
-    return [rate * group.get(FACTOR, 1.0) for rate, group in zip(rates, optimizer.param_groups, strict=True)]
-
-
-def keep_ratio(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Before a step: scales learn at their factor of the rate of the group they were split from, whoever has set all
-    groups to one rate since.
-    """
-    beside: Any = None
-    for group in optimizer.param_groups:
-        if group.get(SPLIT):
-            group["lr"] = beside * group[FACTOR]
-        else:
-            beside = group["lr"]
-
-
-def _scales(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    return (scale for group in optimizer.param_groups if FACTOR in group for scale in group["params"])
-
-
-def remember(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Before a step: keeps the scales for `in_proportion`."""
-    vars(optimizer)[BEFORE] = [scale.detach().clone() for scale in _scales(optimizer)]
-
-
-@torch.no_grad()
-def in_proportion(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """After a step: makes each scale's change one of its logarithm, so that it stays positive, and limits it."""
-    scales, before = list(_scales(optimizer)), vars(optimizer).pop(BEFORE)
-    if not scales:  # another optimizer has them (`settle`)
-        return
-    change = torch._foreach_sub(scales, before)
-    largest = LARGEST_CHANGE
-    if isinstance(optimizer, torch.optim.SGD):
-        largest = LARGEST_SGD_CHANGE
-        torch._foreach_div_(change, torch._foreach_clamp_min(before, TINY))
-    torch._foreach_clamp_min_(change, -largest)
-    torch._foreach_clamp_max_(change, largest)
-    torch._foreach_exp_(change)
-    torch._foreach_mul_(change, before)
-    torch._foreach_copy_(scales, change)
 
 
 def _tensor(member: Any) -> Any:
