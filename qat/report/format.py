@@ -7,8 +7,8 @@ STAGES = {"float": "float", "ptq": "PTQ", "qat": "QAT", "exported": "exported"}
 NONE = "-"
 
 
-class Verdict(NamedTuple):
-    """The outcome of verification: whether it passed, in one line, and the checks that failed, one line each."""
+class VerdictInWords(NamedTuple):
+    """What verification found: whether it passed, in one line, and the checks that failed, one line each."""
 
     passed: bool
     text: str
@@ -60,7 +60,7 @@ def stage_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return headers, rows
 
 
-def verdict(report: Mapping[str, Any]) -> Verdict | None:
+def verdict(report: Mapping[str, Any]) -> VerdictInWords | None:
     """What `report["verify"]` says; `None` if nothing was verified."""
     verify = report.get("verify")
     if not verify:
@@ -80,4 +80,4 @@ def verdict(report: Mapping[str, Any]) -> Verdict | None:
     failures = [f"{c['name']}: {c.get('detail', '')}" for c in verify.get("checks") or () if not c.get("passed")]
     passed = bool(verify.get("passed"))
     headline = "verified" if passed else "NOT VERIFIED"
-    return Verdict(passed, f"{headline}: {', '.join(facts)}" if facts else headline, failures)
+    return VerdictInWords(passed, f"{headline}: {', '.join(facts)}" if facts else headline, failures)
