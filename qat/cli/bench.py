@@ -10,9 +10,9 @@ from typing import Any
 from qat.cli.arguments import Parser
 from qat.config.targets import of_file, split
 from qat.errors import UserError, nearest
+from qat.run_files import FLOAT_ONNX
 
 DEFAULTS = {"threads": "1,2", "batch": "1,16", "seconds": "2", "out": "bench.png", "run": ""}
-FLOAT = "float.onnx"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".svg", ".pdf")
 USAGE = "qat bench FILE... [threads=1,2] [batch=1,16] [seconds=2] [out=FILE|FOLDER] [run=DIR]"
 
@@ -48,7 +48,7 @@ class Opener:
         from qat.export.onnx.runtime import OnnxRunner
 
         torch.set_num_threads(threads)
-        if file == self.run_dir / FLOAT:
+        if file == self.run_dir / FLOAT_ONNX:
             return OnnxRunner(file, threads=threads)
         return of_file(file, {}).load(file, self.trained.float_model, threads=threads)
 
@@ -71,11 +71,11 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{file}: no such file")
         of_file(file, {})
     run_dir = Path(settings["run"] or next(iter(files.values())).parent).absolute()
-    if not (run_dir / FLOAT).is_file():
-        raise UserError(f"{run_dir} holds no {FLOAT} to compare with; name the run with run=DIR")
+    if not (run_dir / FLOAT_ONNX).is_file():
+        raise UserError(f"{run_dir} holds no {FLOAT_ONNX} to compare with; name the run with run=DIR")
     chart = _chart(settings["out"])
     chart.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written to shows before anything is measured
-    measured = _measure(Opener(run_dir), {"float": run_dir / FLOAT} | files, threads, batches, float(seconds))
+    measured = _measure(Opener(run_dir), {"float": run_dir / FLOAT_ONNX} | files, threads, batches, float(seconds))
     from rich.console import Console
 
     from qat.report.bench import bench_table, save_bench_plot, warnings

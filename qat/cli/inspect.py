@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qat.cli.arguments import Parser
 from qat.errors import UserError
+from qat.run_files import LAST_CHECKPOINT, TRAINED
 
 
 def main(argv: list[str]) -> int:
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
 def _checkpoint(path: Path) -> Path:
     if not path.is_dir():
         return path
-    options = [path / "checkpoints" / "last.ckpt", path / "quantized.ckpt"]
+    options = [path / LAST_CHECKPOINT, path / TRAINED]
     found = next((option for option in options if option.is_file()), None)
     if found is None:
         raise UserError(f"{path} holds no quantized checkpoint: there is neither {options[0]} nor {options[1].name}")

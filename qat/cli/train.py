@@ -27,6 +27,7 @@ from qat.config.configs import configs_dir, finish, group_overrides, key_of
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import HYDRA_1_4, VERSION, allowed_patterns
 from qat.errors import UserError, refused, unmakeable
+from qat.run_files import OVERRIDES, PROGRESS
 
 # What Lightning says of every trainer: advertisements, hardware that is not used, and what the progress bar shows.
 SMALL_TALK = (
@@ -63,7 +64,7 @@ class _Task:
             self.error = mistake
         except (KeyboardInterrupt, SystemExit) as stop:  # the second is Lightning's, after its own clean-up
             interrupted = isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)
-            if interrupted and (run_dir / "progress.json").is_file():
+            if interrupted and (run_dir / PROGRESS).is_file():
                 print(f"qat: it goes on with: qat train ckpt=last run_dir={run_dir}", file=sys.stderr)
             raise
 
@@ -118,7 +119,7 @@ def _sweeping(args: argparse.Namespace) -> bool:
 def _resumed(overrides: list[str]) -> list[str]:
     """With `ckpt=last run_dir=DIR`, the overrides that DIR was run with, and then those given now."""
     given = {key_of(text): text.partition("=")[2] for text in overrides}
-    saved = Path(given.get("run_dir", "")) / ".hydra" / "overrides.yaml"
+    saved = Path(given.get("run_dir", "")) / OVERRIDES
     if given.get("ckpt") != "last" or "run_dir" not in given or not saved.is_file():
         return overrides
     before = [str(text) for text in OmegaConf.load(saved)]

@@ -22,8 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from qat import __version__
 from qat.config.instantiate import locate
 from qat.files import atomic, read_object, sha256
+from qat.run_files import FLOAT_ONNX, FLOAT_WEIGHTS
 
-FILES = ("float.safetensors", "float.onnx", "float/metrics.csv")
+FILES = (FLOAT_WEIGHTS, FLOAT_ONNX, "float/metrics.csv")
 VALUES = "values.json"
 # Settings of the trainer that float training does not depend on.
 INDIFFERENT = (
@@ -105,7 +106,7 @@ class FloatCache:
     def weights(self) -> Path:
         """The file of the float weights."""
         assert self.folder is not None
-        return self.folder / FILES[0]
+        return self.folder / FLOAT_WEIGHTS
 
     @contextmanager
     def locked(self) -> Iterator[None]:

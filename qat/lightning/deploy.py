@@ -26,11 +26,12 @@ from qat.files import read_object
 from qat.insert import Plan
 from qat.lightning.calm import calm
 from qat.lightning.module import INPUT_KEY, insert_plan
-from qat.lightning.run import TRAINED, Run
+from qat.lightning.run import Run
 from qat.lightning.weights import CHECKPOINT_KEY, read_checkpoint
 from qat.lightning.workspace import ON_THE_CPU, unmixed
 from qat.report import report_table
 from qat.report.format import verdict as outcome
+from qat.run_files import CONFIG, REPORT, TRAINED
 
 
 class Trained(NamedTuple):
@@ -67,7 +68,7 @@ def restore(path: Path, changed: Mapping[str, str] | None = None) -> Trained:
             model, or of another architecture.
     """
     folder = _folder(path)
-    cfg = read_config(folder / ".hydra" / "config.yaml")
+    cfg = read_config(folder / CONFIG)
     for key, value in (changed or {}).items():
         group, _, name = key.partition(".")
         if name not in cfg[group]:
@@ -98,7 +99,7 @@ def restore(path: Path, changed: Mapping[str, str] | None = None) -> Trained:
 
 def _folder(path: Path) -> Path:
     for folder in (path, *path.parents):
-        if (folder / ".hydra" / "config.yaml").is_file():
+        if (folder / CONFIG).is_file():
             return folder
     raise UserError(f"{path}: neither a run's folder nor a checkpoint in one (there is no .hydra/config.yaml)")
 
@@ -159,9 +160,9 @@ def verify(
         UserError: if there is no finished run, or no file; if what the run wrote down is damaged.
     """
     folder = _folder(path)
-    if not (folder / "report.json").is_file():
+    if not (folder / REPORT).is_file():
         raise UserError(f"{folder} holds no finished run: there is no report.json")
-    report = read_object(folder / "report.json", "stages")
+    report = read_object(folder / REPORT, "stages")
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)  # what it says of every trainer
     with calm():
         if path.is_dir() and not (path / TRAINED).is_file():

@@ -52,11 +52,10 @@ from qat.lightning.weights import CHECKPOINT_KEY, load_weights, read_checkpoint
 from qat.lightning.workspace import ON_THE_CPU, Workspace
 from qat.planning.audit import bops, coverage, to_dict
 from qat.report import audit_table, layer_rows, report_table, save_plot
+from qat.run_files import AUDIT, FLOAT_ONNX, FLOAT_WEIGHTS, LAST_CHECKPOINT, REPORT, REPORT_PICTURE, TRAINED
 from qat.stats import quantizer_stats
 
 STATISTICS_SAMPLES = 256
-TRAINED = "quantized.ckpt"
-"""What a finished run keeps of its training."""
 LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
 """Settings of the trainer that say when training ends."""
 
@@ -66,7 +65,7 @@ class Run(Workspace):
 
     def float_stage(self) -> None:
         """Trains in float, unless a checkpoint was given, and measures the float model."""
-        weights = self.folder / "float.safetensors"
+        weights = self.folder / FLOAT_WEIGHTS
         if self.done("float"):
             load_weights(self.module, weights)
             return
@@ -111,7 +110,7 @@ class Run(Workspace):
             trainer = self.trainer(callbacks=callbacks, logger=self.loggers, enable_checkpointing=saves)
             limits = OmegaConf.to_container(OmegaConf.masked_copy(self.cfg.trainer, list(LIMITS)))
             if not self._load_trained(limits):
-                last = self._resume_from(self.folder / "checkpoints" / "last.ckpt", *self.loggers)
+                last = self._resume_from(self.folder / LAST_CHECKPOINT, *self.loggers)
                 trainer.fit(self.module, datamodule=self.data, ckpt_path=last, weights_only=True)
                 trainer.save_checkpoint(self.folder / TRAINED, weights_only=True)  # whole or not at all
                 # The first process is alone from here on: nothing may wait for the others.
@@ -167,7 +166,7 @@ class Run(Workspace):
         if rows != self.audit_rows:
             self.audit_rows = rows
             self.console.print(audit_table(rows, coverage(rows)))
-            self.write_json("audit.json", to_dict(rows))
+            self.write_json(AUDIT, to_dict(rows))
 
     def _resume_from(self, last: Path, *loggers: Any) -> str | None:
         """The checkpoint to go on from, if this run was interrupted after it was written."""
@@ -197,7 +196,7 @@ class Run(Workspace):
             values |= {"metric": verdict.facts["metric"], "agreement": verdict.facts["agreement"]}
             if example is not None:
                 runners: dict[str, Runner] = {"exported": self.target.load(path, self._float(), threads=1)}
-                if (float_file := self.folder / "float.onnx").is_file():
+                if (float_file := self.folder / FLOAT_ONNX).is_file():
                     runners["float"] = OnnxRunner(float_file, threads=1)
                 measured = latency_ms(runners, example[:1].numpy())
                 values["latency_ms"] = measured["exported"]
@@ -240,7 +239,7 @@ class Run(Workspace):
         """Writes the float model as ONNX, to compare size and speed with; returns the file's size in bytes, `None` if
         it has no such form and the target does not ask for one.
         """
-        path, example = self.folder / "float.onnx", self._example()
+        path, example = self.folder / FLOAT_ONNX, self._example()
         if example is None:
             return None
         try:
@@ -265,8 +264,8 @@ class Run(Workspace):
             report["predicted"] = OmegaConf.to_container(self.cfg.quant.predicted)
         if verdict is not None:
             report["verify"] = verdict.to_dict()
-        self.write_json("report.json", report)
-        save_plot(report, self.folder / "report.png")
+        self.write_json(REPORT, report)
+        save_plot(report, self.folder / REPORT_PICTURE)
         self.console.print(report_table(report))
         return report
 
@@ -301,7 +300,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
                 return math.nan
             report = this.report(verdict)
             exported = companions(run_dir / this.target.file) if this.target is not None else []
-            files = [*exported, *(run_dir / name for name in (WEIGHTS, MANIFEST, "report.json", "report.png"))]
+            files = [*exported, *(run_dir / name for name in (WEIGHTS, MANIFEST, REPORT, REPORT_PICTURE))]
             log_results(this.loggers, report, [f for f in files if f.is_file()])
         finally:
             finish()
@@ -315,7 +314,7 @@ def _stages(this: Run) -> Verdict | None:
     if this.policy.is_off:
         return None
     this.console.print(audit_table(this.audit_rows, coverage(this.audit_rows)))
-    this.write_json("audit.json", to_dict(this.audit_rows))
+    this.write_json(AUDIT, to_dict(this.audit_rows))
     this.ptq_stage()
     this.qat_stage()
     this.audit_trained()

@@ -30,6 +30,7 @@ from qat.lightning.steps import example_input, run_steps
 from qat.modes import evaluating
 from qat.planning.planner import make_plan
 from qat.report.search import front_table, save_front, save_sensitivity, search_table, sensitivity_table
+from qat.run_files import PROGRESS
 from qat.search.allocate import Problem, solve
 from qat.search.costs import Files, Latencies, make_problem, predict
 from qat.search.emit import outputs, write
@@ -58,7 +59,7 @@ class SearchRun(Run):
 
     def __init__(self, cfg: DictConfig, folder: Path, command: str) -> None:
         self.measured = Measured(folder / "sensitivity.json", key_of(cfg))
-        if (folder / "progress.json").is_file():
+        if (folder / PROGRESS).is_file():
             cfg.ckpt = "last"
         super().__init__(cfg, folder)
         self.callbacks = []  # they are for training, which a search does not

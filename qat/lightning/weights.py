@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qat.errors import UserError, nearest
+from qat.run_files import FLOAT_WEIGHTS
 
 CHECKPOINT_KEY, STATE_KEY = "qat", "qat_state"
 """What a checkpoint of a quantized model holds besides the model's own state: its plan, and the state of quantizers."""
@@ -111,5 +112,5 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 def _float_beside(path: Path) -> str:
     """Where the float model is that a run's quantized one was made of."""
-    found = next((p for folder in path.parents[:2] if (p := folder / "float.safetensors").is_file()), None)
+    found = next((p for folder in path.parents[:2] if (p := folder / FLOAT_WEIGHTS).is_file()), None)
     return f"; its float model is {found}" if found is not None else ""

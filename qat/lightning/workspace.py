@@ -43,6 +43,7 @@ from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.planning.audit import AuditRow, audit, check_coverage
+from qat.run_files import PROGRESS
 from qat.starts import Start
 from qat.storage import with_bytes
 
@@ -228,7 +229,7 @@ class Workspace:
 
     @property
     def _remembered(self) -> Path:
-        return self.folder / "progress.json"
+        return self.folder / PROGRESS
 
     def done(self, name: str) -> bool:
         return name in self.progress["stages"]

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from qat.config.configs import read_yaml
 from qat.errors import UserError
 from qat.files import atomic
+from qat.run_files import CONFIG
 from qat.sweep.objectives import OBJECTIVES
 from qat.sweep.results import Result, Sweep, curves
 
@@ -68,7 +69,7 @@ def _point(result: Result, beside: Path) -> dict[str, Any]:
 def config_of(folder: Path) -> dict[str, str]:
     """A run's config, flat: dotted key -> value as text, without what depends on where it ran; empty if there is none
     to be read."""
-    path = folder / ".hydra" / "config.yaml"
+    path = folder / CONFIG
     if not path.is_file():
         return {}
     try:

@@ -13,6 +13,7 @@ from rich.table import Table
 from qat.report.format import NONE, count, metric, size
 from qat.report.page import save_page
 from qat.report.sweep_plot import float_metrics, save_sweep_plot
+from qat.run_files import REPORT
 from qat.sweep.results import Result, Sweep
 
 PAGE, PICTURE = "report.html", "report.png"
@@ -44,7 +45,7 @@ def write_report(sweep: Sweep, console: Console, of: str = "") -> None:
         of: What the files' names end in.
     """
     console.print(sweep_table(sweep))
-    name = ("sweep" if (sweep.folder / "report.json").is_file() else "report") + of
+    name = ("sweep" if (sweep.folder / REPORT).is_file() else "report") + of
     page, picture = sweep.folder / f"{name}.html", sweep.folder / f"{name}.png"
     save_page(sweep, page)
     save_sweep_plot(sweep, picture)

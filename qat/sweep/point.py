@@ -18,6 +18,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from qat.files import atomic, read_object
+from qat.run_files import PROGRESS, REPORT
 
 State = Literal["done", "failed", "pruned"]
 RECORD, LOCK, STOP, OUTPUT = "point.json", ".lock", "stop", "output.log"
@@ -114,7 +115,7 @@ def _run(point: Point, watch: Callable[[Path], None] | None, threads: int | None
 
 def _command(point: Point) -> list[str]:
     overrides = [*point.command, *(f"{key}={value}" for key, value in point.params.items())]
-    if (point.folder / "progress.json").is_file():
+    if (point.folder / PROGRESS).is_file():
         overrides = [*(text for text in overrides if not text.startswith("ckpt=")), "ckpt=last"]
     return [sys.executable, "-m", "qat.cli.point", *overrides, f"run_dir='{point.folder}'"]
 
@@ -130,7 +131,7 @@ def _environment(threads: int | None) -> dict[str, str]:
 
 
 def _outcome(point: Point, code: int) -> Outcome:
-    if (point.folder / "report.json").is_file():
+    if (point.folder / REPORT).is_file():
         return Outcome("done")  # status 1 then means that the exported file falls short, which the report says
     if (point.folder / STOP).exists():
         return PRUNED

@@ -11,6 +11,7 @@ from threading import Event, Thread
 
 from qat.errors import UserError
 from qat.files import read_object
+from qat.run_files import AUDIT
 from qat.sweep.point import STOP, Point
 from qat.sweep.results import by_epoch
 
@@ -47,7 +48,7 @@ class Dominated:
 
 def _cost(folder: Path) -> tuple[float, float] | None:
     """Bit operations and bits of weights, known once the policy was applied."""
-    path = folder / "audit.json"
+    path = folder / AUDIT
     if not path.is_file():
         return None
     audit = read_object(path, "bops", "rows")

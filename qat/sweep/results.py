@@ -13,6 +13,7 @@ from typing import Any
 from qat.cost import average_bits
 from qat.errors import UserError
 from qat.files import read_object
+from qat.run_files import OVERRIDES, REPORT
 from qat.sweep.objectives import front
 from qat.sweep.point import RECORD
 
@@ -122,7 +123,7 @@ def read_sweep(folder: Path) -> Sweep:
         records = (folder / POINTS).glob(f"*/{RECORD}")
         results = sorted((read_point(path.parent) for path in records), key=lambda r: r.number)
         return Sweep(folder, definition["objectives"], results)
-    runs = sorted(path.parent for path in folder.rglob("report.json"))
+    runs = sorted(path.parent for path in folder.rglob(REPORT))
     if not runs:
         raise UserError(f"SWEEP_DIR {folder} holds neither a sweep nor a finished run")
     results = [_plain_run(number, run) for number, run in enumerate(runs)]
@@ -154,7 +155,7 @@ def read_point(folder: Path) -> Result:
 def _plain_run(number: int, folder: Path) -> Result:
     from qat.config.configs import read_yaml
 
-    path, params = folder / ".hydra" / "overrides.yaml", {}
+    path, params = folder / OVERRIDES, {}
     try:
         overrides = [str(text) for text in read_yaml(path)] if path.is_file() else []
         params = {key: value for key, _, value in (text.partition("=") for text in overrides) if key != "run_dir"}
@@ -164,7 +165,7 @@ def _plain_run(number: int, folder: Path) -> Result:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    path = folder / "report.json"
+    path = folder / REPORT
     return read_object(path) if path.is_file() else {}
 
 

@@ -1,0 +1,18 @@
+"""Names of the files in a run's folder, and of those that Hydra writes there. `progress.json` remembers what earlier
+stages measured, so that a run that was killed resumes (`ckpt=last`) where it stopped."""
+
+CONFIG = ".hydra/config.yaml"
+OVERRIDES = ".hydra/overrides.yaml"
+PROGRESS = "progress.json"
+FLOAT_WEIGHTS = "float.safetensors"
+FLOAT_ONNX = "float.onnx"
+"""The float model that the run started from; there is no ONNX file if it has no such form."""
+LAST_CHECKPOINT = "checkpoints/last.ckpt"
+"""The state of training after its last epoch, by default (`callbacks.last`)."""
+TRAINED = "quantized.ckpt"
+"""What a finished run keeps of its training: the model with its scales."""
+AUDIT = "audit.json"
+"""What is integer, what is float and why."""
+REPORT = "report.json"
+REPORT_PICTURE = "report.png"
+"""The table at the end."""
