@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from qat.errors import UserError
-from qat.insert import Plan
 from qat.layers import QuantizedLayer
 from qat.layers.adapted import adapted
+from qat.planning.plan import Plan, PlannedLayer
 
 
 @torch.no_grad()
@@ -64,7 +64,9 @@ def _renamed(plan: Plan, merged: set[str]) -> Plan:
     result = copy.deepcopy(plan)
     result.weights = {new(n): spec for n, spec in plan.weights.items()}
     result.activations = {new(n): spec for n, spec in plan.activations.items()}
-    result.layers = {new(n): {k: renamed(v) for k, v in layer.items()} for n, layer in plan.layers.items()}
+    result.layers = {
+        new(n): PlannedLayer(**{k: renamed(v) for k, v in vars(layer).items()}) for n, layer in plan.layers.items()
+    }
     result.sites = {new(n): renamed(chains) for n, chains in plan.sites.items()}
     result.owners = {new(n): counts for n, counts in plan.owners.items() if n not in merged}
     result.batch_norms = {new(n): norm for n, norm in plan.batch_norms.items()}

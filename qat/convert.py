@@ -43,7 +43,7 @@ INTEGERS, EVERYTHING = Holds(), Holds(tuple(FLOATS), blocks=True)
 
 def inconvertible(plan: Plan, holds: Holds = INTEGERS) -> str | None:
     """Why what the plan makes has no form in codes that a file holds; `None` if it has one."""
-    if experts := next((name for name, site in plan.parameters.items() if "stacked" in site), None):
+    if experts := next((name for name, site in plan.parameters.items() if site.stacked), None):
         return f"'{experts}' is a product of experts, which has no integer file"
     named = [(f"weight of '{n}'", s) for n, s in plan.weights.items()]
     for name, spec in [*named, *((f"'{n}'", s) for n, s in plan.activations.items())]:
@@ -103,7 +103,7 @@ def convert(model: nn.Module, plan: Plan, holds: Holds = INTEGERS) -> nn.Module:
             norm = modules[plan.batch_norms[name]] if name in plan.batch_norms else None
             tied = quantizer if norm is None and not is_computed(module) else name
             weight = shared.setdefault(tied, integer_tensor(module.weight, quantizer))
-            left = module.weight if plan.layers[name].get("read") else None
+            left = module.weight if plan.layers[name].read else None
             _install(name, module, weight, norm)
             if left is not None:
                 module.weight = left

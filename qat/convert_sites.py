@@ -10,7 +10,7 @@ from torch import nn
 from qat.integer import IntegerLayer, IntegerTensor, integer_tensor
 from qat.layers import Site, become_twin
 from qat.planning.functions import PROBABILITIES
-from qat.planning.plan import Plan, kind_of
+from qat.planning.plan import Plan, SiteOperand, kind_of
 from qat.quantizers import Quantizer
 
 
@@ -25,32 +25,32 @@ def convert_sites(
     for name in dict.fromkeys(site.removesuffix(f".{PROBABILITIES}") for site in plan.sites):
         modules[name].explicit = kind_of(name) in ("attention", "matmul")  # pyright: ignore[reportArgumentType]
     parameters, left_float = {}, set()
-    for name, described in plan.parameters.items():
+    for name, weight in plan.parameters.items():
         site = modules.get(name)
         if isinstance(site, Site) and site.weight_quantizer is not None and site.weight_quantizer.enabled:
-            parameters[described["parameter"]] = site.weight
+            parameters[weight.parameter] = site.weight
             codes = shared.setdefault(site.weight_quantizer, integer_tensor(site.weight, site.weight_quantizer))
             del site.weight_quantizer
             _become_integer(site, codes, site.weight.dtype)
     for name, operand in plan.operands.items():
         parameter, codes = _operand(modules, name, operand, shared)
         if codes is None:
-            left_float.add(operand["parameter"])
+            left_float.add(operand.parameter)
         else:
-            parameters[operand["parameter"]] = parameter
+            parameters[operand.parameter] = parameter
             site: Any = modules[name]
-            site.held, site._modules[site.operands[operand["index"]]] = operand["index"], None
+            site.held, site._modules[site.operands[operand.index]] = operand.index, None
             _become_integer(site, codes, parameter.dtype)
     return {path: parameter for path, parameter in parameters.items() if path not in left_float}
 
 
 def _operand(
-    modules: dict[str, nn.Module], name: str, operand: dict[str, Any], shared: dict[Any, IntegerTensor]
+    modules: dict[str, nn.Module], name: str, operand: SiteOperand, shared: dict[Any, IntegerTensor]
 ) -> tuple[nn.Parameter, IntegerTensor | None]:
     """A parameter that a site reads as any other tensor, and its codes, unless its grid is off or not of one scale."""
-    path, _, leaf = operand["parameter"].rpartition(".")
+    path, _, leaf = operand.parameter.rpartition(".")
     parameter: Any = modules[path]._parameters[leaf]
-    chain: Any = modules[name]._modules[f"input_quantizer_{operand['index']}"]
+    chain: Any = modules[name]._modules[f"input_quantizer_{operand.index}"]
     *finer, last = chain if isinstance(chain, nn.Sequential) else [chain]
     assert isinstance(last, Quantizer)
     if not (last.enabled and last.static and last.spec.granularity == "tensor"):
@@ -58,7 +58,7 @@ def _operand(
     values = parameter
     for grid in finer:
         values = grid(values)
-    return parameter, shared.setdefault((last, operand["parameter"]), _signed(integer_tensor(values, last)))
+    return parameter, shared.setdefault((last, operand.parameter), _signed(integer_tensor(values, last)))
 
 
 def _signed(tensor: IntegerTensor) -> IntegerTensor:
@@ -81,9 +81,9 @@ def give_up_parameters(model: nn.Module, plan: Plan, parameters: dict[str, nn.Pa
     The caller of the function still names them, so a tensor without memory stays in their place; they stay themselves
     where others read them.
     """
-    float_readers = {d["parameter"] for d in plan.parameters.values() if d["weight"] is None or not d["alone"]}
-    float_readers |= {d["parameter"] for d in plan.operands.values() if not d["alone"]}
-    floating = (model.get_submodule(name) for name, layer in plan.layers.items() if layer["weight"] is None)
+    float_readers = {w.parameter for w in plan.parameters.values() if w.weight is None or not w.alone}
+    float_readers |= {o.parameter for o in plan.operands.values() if not o.alone}
+    floating = (model.get_submodule(name) for name, layer in plan.layers.items() if layer.weight is None)
     in_layers = {id(p) for module in floating for p in module.parameters(recurse=False)}
     for path, parameter in parameters.items():
         owner, _, name = path.rpartition(".")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qat.errors import UserError
 from qat.functional import SCALE_FLOOR
-from qat.insert import Plan
 from qat.layers.experts import rows as experts
+from qat.planning.plan import Plan, SiteWeight
 from qat.quantizers import create
 from qat.stats import QuantizerStats, Tally, summarize
 
@@ -110,15 +110,15 @@ def from_checkpoint(checkpoint: Mapping[str, Any], path: Any) -> tuple[list[Heal
 
 def _row(layer: str, plan: Plan, state: Mapping[str, Tensor]) -> Health | None:
     place = plan.layers.get(layer) or plan.parameters[layer]
-    weight = state.get(place.get("parameter", f"{layer}.weight"))
+    weight = state.get(place.parameter or f"{layer}.weight")
     if weight is None:
         return None
-    if "rows" in place:
-        weight = weight.narrow(0, *place["rows"])
-    if "stacked" in place:
-        weight = experts(weight, place["stacked"])
+    if isinstance(place, SiteWeight):
+        weight = experts(weight, place.stacked) if place.stacked else weight
+    elif place.rows:
+        weight = weight.narrow(0, *place.rows)
     name, tally = f"{layer}.weight_quantizer", Tally()
-    quantizer, prefix = create(plan.weights[layer], weight.shape, place.get("axis", 0)), f"{name}."
+    quantizer, prefix = create(plan.weights[layer], weight.shape, place.axis), f"{name}."
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     if own["scale"].shape != quantizer.scale.shape:  # an old plan does not say where the weight lies
         return None

@@ -70,10 +70,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
             become_twin(module, mixin)
         if is_computed(module):
             become_twin(module, ComputedWeight)
-        module.register_module("input_quantizer", chain(layer["input"], activations))
+        module.register_module("input_quantizer", chain(layer.input, activations))
         for index in range(1, mixin.inputs):
-            module.register_module(f"input_quantizer_{index}", chain(layer.get(f"input_{index}", []), activations))
-        module.register_module("weight_quantizer", weights.get(layer["weight"]))
+            module.register_module(f"input_quantizer_{index}", chain(layer.inputs[index], activations))
+        module.register_module("weight_quantizer", None if layer.weight is None else weights[layer.weight])
         if plan.round_bias != mixin.round_bias:
             module.round_bias = plan.round_bias  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
     for name, norm in plan.batch_norms.items():
@@ -116,7 +116,7 @@ def adopt_modes(model: nn.Module) -> None:
 
 def _readers(plan: Plan) -> Counter[str]:
     """How many layers and operands of sites read each activation's grid."""
-    layers = ([layer["input"], layer.get("input_1", [])] for layer in plan.layers.values())
+    layers = (layer.inputs for layer in plan.layers.values())
     return Counter(label for operands in (*layers, *plan.sites.values()) for labels in operands for label in labels)
 
 
@@ -136,13 +136,13 @@ def _check_fit(model: nn.Module, plan: Plan, modules: dict[str, nn.Module]) -> N
     other = "the quantization plan was made for another model"
     parameters = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     needed = [(name, "module", list(modules)) for name in (*plan.layers, *plan.owners, *plan.batch_norms.values())]
-    needed += [(site["parameter"], "parameter", parameters) for site in plan.parameters.values()]
+    needed += [(site.parameter, "parameter", parameters) for site in plan.parameters.values()]
     for name, what, known in needed:
         if name not in known:
             raise UserError(f"{other}: there is no {what} '{name}' in {type(model).__name__}{nearest(name, known)}")
     for name, layer in plan.layers.items():
         mixin = mixin_for(modules[name])
-        weightless = layer["weight"] is not None and not has_weight(modules[name])
+        weightless = layer.weight is not None and not has_weight(modules[name])
         if mixin is None or issubclass(mixin, Composite) or weightless:
             raise UserError(f"{other}: '{name}' is a {type(modules[name]).__name__} that cannot be quantized")
 
@@ -157,8 +157,8 @@ def _weight_quantizer(
     name: str, model: nn.Module, plan: Plan, modules: dict[str, nn.Module], spec: QuantSpec
 ) -> Quantizer:
     if site := plan.parameters.get(name):
-        weight, axis = model.get_parameter(site["parameter"]), site["axis"]
-        weight = rows(weight, site["stacked"]) if "stacked" in site else weight
+        weight, axis = model.get_parameter(site.parameter), site.axis
+        weight = rows(weight, site.stacked) if site.stacked else weight
     else:
         layer = modules[name]
         weight, axis = layer.weight, _mixin(layer).channel_axis

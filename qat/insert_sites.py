@@ -23,7 +23,7 @@ def insert_sites(
     """
     holders: dict[str, list[tuple[nn.Module, str]]] = {}
     for site, weight in plan.parameters.items():
-        holders.setdefault(owner_of(site), []).append(_holder(modules, weight["parameter"]))
+        holders.setdefault(owner_of(site), []).append(_holder(modules, weight.parameter))
     for name, order in plan.owners.items():
         owner: Any = modules[name]
         become_twin(owner, owner_mixin(owner))
@@ -32,7 +32,7 @@ def insert_sites(
         if EXPERTS in order:
             become_twin(owner, QuantExperts)
         owner.site_weights = tuple(holders.get(name, ()))
-    sites = (*plan.sites, *(site for site, weight in plan.parameters.items() if weight["weight"] is not None))
+    sites = (*plan.sites, *(site for site, weight in plan.parameters.items() if weight.weight is not None))
     for name in dict.fromkeys(site.removesuffix(f".{PROBABILITIES}") for site in sites):
         modules[owner_of(name)].add_module(name.rpartition(".")[2], _site(name, plan, modules, activations, weights))
 
@@ -52,15 +52,15 @@ def _site(
     weights: dict[str, Quantizer],
 ) -> Site:
     weight, (between,) = plan.parameters.get(name), plan.sites.get(f"{name}.{PROBABILITIES}", [[]])
-    holder = _holder(modules, weight["parameter"]) if weight else None
+    holder = _holder(modules, weight.parameter) if weight else None
     float_operands = [[]] * (2 if weight else 3)  # only its weight, or only its probabilities are quantized
     return Site(
         [chain(labels, activations) for labels in plan.sites.get(name, float_operands)],
         output=kind_of(name) in OUTPUTS,
         probabilities=chain(between, activations),
-        weight=weights[weight["weight"]] if weight and weight["weight"] is not None else None,
+        weight=weights[weight.weight] if weight and weight.weight is not None else None,
         parameter=holder,
-        stacked=weight.get("stacked") if weight else None,
+        stacked=weight.stacked if weight else None,
         output_axis=1 - getattr(*holder).ndim if holder and kind_of(name).startswith("conv") else -1,
     )
 

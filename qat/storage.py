@@ -38,7 +38,7 @@ def _row_bytes(row: AuditRow, model: nn.Module, plan: Plan) -> int:
     if row.folds:
         return 0
     if row.name in plan.layers:
-        owner = plan.layers[row.name]["weight"]
+        owner = plan.layers[row.name].weight
         if owner is not None and not is_layer(model, row.name):
             return _code_bytes(row.params, plan.weights[owner], plan.weights[owner].width)
         if owner is not None:
@@ -47,7 +47,7 @@ def _row_bytes(row: AuditRow, model: nn.Module, plan: Plan) -> int:
     if row.name in plan.operands and row.params:
         spec = operand_spec(plan, row.name)
         codes = _code_bytes(row.params, spec, spec.width) + SCALE_BYTES.get(spec.scale, FLOAT_BYTES) + _zero_bytes(spec)
-        return codes + (0 if plan.operands[row.name]["alone"] else FLOAT_BYTES * row.params)
+        return codes + (0 if plan.operands[row.name].alone else FLOAT_BYTES * row.params)
     module = dict(model.named_modules()).get(row.name)
     kept = () if module is None or not isinstance(module, nn.modules.batchnorm._NormBase) else module.buffers(False)
     return FLOAT_BYTES * row.params + sum(b.numel() * b.element_size() for b in kept)
@@ -73,7 +73,7 @@ def layer_bytes(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int
     scale_bytes = FLOAT_BYTES if name in plan.batch_norms else SCALE_BYTES.get(spec.scale, FLOAT_BYTES)
     codes = _code_bytes(layer.weight.numel(), spec, packed_bits(model, plan, name, spec))
     codes += (scale_bytes + _zero_bytes(spec)) * scales
-    shared = plan.layers[name]["weight"] != name
+    shared = plan.layers[name].weight != name
     return (0 if shared else codes) + _bias_bytes(layer, plan, name, channels, scales, spec)
 
 
@@ -107,7 +107,7 @@ def stored_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int
 def _bias_bytes(layer: Any, plan: Plan, name: str, channels: int, scales: int, spec: QuantSpec) -> int:
     if name not in plan.batch_norms and not isinstance(getattr(layer, "bias", None), Tensor):
         return 0
-    inputs = [plan.activations[label] for label in plan.layers[name]["input"]]
+    inputs = [plan.activations[label] for label in plan.layers[name].input]
     integer = bool(inputs) and inputs[-1].integer and spec.integer and spec.granularity != "group"
     integer = integer and max(spec.width, inputs[-1].width) <= WIDEST
     return 4 * channels + 8 * scales if integer else FLOAT_BYTES * channels

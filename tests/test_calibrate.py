@@ -237,7 +237,7 @@ def test_so_does_the_scale_above_its_measured_block_scales():
 def test_an_expert_that_is_called_with_no_tokens_has_a_grid_too():
     model = Mixture().eval()
     plan, _ = make_plan(model, QuantPolicy.from_dict({"act": {"bits": 8}}), lambda: model(torch.randn(0, 4)))
-    assert plan.layers["experts.2"]["input"] == ["experts.2.input"]
+    assert plan.layers["experts.2"].input == ["experts.2.input"]
 
 
 @pytest.mark.parametrize("shape", [(16, 512, 1024), (512, 16, 32, 32), (8, 192, 14, 14), (1, 3, 210, 420)], ids=str)

@@ -89,13 +89,13 @@ OTHER_TENSOR = [
 @pytest.mark.parametrize("between", SAME_TENSOR)
 def test_readers_of_the_same_values_share_a_grid(between):
     plan = planned(Model(lambda m, x: (m.a(x), m.b(between(x))), a=conv(), b=conv()))
-    assert plan.layers["b"]["input"] == plan.layers["a"]["input"] == ["a.input"]
+    assert plan.layers["b"].input == plan.layers["a"].input == ["a.input"]
 
 
 @pytest.mark.parametrize("between", OTHER_TENSOR)
 def test_readers_of_other_values_have_their_own(between):
     plan = planned(Model(lambda m, x: (m.a(x), m.b(between(x))), a=conv(), b=conv()))
-    assert plan.layers["b"]["input"] == ["b.input"]
+    assert plan.layers["b"].input == ["b.input"]
 
 
 def test_an_option_a_shortcut_shares_the_grid_of_the_block_it_bypasses():
@@ -121,7 +121,7 @@ def test_the_coarser_reader_reads_what_the_finer_grid_left(residual_first, chain
         return m.b(x) + x
 
     plan = planned(Model(forward, a=conv(), b=conv()), sites={"bits": 8})
-    assert (plan.layers["b"]["input"], plan.sites["add_0"][1]) == chains
+    assert (plan.layers["b"].input, plan.sites["add_0"][1]) == chains
 
 
 def test_two_convolutions_of_different_widths_cascade_whichever_comes_first():
@@ -506,6 +506,57 @@ def test_a_plan_survives_plain_containers_and_rebuilds_the_same_quantizers():
     apply_plan(again, Plan.from_dict(plan.to_dict()))
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.eval()(x), model.eval()(x))
+
+
+class OfAllKinds(nn.Module):
+    """Has all that a plan tells of a layer, a weight of a site and an operand, but experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.tied, self.pair = nn.Linear(4, 4), nn.Linear(4, 4), nn.Bilinear(4, 4, 4)
+        self.tied.weight = self.first.weight
+        self.attn, self.cell, self.up = nn.MultiheadAttention(4, 1), nn.RNNCell(4, 4), nn.ConvTranspose1d(4, 6, 1)
+        self.weight, self.shift = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tied(self.first(x)) * self.first.weight.mean() + self.shift
+        h = F.linear(self.pair(h, x), self.weight)
+        return self.up(self.cell(self.attn(h, h, h)[0])[..., None])
+
+
+STORED = {
+    "layers": {
+        "first": {"weight": "first", "input": ["first.input"], "read": True},
+        "tied": {"weight": "first", "input": ["tied.input"], "read": True},
+        "pair": {"weight": "pair", "input": ["pair.input"], "input_1": ["first.input"]},
+        "attn.q_proj": {
+            "weight": "attn.q_proj", "input": ["attn.q_proj.input"], "parameter": "attn.in_proj_weight", "rows": [0, 4],
+        },
+        "attn.k_proj": {
+            "weight": "attn.k_proj", "input": ["attn.q_proj.input"], "parameter": "attn.in_proj_weight", "rows": [4, 4],
+        },
+        "attn.v_proj": {
+            "weight": "attn.v_proj", "input": ["attn.q_proj.input"], "parameter": "attn.in_proj_weight", "rows": [8, 4],
+        },
+        "attn.out_proj": {"weight": None, "input": []},
+        "cell.ih": {"weight": "cell.ih", "input": ["cell.ih.input"], "parameter": "cell.weight_ih"},
+        "cell.hh": {"weight": "cell.hh", "input": ["cell.hh.input"], "parameter": "cell.weight_hh"},
+        "up": {"weight": "up", "input": ["up.input"], "axis": 1},
+    },
+    "parameters": {"linear_0": {"parameter": "weight", "axis": 0, "weight": "linear_0", "alone": True}},
+    "operands": {"add_0": {"parameter": "shift", "index": 1, "alone": True}},
+}  # fmt: skip
+
+
+def test_a_plan_is_stored_as_dictionaries_of_what_does_not_go_without_saying():
+    rules = {"float": {"match": "attn.out_proj", "weight": False, "act": False}}
+    plan = planned(OfAllKinds(), torch.randn(3, 4), rules=rules)
+    stored = plan.to_dict()
+    assert {key: stored[key] for key in STORED} == STORED
+    assert Plan.from_dict(stored) == plan
+    experts = {"parameter": "experts.down_proj", "axis": 0, "weight": None, "alone": False, "stacked": "in_out"}
+    stored["parameters"]["experts.grouped_mm_1"] = experts
+    assert Plan.from_dict(stored).to_dict() == stored
 
 
 # -- what goes wrong says so -------------------------------------------------------------------------------------------

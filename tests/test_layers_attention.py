@@ -108,7 +108,7 @@ def test_projections_and_products_have_grids_of_their_own():
     model, qkv = fix({"batch_first": True}, "self", {})
     plan = quantized(model, qkv)
     assert set(plan.weights) == {"attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"}
-    assert plan.layers["attn.k_proj"]["input"] == plan.layers["attn.q_proj"]["input"]
+    assert plan.layers["attn.k_proj"].input == plan.layers["attn.q_proj"].input
     assert set(plan.sites) == {"attn.matmul_0", "attn.matmul_1"}
     assert plan.activations["attn.matmul_1.input_0"].signed is False  # probabilities
     assert len(list(named_quantizers(model))) == 4 + 1 + 4 + 1

@@ -13,6 +13,7 @@ from qat.errors import UserError
 from qat.export.packed import load_packed, save_packed
 from qat.insert import apply_plan, make_plan
 from qat.planning.audit import audit
+from qat.planning.plan import PlannedLayer
 from qat.policy import QuantPolicy
 
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}
@@ -159,7 +160,7 @@ def test_both_inputs_of_a_bilinear_layer_are_on_grids(tmp_path):
     expected = model(x)
     plan = quantized(model, x, FINE)
     torch.testing.assert_close(model(x), expected, rtol=0, atol=5e-3)
-    assert plan.layers["pair"] == {"weight": "pair", "input": ["pair.input"], "input_1": ["pair.input_1"]}
+    assert plan.layers["pair"] == PlannedLayer("pair", ["pair.input"], ["pair.input_1"])
     fresh = Pair()
     plan = quantized(fresh, x)
     converted = convert(fresh, plan)

@@ -100,8 +100,8 @@ def test_every_matrix_of_every_layer_and_direction_has_a_grid_of_its_own():
 def test_a_layers_state_is_one_tensor_for_its_next_step_and_the_layer_above():
     layer = nn.LSTM(6, 8, 2, bidirectional=True)
     plan = quantized(layer, torch.randn(5, 4, 6))
-    assert plan.layers["ih_l0"]["input"] == plan.layers["ih_l0_reverse"]["input"] == ["ih_l0.input"]
-    below = [plan.layers[n]["input"] for n in ("hh_l0", "hh_l0_reverse", "ih_l1", "ih_l1_reverse")]
+    assert plan.layers["ih_l0"].input == plan.layers["ih_l0_reverse"].input == ["ih_l0.input"]
+    below = [plan.layers[n].input for n in ("hh_l0", "hh_l0_reverse", "ih_l1", "ih_l1_reverse")]
     assert below == [["hh_l0.input"]] * 4
     assert layer.ih_l1.input_quantizer is layer.hh_l0_reverse.input_quantizer
 
@@ -121,7 +121,7 @@ def test_rules_address_a_matrix_and_the_class_of_its_layer():
     }
     plan = quantized(nn.Sequential(nn.LSTM(6, 8)), torch.randn(5, 4, 6), POLICY | {"rules": rules})
     assert (plan.weights["0.ih_l0"].bits, plan.weights["0.hh_l0"].bits) == (4, 8)
-    assert plan.layers["0.ih_l0"]["input"] == []
+    assert plan.layers["0.ih_l0"].input == []
 
 
 @pytest.mark.parametrize("make_input", INPUTS[:2])

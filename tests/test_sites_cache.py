@@ -158,6 +158,6 @@ def test_the_cache_is_left_to_the_grids_of_attention_unless_a_rule_names_it():
 
 def test_a_cache_alone_leaves_query_and_layers_float():
     plan = planned(Cached(), X, act=False, weight=False, rules={"kv": {**CACHE, "act": {"bits": 8}}})
-    assert not plan.weights and plan.layers["qkv"]["input"] == []
+    assert not plan.weights and plan.layers["qkv"].input == []
     query, key, value = plan.sites["attention_0"]
     assert query == [] and key == value and len(key) == 1

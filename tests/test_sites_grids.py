@@ -29,7 +29,7 @@ PASSES_THROUGH = [
 @pytest.mark.parametrize("between", PASSES_THROUGH)
 def test_what_changes_no_value_passes_the_grid_through(between):
     plan = planned(Model(lambda m, x: (m.a(x), m.b(between(x))), a=conv(), b=conv()))
-    assert plan.layers["b"]["input"] == plan.layers["a"]["input"] == ["a.input"]
+    assert plan.layers["b"].input == plan.layers["a"].input == ["a.input"]
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_what_changes_no_value_passes_the_grid_through(between):
 )
 def test_what_may_change_values_does_not(between):
     plan = planned(Model(lambda m, x: (m.a(x), m.b(between(x))), a=conv(), b=conv()), sites="off")
-    assert plan.layers["b"]["input"] == ["b.input"]
+    assert plan.layers["b"].input == ["b.input"]
 
 
 # -- concatenation -----------------------------------------------------------------------------------------------------
@@ -60,22 +60,22 @@ def concatenating() -> nn.Module:
 def test_separate_grids_keep_the_sign_of_each_branch():
     plan = planned(concatenating())
     assert plan.sites["cat_0"] == [["cat_0.input_0"], ["cat_0.input_1"]]
-    assert plan.layers["d"]["input"] == ["cat_0.input_0"] and plan.layers["c"]["input"] == ["c.input"]
+    assert plan.layers["d"].input == ["cat_0.input_0"] and plan.layers["c"].input == ["c.input"]
     assert [signed(plan, f"cat_0.input_{i}") for i in range(2)] == [False, True]
 
 
 def test_a_shared_grid_reaches_all_that_is_joined_and_all_its_readers():
     plan = planned(concatenating(), concat="shared")
     (label,) = {*(label for chain in plan.sites["cat_0"] for label in chain)}
-    assert plan.layers["c"]["input"] == plan.layers["d"]["input"] == [label]
+    assert plan.layers["c"].input == plan.layers["d"].input == [label]
     assert signed(plan, label) is True
 
 
 def test_a_shared_grid_of_rectified_branches_is_unsigned():
     model = Model(lambda m, x: m.c(torch.cat([F.relu(m.a(x)), F.relu(m.b(x))], 1)), a=conv(), b=conv(), c=conv(6))
     plan = planned(model, concat="shared")
-    assert plan.sites["cat_0"] == [plan.layers["c"]["input"]] * 2
-    assert signed(plan, plan.layers["c"]["input"][0]) is False
+    assert plan.sites["cat_0"] == [plan.layers["c"].input] * 2
+    assert signed(plan, plan.layers["c"].input[0]) is False
 
 
 def test_concatenations_in_a_row_share_one_grid():
@@ -94,7 +94,7 @@ def test_concatenations_in_a_row_share_one_grid():
 def test_an_output_that_an_integer_reader_takes_has_that_reader_s_grid():
     model = Model(lambda m, x: m.b(F.gelu(m.a(x)).flatten(1).view(IMAGE)), a=conv(), b=conv())
     plan = planned(model, torch.randn(IMAGE), kinds="all")
-    assert plan.sites == {} and plan.layers["b"]["input"] == ["b.input"]
+    assert plan.sites == {} and plan.layers["b"].input == ["b.input"]
 
 
 def test_an_output_that_only_floats_read_gets_one():

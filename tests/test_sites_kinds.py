@@ -104,7 +104,7 @@ def test_a_functional_layer_has_a_weight_grid_and_is_addressed_like_a_layer():
     x = torch.randn(X)
     model = Model(lambda m, x: m.head(x), head=Head())
     plan = planned(model, x, rules={"r": {"match": "@last", "weight": {"bits": 8}}})
-    assert plan.parameters["head.linear_0"]["parameter"] == "head.weight"
+    assert plan.parameters["head.linear_0"].parameter == "head.weight"
     assert plan.weights["head.linear_0"].bits == 8 and plan.weights["head.inner"].bits == 4
     keys = list(model.state_dict())
     inserted(model, x, rules={"r": {"match": "*", "type": "linear", "weight": {"bits": 8}}})

@@ -114,7 +114,7 @@ def test_a_preset_trains_with_the_grids_of_its_name(name, sites, weights, inputs
     model, x = mixture(), torch.randn(X)
     plan = planned(model, x, **preset(name))
     assert set(plan.sites) == sites and len(plan.weights) == weights
-    assert bool(plan.layers["block.a"]["input"]) == bool(inputs)
+    assert bool(plan.layers["block.a"].input) == bool(inputs)
     inserted(model, x, **preset(name)).train()(x).square().mean().backward()
     assert model.block.a.weight.grad.abs().sum() > 0
     assert all(p.grad is None or p.grad.isfinite().all() for _, q in named_quantizers(model) for p in q.parameters())

@@ -149,7 +149,7 @@ def test_angles_of_a_rotary_embedding_stay_float():
 
 def test_a_tied_head_shares_the_grid_of_the_embedding():
     _, _, _, plan, _ = quantized("Qwen2")
-    assert plan.layers["lm_head"]["weight"] == "model.embed_tokens"
+    assert plan.layers["lm_head"].weight == "model.embed_tokens"
 
 
 def test_a_cache_that_is_switched_off_is_an_error_that_names_the_rule():
@@ -171,7 +171,7 @@ def test_the_layer_of_gpt2_is_a_product_with_a_weight():
     model, _, _, plan, _ = quantized("GPT-2")
     name = "transformer.h.0.attn.c_attn"
     assert original_class(model.get_submodule(name)).__name__ == "Conv1D"
-    assert plan.parameters[f"{name}.matmul_0"]["parameter"] == f"{name}.weight"
+    assert plan.parameters[f"{name}.matmul_0"].parameter == f"{name}.weight"
     assert model.get_submodule(f"{name}.matmul_0").weight_quantizer.scale.shape == (96,)  # one for each output
 
 

@@ -238,12 +238,12 @@ class _Auditor:
                 yield AuditRow(name, "Parameter", params=count, reason=self.reasons.of_parameter(name))
 
     def _labels(self, name: str) -> dict[str, Any]:
-        layer = self.plan.layers.get(name) or {"weight": None, "input": [], **self.plan.parameters.get(name, {})}
-        weight = None if layer["weight"] is None else self.plan.weights[layer["weight"]]
+        layer, site = self.plan.layers.get(name), self.plan.parameters.get(name)
+        reader = layer or site
+        weight = self.plan.weights[reader.weight] if reader and reader.weight is not None else None
         if name in self.plan.operands:
             weight = operand_spec(self.plan, name)
-        chains = self.plan.sites.get(name, [layer["input"]])
-        chains = [*chains, *([layer["input_1"]] if "input_1" in layer else [])]
+        chains = layer.inputs if layer else self.plan.sites.get(name, [])
         specs = [[self.plan.activations[label] for label in chain] for chain in chains if chain]
         labels = dict.fromkeys(" > ".join(s.short for s in chain) for chain in specs)
         return {

@@ -14,6 +14,69 @@ OUTPUTS = {function.kind for function in FUNCTIONS.values() if function.output}
 
 
 @dataclass
+class PlannedLayer:
+    """The grids of one layer.
+
+    Attributes:
+        weight: The owner of its weight's grid, or `None`.
+        input: The activation grids its input passes in turn.
+        input_1: Those of its second input, if it has one (`Bilinear`) and that has any.
+        parameter: Path of an owner's weight, if that is not `<layer>.weight`.
+        rows: The first of the parameter's rows that are an owner's weight, and how many, if not all are.
+        axis: That of the output channels of an owner's weight.
+        read: Whether functions around the layer read its float weight, too.
+    """
+
+    weight: str | None
+    input: list[str]
+    input_1: list[str] | None = None
+    parameter: str | None = None
+    rows: list[int] | None = None
+    axis: int = 0
+    read: bool = False
+
+    @property
+    def inputs(self) -> list[list[str]]:
+        """The activation grids that each input passes."""
+        return [self.input, self.input_1 or []]
+
+
+@dataclass
+class SiteWeight:
+    """The parameter that a functional site multiplies by.
+
+    Attributes:
+        parameter: Its path.
+        axis: That of its output channels.
+        weight: The owner of its grid, or `None`.
+        alone: Whether only such sites read it.
+        stacked: Of experts, the order of its last two axes.
+    """
+
+    parameter: str
+    axis: int
+    weight: str | None
+    alone: bool
+    stacked: str | None = None
+
+
+@dataclass
+class SiteOperand:
+    """The parameter that a sum, a difference or an elementwise product reads. Its grid is among `Plan.sites`, as of any
+    operand.
+
+    Attributes:
+        parameter: Its path.
+        index: Which operand it is.
+        alone: Whether only such sites read it.
+    """
+
+    parameter: str
+    index: int
+    alone: bool
+
+
+@dataclass
 class Plan:
     """Which quantizers a model gets, in plain containers (`to_dict`, `from_dict`).
 
@@ -21,16 +84,10 @@ class Plan:
         weights: Spec of each weight's grid, by the layer that owns the quantizer.
         activations: Spec of each activation's grid, by the first place that reads it (`conv1.input`,
             `layer1.0.add_0.input_1`).
-        layers: Per layer: `weight`, the owner of its weight's grid (or `None`), and `input`, the activation grids its
-            input passes in turn (`input_1`: its second input; `Bilinear` has one). `read` is there if functions
-            around the layer read its float weight, too. An owner whose weight is not `<layer>.weight` with its output
-            channels along axis 0 also has `parameter`, its path, and `rows`, the first of them and how many, or `axis`.
+        layers: The grids of each layer.
         sites: Per functional site: for each operand (or for the output), the activation grids it passes in turn.
-        parameters: Per functional site whose second operand is a parameter: `parameter`, its path, `axis`, its output
-            channels, `weight`, the owner of its grid (or `None`), and `alone`, whether only such sites read it; of
-            experts also `stacked`, the order of its last two axes.
-        operands: Per sum, difference or elementwise product with a parameter: `parameter`, its path, `index`, which
-            operand it is, and `alone`, whether only such sites read it. Its grid is among `sites`, as of any operand.
+        parameters: Per functional site whose second operand is a parameter, that parameter.
+        operands: Per sum, difference or elementwise product with a parameter that has a grid, that parameter.
         owners: Per module whose forward runs functional sites of quantized kinds: the kinds of those that are its
             own, in order.
         batch_norms: Per layer, the BatchNorm that folds into it.
@@ -42,10 +99,10 @@ class Plan:
 
     weights: dict[str, QuantSpec] = field(default_factory=dict)
     activations: dict[str, QuantSpec] = field(default_factory=dict)
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    layers: dict[str, PlannedLayer] = field(default_factory=dict)
     sites: dict[str, list[list[str]]] = field(default_factory=dict)
-    parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    operands: dict[str, dict[str, Any]] = field(default_factory=dict)
+    parameters: dict[str, SiteWeight] = field(default_factory=dict)
+    operands: dict[str, SiteOperand] = field(default_factory=dict)
     owners: dict[str, list[str]] = field(default_factory=dict)
     batch_norms: dict[str, str] = field(default_factory=dict)
     residuals: dict[str, list[str]] = field(default_factory=dict)
@@ -54,19 +111,31 @@ class Plan:
     policy: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        entries = {"layers": self.layers, "parameters": self.parameters, "operands": self.operands}
+        return dataclasses.asdict(self) | {
+            key: {name: _stored(entry) for name, entry in found.items()} for key, found in entries.items()
+        }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
         plan = cls(**values)
         plan.weights = {n: QuantSpec.from_dict(s, n) for n, s in values["weights"].items()}
         plan.activations = {n: QuantSpec.from_dict(s, n) for n, s in values["activations"].items()}
+        plan.layers = {n: PlannedLayer(**layer) for n, layer in values.get("layers", {}).items()}
+        plan.parameters = {n: SiteWeight(**weight) for n, weight in values.get("parameters", {}).items()}
+        plan.operands = {n: SiteOperand(**operand) for n, operand in values.get("operands", {}).items()}
         return plan
+
+
+def _stored(entry: PlannedLayer | SiteWeight | SiteOperand) -> dict[str, Any]:
+    """An entry without the attributes that have their default."""
+    values = dataclasses.asdict(entry)
+    return {f.name: values[f.name] for f in dataclasses.fields(entry) if values[f.name] != f.default}
 
 
 def operand_spec(plan: Plan, site: str) -> QuantSpec:
     """The grid of a parameter among `Plan.operands`."""
-    return plan.activations[plan.sites[site][plan.operands[site]["index"]][-1]]
+    return plan.activations[plan.sites[site][plan.operands[site].index][-1]]
 
 
 def owner_of(site: str) -> str:

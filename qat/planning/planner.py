@@ -5,6 +5,7 @@ they differ (a residual add at 8 bits beside a convolution at 4), the coarser re
 the tensor, as an integer engine does, which stores it once.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from qat.planning.addressable import (
 )
 from qat.planning.edges import activation_grids
 from qat.planning.functions import ELEMENTWISE, EXPERTS, FUNCTIONS
-from qat.planning.plan import Plan, kind_of, owner_of
+from qat.planning.plan import Plan, PlannedLayer, SiteOperand, SiteWeight, kind_of, owner_of
 from qat.planning.probe import Call, Recording, record
 
 
@@ -50,7 +51,7 @@ def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple
     plan = Plan(policy=policy.settings, target=policy.target, round_bias=policy.round_bias)
     _plan_weights(plan, model, recording, calls, decisions)
     plan.batch_norms = {
-        layer: norm for layer, norm in _batch_norm_pairs(recording).items() if plan.layers[layer]["weight"] is not None
+        layer: norm for layer, norm in _batch_norm_pairs(recording).items() if plan.layers[layer].weight is not None
     }
     plan.residuals = _residuals(plan, recording, calls, decisions)
     floating = {
@@ -60,8 +61,8 @@ def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple
     }
     plan.activations, chains = activation_grids(recording, calls, decisions, policy.concat == "shared", floating)
     for name, operands in chains.items():
-        if name in plan.layers:
-            plan.layers[name].update(zip(("input", "input_1"), operands, strict=False))
+        if layer := plan.layers.get(name):
+            layer.input, layer.input_1 = operands if len(operands) == 2 else (operands[0], None)
         else:
             plan.sites[name] = operands
     plan.operands = _parameter_operands(plan, recording, calls)
@@ -87,7 +88,7 @@ def _residuals(
             continue
         original = type_of(calls[layer][0].what)
         kind = "conv" if issubclass(original, CONVOLUTIONS) else "linear" if issubclass(original, nn.Linear) else ""
-        if plan.layers[layer]["weight"] is not None and decisions[layer]["act"][0] is not None:
+        if plan.layers[layer].weight is not None and decisions[layer]["act"][0] is not None:
             products[call.output] = kind
     found = {
         name: [products.get(key, "") for key in first.operands]
@@ -138,42 +139,46 @@ def _plan_weights(
                     f"{list(weight.shape)}; use granularity: channel or tensor there"
                 )
             alone = recording.only_sites_read(call.parameter)
-            plan.parameters[name] = {"parameter": call.parameter, "axis": axis, "weight": owner, "alone": alone}
+            plan.parameters[name] = site = SiteWeight(call.parameter, axis, owner, alone)
             if call.kind == EXPERTS:
                 transposed = call.operands[1][0] != id(weight)  # then the parameter is [experts, out, in]
-                plan.parameters[name].update(axis=0, stacked="out_in" if transposed else "in_out")
+                site.axis, site.stacked = 0, "out_in" if transposed else "in_out"
         else:
-            plan.layers[name] = {"weight": owner, "input": []} | (_place(name, call.what) if owner == name else {})
-            if owner and recording.read_by_functions(call.what._parameters.get("weight"), f"{name}.weight"):
-                plan.layers[name]["read"] = True
+            plan.layers[name] = layer = PlannedLayer(owner, [])
+            if owner == name:
+                _place(layer, name, call.what)
+            weight = call.what._parameters.get("weight")
+            layer.read = bool(owner) and recording.read_by_functions(weight, f"{name}.weight")
 
 
-def _place(name: str, layer: nn.Module) -> dict[str, Any]:
-    """Where a weight lies, unless it is `<name>.weight` with its output channels along axis 0; see `Plan.layers`."""
+def _place(planned: PlannedLayer, name: str, layer: nn.Module) -> None:
+    """Writes down where a weight lies."""
+    mixin = mixin_for(layer)
     if isinstance(layer, BoundPart):
         parameter, first, count = layer.rows[0]
-        place = {"parameter": f"{name.rpartition('.')[0]}.{parameter}".lstrip(".")}
-        return place if count is None else place | {"rows": [first, count]}
-    mixin = mixin_for(layer)
-    return {"axis": mixin.channel_axis} if mixin is not None and mixin.channel_axis else {}
+        planned.parameter = f"{name.rpartition('.')[0]}.{parameter}".lstrip(".")
+        planned.rows = None if count is None else [first, count]
+    elif mixin is not None:
+        planned.axis = mixin.channel_axis or 0
 
 
-def _parameter_operands(plan: Plan, recording: Recording, calls: dict[str, list[Call]]) -> dict[str, dict[str, Any]]:
+def _parameter_operands(plan: Plan, recording: Recording, calls: dict[str, list[Call]]) -> dict[str, SiteOperand]:
     """The parameters that have the grid of an activation; see `Plan.operands`."""
-    found: dict[str, dict[str, Any]] = {}
-    times: dict[str, int] = {}
+    found: dict[str, tuple[str, int]] = {}
+    times: Counter[str] = Counter()
     for name, chains in plan.sites.items():
         first, *more = calls[name]
         if first.kind not in ELEMENTWISE or first.parameter is None or any(c.held != first.held for c in more):
             continue
         index = first.held.index(first.parameter)
         if chains[index]:
-            found[name] = {"parameter": first.parameter, "index": index}
-            times[first.parameter] = times.get(first.parameter, 0) + len(calls[name])
-    for name, operand in found.items():
-        key = calls[name][0].operands[operand["index"]]
-        operand["alone"] = recording.readers.get(key, 0) == times[operand["parameter"]]
-    return found
+            found[name] = first.parameter, index
+            times[first.parameter] += len(calls[name])
+    readers = {name: recording.readers.get(calls[name][0].operands[index], 0) for name, (_, index) in found.items()}
+    return {
+        name: SiteOperand(parameter, index, alone=readers[name] == times[parameter])
+        for name, (parameter, index) in found.items()
+    }
 
 
 def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:
@@ -181,7 +186,7 @@ def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:
 
     An owner counts the kinds that it has grids for, and no others: what it leaves float may come and go.
     """
-    quantized = {*plan.sites, *(name for name, site in plan.parameters.items() if site["weight"] is not None)}
+    quantized = {*plan.sites, *(name for name, site in plan.parameters.items() if site.weight is not None)}
     kinds = {kind_of(site) for site in quantized}
     own: dict[str, set[str]] = {}
     for site in quantized:

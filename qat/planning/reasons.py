@@ -77,10 +77,11 @@ class Reasons:
     def _scales_along_the_sum(self, site: str) -> bool:
         """Whether a product reads a tied weight whose channels are not the product's own."""
         weight = self.plan.parameters[site]
-        spec, owner = self.plan.weights[weight["weight"]], weight["weight"]
-        if owner in self.plan.parameters or spec.granularity != "channel" or weight.get("stacked"):
+        owner = weight.weight
+        if owner is None or owner in self.plan.parameters or weight.stacked:
             return False
-        return mixin_for(self.calls[owner][0].what).channel_axis != weight["axis"]  # pyright: ignore
+        axis = mixin_for(self.calls[owner][0].what).channel_axis  # pyright: ignore[reportOptionalMemberAccess]
+        return self.plan.weights[owner].granularity == "channel" and axis != weight.axis
 
     def of_site(self, call: Call) -> str | None:
         if call.site in self.calls:

@@ -75,7 +75,9 @@ def make_harms(space: Space, of: Callable[[str, int], float]) -> dict[tuple[str,
 
 def _spec(space: Space, layer: Layer, bits: int) -> QuantSpec:
     plan = space.plans[bits]
-    return plan.weights[plan.layers[layer.name]["weight"]]
+    owner = plan.layers[layer.name].weight
+    assert owner is not None  # only layers whose weight has a grid are in a space
+    return plan.weights[owner]
 
 
 def _packed(space: Space, layer: Layer, pair: Pair) -> int:
@@ -85,7 +87,7 @@ def _packed(space: Space, layer: Layer, pair: Pair) -> int:
 def _exported(space: Space, layer: Layer, pair: Pair) -> int:
     """Bytes of codes in an ONNX file, which has integers of 2, 4, 8 and 16 bits."""
     plan, spec = space.plans[pair[0]], _spec(space, layer, pair[0])
-    if plan.layers[layer.name]["weight"] != layer.name:
+    if plan.layers[layer.name].weight != layer.name:
         return 0
     bits = stored_bits(space.model, plan, layer.name, spec)
     size = next(size for size in (2, 4, 8, 16) if bits <= size)

@@ -117,8 +117,9 @@ def _specs(space: Space, tensor: str, widths: Sequence[int], quantizer: Quantize
     for bits in widths:
         plan = space.plans[bits]
         layer = plan.layers[space.tensors[tensor][0]]
+        assert layer.weight is not None  # only layers whose weight has a grid are in a space
         is_weight = tensor.endswith(".weight")
-        found[bits] = plan.weights[layer["weight"]] if is_weight else plan.activations[layer["input"][-1]]
+        found[bits] = plan.weights[layer.weight] if is_weight else plan.activations[layer.input[-1]]
     return found
 
 

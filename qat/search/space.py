@@ -96,12 +96,12 @@ def make_space(model: nn.Module, policy: Policy, search: Search, run: Callable[[
     plan, recording = make_plan(model, policy, run)
     rows = {row.name: row for row in with_bytes(audit(model, plan, recording), model, plan)}
     real = [n for n in plan.layers if is_layer(model, n)]
-    free = [n for n, layer in plan.layers.items() if _free(plan.weights.get(layer["weight"] or ""))]
+    free = [n for n, layer in plan.layers.items() if _free(plan.weights.get(layer.weight or ""))]
     weights, parts = [n for n in free if n in real], [n for n in free if n not in real]
     if not weights:
         but = f" but to {kept_bits(parts)}" if parts else ""
         raise UserError(f"search: the policy gives no weight an integer grid{but}, so there is nothing to choose")
-    acts = [n for n in weights if (grid := plan.layers[n]["input"]) and _free(plan.activations[grid[-1]])]
+    acts = [n for n in weights if (grid := plan.layers[n].input) and _free(plan.activations[grid[-1]])]
     widths = sorted({*search.weight_bits, *search.act_bits})
     plans = {
         bits: make_plan(model, with_bits(policy, dict.fromkeys(weights, bits), dict.fromkeys(acts, bits)), run)[0]
@@ -113,8 +113,8 @@ def make_space(model: nn.Module, policy: Policy, search: Search, run: Callable[[
     layers = [
         Layer(
             name,
-            f"{shared.layers[name]['weight']}.weight",
-            shared.layers[name]["input"][-1] if name in acts else None,
+            f"{shared.layers[name].weight}.weight",
+            shared.layers[name].input[-1] if name in acts else None,
             _options(search, name, least.get(name, 1), name in acts),
         )
         for name in weights

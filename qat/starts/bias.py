@@ -33,7 +33,7 @@ class CorrectBias(Start):
         for name, layer in plan.layers.items():
             norm = modules[plan.batch_norms[name]] if name in plan.batch_norms else None
             bias = norm.running_mean if norm is not None else getattr(modules[name], "bias", None)  # pyright: ignore
-            if layer["weight"] is not None and not isinstance(modules[name], nn.Embedding) and bias is not None:
+            if layer.weight is not None and not isinstance(modules[name], nn.Embedding) and bias is not None:
                 takes[name] = bias, -1 if norm is not None else 1
         if not takes:
             raise UserError(f"CorrectBias: no quantized layer of {original_class(model).__name__} has a bias")

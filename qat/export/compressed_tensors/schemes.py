@@ -117,9 +117,9 @@ def _args(spec: QuantSpec, strategy: str) -> Args:
 
 
 def _check_kinds(plan: Plan) -> None:
-    if name := next((n for n, d in plan.parameters.items() if d["weight"] is not None), None):
+    if name := next((n for n, w in plan.parameters.items() if w.weight is not None), None):
         raise UserError(
-            f"'{name}' multiplies by '{plan.parameters[name]['parameter']}', and the format has weights of Linear "
+            f"'{name}' multiplies by '{plan.parameters[name].parameter}', and the format has weights of Linear "
             f'layers alone; add a rule {{match: "{name}", weight: off, act: off}}'
         )
     if plan.batch_norms:
@@ -162,18 +162,18 @@ def schemes(plan: Plan) -> dict[str, tuple[Args, Args | None]]:
     _check_kinds(plan)
     found = {}
     for name, layer in plan.layers.items():
-        grids = layer["input"] + layer.get("input_1", [])
+        grids = [label for labels in layer.inputs for label in labels]
         if len(grids) > 1:
             raise UserError(
                 f"input of '{name}' passes two grids ({', '.join(grids)}), and the format has one; give all readers of "
                 "that tensor the same act"
             )
-        if grids and not layer["weight"]:
+        if grids and not layer.weight:
             raise UserError(
                 f"'{name}' has a quantized input and a float weight, which the format has not; set act: off"
             )
-        if layer["weight"]:
+        if layer.weight:
             inputs = input_args(name, plan.activations[grids[0]]) if grids else None
-            found[name] = weight_args(name, plan.weights[layer["weight"]]), inputs
+            found[name] = weight_args(name, plan.weights[layer.weight]), inputs
     _check_zero_points(found)
     return found

@@ -48,7 +48,7 @@ class OnnxTarget(Target):
             raise UserError(f"weight_only=matmulnbits: {self.engine} has no such operation; use qdq")
 
     def unfit(self, model: nn.Module, plan: Plan) -> str | None:
-        alone = [layer for layer in plan.layers.values() if layer["weight"] is not None and not layer["input"]]
+        alone = [layer for layer in plan.layers.values() if layer.weight is not None and not layer.input]
         alone += [site for name, site in plan.parameters.items() if not any(plan.sites.get(name, [])[:1])]
         if self.weight_only == "matmulnbits" and not alone:
             return "weight_only=matmulnbits is for quantized weights with a float input; set quant.act=off, or use qdq"

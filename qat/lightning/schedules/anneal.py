@@ -157,7 +157,7 @@ def current_plan(module: pl.LightningModule) -> Plan:
     assert isinstance(plan, Plan)
     specs = {}
     for name, layer in plan.layers.items():
-        specs |= zip(layer["input"], _chain(module.get_submodule(name).input_quantizer), strict=True)
+        specs |= zip(layer.input, _chain(module.get_submodule(name).input_quantizer), strict=True)
     for site, inputs in plan.sites.items():
         for i, labels in enumerate(inputs):
             specs |= zip(labels, _chain(getattr(module.get_submodule(site), f"input_quantizer_{i}")), strict=True)
