@@ -280,6 +280,24 @@ def test_a_schedule_is_for_what_it_matches(match, tmp_path):
     assert len(set(bits[0])) == 2 and set(bits[-1]) == {4}
 
 
+def test_both_inputs_of_a_layer_are_annealed(tmp_path):
+    class TwoInputs(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Bilinear(8, 8, 8)
+
+        def forward(self, x):
+            return self.head(self.stem(x, -x))
+
+    bits = watched(
+        tmp_path,
+        lambda m: m.quantization_plan.activations["stem.input_1"].bits,
+        AnnealBits({0: 8, 2: 4}),
+        model=net(cls=TwoInputs),
+    )
+    assert bits == [8] * 8 + [4] * 8
+
+
 def test_a_checkpoint_of_the_middle_loads_with_the_bits_of_the_middle(tmp_path):
     run = trainer(tmp_path, AnnealBits({0: 8, 2: 4}), max_epochs=3)
     state = {}

@@ -157,7 +157,9 @@ def current_plan(module: pl.LightningModule) -> Plan:
     assert isinstance(plan, Plan)
     specs = {}
     for name, layer in plan.layers.items():
-        specs |= zip(layer.input, _chain(module.get_submodule(name).input_quantizer), strict=True)
+        twin = module.get_submodule(name)
+        specs |= zip(layer.input, _chain(twin.input_quantizer), strict=True)
+        specs |= zip(layer.input_1 or [], _chain(getattr(twin, "input_quantizer_1", None)), strict=True)
     for site, inputs in plan.sites.items():
         for i, labels in enumerate(inputs):
             specs |= zip(labels, _chain(getattr(module.get_submodule(site), f"input_quantizer_{i}")), strict=True)
