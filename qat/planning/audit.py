@@ -152,7 +152,7 @@ class _Auditor:
         """In execution order; what did not run follows what is registered before it."""
         own: dict[str, list[Call]] = {}
         sites: dict[str, list[Call]] = {}
-        for call in self.reasons.functions:
+        for call in self.reasons.recording.functions:
             if call.site is None:
                 own.setdefault(call.name, []).append(call)
             elif call.kind not in OUTPUTS or call.site in self.plan.sites:

@@ -28,7 +28,6 @@ class Reasons:
     Attributes:
         calls: The calls of everything that a policy can address.
         modules: The calls of layers, by name.
-        functions: The calls of functions, sites among them.
         parameters: The model's own by id. They outlive the recording, so ids still tell which calls took them.
     """
 
@@ -40,10 +39,9 @@ class Reasons:
         self.modules: dict[str, list[Call]] = {}
         for call in recording.modules:
             self.modules.setdefault(call.name, []).append(call)
-        self.functions = [c for c in recording.order if not isinstance(c.what, nn.Module)]
         scales = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
         self.parameters = {id(p): p for p in model.parameters() if id(p) not in scales}
-        computing = [c for c in self.functions if not c.site]
+        computing = [c for c in recording.functions if not c.site]
         self.taken_by = {key[0]: c for c in computing for key in c.inputs if key[0] in self.parameters}
 
     def of_layer(self, name: str, module: nn.Module) -> str | None:
