@@ -62,8 +62,8 @@ LIGHTNINGS_CALLBACK = [
         "observers fed by validation data",
         f"{LIGHTNING}sanity_checks_and_validation_never_move_ranges[minmax]",
         "qat/quantizers/base.py",
-        "if follow and self._follows and self.training:",
-        "if follow and self._follows:",
+        "if follow and self.follows and self.training:",
+        "if follow and self.follows:",
     ),
     Break(
         "together with a pruning callback",
@@ -192,8 +192,8 @@ SILENT = [
         "observers fed by validation or sanity checks",
         f"{LIGHTNING}sanity_checks_and_validation_never_move_ranges[minmax]",
         "qat/quantizers/base.py",
-        "if follow and self._follows and self.training:",
-        "if follow and self._follows:",
+        "if follow and self.follows and self.training:",
+        "if follow and self.follows:",
     ),
     Break(
         "observing twice under gradient checkpointing",

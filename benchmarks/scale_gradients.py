@@ -121,7 +121,7 @@ def _compared(
         True,
     )
     for x, y in reads:
-        grouped, (scale, low, high) = quantizer._grouped(x), quantizer.grid(x)
+        grouped, (scale, low, high) = quantizer.partition.grouped(x), quantizer.grid(x)
         # As the kernels do: a ratio in float32, so that ties fall the same way.
         v = grouped / scale
         slope = torch.where(v < low, low, torch.where(v > high, high, v.round() - v)).double()
@@ -129,7 +129,7 @@ def _compared(
         if y.grad is None:
             continue
         count = quantizer._per_scale or x.numel() // (len(x) if x.ndim else 1)  # pyright: ignore
-        terms = slope * quantizer._grouped(y.grad).double() / (count * quantizer.quant_max) ** 0.5
+        terms = slope * quantizer.partition.grouped(y.grad).double() / (count * quantizer.quant_max) ** 0.5
         expected += terms.sum_to_size(scale.shape).view_as(expected)
         size += terms.abs().sum_to_size(scale.shape).view_as(expected)
     return ScaleGradient(

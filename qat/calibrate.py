@@ -67,7 +67,7 @@ def calibrate(model: nn.Module, run: Callable[[], Any], only: Collection[Quantiz
             run()
         readers = [m for m in model.modules() if isinstance(m, QuantizedLayer | Site)]
         weights = {m.weight_quantizer: _whole(m.weight) for m in readers if m.weight_quantizer is not None}
-        unseen = [(n, q) for n, q in found if q.needs_range and q not in weights and not q._sample]
+        unseen = [(n, q) for n, q in found if q.needs_range and q not in weights and not q.samples]
         for name, quantizer in found:
             if quantizer not in wanted:
                 continue

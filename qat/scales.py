@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qat.formats import FLOATS
-from qat.functional import TINY, over, positive
+from qat.functional import TINY, over, positive, wide
 from qat.spec import QuantSpec
 
 HUGE = 2.0**127
@@ -82,6 +82,18 @@ def snap(scale: Tensor, spec: QuantSpec) -> Tensor:
         case "e4m3":
             return two_level(scale)
     return positive(scale)
+
+
+def acting(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """A learned scale as it is stored: in the format of `spec`, with a straight-through gradient, float32 or wider.
+    Kernels keep float32 scales above zero.
+    """
+    scale = wide(scale)
+    if spec.scale == "float32":
+        return scale
+    if not scale.requires_grad:
+        return snap(scale, spec)
+    return SnapSTE.apply(scale, spec)  # pyright: ignore[reportReturnType]
 
 
 class SnapSTE(torch.autograd.Function):

@@ -93,7 +93,7 @@ class Tally:
 def _clipped(quantizer: Quantizer, x: Tensor) -> int:
     """How many values round to a level beyond the grid's last, which is one more than clipping lets through."""
     scale, low, high = quantizer.grid(x)
-    level = levels(quantizer._grouped(quantizer.transform(x)), scale, low - 1, high + 1)
+    level = levels(quantizer.partition.grouped(quantizer.transform(x)), scale, low - 1, high + 1)
     return int(((level < low) | (level > high)).sum())
 
 

@@ -16,7 +16,7 @@ from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.policy import QuantPolicy
 from qat.quantizers import create
-from qat.quantizers.base import SAMPLES_PER_BATCH, _spread_out
+from qat.sample import SAMPLES_PER_BATCH, spread_out
 from qat.spec import QuantSpec
 
 
@@ -242,7 +242,7 @@ def test_an_expert_that_is_called_with_no_tokens_has_a_grid_too():
 
 @pytest.mark.parametrize("shape", [(16, 512, 1024), (512, 16, 32, 32), (8, 192, 14, 14), (1, 3, 210, 420)], ids=str)
 def test_the_sample_of_a_large_batch_holds_all_channels_and_columns_alike(shape):
-    taken = _spread_out(torch.arange(math.prod(shape)))
+    taken = spread_out(torch.arange(math.prod(shape)))
     assert len(taken) == len(taken.unique()) == SAMPLES_PER_BATCH
     for index, size in zip(torch.unravel_index(taken, shape), shape, strict=True):
         often = torch.bincount(index, minlength=size) / (SAMPLES_PER_BATCH / size)

@@ -78,9 +78,9 @@ def weight_grid(settings):
 def test_the_pull_is_half_the_gradient_of_the_dampening_loss(settings):
     quantizer, weight = weight_grid(settings)
     w = weight.clone().requires_grad_()
-    x = quantizer._grouped(w)
+    x = quantizer.partition.grouped(w)
     scale, low, high = quantizer.grid(w)
-    target = quantizer._grouped(quantizer.dequantize(quantizer.quantize(weight)))
+    target = quantizer.partition.grouped(quantizer.dequantize(quantizer.quantize(weight)))
     clipped = torch.minimum(torch.maximum(x, (low * scale).detach()), (high * scale).detach())
     (target.detach() - clipped).square().sum().backward()
     assert w.grad is not None and w.grad.count_nonzero() > 20

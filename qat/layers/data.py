@@ -37,7 +37,7 @@ def reads_data(layer: Any, x: Tensor) -> bool:
     if getattr(layer._conv_forward, "__func__", None) is not layer.serves._conv_forward:  # it may not be linear
         return False
     # What is drawn once cannot be made again; a forward that was replaced (by learned widths) learns more than a step.
-    return not (grid._dithers or "forward" in vars(grid) or looked_at(grid) or innermost_hooks() is not None)
+    return not (grid.dithers or "forward" in vars(grid) or looked_at(grid) or innermost_hooks() is not None)
 
 
 def convolved(layer: Any, function: Callable[..., Tensor], x: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def _grid(before: nn.Module | None, module: nn.Module, after: Any, x: Any) -> Qu
     if not _is_place(before, module, after) or type(x) not in PLAIN or not (x.requires_grad and compiled(x)):
         return None
     grid = after.input_quantizer
-    plain = is_plain(type(grid)) and not (grid._follows or grid._dithers or grid._moves)
+    plain = is_plain(type(grid)) and not (grid.follows or grid.dithers or grid.reshapes)
     alone = grid.readers == 1 and all(map(_is_untouched, (before, module, after, grid)))  # pyright: ignore
     return grid if grid.on and plain and alone else None
 

@@ -10,12 +10,10 @@ in Python attributes (so that a forward pass never waits for a device to read th
                 alone), with a straight-through gradient
 
 A new quantizer is one file in this folder that subclasses `Quantizer` and defines `fake_quantize`; `find` knows it by
-the file's name. Shapes: `x` is any tensor; its *grouped* view has one more axis where groups share a scale; grids
-broadcast against that view.
+the file's name. Shapes: `x` is any tensor; grids broadcast against its *grouped* view (`qat.partition`).
 """
 
 import dataclasses
-import math
 from typing import Any, ClassVar
 
 import torch
@@ -23,13 +21,12 @@ from torch import Tensor, nn
 
 from qat import ranges
 from qat.errors import UserError
-from qat.functional import dither, levels, values, wide
+from qat.functional import dither, levels, values
 from qat.kernels.rectified import made_by
-from qat.scales import SnapSTE, snap
+from qat.partition import Partition
+from qat.sample import sample
+from qat.scales import acting, snap
 from qat.spec import QuantSpec
-
-SAMPLES_PER_BATCH = 1 << 17
-"""Calibration keeps at most this many values of a batch (and always its extremes)."""
 
 Grid = tuple[Tensor, Tensor, Tensor]
 """(scale, low, high): scale and the limits in units of it, broadcasting against the grouped view."""
@@ -50,6 +47,11 @@ class Quantizer(nn.Module):
         zero_point: int32 of the same shape; the code of the value zero.
         quant_min, quant_max: The lowest and highest code.
         on: Whether `forward` quantizes.
+        partition: Which of a tensor's elements share a scale.
+        samples: What has been observed of an activation, one tensor for each that passed.
+        reshapes: Whether groups or a transform lie between `x` and what is rounded.
+        dithers: Whether training rounds stochastically.
+        follows: Whether the grid moves after what passes in training.
         readers: How many read through it in a forward pass of the owner.
 
     Class attributes:
@@ -79,6 +81,7 @@ class Quantizer(nn.Module):
         self.axis = axis
         self.quant_min, self.quant_max = spec.quant_min, spec.quant_max
         self.is_weight = shape is not None
+        self.partition = Partition(spec.granularity, spec.group_size, axis, self.is_weight)
         scale_shape = self._scale_shape(shape)
         self._make_scale(torch.ones(scale_shape, dtype=torch.float32))
         self._make_zero_point(torch.zeros(scale_shape, dtype=torch.int32))
@@ -87,14 +90,14 @@ class Quantizer(nn.Module):
         # As tensors, so that compiled kernels are the same for every grid.
         self.register_buffer("lowest", torch.full((1,), self.quant_min, dtype=torch.float32), persistent=False)
         self.register_buffer("highest", torch.full((1,), self.quant_max, dtype=torch.float32), persistent=False)
-        self._moves = spec.granularity == "group" or type(self).transform is not Quantizer.transform
-        self._dithers = spec.rounding_mode == "stochastic"
-        self._follows = type(self).follow is not Quantizer.follow
+        self.reshapes = spec.granularity == "group" or type(self).transform is not Quantizer.transform
+        self.dithers = spec.rounding_mode == "stochastic"
+        self.follows = type(self).follow is not Quantizer.follow
         self._spread_shape: tuple[int, ...] | None = None
         if spec.granularity == "channel" and shape is not None:
             self._spread_shape = tuple(-1 if d == axis else 1 for d in range(len(shape)))
         self.observing = False
-        self._sample: list[Tensor] = []
+        self.samples: list[Tensor] = []
         self._read_flags()
 
     def _make_scale(self, scale: Tensor) -> None:
@@ -106,52 +109,17 @@ class Quantizer(nn.Module):
         self.register_buffer("zero_point", zero_point)
 
     def _scale_shape(self, shape: torch.Size | None) -> tuple[int, ...]:
-        if self.spec.granularity == "tensor":
-            return (1,)
-        if shape is None:
+        """The shape of `scale`, where the granularity suits a weight of this shape, or an activation."""
+        if shape is not None:
+            return self.partition.scale_shape(shape)
+        if self.spec.granularity != "tensor":
             raise UserError(
                 f"granularity={self.spec.granularity}: quantizer={self.spec.quantizer} keeps one scale for an "
                 "activation (granularity=tensor); quantizer: dynamic measures tokens and groups as they pass"
             )
-        if self.spec.granularity == "channel":
-            return (shape[self.axis],)
-        size, group_axis = self.spec.group_size, self._group_axis(len(shape))
-        if size is None or shape[group_axis] % size:
-            raise UserError(
-                f"group_size={size} does not divide the {shape[group_axis]} input channels of a weight of shape "
-                f"{tuple(shape)}; the last group would be ragged"
-            )
-        return (*shape[:group_axis], shape[group_axis] // size, *shape[group_axis + 1 :])
+        return (1,)
 
     # -- the grid ------------------------------------------------------------------------------------------------------
-
-    def _group_axis(self, ndim: int) -> int:
-        return 1 - self.axis if self.is_weight else ndim - 1
-
-    def _grouped(self, x: Tensor) -> Tensor:
-        if self.spec.granularity != "group":
-            return x
-        axis, size = self._group_axis(x.ndim), self.spec.group_size or 1
-        return x.unflatten(axis, (x.shape[axis] // size, size))  # -1 would be ambiguous for an empty tensor
-
-    def _spread(self, per_scale: Tensor, ndim: int) -> Tensor:
-        """A view of a tensor shaped like `scale` that broadcasts against the grouped view of one of `ndim` axes."""
-        if self.spec.granularity == "tensor":
-            return per_scale
-        if self.spec.granularity == "channel":
-            return per_scale.view([-1 if d == self.axis else 1 for d in range(ndim)])
-        return per_scale.unsqueeze(self._group_axis(ndim) + 1)
-
-    def _acting(self, scale: Tensor) -> Tensor:
-        """`scale` as it is stored: in its format, with a straight-through gradient. Kernels keep float32 scales above
-        zero.
-        """
-        scale = wide(scale)
-        if self.spec.scale == "float32":
-            return scale
-        if not scale.requires_grad:
-            return snap(scale, self.spec)
-        return SnapSTE.apply(scale, self.spec)  # pyright: ignore[reportReturnType]
 
     def step(self) -> Tensor:
         """The scale that acts, format and floor applied: float32, detached, of the shape of `scale`."""
@@ -169,14 +137,14 @@ class Quantizer(nn.Module):
         scale, low, high = self._parameters.get("scale", buffers.get("scale")), buffers["lowest"], buffers["highest"]
         assert scale is not None and low is not None and high is not None
         if scale.dtype is not torch.float32 or self.spec.scale != "float32":
-            scale = self._acting(scale)
+            scale = acting(scale, self.spec)
         if self._spread_shape is not None:
             scale = scale.view(self._spread_shape)
         elif self.spec.granularity != "tensor":
-            scale = self._spread(scale, x.ndim)
+            scale = self.partition.spread(scale, x.ndim)
         if self.spec.symmetric:
             return scale, low, high
-        zero_point = self._spread(self.zero_point, x.ndim)
+        zero_point = self.partition.spread(self.zero_point, x.ndim)
         return scale, low - zero_point, high - zero_point
 
     def transform(self, x: Tensor) -> Tensor:
@@ -186,7 +154,7 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def levels(self, x: Tensor) -> Tensor:
         """`x` rounded to the grid, in units of the scale: float32, of the shape of `x`."""
-        return levels(self._grouped(self.transform(x)), *self.grid(x), self.spec.rounding).view(x.shape)
+        return levels(self.partition.grouped(self.transform(x)), *self.grid(x), self.spec.rounding).view(x.shape)
 
     def quantize(self, x: Tensor) -> Tensor:
         """The codes of `x`.
@@ -203,8 +171,9 @@ class Quantizer(nn.Module):
             raise ValueError("NaN has no code: the tensor to be quantized holds NaN")
         if self.spec.float_format is not None:
             return self.spec.float_format.encode(level)
-        codes = self._grouped(level) + (self.quant_min - self.grid(x)[1]) if not self.spec.symmetric else level
-        return codes.to(self.code_dtype).view(x.shape)
+        if not self.spec.symmetric:
+            level = self.partition.grouped(level) + (self.quant_min - self.grid(x)[1])
+        return level.to(self.code_dtype).view(x.shape)
 
     def dequantize(self, codes: Tensor, grid: Grid | None = None) -> Tensor:
         """The real values of `codes`, float32.
@@ -215,9 +184,9 @@ class Quantizer(nn.Module):
         """
         scale, low, _ = grid or self.grid(codes)
         if self.spec.float_format is not None:
-            level = self._grouped(self.spec.float_format.decode(codes))
+            level = self.partition.grouped(self.spec.float_format.decode(codes))
         else:
-            level = self._grouped(codes).float() + (low - self.quant_min)
+            level = self.partition.grouped(codes).float() + (low - self.quant_min)
         return values(level, scale.detach(), torch.float32).view(codes.shape)
 
     @property
@@ -245,10 +214,10 @@ class Quantizer(nn.Module):
                 "torch.func transforms (vmap, grad, jvp, ...) do not know the gradients of quantizers: call backward, "
                 "or switch the quantizers off around the transform"
             )
-        if follow and self._follows and self.training:
+        if follow and self.follows and self.training:
             self.follow(x.detach())
-        inner, grid = self._grouped(self.transform(x)) if self._moves else x, self.grid(x)
-        if self._dithers and self.training:
+        inner, grid = self.partition.grouped(self.transform(x)) if self.reshapes else x, self.grid(x)
+        if self.dithers and self.training:
             inner = dither(inner, *grid)
         y = self.fake_quantize(inner, *grid)
         y = y if y.dtype is x.dtype else y.to(x.dtype)  # the very tensor, to compilers, too
@@ -261,7 +230,8 @@ class Quantizer(nn.Module):
 
     def _pass(self, x: Tensor) -> Tensor:
         if self.observing:
-            self._observe(x)
+            if self.needs_range:
+                self._observe(x)
         elif self._wants_calibration:
             raise RuntimeError("this quantizer has no range yet: qat.calibrate.calibrate(model, run) finds it")
         return x
@@ -310,50 +280,43 @@ class Quantizer(nn.Module):
     def observe(self, observing: bool = True) -> None:
         """Starts or ends collecting for `calibrate`."""
         self.observing = observing
-        self._sample = []
+        self.samples = []
         self._read_flags()
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
         if not x.numel():
             return
-        flat = x.detach().float().flatten()
-        if not flat.isfinite().all():
+        x = x.detach().float()
+        if not x.isfinite().all():
             raise UserError("calibration data holds NaN or infinity, for which there is no range")
-        if self.is_weight:  # `calibrate` looks at all of it
-            return
-        self._sample.append(torch.cat([_spread_out(flat), flat.amin()[None], flat.amax()[None]]))
+        if not self.is_weight:  # of which `calibrate` looks at all
+            self.samples.append(sample(x))
 
     @torch.no_grad()
     def calibrate(self, x: Tensor | None = None) -> None:
-        """Sets scale and zero_point from `x`, or from what was observed, and switches to on.
+        """Sets scale and zero_point from `x`, or from what was observed, if it needs a range, and ends observing.
 
         Raises:
             UserError: if there is nothing to look at, or it holds NaN or infinity.
         """
-        if x is not None:
-            rows = self._rows(self.transform(x.detach().float()))
-        elif self._sample:
-            rows = torch.cat(self._sample)[None]
-        else:
-            raise UserError("nothing passed through it during calibration")
-        if not rows.isfinite().all():
-            raise UserError("holds NaN or infinity, for which there is no range")
-        if rows.numel():
-            self._fit(rows)
-        self.initialised.fill_(True)
+        if self.needs_range:
+            rows = self._observed() if x is None else self.partition.rows(self.transform(x.detach().float()))
+            if not rows.isfinite().all():
+                raise UserError("holds NaN or infinity, for which there is no range")
+            if rows.numel():
+                self._fit(rows)
+            self.initialised.fill_(True)
         self.observe(False)
+
+    def _observed(self) -> Tensor:
+        if not self.samples:
+            raise UserError("nothing passed through it during calibration")
+        return torch.cat(self.samples)[None]
 
     def _fit(self, rows: Tensor) -> None:
         """Finds the first range from `rows [scales, N]`."""
         self._set_range(*ranges.ESTIMATORS[self.spec.range](rows, self.spec))
-
-    def _rows(self, x: Tensor) -> Tensor:
-        if self.spec.granularity == "tensor":
-            return x.reshape(1, -1)
-        if self.spec.granularity == "channel":
-            return x.movedim(self.axis, 0).flatten(1)
-        return self._grouped(x).movedim(self._group_axis(x.ndim) + 1, -1).reshape(-1, self.spec.group_size or 1)
 
     @torch.no_grad()
     def _set_range(self, low: Tensor, high: Tensor) -> None:
@@ -378,16 +341,3 @@ class Quantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec.short}, {self.spec.quantizer}"
-
-
-def _spread_out(flat: Tensor) -> Tensor:
-    """Every k-th of many values, k their number divided by the golden ratio and by nothing that divides that number:
-    wrapped around, they fall evenly on every row, channel and column, where a short stride meets a few of them.
-    """
-    count = flat.numel()
-    if count <= SAMPLES_PER_BATCH:
-        return flat
-    step = round(count * 0.618)
-    while math.gcd(step, count) > 1:
-        step += 1
-    return flat[torch.arange(SAMPLES_PER_BATCH, device=flat.device) * step % count]

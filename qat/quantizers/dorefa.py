@@ -63,7 +63,7 @@ class DoReFa(Quantizer):
     @torch.no_grad()
     def follow(self, x: Tensor) -> None:
         if self.is_weight and x.numel():
-            self._fit(self._rows(self.transform(x.float())))
+            self._fit(self.partition.rows(self.transform(x.float())))
 
     def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         # A copy: the tensor may be read twice before backward, and the second reading moves the scale in place.

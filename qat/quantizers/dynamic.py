@@ -72,29 +72,6 @@ class Dynamic(Quantizer):
             raise UserError("granularity=channel: an activation is measured by tensor, token or group")
         return (1,)
 
-    def _grouped(self, x: Tensor) -> Tensor:
-        size = self.spec.group_size
-        if size is not None and (not x.ndim or x.shape[self._group_axis(x.ndim)] % size):
-            raise UserError(
-                f"group_size={size} does not divide the last axis of an activation of shape {tuple(x.shape)}; "
-                "the last group would be ragged"
-            )
-        return super()._grouped(x)
-
-    def _rows(self, x: Tensor) -> Tensor:
-        if self.spec.granularity != "token":
-            return super()._rows(x)
-        return x.flatten(0, -2) if x.ndim > 1 else x.view(1, -1)
-
-    def _per_row(self, row: Tensor, x: Tensor) -> Tensor:
-        """One number per row of `_rows(x)` as what broadcasts against the grouped `x`."""
-        if self.spec.granularity == "token":
-            return row.view(*x.shape[:-1], 1) if x.ndim else row
-        if self.spec.group_size is not None:
-            axis = self._group_axis(x.ndim)
-            row = row.view(*x.shape[:axis], x.shape[axis] // self.spec.group_size, *x.shape[axis + 1 :])
-        return self._spread(row, x.ndim)
-
     @property
     def needs_range(self) -> bool:
         return self.calibrated
@@ -102,7 +79,7 @@ class Dynamic(Quantizer):
     @torch.no_grad()
     def grid(self, x: Tensor) -> Grid:
         """The grid that fits `x`, without gradients."""
-        rows = self._rows(self.transform(x.detach()).float())
+        rows = self.partition.rows(self.transform(x.detach()).float())
         if rows.numel():
             low, high = ranges.ESTIMATORS[self.spec.range](rows, self.spec)
             scale, zero_point = ranges.scale_and_zero_point(low, high, self.spec)
@@ -110,7 +87,7 @@ class Dynamic(Quantizer):
         else:
             scale = torch.ones(len(rows), device=x.device)
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
-        scale, zero_point = self._per_row(scale, x), self._per_row(zero_point, x)
+        scale, zero_point = (self.partition.spread_rows(each, x) for each in (scale, zero_point))
         if self.spec.symmetric:
             return scale, self.lowest, self.highest
         return scale, self.lowest - zero_point, self.highest - zero_point
@@ -123,16 +100,6 @@ class Dynamic(Quantizer):
 
     def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
         return self.gradient(x, scale, low, high)
-
-    def _observe(self, x: Tensor) -> None:
-        if self.calibrated:
-            super()._observe(x)
-
-    def calibrate(self, x: Tensor | None = None) -> None:
-        """Ends observing; there is nothing to set but the scale above block scales."""
-        if self.calibrated:
-            super().calibrate(x)
-        self.observe(False)
 
     def _fit(self, rows: Tensor) -> None:
         largest = over(rows.abs().amax(), self.spec.quant_max)

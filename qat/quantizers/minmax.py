@@ -46,7 +46,7 @@ class MinMax(Fixed):
     def follow(self, x: Tensor) -> None:
         if not x.numel() or recomputing():
             return
-        low, high = (r.view_as(self.running_low) for r in minmax(self._rows(x.float()), self.spec))
+        low, high = (r.view_as(self.running_low) for r in minmax(self.partition.rows(x.float()), self.spec))
         # A non-finite batch (an exploded step) must not poison the range for ever.
         step = self.tracking * low.isfinite() * high.isfinite() * self.momentum
         self._set_range(

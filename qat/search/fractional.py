@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from qat.errors import UserError
 from qat.quantizers import Quantizer, create
 from qat.quantizers.dsq import DSQ
+from qat.scales import acting
 from qat.search.allocate import Cost
 from qat.search.space import Layer, Pair
 from qat.spec import QuantSpec
@@ -128,9 +129,9 @@ class FractionalGrid:
     def rounded(self, x: Tensor, bits: int) -> Tensor:
         """`x` on the grid of one width, with its gradients to `x` and to the scale."""
         quantizer = self.quantizer
-        scale = quantizer._acting(self._scale(bits, quantizer))
-        inner = quantizer._grouped(x)
-        return quantizer.fake_quantize(inner, quantizer._spread(scale, x.ndim), *self.limits[bits]).view(x.shape)
+        scale = acting(self._scale(bits, quantizer), quantizer.spec)
+        inner, scale = quantizer.partition.grouped(x), quantizer.partition.spread(scale, x.ndim)
+        return quantizer.fake_quantize(inner, scale, *self.limits[bits]).view(x.shape)
 
 
 def check_learnable(name: str, quantizer: Quantizer) -> None:

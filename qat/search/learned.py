@@ -137,7 +137,7 @@ def _samples(space: Space, model: nn.Module, run: Callable[[], Any]) -> dict[Qua
                 if quantizer.is_weight:
                     found[quantizer] = model.get_submodule(layers[0]).weight.detach()  # pyright: ignore
                 else:
-                    found[quantizer] = torch.cat(quantizer._sample)
+                    found[quantizer] = torch.cat(quantizer.samples)
     finally:
         for quantizer in everything:
             quantizer.observe(False)

@@ -43,7 +43,7 @@ class SoftRounding(nn.Module):
     def __init__(self, quantizer: Quantizer, weight: Tensor) -> None:
         super().__init__()
         self.on, self.static, self.spec, self.step = True, quantizer.static, quantizer.spec, quantizer.step
-        x = quantizer._grouped(weight.detach())
+        x = quantizer.partition.grouped(weight.detach())
         self.scale, self.low, self.high = (t.detach() for t in quantizer.grid(weight))
         v = ratio(x, self.scale)
         self.floor, self.shape = v.floor(), weight.shape

@@ -54,7 +54,7 @@ class DampenOscillations(Callback):
 
 def pull(quantizer: Quantizer, weight: Tensor) -> Tensor:
     """`w - quantized w` where `w` is in range, else 0."""
-    x = quantizer._grouped(weight)
+    x = quantizer.partition.grouped(weight)
     scale, low, high = quantizer.grid(weight)
     level = levels(x, scale, low, high, quantizer.spec.rounding)
     inside = (x >= scale * low) & (x <= scale * high)

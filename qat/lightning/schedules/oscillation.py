@@ -81,7 +81,8 @@ class Oscillation:
 
 def on_grid(quantizer: Quantizer, level: Tensor) -> Tensor:
     """The real values of a weight's levels, float32."""
-    return (quantizer._grouped(level) * quantizer._spread(quantizer.step(), level.ndim)).view(level.shape)
+    partition = quantizer.partition
+    return (partition.grouped(level) * partition.spread(quantizer.step(), level.ndim)).view(level.shape)
 
 
 def few_bit_weights(pl_module: pl.LightningModule, max_bits: int) -> dict[str, tuple[Quantizer, Tensor]]:
