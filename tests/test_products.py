@@ -19,7 +19,7 @@ from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.kernels import dispatch, onednn
 from qat.kernels.gradient import Made
-from qat.layers import products
+from qat.layers import products_evaluation, products_training
 from qat.policy import QuantPolicy
 from qat.quantizers.lsq import LSQ
 
@@ -32,9 +32,9 @@ def codes_always_pay(monkeypatch):
     monkeypatch.setattr(dispatch, "SMALL", 0)
     monkeypatch.setattr("qat.kernels.gradient.SAVED", 0)
     monkeypatch.setattr("qat.layers.base.MIN_ELEMENTS", 0)
-    monkeypatch.setattr(products, "MIN_POSITIONS", 0)
-    monkeypatch.setattr(products, "MIN_TERMS", 0)
-    monkeypatch.setattr(products, "MIN_PRODUCTS", {"linear": 0, "conv2d": 0})
+    monkeypatch.setattr(products_training, "MIN_POSITIONS", 0)
+    monkeypatch.setattr(products_training, "MIN_TERMS", 0)
+    monkeypatch.setattr(products_evaluation, "MIN_PRODUCTS", {"linear": 0, "conv2d": 0})
     yield
     dispatch._settings.update(before)
 

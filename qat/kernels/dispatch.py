@@ -38,7 +38,7 @@ Mode = Literal["auto", "always", "never"]
 NEVER = float("inf")
 _settings = {"patience": 4e9, "products": True}
 """`patience`: how many elements pass through plain torch before kernels are compiled; `products`: whether products may
-run on codes (`qat.layers.products`).
+run on codes (`qat.layers.codes`).
 """
 _passed: dict[torch.device, int] = defaultdict(int)
 """How many have, on each device: what a run on a GPU ends with on the CPU is no reason to compile for that."""

@@ -9,7 +9,7 @@ Which of the four functions runs depends on who calls:
     products of codes      `_Unwritten`  the values stay unwritten, since codes are computed from the recipe
 
 A large tensor that was fake-quantized carries its recipe as the attribute `made`, a `Made`: layers save that for
-backward instead of the tensor (`qat.layers.sources`), and products of codes begin with it (`qat.layers.products`).
+backward instead of the tensor (`qat.layers.sources`), and products of codes begin with it (`qat.layers.codes`).
 """
 
 import threading

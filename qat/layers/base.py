@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from qat.kernels.onednn import Geometry
 from qat.layers.accumulator import RoundedBias, accumulator_scale, bias_codes, grids
-from qat.layers.products import MIN_ELEMENTS, evaluated_on_codes, trained_on_codes
+from qat.layers.products_evaluation import evaluated_on_codes
+from qat.layers.products_training import MIN_ELEMENTS, trained_on_codes
 from qat.layers.rounded import rounded
 from qat.layers.shared import forwards, read
 from qat.layers.sources import from_sources

@@ -21,7 +21,7 @@ from torch import Tensor
 from qat.formats import Rounding
 from qat.functional import wide
 from qat.kernels.dispatch import Kernel
-from qat.layers.products import looked_at
+from qat.layers.hooks import looked_at
 from qat.layers.sources import innermost_hooks
 from qat.layers.twin import ours
 from qat.quantizers.lsq import LSQ, slopes
