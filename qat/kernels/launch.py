@@ -131,7 +131,7 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         graphs.append(graph)
         # What a cache keeps of all that is around the written code would hide it.
         with config.patch({**exact_division(), **_settings()}), around.patch(enable_autograd_cache=False):
-            return compile_fx(graph, examples, inner_compile=write)  # pyright: ignore
+            return compile_fx(graph, examples, inner_compile=write)  # pyright: ignore[reportReturnType]
 
     examples = _examples(tensors, args)
     with (
@@ -150,7 +150,8 @@ def program(function: Callable[..., Any], tensors: int, args: Sequence[Tensor]) 
         raise RuntimeError("it is disabled")
     [graph], [code] = graphs, written
     present = None if isinstance(results, Tensor) else [result is not None for result in results]
-    if (1 if present is None else sum(present)) != len(graph.graph.output_node().args[0]):  # pyright: ignore
+    returned: Any = graph.graph.output_node().args[0]
+    if (1 if present is None else sum(present)) != len(returned):
         raise RuntimeError("a kernel returned one of its arguments, or one tensor twice")
     return Program(code.current_callable, _arguments(graph), tensors, present, code)
 

@@ -108,7 +108,6 @@ class FoldingNorm(TwinMixin):
 
     plain: ClassVar[bool]
     host: tuple[Any]
-    training: bool
     bias: Tensor | None
     running_mean: Tensor
     learned_error: Tensor | None

@@ -30,6 +30,11 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 class QuantMultiheadAttention(Composite):
     serves = nn.MultiheadAttention
 
+    num_heads: int
+    dropout: float
+    batch_first: bool
+    out_proj: nn.Module
+
     @classmethod
     def parts(cls, layer: Any) -> dict[str, Part]:
         width, bias = layer.embed_dim, "in_proj_bias" if layer.in_proj_bias is not None else None
@@ -79,11 +84,11 @@ class QuantMultiheadAttention(Composite):
             inputs = [self._batch_first(x) for x in (query, key, value)]
             q, k, v = (self.part(n)(x) for n, x in zip(PROJECTIONS, inputs, strict=True))
             k, v, more = self._extended(k, v)
-            q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))  # pyright: ignore
+            q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
             mask = self._mask(q, attn_mask, key_padding_mask, more)
             mixed, probabilities = self._attend(q, k, v, mask, need_weights)
-            y = self.out_proj(mixed.transpose(1, 2).flatten(2))  # pyright: ignore[reportAttributeAccessIssue]
-            y = y if self.batch_first and batched else y.transpose(0, 1)  # pyright: ignore
+            y = self.out_proj(mixed.transpose(1, 2).flatten(2))
+            y = y if self.batch_first and batched else y.transpose(0, 1)
             if probabilities is not None and average_attn_weights:
                 probabilities = probabilities.mean(1)
             if batched:
@@ -93,7 +98,7 @@ class QuantMultiheadAttention(Composite):
     def _batch_first(self, x: Tensor) -> Tensor:
         if x.dim() == 2:
             return x.unsqueeze(0)
-        return x if self.batch_first else x.transpose(0, 1)  # pyright: ignore[reportAttributeAccessIssue]
+        return x if self.batch_first else x.transpose(0, 1)
 
     def _extended(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Keys and values with the learned and the zero one behind them, and how many these are."""
@@ -111,7 +116,7 @@ class QuantMultiheadAttention(Composite):
         """Both masks as one to be added to the scores, `[1 or N, 1 or H, L or 1, S]`."""
         total = None
         if attn_mask is not None:
-            shape = (-1, self.num_heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else (1, 1, *attn_mask.shape)  # pyright: ignore
+            shape = (-1, self.num_heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else (1, 1, *attn_mask.shape)
             total = _additive(attn_mask, q).view(shape)
         if padding is not None:
             padding = _additive(padding, q).view(-1, 1, 1, padding.shape[-1])
@@ -122,8 +127,8 @@ class QuantMultiheadAttention(Composite):
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, need_weights: bool
     ) -> tuple[Tensor, Tensor | None]:
         """`q [N, H, L, D]`, `k` and `v` `[N, H, S, D]` to what the heads mix, and the probabilities if needed."""
-        sites = [self._modules.get(f"matmul_{i}") for i in (0, 1)]  # pyright: ignore
-        dropout = self.dropout if self.training else 0.0  # pyright: ignore
+        sites = [self._modules.get(f"matmul_{i}") for i in (0, 1)]
+        dropout = self.dropout if self.training else 0.0
         if sites == [None, None] and not need_weights:
             return F.scaled_dot_product_attention(q, k, v, mask, dropout), None
         scores = _product(sites[0], q, k.transpose(-2, -1)) * (1 / math.sqrt(q.shape[-1]))

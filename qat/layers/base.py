@@ -7,7 +7,7 @@ one more mixin in this folder, listed in `qat/layers/__init__.py`.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +50,6 @@ class QuantizedLayer(TwinMixin):
     weight_quantizer: Quantizer | None
     weight: Tensor
     bias: Tensor | None
-    training: bool
-    _modules: dict[str, Any]
-    _parameters: dict[str, Tensor | None]
     folds: bool = False
     round_bias: str = "eval"
 
@@ -124,7 +121,7 @@ class QuantizedLayer(TwinMixin):
         """Gives up the float weight and bias (conversion has made codes of them)."""
         del self.weight
         self.__dict__.pop("_kept", None)
-        self._parameters.pop("bias", None)  # pyright: ignore[reportAttributeAccessIssue]
+        self._parameters.pop("bias", None)
 
     def _rounded_bias(self) -> Tensor | None:
         scale = accumulator_scale(self)

@@ -15,6 +15,8 @@ from qat.planning.recording import Call
 
 
 class _Cell(Composite):
+    hidden_size: int
+
     @classmethod
     def parts(cls, layer: Any) -> dict[str, Part]:
         return {n: BoundPart(layer, f"weight_{n}", f"bias_{n}" if layer.bias else None) for n in ("ih", "hh")}
@@ -37,7 +39,7 @@ class _Cell(Composite):
         with ours():
             count = 2 if isinstance(self, nn.LSTMCell) else 1
             if hx is None:
-                hx = tuple(input.new_zeros(*input.shape[:-1], self.hidden_size) for _ in range(count))  # pyright: ignore
+                hx = tuple(input.new_zeros(*input.shape[:-1], self.hidden_size) for _ in range(count))
             state = self.step(self.part("ih")(input), hx if isinstance(hx, tuple) else (hx,))
             return state if count > 1 else state[0]
 
@@ -62,6 +64,7 @@ class QuantGRUCell(_Cell):
 
 class QuantRNNCell(_Cell):
     serves = nn.RNNCell
+    nonlinearity: str
 
     def step(self, gates: Tensor, state: State) -> State:
-        return rnn_step(gates, self.part("hh"), state, self.nonlinearity)  # pyright: ignore
+        return rnn_step(gates, self.part("hh"), state, self.nonlinearity)

@@ -32,8 +32,9 @@ def settle(layer: nn.Module, mixin: type[QuantizedLayer]) -> None:
     drop_mixins(layer, ComputedWeight)
     drop_mixins(layer, QuantizedLayer)
     weight = layer.weight
-    assert isinstance(weight, Tensor)
-    for name in layer.parametrizations:  # pyright: ignore
+    computed = layer.parametrizations
+    assert isinstance(weight, Tensor) and isinstance(computed, nn.ModuleDict)
+    for name in computed:
         assert name == "weight", f"{original_class(layer).__name__}.{name} is computed"
     layer.__class__ = parametrize.type_before_parametrizations(layer)  # pyright: ignore[reportAttributeAccessIssue]
     del layer._modules["parametrizations"]

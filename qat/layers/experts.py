@@ -60,7 +60,7 @@ class QuantExperts(TwinMixin):
         return self._input(1, super()._apply_gate(gate_up_out))  # pyright: ignore[reportAttributeAccessIssue]
 
     def _input(self, index: int, x: Tensor) -> Tensor:
-        site = self._modules.get(f"grouped_mm_{index}")  # pyright: ignore[reportAttributeAccessIssue]
+        site = self._modules.get(f"grouped_mm_{index}")
         if site is None:
             return x
         with ours():

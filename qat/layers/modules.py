@@ -79,10 +79,11 @@ class QuantEmbedding(QuantizedLayer):
     inputs = 0
 
     def forward(self, input: Tensor) -> Tensor:
+        this: Any = self
         weight = self.quantized_weight()
         return F.embedding(
-            input, weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse  # pyright: ignore
-        )  # fmt: skip
+            input, weight, this.padding_idx, this.max_norm, this.norm_type, this.scale_grad_by_freq, this.sparse
+        )
 
 
 class QuantEmbeddingBag(QuantizedLayer):

@@ -152,10 +152,10 @@ class Composite(TwinMixin):
         raise NotImplementedError
 
     def part(self, name: str) -> Part:
-        return self._modules[name]  # pyright: ignore[reportAttributeAccessIssue]
+        return self._modules[name]
 
     def drop_parameter(self, name: str) -> None:
-        self._parameters[name] = None  # pyright: ignore[reportAttributeAccessIssue]
+        self._parameters[name] = None
 
 
 def part_call(name: str, part: Part, input: Key, shape: tuple[int, ...]) -> Call:

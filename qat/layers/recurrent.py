@@ -146,7 +146,7 @@ class _Recurrent(Composite):
         steps = gates.unbind(0) if sizes is None else gates.split(sizes.tolist())
         direction = -1 if suffix.endswith("_reverse") else 1
         # Once for all steps: neither weights nor their grids change meanwhile.
-        hh, hr = self.part(f"hh_{suffix}").held(), self._modules.get(f"hr_{suffix}")  # pyright: ignore
+        hh, hr = self.part(f"hh_{suffix}").held(), self._modules.get(f"hr_{suffix}")
         hr = hr.held() if isinstance(hr, Part) else None
         outputs = []
         for step in steps[::direction]:
@@ -167,7 +167,7 @@ class _Recurrent(Composite):
         return self.part("ih_l0") if plain else None
 
     def _named_parts(self) -> list[tuple[str, Part]]:
-        return [(n, m) for n, m in self._modules.items() if isinstance(m, Part)]  # pyright: ignore
+        return [(n, m) for n, m in self._modules.items() if isinstance(m, Part)]
 
     def _fused(self, x: Tensor, state: State, sizes: Tensor | None) -> tuple[Tensor, State]:
         this: Any = self
@@ -221,9 +221,10 @@ class QuantGRU(_Recurrent):
 
 class QuantRNN(_Recurrent):
     serves = nn.RNN
+    nonlinearity: str
 
     def step(self, gates: Tensor, state: State, hh: Linear, hr: Linear | None) -> State:
-        return rnn_step(gates, hh, state, self.nonlinearity)  # pyright: ignore
+        return rnn_step(gates, hh, state, self.nonlinearity)
 
     def _kernel(self) -> Any:
-        return _VF.rnn_relu if self.nonlinearity == "relu" else _VF.rnn_tanh  # pyright: ignore
+        return _VF.rnn_relu if self.nonlinearity == "relu" else _VF.rnn_tanh

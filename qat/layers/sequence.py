@@ -92,7 +92,7 @@ def _grid(before: nn.Module | None, module: nn.Module, after: Any, x: Any) -> Qu
         return None
     grid = after.input_quantizer
     plain = is_plain(type(grid)) and not (grid.follows or grid.dithers or grid.reshapes)
-    alone = grid.readers == 1 and all(map(_is_untouched, (before, module, after, grid)))  # pyright: ignore
+    alone = grid.readers == 1 and all(map(_is_untouched, (before, module, after, grid)))  # pyright: ignore[reportArgumentType]
     return grid if grid.on and plain and alone else None
 
 

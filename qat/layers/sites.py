@@ -49,7 +49,7 @@ class SiteMode(TorchFunctionMode):
             return func(*args, **kwargs)
         name = f"{function.kind}_{self.seen.count(function.kind)}"
         self.seen.append(function.kind)
-        site = self.owner._modules.get(name)  # pyright: ignore[reportAttributeAccessIssue]
+        site = self.owner._modules.get(name)
         if not isinstance(site, Site):
             return func(*args, **kwargs)
         if self.learning and not torch.is_grad_enabled() and _recomputed_later():
@@ -138,7 +138,7 @@ class SiteOwner(TwinMixin):
         return func not in MEAN or operands[0].ndim == 4
 
     def _check(self, seen: list[str]) -> None:
-        quantized = any(isinstance(m, Site) for m in self._modules.values())  # pyright: ignore[reportAttributeAccessIssue]
+        quantized = any(isinstance(m, Site) for m in self._modules.values())
         if quantized and seen != self.site_order:
             raise UserError(sites_changed(self.site_owner, self, self.site_order, seen))
 
@@ -169,15 +169,15 @@ class SequentialSiteOwner(SiteOwner):
     """An owner that is an `nn.Sequential`: its sites are children but no steps of the sequence."""
 
     def __iter__(self) -> Any:
-        return iter([m for m in self._modules.values() if not isinstance(m, Site)])  # pyright: ignore[reportAttributeAccessIssue]
+        return iter([m for m in self._modules.values() if not isinstance(m, Site)])
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            steps = [(n, m) for n, m in self._modules.items() if not isinstance(m, Site)]  # pyright: ignore[reportAttributeAccessIssue]
-            return original_class(self)(OrderedDict(steps[index]))  # pyright: ignore[reportArgumentType, reportCallIssue]
+            steps = [(n, m) for n, m in self._modules.items() if not isinstance(m, Site)]
+            return original_class(self)(OrderedDict(steps[index]))  # pyright: ignore[reportArgumentType]
         return list(self)[index]
 
 

@@ -31,6 +31,10 @@ def held(module: Any, tensors: Mapping[str, Tensor | None], name: str) -> Tensor
 class TwinMixin:
     """Marks a re-classed module and makes it survive pickle and deepcopy."""
 
+    training: bool
+    _modules: dict[str, Any]
+    _parameters: dict[str, nn.Parameter | None]
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, _, *rest = super().__reduce_ex__(2)
         return _rebuild, (*_unstack(type(self)),), *rest
@@ -70,7 +74,7 @@ class TwinMixin:
         return super().train(mode)  # pyright: ignore[reportAttributeAccessIssue]
 
     def __getstate__(self) -> dict[str, Any]:
-        parent: dict[str, Any] = super().__getstate__()  # pyright: ignore
+        parent: Any = super().__getstate__()
         return {k: v for k, v in parent.items() if k != "_kept"}
 
 
