@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qat.cascades import untie
 from qat.copies import copied
@@ -22,6 +22,7 @@ from qat.modes import evaluating
 from qat.planning.functions import PROBABILITIES
 from qat.planning.plan import Plan
 from qat.quantizers import Quantizer
+from qat.shards import whole
 
 
 def calibrated(model: nn.Module, plan: Plan, run: Callable[[nn.Module], Any]) -> nn.Module:
@@ -66,7 +67,7 @@ def calibrate(model: nn.Module, run: Callable[[], Any], only: Collection[Quantiz
         with evaluating(model), _naming(found):
             run()
         readers = [m for m in model.modules() if isinstance(m, QuantizedLayer | Site)]
-        weights = {m.weight_quantizer: _whole(m.weight) for m in readers if m.weight_quantizer is not None}
+        weights = {m.weight_quantizer: whole(m.weight) for m in readers if m.weight_quantizer is not None}
         unseen = [(n, q) for n, q in found if q.needs_range and q not in weights and not q.samples]
         for name, quantizer in found:
             if quantizer not in wanted:
@@ -111,11 +112,6 @@ def _borrow(name: str, quantizer: Quantizer, siblings: list[Named]) -> None:
         f"the range of '{lender}'; more calibration samples would give it one of its own",
         stacklevel=3,
     )
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """All of a weight of which this process may hold a shard (FSDP2's DTensor)."""
-    return getattr(weight, "full_tensor", lambda: weight)()
 
 
 @contextmanager

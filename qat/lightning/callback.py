@@ -26,6 +26,7 @@ from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import at_home, described_input, run_steps, trainer_source
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.planning.audit import audit, check_coverage
+from qat.shards import is_shard
 from qat.starts import Start
 
 MUST_FOLLOW = (*AVERAGING, ModelPruning)
@@ -226,7 +227,7 @@ def _agree(module: pl.LightningModule, started: bool) -> None:
     holders = [module] if started else [quantizer for _, quantizer in named_quantizers(module)]
     for value in [value for holder in holders for value in (*holder.parameters(), *holder.buffers())]:
         # Flags are the same everywhere, and not every backend takes them; shards are each process's own.
-        if value.dtype != torch.bool and not hasattr(value, "full_tensor") and not value.is_inference():
+        if value.dtype != torch.bool and not is_shard(value) and not value.is_inference():
             first = value.detach().clone(memory_format=torch.contiguous_format)
             torch.distributed.broadcast(first, 0)
             value.copy_(first)  # which counts as a change of it

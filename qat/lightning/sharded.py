@@ -10,6 +10,7 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from torch import Tensor
 
 from qat.insert import named_quantizers
+from qat.shards import is_shard
 
 
 def average_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -18,7 +19,7 @@ def average_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         return
     for _, quantizer in named_quantizers(module):
         for parameter in quantizer.parameters():
-            if not hasattr(parameter, "full_tensor"):  # FSDP2 sees to those that it shards
+            if not is_shard(parameter):  # FSDP2 sees to those that it shards
                 parameter.register_post_accumulate_grad_hook(_average)
 
 
