@@ -1,7 +1,6 @@
 """`Quantizer`: one tensor's grid as a module. It knows no layer, no policy and no Lightning.
 
-A quantizer is in one of three states. Whether it is on is kept in buffers (so that checkpoints carry it) and mirrored
-in Python attributes (so that a forward pass never waits for a device to read them):
+A quantizer is in one of three states (`qat.switch`):
 
     observing   collects a sample of what passes and returns it untouched; `calibrate` turns the sample into scale and
                 zero_point
@@ -17,7 +16,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qat import ranges
 from qat.errors import UserError
@@ -27,12 +26,13 @@ from qat.partition import Partition
 from qat.sample import sample
 from qat.scales import acting, snap
 from qat.spec import QuantSpec
+from qat.switch import Switch
 
 Grid = tuple[Tensor, Tensor, Tensor]
 """(scale, low, high): scale and the limits in units of it, broadcasting against the grouped view."""
 
 
-class Quantizer(nn.Module):
+class Quantizer(Switch):
     """The grid of one tensor.
 
     Args:
@@ -69,8 +69,6 @@ class Quantizer(nn.Module):
 
     scale: Tensor
     zero_point: Tensor
-    enabled: Tensor
-    initialised: Tensor
     lowest: Tensor
     highest: Tensor
     readers: int = 1
@@ -85,8 +83,6 @@ class Quantizer(nn.Module):
         scale_shape = self._scale_shape(shape)
         self._make_scale(torch.ones(scale_shape, dtype=torch.float32))
         self._make_zero_point(torch.zeros(scale_shape, dtype=torch.int32))
-        self.register_buffer("enabled", torch.ones(1, dtype=torch.bool))
-        self.register_buffer("initialised", torch.zeros(1, dtype=torch.bool))
         # As tensors, so that compiled kernels are the same for every grid.
         self.register_buffer("lowest", torch.full((1,), self.quant_min, dtype=torch.float32), persistent=False)
         self.register_buffer("highest", torch.full((1,), self.quant_max, dtype=torch.float32), persistent=False)
@@ -96,9 +92,6 @@ class Quantizer(nn.Module):
         self._spread_shape: tuple[int, ...] | None = None
         if spec.granularity == "channel" and shape is not None:
             self._spread_shape = tuple(-1 if d == axis else 1 for d in range(len(shape)))
-        self.observing = False
-        self.samples: list[Tensor] = []
-        self._read_flags()
 
     def _make_scale(self, scale: Tensor) -> None:
         """Registers `scale`; quantizers that learn it register a parameter instead."""
@@ -124,11 +117,6 @@ class Quantizer(nn.Module):
     def step(self) -> Tensor:
         """The scale that acts, format and floor applied: float32, detached, of the shape of `scale`."""
         return snap(self.scale.detach().float(), self.spec)
-
-    @property
-    def needs_range(self) -> bool:
-        """Whether calibration has to find something."""
-        return self.static
 
     def grid(self, x: Tensor) -> Grid:
         """The grid for `x`, with gradients to what is learned."""
@@ -226,62 +214,20 @@ class Quantizer(nn.Module):
     def follow(self, x: Tensor) -> None:
         """Moves the grid after `x` before a training forward pass rounds to it; most grids stay."""
 
-    # -- states --------------------------------------------------------------------------------------------------------
+    # -- calibration ---------------------------------------------------------------------------------------------------
+
+    @property
+    def needs_range(self) -> bool:
+        """Whether calibration has to find something."""
+        return self.static
 
     def _pass(self, x: Tensor) -> Tensor:
         if self.observing:
             if self.needs_range:
                 self._observe(x)
-        elif self._wants_calibration:
+        elif self.unready:
             raise RuntimeError("this quantizer has no range yet: qat.calibrate.calibrate(model, run) finds it")
         return x
-
-    def _read_flags(self) -> None:
-        """Refreshes the Python mirror of the flags; whoever writes a flag calls it."""
-        enabled, initialised = bool(self.enabled), bool(self.initialised)
-        self._wants_calibration = enabled and not initialised
-        self.on = enabled and initialised and not self.observing
-
-    def enable(self, enabled: bool = True) -> None:
-        """Switches between on and off."""
-        self.enabled.fill_(enabled)
-        self._read_flags()
-
-    @torch.no_grad()
-    def change_bits(self, bits: int) -> None:
-        """Gives the grid another width in place; its range stays (the step changes), and so do keys and shapes.
-
-        Raises:
-            UserError: if its format does not have that many bits.
-        """
-        old, new = self.spec, dataclasses.replace(self.spec, bits=bits)
-        if new.symmetric:
-            factor = old.quant_max / new.quant_max
-        else:
-            factor = (old.quant_max - old.quant_min) / (new.quant_max - new.quant_min)
-            zero_point = new.quant_min + (self.zero_point - old.quant_min) / factor
-            self.zero_point.copy_(zero_point.round().clamp(new.quant_min, new.quant_max))
-        self.change_spec(new, self.scale * factor)
-
-    @torch.no_grad()
-    def change_spec(self, spec: QuantSpec, scale: Tensor) -> None:
-        """Gives the grid another spec of the same granularity in place, and another scale."""
-        self.scale.copy_(scale)
-        self.spec, self.quant_min, self.quant_max = spec, spec.quant_min, spec.quant_max
-        self.lowest.fill_(self.quant_min)
-        self.highest.fill_(self.quant_max)
-
-    def versions(self) -> tuple[Any, ...]:
-        """Changes whenever the grid or its state does; what a cache of quantized weights is keyed by."""
-        scale = self._parameters.get("scale", self._buffers.get("scale"))
-        assert scale is not None
-        return scale._version, scale.data_ptr(), self.on, None if self.spec.symmetric else self.zero_point._version
-
-    def observe(self, observing: bool = True) -> None:
-        """Starts or ends collecting for `calibrate`."""
-        self.observing = observing
-        self.samples = []
-        self._read_flags()
 
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
@@ -324,20 +270,37 @@ class Quantizer(nn.Module):
         self.scale.copy_(scale.view(self.scale.shape))
         self.zero_point.copy_(zero_point.view(self.zero_point.shape))
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Moves with the module, but stays in float32 where it goes to half precision: the scale of a grid of 8 bits
-        needs more than bfloat16's.
+    # -- another grid --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def change_bits(self, bits: int) -> None:
+        """Gives the grid another width in place; its range stays (the step changes), and so do keys and shapes.
+
+        Raises:
+            UserError: if its format does not have that many bits.
         """
+        old, new = self.spec, dataclasses.replace(self.spec, bits=bits)
+        if new.symmetric:
+            factor = old.quant_max / new.quant_max
+        else:
+            factor = (old.quant_max - old.quant_min) / (new.quant_max - new.quant_min)
+            zero_point = new.quant_min + (self.zero_point - old.quant_min) / factor
+            self.zero_point.copy_(zero_point.round().clamp(new.quant_min, new.quant_max))
+        self.change_spec(new, self.scale * factor)
 
-        def move(t: Tensor) -> Tensor:
-            moved = fn(t)
-            return t.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+    @torch.no_grad()
+    def change_spec(self, spec: QuantSpec, scale: Tensor) -> None:
+        """Gives the grid another spec of the same granularity in place, and another scale."""
+        self.scale.copy_(scale)
+        self.spec, self.quant_min, self.quant_max = spec, spec.quant_min, spec.quant_max
+        self.lowest.fill_(self.quant_min)
+        self.highest.fill_(self.quant_max)
 
-        return super()._apply(move, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._read_flags()
+    def versions(self) -> tuple[Any, ...]:
+        """Changes whenever the grid or its state does; what a cache of quantized weights is keyed by."""
+        scale = self._parameters.get("scale", self._buffers.get("scale"))
+        assert scale is not None
+        return scale._version, scale.data_ptr(), self.on, None if self.spec.symmetric else self.zero_point._version
 
     def extra_repr(self) -> str:
         return f"{self.spec.short}, {self.spec.quantizer}"
