@@ -26,7 +26,7 @@ from qat.planning.macs import layer_macs
 from qat.planning.recording import Call, Key
 
 
-class Part(QuantizedLayer, nn.Module):  # pyright: ignore[reportIncompatibleVariableOverride]
+class Part(QuantizedLayer, nn.Module):
     """A linear map inside a layer, `x [..., in] -> [..., out]`."""
 
     serves = nn.Linear
