@@ -203,7 +203,7 @@ def test_every_parameter_is_counted_once(model):
 
 def test_a_model_that_is_one_layer_has_one_row():
     assert audited(nn.Linear(8, 8), torch.randn(4, 8)) == {
-        "": AuditRow("", "Linear", "int4/channel", "int4", 4, 4, macs=64, params=72)
+        "": AuditRow("", "Linear", "int4/channel", "int4", 4, 4, macs=64, params=72, integer_weight=True)
     }
 
 

@@ -151,6 +151,27 @@ def test_too_little_coverage_names_the_largest_gaps_and_their_reasons():
         check_coverage(rows, {"": 0.99})
 
 
+@pytest.mark.parametrize(
+    ("weight", "act", "formats", "stored"),
+    [
+        pytest.param("e4m3", "e4m3", "e4m3", 0, id="both"),
+        pytest.param("e2m1", "e4m3", "e2m1 and e4m3", 0, id="two-formats"),
+        pytest.param("int", "e4m3", "e4m3", 1, id="input"),
+    ],
+)
+def test_floating_point_codes_are_no_integers(weight, act, formats, stored):
+    grids = {"weight": {"format": weight, "bits": 8 if weight == "int" else None}}
+    grids["act"] = {"format": act, "bits": None}
+    rows = rows_of(mixture(), torch.randn(X), **grids)
+    assert coverage(rows) == (0, stored)
+    assert rows[0].reason == f"computed in float: {formats} codes are no integers"
+    assert rows[-1].reason == f"computed in float: {act} codes are no integers"
+    products, bits = [row for row in rows if row.weight is None], rows[-1].act_bits
+    assert bops(products) == sum(row.macs for row in products) * bits * bits, "their bits count, whatever they are"
+    with pytest.raises(UserError, match=r"require_coverage=1.0: 0.00% .* 100.0% \(computed in float: .* no integers"):
+        check_coverage(rows_of(nn.Linear(8, 4), torch.randn(2, 8), **grids), {"": 1.0})
+
+
 def test_the_callback_holds_the_model_to_it(tmp_path):
     import pytorch_lightning as pl
     from torch.utils.data import DataLoader

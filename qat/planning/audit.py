@@ -16,9 +16,9 @@ from qat.errors import UserError
 from qat.layers import BoundPart, Part
 from qat.layers.parts import part_parameters
 from qat.planning.functions import PROBABILITIES
-from qat.planning.plan import OUTPUTS, Plan, operand_spec
+from qat.planning.plan import OUTPUTS, Plan, grids_of
 from qat.planning.probe import Call, Recording
-from qat.planning.reasons import FOLDS, Reasons, layers, type_name
+from qat.planning.reasons import FLOAT_CODES, FOLDS, Reasons, layers, type_name
 
 SHOWN_GAPS = 5
 
@@ -38,6 +38,7 @@ class AuditRow:
         params: Weights and biases, counted where they appear first.
         bytes: What a packed file stores of them; 0 until `qat.storage.with_bytes` fills it in, as runs do.
         reason: Why it is not integer throughout, or runs on floats even so; `None` if it is integer.
+        integer_weight: Whether the codes of the weight's grid are integers.
     """
 
     name: str
@@ -50,12 +51,14 @@ class AuditRow:
     params: int = 0
     bytes: int = 0
     reason: str | None = None
+    integer_weight: bool = False
 
     @property
     def bops(self) -> int:
         """Bit operations for one sample: MACs x bits of one side x bits of the other, where float counts 32."""
-        # Integer throughout, but without a weight: a product of two activations.
-        other = self.weight_bits or (self.act_bits if self.reason is None else None)
+        # On grids throughout, but without a weight: a product of two activations.
+        on_grids = self.reason is None or self.reason.startswith(FLOAT_CODES)
+        other = self.weight_bits or (self.act_bits if on_grids else None)
         return bit_operations(self.macs, other, self.act_bits)
 
     @property
@@ -87,7 +90,7 @@ def coverage(rows: Sequence[AuditRow]) -> tuple[float, float]:
     """
     counted = [r for r in rows if not r.folds]
     integer = sum(r.integer_macs for r in counted)
-    stored = sum(r.params for r in counted if r.weight)
+    stored = sum(r.params for r in counted if r.integer_weight)
     total, params = sum(r.macs for r in counted), sum(r.params for r in counted)
     return (integer / total if total else 1.0), (stored / params if params else 1.0)
 
@@ -238,19 +241,14 @@ class _Auditor:
                 yield AuditRow(name, "Parameter", params=count, reason=self.reasons.of_parameter(name))
 
     def _labels(self, name: str) -> dict[str, Any]:
-        layer, site = self.plan.layers.get(name), self.plan.parameters.get(name)
-        reader = layer or site
-        weight = self.plan.weights[reader.weight] if reader and reader.weight is not None else None
-        if name in self.plan.operands:
-            weight = operand_spec(self.plan, name)
-        chains = layer.inputs if layer else self.plan.sites.get(name, [])
-        specs = [[self.plan.activations[label] for label in chain] for chain in chains if chain]
+        weight, specs = grids_of(self.plan, name)
         labels = dict.fromkeys(" > ".join(s.short for s in chain) for chain in specs)
         return {
             "weight": weight.short if weight else None,
             "act": " + ".join(labels) or None,
             "weight_bits": weight.width if weight else None,
             "act_bits": min((s.width for chain in specs for s in chain), default=None),
+            "integer_weight": weight is not None and weight.integer,
         }
 
     def _count(self, module: nn.Module) -> int:

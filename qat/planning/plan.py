@@ -138,6 +138,16 @@ def operand_spec(plan: Plan, site: str) -> QuantSpec:
     return plan.activations[plan.sites[site][plan.operands[site].index][-1]]
 
 
+def grids_of(plan: Plan, name: str) -> tuple[QuantSpec | None, list[list[QuantSpec]]]:
+    """The grid of a layer's or a site's weight, and those that each of its inputs with a grid passes in turn."""
+    layer, site = plan.layers.get(name), plan.parameters.get(name)
+    reader = layer or site
+    weight = plan.weights[reader.weight] if reader and reader.weight is not None else None
+    chains = layer.inputs if layer else plan.sites.get(name, [])
+    specs = [[plan.activations[label] for label in chain] for chain in chains if chain]
+    return operand_spec(plan, name) if name in plan.operands else weight, specs
+
+
 def owner_of(site: str) -> str:
     """The module whose forward runs a site."""
     return site.removesuffix(f".{PROBABILITIES}").rpartition(".")[0]

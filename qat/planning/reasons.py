@@ -8,11 +8,12 @@ from qat.layers import MIXINS, Composite, Site, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
 from qat.networks import policy_of
 from qat.planning.addressable import computed, described, has_weight, is_complex, is_norm, targets, type_of
-from qat.planning.plan import Plan
+from qat.planning.plan import Plan, grids_of
 from qat.planning.probe import Call, Recording
 from qat.quantizers import Quantizer
 
 FOLDS = "folds into "
+FLOAT_CODES = "computed in float: "
 ADAPTER = "an adapter, which stays float until it is merged (qat.merge_adapters)"
 NOT_REACHED = "not reached by the probe batch"
 NORMALISES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -66,11 +67,19 @@ class Reasons:
             kind = call.kind or type_name(call.what)
             if call.weight and self._scales_along_the_sum(name):
                 return "its weight has the scales of a layer that it is tied to, which run along the sum"
-            return f"ONNX Runtime has no integer kernel for {kind}" if kind.startswith(NO_KERNEL) else None
+            if kind.startswith(NO_KERNEL):
+                return f"ONNX Runtime has no integer kernel for {kind}"
+            return self._float_codes(name)
         what = "it" if left == parts else "its weight" if left == ["weight"] else "its input"
         by = sorted({self.decisions[name][p][1] for p in left})
         who = " and ".join("policy" if b == "default" else f"rule '{b}'" for b in by)
         return f"{who} {'leaves' if len(by) == 1 else 'leave'} {what} float"
+
+    def _float_codes(self, name: str) -> str | None:
+        weight, chains = grids_of(self.plan, name)
+        read = [*([weight] if weight else []), *(chain[-1] for chain in chains)]
+        formats = dict.fromkeys(spec.format for spec in read if not spec.integer)
+        return f"{FLOAT_CODES}{' and '.join(formats)} codes are no integers" if formats else None
 
     def _scales_along_the_sum(self, site: str) -> bool:
         """Whether a product reads a tied weight whose channels are not the product's own."""
