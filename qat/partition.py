@@ -16,13 +16,15 @@ class Partition:
     Attributes:
         granularity, group_size: See `QuantSpec`.
         axis: The output-channel axis of a weight; groups run along the other one of axes 0 and 1.
-        is_weight: Whether it is one; the groups of an activation run along the last axis.
+        is_weight: Whether it is one.
+        group_axis: The axis that groups of an activation run along, from the end.
     """
 
     granularity: str
     group_size: int | None
     axis: int
     is_weight: bool
+    group_axis: int
 
     def scale_shape(self, shape: torch.Size) -> tuple[int, ...]:
         """The shape of the scales of a weight of this shape.
@@ -51,9 +53,9 @@ class Partition:
         size = self.group_size
         if size is None:
             return x
-        if not self.is_weight and (not x.ndim or x.shape[-1] % size):
+        if not self.is_weight and (x.ndim < -self.group_axis or x.shape[self.group_axis] % size):
             raise UserError(
-                f"group_size={size} does not divide the last axis of an activation of shape {tuple(x.shape)}; "
+                f"group_size={size} does not divide axis {self.group_axis} of an activation of shape {tuple(x.shape)}; "
                 "the last group would be ragged"
             )
         axis = self._group_axis(x.ndim)
@@ -87,4 +89,4 @@ class Partition:
         return self.spread(per_row, x.ndim)
 
     def _group_axis(self, ndim: int) -> int:
-        return 1 - self.axis if self.is_weight else ndim - 1
+        return 1 - self.axis if self.is_weight else ndim + self.group_axis

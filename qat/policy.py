@@ -225,6 +225,8 @@ def _spec(values: Mapping[str, Any] | bool, where: str, role: str) -> QuantSpec 
         )
     if spec.range not in ESTIMATORS:
         raise UserError(f"{where}.range={spec.range}: no such estimator{nearest(spec.range, ESTIMATORS)}")
+    if role == "weight" and spec.group_axis is not None:
+        raise UserError(f"{where}.group_axis={spec.group_axis}: groups of a weight run along its input channels")
     if role == "act":
         try:  # which granularities an activation can have is the quantizer's to say
             quantizers.create(spec.resolved(nonnegative=False, weight=False))

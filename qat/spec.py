@@ -37,7 +37,10 @@ class QuantSpec:
             nothing.
         granularity: One scale per `tensor`, per output `channel`, per `group` of `group_size` input channels, or per
             `token` (the vector along the last axis of an activation, measured as it passes).
-        group_size: Consecutive elements along the input-channel axis (of an activation: the last) with the same scale.
+        group_size: Consecutive elements along the input-channel axis (of an activation: along `group_axis`) with the
+            same scale.
+        group_axis: Of an activation with `granularity: group`, the axis of the groups, counted from the end. `None`
+            decides at insertion: the channels of a convolution's input, else the last.
         scale: Format of the scales: `float32`; `float16`, which GGUF blocks have; `pow2`, the nearest power of two
             (hardware shifts); `e8m0`, the power of two of the OCP Microscaling formats; `e4m3`, fp8 scales under one
             float32 scale per tensor (NVFP4).
@@ -55,6 +58,7 @@ class QuantSpec:
     narrow: bool | None = None
     granularity: Literal["tensor", "channel", "group", "token"] = "tensor"
     group_size: int | None = None
+    group_axis: int | None = None
     scale: Literal["float32", "float16", "pow2", "e8m0", "e4m3"] = "float32"
     quantizer: str = "lsq"
     range: str = "mse"
@@ -109,6 +113,11 @@ class QuantSpec:
             )
         if self.group_size is not None and self.group_size < 1:
             raise UserError(f"group_size={self.group_size}: must be at least 1")
+        if self.group_axis is not None and (self.granularity != "group" or self.group_axis >= 0):
+            raise UserError(
+                f"group_axis={self.group_axis} with granularity={self.granularity}: it counts from the end (-1 is the "
+                "last) and goes with granularity=group"
+            )
         if self.granularity == "token" and self.quantizer != "dynamic":
             raise UserError(
                 f"granularity=token with quantizer={self.quantizer}: tokens are measured as they pass; "
@@ -160,8 +169,16 @@ class QuantSpec:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
-    def resolved(self, *, nonnegative: bool, weight: bool) -> "QuantSpec":
-        """Settles `signed` and `narrow` for a weight, or for an activation that is (not) known to be >= 0."""
+    def resolved(self, *, nonnegative: bool, weight: bool, channels: int = -1) -> "QuantSpec":
+        """Settles what insertion decides, for a weight or an activation.
+
+        Args:
+            nonnegative: Whether the activation is known to be >= 0.
+            weight: Whether it is a weight.
+            channels: The axis that groups of the activation run along if they are not told, counted from the end.
+        """
+        if self.granularity == "group" and self.group_axis is None and not weight:
+            return dataclasses.replace(self, group_axis=channels).resolved(nonnegative=nonnegative, weight=weight)
         if self.format != "int":
             return dataclasses.replace(self, signed=True, narrow=True)
         one_bit = self.bits == 1 and not weight

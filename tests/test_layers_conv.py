@@ -2,16 +2,19 @@
 converted model, BatchNorms folded or kept, is the model in evaluation.
 """
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from small_models import POLICY, both, quantized
 from torch import Tensor, nn
 
-from qat.convert import convert
+from qat import quantizers
+from qat.convert import EVERYTHING, convert
 from qat.errors import UserError
 from qat.export.packed import load_packed, save_packed
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.planning.audit import audit
 from qat.planning.plan import PlannedLayer
 from qat.policy import QuantPolicy
@@ -39,6 +42,72 @@ LAYERS = [
     pytest.param(lambda: Mine(4, 6, 3, dilation=2), 2, id="subclass"),
     pytest.param(lambda: nn.ConvTranspose3d(4, 6, 2), 3, id="transposed3d"),
 ]
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv1d(x, self.weight)
+
+
+BLOCKED = [
+    pytest.param(lambda: nn.Conv1d(4, 6, 3), 1, id="conv1d"),
+    pytest.param(lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), 2, id="conv2d-grouped"),
+    pytest.param(Functional, 1, id="functional"),
+    *(param for param in LAYERS if param.id != "transposed2d-depthwise"),
+]
+BLOCKS = {"format": "e2m1", "bits": None, "granularity": "group", "group_size": 2, "scale": "e8m0", "range": "minmax"}
+MX = {"weight": BLOCKS | {"quantizer": "minmax"}, "act": BLOCKS | {"quantizer": "dynamic"}, "sites": "off"}
+
+
+@pytest.mark.parametrize(("make", "dimensions"), BLOCKED)
+def test_blocks_of_the_input_run_along_the_channels_that_are_summed(make, dimensions, tmp_path):
+    torch.manual_seed(0)
+    layer, x = make(), image(dimensions)
+    plan = quantized(layer, x, MX)
+    (spec,) = plan.activations.values()
+    along_the_last = quantizers.create(dataclasses.replace(spec, group_axis=-1))
+    (quantizer,) = (q for _, q in named_quantizers(layer) if not q.is_weight)
+    rounded = quantizer(x)
+    assert torch.equal(rounded, along_the_last(x.movedim(1, -1)).movedim(-1, 1))
+    assert torch.equal(quantizer(x[0]), rounded[0]), "without a batch, too"
+    converted = convert(layer, plan, EVERYTHING)
+    save_packed(converted, plan, tmp_path)
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(layer.train()(x), expected)
+        assert torch.equal(converted(x), expected)
+        assert torch.equal(load_packed(make(), tmp_path)(x), expected)
+
+
+def test_layers_that_read_one_tensor_along_other_axes_have_blocks_of_their_own():
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = nn.Conv1d(4, 4, 1), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) + self.linear(x)
+
+    model, x = Both(), image(1, size=4)
+    plan, _ = make_plan(model, QuantPolicy.from_dict(MX), lambda: model(x))
+    assert {name: spec.group_axis for name, spec in plan.activations.items()} == {"conv.input": -2, "linear.input": -1}
+
+
+def test_ragged_blocks_name_the_layers_and_the_rule_before_anything_is_inserted():
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 4, 1)), image(2, channels=3)
+    message = (
+        r"'0': group_size=2 does not divide axis -3 of its input \[4, 3, 5, 5\], so the last group would be ragged; "
+        r"leave it float with a rule such as \{match: \[0, 2\], weight: off, act: off\}"
+    )
+    with pytest.raises(UserError, match=message):
+        make_plan(model, QuantPolicy.from_dict(MX), lambda: model(x))
+    rule = {"match": ["0", "2"], "weight": "off", "act": "off"}
+    plan, _ = make_plan(model, QuantPolicy.from_dict(MX | {"rules": {"r": rule}}), lambda: model(x))
+    assert list(plan.activations) == ["1.input"]
 
 
 @pytest.mark.parametrize(("make", "dimensions"), LAYERS)

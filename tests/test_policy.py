@@ -134,6 +134,8 @@ def test_of_the_rules_that_match_the_last_wins(rules):
                      id="activation-per-channel"),
         pytest.param({"sites": {"granularity": "group", "group_size": 4}}, "quant.sites: granularity=group: ",
                      id="site-in-groups"),
+        pytest.param({"weight": {"granularity": "group", "group_size": 4, "group_axis": -1}},
+                     "quant.weight.group_axis=-1: groups of a weight run along its input channels", id="weight-axis"),
         pytest.param({"weight": {"granularity": "group"}}, "group_size goes with granularity=group",
                      id="group-of-nothing"),
         pytest.param({"rules": ["stem"]}, "quant.rules=['stem']: must map a name to each rule", id="rules-as-a-list"),

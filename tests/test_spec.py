@@ -38,6 +38,8 @@ BLOCK = {"granularity": "group", "group_size": 32}
         ),
         pytest.param({"symmetric": False, "narrow": True}, r"narrow=True .*symmetric=False", id="affine-narrow"),
         pytest.param({"granularity": "group"}, r"granularity=group with group_size=None", id="group-without-size"),
+        pytest.param({**BLOCK, "group_axis": 1}, r"group_axis=1 .* counts from the end", id="axis-from-the-front"),
+        pytest.param({"group_axis": -1}, r"group_axis=-1 with granularity=tensor", id="axis-without-groups"),
         pytest.param({"group_size": 32}, r"granularity=tensor with group_size=32", id="size-without-group"),
         pytest.param({"granularity": "group", "group_size": 0}, r"group_size=0: must be at least 1", id="empty-groups"),
         pytest.param({"scale": "e8m0"}, r"scale=e8m0 with granularity=tensor: .*granularity=group", id="mx-tensor"),
@@ -125,7 +127,7 @@ def test_resolving_settles_signs_once_and_for_all(spec, nonnegative, weight):
     assert resolved.size <= 2**resolved.width
     if resolved.narrow and resolved.signed:
         assert resolved.quant_min == -resolved.quant_max
-    unsettled = {"signed": spec.signed, "narrow": spec.narrow}
+    unsettled = {"signed": spec.signed, "narrow": spec.narrow, "group_axis": spec.group_axis}
     assert dataclasses.replace(resolved, **unsettled) == spec
 
 

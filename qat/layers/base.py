@@ -36,7 +36,8 @@ class QuantizedLayer(TwinMixin):
     Class attributes:
         serves: The layer class; subclasses are served too, unless they have a forward of their own.
         channel_axis: Which axis of the weight is the output channel; `None` if it has no weight.
-        output_axis: Which axis of the output the output channels are along, counted from the end.
+        output_axis: Which axis of the output the output channels are along, counted from the end; the input's are along
+            the same one.
         inputs: How many of its first float arguments are read through grids (the second through
             `input_quantizer_1`).
     """

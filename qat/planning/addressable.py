@@ -10,7 +10,7 @@ from torch import nn
 from qat.errors import UserError
 from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
-from qat.planning.functions import ELEMENTWISE, KV_CACHE, MEAN, PROBABILITIES
+from qat.planning.functions import ELEMENTWISE, FUNCTIONS, KV_CACHE, MEAN, PROBABILITIES
 from qat.planning.probe import Call, Recording
 from qat.policy import Target
 
@@ -111,6 +111,16 @@ def described(calls: dict[str, list[Call]]) -> list[Target]:
         )
         for name, (first, *_) in calls.items()
     ]
+
+
+def summed_axis(call: Call) -> int:
+    """Which axis of its first input a layer or a product sums over (a convolution over channels, and pixels beside),
+    counted from the end; the last of what does not multiply.
+    """
+    if isinstance(call.what, nn.Module):
+        mixin = mixin_for(call.what)
+        return mixin.output_axis if mixin is not None and issubclass(mixin, QuantizedLayer) else -1
+    return FUNCTIONS[call.what].summed if call.what in FUNCTIONS else -1
 
 
 def type_of(module: nn.Module) -> type[nn.Module]:

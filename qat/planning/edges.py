@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from qat.planning.addressable import summed_axis
 from qat.planning.functions import FUNCTIONS, KV_CACHE, PROBABILITIES
 from qat.planning.probe import Call, Key, Recording
 from qat.spec import QuantSpec
@@ -119,7 +120,11 @@ def _edges(tensors: _Tensors, name: str, first: Call, more: list[Call], spec: Qu
         label = f"{name}.input" if first.site is None and index == 0 else f"{name}.input_{index}"
         label = name if first.kind == PROBABILITIES else f"{name}.output" if _is_output(first) else label
         nonnegative = all(tensors.is_nonnegative(k) for k in (key, *(c.operands[index] for c in more)))
-        resolved = spec.resolved(nonnegative=nonnegative or first.kind == PROBABILITIES, weight=False)
+        resolved = spec.resolved(
+            nonnegative=nonnegative or first.kind == PROBABILITIES,
+            weight=False,
+            channels=summed_axis(first) if index == 0 else -1,
+        )
         edges.append(_Edge(name, index, label, tensors.of(key), resolved))
     return edges
 

@@ -31,6 +31,7 @@ class Function:
         output: The site quantizes what the function returns, and no operand.
         channel_axis: Output-channel axis of the second operand, should it be a parameter; -1 is the last.
         in_place: It writes to its first operand.
+        summed: Axis of the first operand that a product sums over, counted from the end.
     """
 
     kind: str
@@ -39,6 +40,7 @@ class Function:
     output: bool = False
     channel_axis: int | None = None
     in_place: bool = False
+    summed: int = -1
 
     @property
     def accumulates(self) -> bool:
@@ -119,10 +121,10 @@ def _table() -> Iterator[tuple[Any, Function]]:
     convolutions = {
         "conv1d": (F.conv1d, torch.conv1d), "conv2d": (F.conv2d, torch.conv2d), "conv3d": (F.conv3d, torch.conv3d),
     }  # fmt: skip
-    for kind, functions in convolutions.items():
-        yield from ((f, Function(kind, _WEIGHTED, channel_axis=0)) for f in functions)
-    for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d):
-        yield f, Function(f.__name__, _WEIGHTED, channel_axis=1)
+    for axes, (kind, functions) in enumerate(convolutions.items(), 1):
+        yield from ((f, Function(kind, _WEIGHTED, channel_axis=0, summed=-1 - axes)) for f in functions)
+    for axes, f in enumerate((F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), 1):
+        yield f, Function(f.__name__, _WEIGHTED, channel_axis=1, summed=-1 - axes)
     for f in (F.grouped_mm, torch._grouped_mm):
         yield f, Function(EXPERTS, ((0, "mat_a"), (1, "mat_b")), channel_axis=-1)
 

@@ -28,7 +28,7 @@ from qat.planning.addressable import (
 )
 from qat.planning.edges import activation_grids
 from qat.planning.functions import ELEMENTWISE, EXPERTS, FUNCTIONS
-from qat.planning.plan import Plan, PlannedLayer, SiteOperand, SiteWeight, kind_of, owner_of
+from qat.planning.plan import OUTPUTS, Plan, PlannedLayer, SiteOperand, SiteWeight, kind_of, owner_of
 from qat.planning.probe import Call, Recording, record
 
 
@@ -65,6 +65,7 @@ def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple
             layer.input, layer.input_1 = operands if len(operands) == 2 else (operands[0], None)
         else:
             plan.sites[name] = operands
+    _check_groups(plan, calls)
     plan.operands = _parameter_operands(plan, recording, calls)
     _plan_owners(plan, model, recording)
     if not plan.weights and not plan.activations:
@@ -149,6 +150,25 @@ def _plan_weights(
                 _place(layer, name, call.what)
             weight = call.what._parameters.get("weight")
             layer.read = bool(owner) and recording.read_by_functions(weight, f"{name}.weight")
+
+
+def _check_groups(plan: Plan, calls: dict[str, list[Call]]) -> None:
+    """Raises before anything is trained if groups of the input of a layer would not come out even."""
+    ragged: dict[str, str] = {}
+    for name, (call, *_) in calls.items():
+        labels = plan.layers[name].input if name in plan.layers else plan.sites.get(name, [[]])[0]
+        shape = call.shape if call.kind in OUTPUTS else call.input_shape
+        for spec in [plan.activations[label] for label in labels]:
+            axis = spec.group_axis or -1
+            if spec.group_size and len(shape) >= -axis and shape[axis] % spec.group_size:
+                ragged[name] = f"group_size={spec.group_size} does not divide axis {axis} of its input {list(shape)}"
+    if ragged:
+        name, problem = next(iter(ragged.items()))
+        matched = name if len(ragged) == 1 else f"[{', '.join(ragged)}]"
+        raise UserError(
+            f"'{name}': {problem}, so the last group would be ragged; leave it float with a rule such as "
+            f"{{match: {matched}, weight: off, act: off}}"
+        )
 
 
 def _place(planned: PlannedLayer, name: str, layer: nn.Module) -> None:

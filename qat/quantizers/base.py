@@ -39,7 +39,7 @@ class Quantizer(Switch):
         spec: A resolved spec (`QuantSpec.resolved`): `signed` and `narrow` are settled.
         shape: Shape of the tensor if it is a weight, `None` for an activation (whose batch dimension varies).
         axis: The output-channel axis of a weight; groups run along the other one of axes 0 and 1 (of an
-            activation: along the last).
+            activation: along `spec.group_axis`).
 
     Attributes:
         scale: `(1,)` per tensor, `(channels,)` per channel, or the weight's shape with the grouped axis divided
@@ -79,7 +79,7 @@ class Quantizer(Switch):
         self.axis = axis
         self.quant_min, self.quant_max = spec.quant_min, spec.quant_max
         self.is_weight = shape is not None
-        self.partition = Partition(spec.granularity, spec.group_size, axis, self.is_weight)
+        self.partition = Partition(spec.granularity, spec.group_size, axis, self.is_weight, spec.group_axis or -1)
         scale_shape = self._scale_shape(shape)
         self._make_scale(torch.ones(scale_shape, dtype=torch.float32))
         self._make_zero_point(torch.zeros(scale_shape, dtype=torch.int32))

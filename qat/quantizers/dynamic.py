@@ -3,8 +3,9 @@ NeurIPS 2022, section 3.1, for vectors; OCP Microscaling v1.0 for groups).
 
 The range estimator (`range: minmax` is what hardware does) looks at the very values it then rounds: at all of an
 activation (`granularity: tensor`), at each vector along its last axis (`token`) or at `group_size` consecutive elements
-along that axis (`group`); at a weight as a whole, by channel or by group. Tensors, and fp8 block scales (`scale: e4m3`,
-whose float32 scale is one per tensor), mix the samples of a batch; tokens and other groups do not.
+along that axis, of a convolution's input along its channels (`group`); at a weight as a whole, by channel or by group.
+Tensors, and fp8 block scales (`scale: e4m3`, whose float32 scale is one per tensor), mix the samples of a batch; tokens
+and other groups do not.
 
 `options: {calibrated: true}` takes the float32 scale above fp8 block scales from calibration instead, as hardware does
 with the inputs of NVFP4 layers: a kernel cannot look at the whole tensor before it rounds the first block. Samples do
