@@ -8,6 +8,7 @@ message that the entry says (mostly an assertion, and never an import or a synta
 Takes a few minutes; exits with 1 if an entry is not good.
 """
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -72,9 +73,18 @@ def broken(tree: Path, entry: Break) -> str:
         file.write_text(text)
 
 
+def chosen() -> list[Break]:
+    """The entries that the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="try what has one of these in what goes wrong")
+    words = [word.lower() for word in parser.parse_args().words]
+    if unknown := [word for word in words if not any(word in e.what.lower() for e in BREAKS)]:
+        parser.error(f"nothing that goes wrong has '{unknown[0]}' in it; benchmarks/breaks.py lists what does")
+    return [e for e in BREAKS if not words or any(word in e.what.lower() for word in words)]
+
+
 def main() -> None:
-    words = [word.lower() for word in sys.argv[1:]]
-    entries = [e for e in BREAKS if not words or any(word in e.what.lower() for word in words)]
+    entries = chosen()
     table = Table("goes wrong elsewhere", "test", "as it is", "broken", "good")
     good = True
     with tempfile.TemporaryDirectory() as folder:

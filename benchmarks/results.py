@@ -7,10 +7,10 @@ written. They stand between `<!-- NAME -->` and `<!-- end NAME -->`, NAME being 
 in docs/results.md is written by hand.
 """
 
+import argparse
 import json
 import re
 import statistics
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -106,14 +106,13 @@ def size(count: int | None) -> str:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """One row per command. Of metrics where less is better, training the float model as long is what counts as float,
-    and the share of the loss of calibration that training wins back is shown.
+    """One row per command. Of metrics where less is better, training the float model as long, from the same seeds, is
+    what counts as float, and the share of the loss of calibration that training wins back is shown.
     """
     lower = any(run["lower_is_better"] for run in runs)
-    equal = [run["float"] for run in runs if run["qat"] is None]
-    base = statistics.mean(equal) if lower and equal else None
+    equal = [run for run in runs if lower and run["qat"] is None]
     head = ["recipe", "epochs", "float", "PTQ", "QAT, last epoch", "QAT, best in validation", "exported", "agreement"]
-    head += ["file", "packed", "seeds", "QAT takes"] + (["recovered"] if base is not None else [])
+    head += ["file", "packed", "seeds", "QAT takes"] + (["recovered"] if equal else [])
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     commands = []
     for text in dict.fromkeys(run["command"] for run in runs):
@@ -129,19 +128,21 @@ def table(runs: list[dict[str, Any]]) -> str:
         row += [size(first["bytes"]), size(first["packed_bytes"]), str(len(same))]
         seconds = [run["seconds"] for run in same if run["seconds"] is not None]
         row.append(f"{statistics.mean(seconds) / 60:.1f} min" if seconds else "-")
-        if base is not None:
-            row.append(recovered(same, base))
+        if equal:
+            row.append(recovered(same, equal))
         lines.append("| " + " | ".join(row) + " |")
         commands.append(f"    {text}")
     return "\n".join([*lines, "", "with", "", *commands])
 
 
-def recovered(runs: list[dict[str, Any]], base: float) -> str:
-    """(PTQ - QAT) / (PTQ - float trained as long), of the means."""
-    ptq, qat = ([run[key] for run in runs if run[key] is not None] for key in ("ptq", "qat"))
-    if not ptq or not qat:
+def recovered(runs: list[dict[str, Any]], equal: list[dict[str, Any]]) -> str:
+    """(PTQ - QAT) / (PTQ - float trained as long), of the means over the seeds that both were run with."""
+    floats = {run["seed"]: run["float"] for run in equal}
+    paired = [run for run in runs if run["seed"] in floats and run["ptq"] is not None and run["qat"] is not None]
+    if not paired:
         return "-"
-    return f"{100 * (statistics.mean(ptq) - statistics.mean(qat)) / (statistics.mean(ptq) - base):.0f}%"
+    ptq, qat = (statistics.mean(run[key] for run in paired) for key in ("ptq", "qat"))
+    return f"{100 * (ptq - qat) / (ptq - statistics.mean(floats[run['seed']] for run in paired)):.0f}%"
 
 
 def written(page: str, runs: list[dict[str, Any]]) -> str:
@@ -156,9 +157,12 @@ def written(page: str, runs: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", metavar="RUN_DIR", type=Path, help="folder of a finished run")
+    folders = parser.parse_args().folders
     data, page = DOCS / "results.json", DOCS / "results.md"
     runs = json.loads(data.read_text()) if data.is_file() else []
-    runs = merged(runs, [collected(Path(folder)) for folder in sys.argv[1:]])
+    runs = merged(runs, [collected(folder) for folder in folders])
     text = written(page.read_text(), runs)
     data.write_text(json.dumps(runs, indent=1) + "\n")
     page.write_text(text)

@@ -10,6 +10,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import break_each
 import export_fuzz
 import forced
 import peers
@@ -31,6 +32,15 @@ def test_bytes_saved_for_backward_leave_out_the_inputs():
 
     assert timing.bytes_saved_for_backward(lambda: x * x) == 0
     assert timing.bytes_saved_for_backward(lambda: x.exp()) == 4 * 100
+
+
+def test_a_word_that_no_break_has_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["break_each.py", "LOAD_from", "nosuch"])
+    with pytest.raises(SystemExit):
+        break_each.chosen()
+    assert "nothing that goes wrong has 'nosuch' in it" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["break_each.py", "LOAD_from"])
+    assert [entry.what for entry in break_each.chosen()] == ["load_from_checkpoint"]
 
 
 def wrong(model: nn.Module) -> nn.Module:

@@ -53,6 +53,14 @@ def test_a_table_has_the_mean_and_range_over_seeds(run):
     assert page.startswith("before") and page.endswith("after") and "old" not in page
 
 
+def test_what_is_recovered_is_measured_against_float_runs_of_the_same_seeds():
+    row = {"qat": 1.5, "ptq": 2.0, "float": 1.9}
+    floats = [{"seed": seed, "float": value, "qat": None} for seed, value in ((0, 1.0), (1, 1.6))]
+    assert results.recovered([row | {"seed": 1}], floats) == "125%"
+    assert results.recovered([row | {"seed": 0}, row | {"seed": 1}], floats) == "71%"
+    assert results.recovered([row | {"seed": 2}], floats) == "-"
+
+
 def test_a_page_without_a_place_for_a_table_is_an_error(run):
     with pytest.raises(SystemExit, match="cifar10"):
         results.written("", [results.collected(run(0, 0.8))])
