@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import venv
 import zipfile
@@ -61,6 +62,23 @@ def test_the_wheel_carries_every_config_of_the_checkout(wheel):
 def test_the_wheel_holds_the_package_and_nothing_beside_it(wheel):
     tops = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"qat"}
+
+
+def test_the_wheel_says_that_it_is_typed(wheel):
+    assert "qat/py.typed" in zipfile.ZipFile(wheel).namelist()
+
+
+def test_the_source_distribution_holds_what_its_tests_read(tmp_path):
+    pytest.importorskip("hatchling", reason="building it needs the extra `dev`")
+    build = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [built] = tmp_path.glob("qat-*.tar.gz")
+    with tarfile.open(built) as packed:
+        inside = {name.partition("/")[2] for name in packed.getnames()}
+    patterns = ("tests/*.py", "benchmarks/*.py", "docs/*.*", "notebooks/*.ipynb", "configs/**/*.yaml", "*.md", "*.py")
+    read = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
+    assert read | {"pyproject.toml", "qat/py.typed"} <= inside
 
 
 def test_the_installed_command_finds_its_configs_from_another_folder(qat_command, tmp_path):
