@@ -55,8 +55,9 @@ def test_the_yaml_trains_as_it_is_to_the_costs_that_were_predicted(search, tmp_p
     assert len(chosen) > 1, "mixed precision"
     run = tmp_path / "run"
     words = ["quant=mine", "--config-dir", str(tmp_path / "configs"), f"run_dir={run}"]
-    said = f"wrote {output}: qat train --config-dir {tmp_path / 'configs'} quant=mine"
-    assert said in capsys.readouterr().out
+    command = f"qat train --config-dir {tmp_path / 'configs'} quant=mine"
+    assert f"wrote {output}: {command}" in capsys.readouterr().out
+    assert f"# Train it with {command};" in output.read_text()
     assert main(["train", *SEARCHLESS, *words]) == 0
     report = json.loads((run / "report.json").read_text())
     bits = {layer["name"]: (layer["weight_bits"], layer["act_bits"]) for layer in report["layers"]}

@@ -33,7 +33,7 @@ from qat.report.search import front_table, save_front, save_sensitivity, search_
 from qat.run_files import PROGRESS
 from qat.search.allocate import Problem, solve
 from qat.search.costs import Files, Latencies, make_problem, predict
-from qat.search.emit import outputs, write
+from qat.search.emit import outputs, trained_by, write
 from qat.search.front import front
 from qat.search.latency import layer_latencies
 from qat.search.measured import Measured
@@ -186,7 +186,7 @@ class SearchRun(Run):
         for path, choice, entry in zip(paths, choices, content, strict=True):
             write(path, space.policy, choice, entry["costs"], other, self.command)
             own = path.absolute().parents[1] == configs_dir()
-            command = f"qat train{'' if own else f' --config-dir {path.parents[1]}'} quant={path.stem}"
+            command = f"qat train quant={path.stem}" if own else trained_by(path)
             self.console.print(f"wrote {path}: {command}", highlight=False, soft_wrap=True)
 
 

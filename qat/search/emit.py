@@ -27,13 +27,19 @@ def outputs(output: str, points: int | None, key: str = "search.output") -> list
     if path.suffix != ".yaml" or path.absolute().parent.name != "quant":
         raise UserError(
             f"{key}={output}: must be a .yaml in a folder named quant (configs/quant/mine.yaml), "
-            "where quant=mine finds it"
+            "where --config-dir configs quant=mine finds it"
         )
     paths = [path] if points is None else [path.with_name(f"{path.stem}_{i + 1}.yaml") for i in range(points)]
     for each in paths:
         if each.exists():
             raise UserError(f"{key}={output}: {each} exists; choose another name, or delete it first")
     return paths
+
+
+def trained_by(path: Path) -> str:
+    """The command that trains what such a file says, whatever other configs there are."""
+    folder = path.parent.parent if path.parent.name == "quant" else path.absolute().parents[1]
+    return f"qat train --config-dir {folder} quant={path.stem}"
 
 
 def write(
@@ -59,7 +65,7 @@ def write(
         **other,
         "predicted": {k: _short(v) for k, v in predicted.items()},
     }
-    head = f"# {command}\n# Train it with quant={path.stem}; a rule of your own after these changes a layer.\n"
+    head = f"# {command}\n# Train it with {trained_by(path)}; a rule of your own after these changes a layer.\n"
     with atomic(path) as temporary:
         text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
         temporary.write_text(head + text)
