@@ -60,8 +60,13 @@ def inconvertible(plan: Plan, holds: Holds = INTEGERS) -> str | None:
         if not cls.uniform:
             return f"{name} has quantizer={spec.quantizer}, whose thresholds are no equal steps"
         if not cls.static and not (holds.blocks and name.startswith("'")):
-            return f"{name} has quantizer={spec.quantizer}, whose scale is measured as it passes and cannot be stored"
+            return f"{name} has quantizer={spec.quantizer}, whose scale is measured as it passes and is in no file"
     return None
+
+
+def what_holds(plan: Plan) -> str:
+    """The value of `export` for a plan that some format has no codes for."""
+    return "packed" if inconvertible(plan, EVERYTHING) is None else "none"
 
 
 @torch.no_grad()
@@ -82,7 +87,7 @@ def convert(model: nn.Module, plan: Plan, holds: Holds = INTEGERS) -> nn.Module:
             mirrored for a negative gamma.
     """
     if reason := inconvertible(plan, holds):
-        raise UserError(f"there is no integer form of it: {reason}; use export=none")
+        raise UserError(f"there is no integer form of it: {reason}; use export={what_holds(plan)}")
     if name := next(iter(adapted(model)), None):
         raise UserError(
             f"'{name}' holds an adapter that trains in float beside its quantized layer: merge first, with "

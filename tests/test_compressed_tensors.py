@@ -65,6 +65,7 @@ class Case:
         pytest.param(CHANNELS | {"symmetric": False}, None, "pack-quantized", 0, id="w8a16-affine"),
         pytest.param(CHANNELS, {"bits": 8}, "int-quantized", 0, id="w8a8-static"),
         pytest.param(CHANNELS, {"bits": 8, "range": "centred"} | TOKENS, "int-quantized", 0, id="w8a8-tokens"),
+        pytest.param(GROUPS, {"bits": 8, "range": "centred"} | TOKENS, "int-quantized", 0, id="w4a8-tokens"),
         pytest.param(FP8, FP8, "float-quantized", 0, id="fp8-static"),
         pytest.param(FP8, FP8 | TOKENS | {"range": "minmax"}, "float-quantized", 0, id="fp8-tokens"),
         # transformers rounds the product of NVFP4's two scales and a code to bfloat16: 2 ** -9 of a weight.

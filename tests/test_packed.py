@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qat.convert import EVERYTHING, convert, inconvertible
 from qat.errors import UserError
 from qat.export import packed
+from qat.export.onnx import OnnxTarget
 from qat.export.packed import (
     MANIFEST,
     WEIGHTS,
@@ -151,6 +152,9 @@ def test_blocks_are_a_packed_target_alone_and_it_is_verified(tmp_path) -> None:
     model, x = Two().eval(), torch.randn(16, 8)
     plan, target = quantized(model, x, policy), PackedTarget()
     assert "format=e2m1 has no integers" in (inconvertible(plan) or "")
+    with pytest.raises(UserError, match=r"has no integers .*; use export=packed$"):
+        convert(model, plan)
+    assert (OnnxTarget().why_not(model, plan) or "").endswith("; use export=packed")
     assert target.why_not(model, plan) is None
     prepared, path = target.prepared(model, plan), tmp_path / target.file
     target.export(prepared, plan, x[:2], path)

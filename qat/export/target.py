@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.convert import INTEGERS, Holds, convert, inconvertible
+from qat.convert import INTEGERS, Holds, convert, inconvertible, what_holds
 from qat.copies import copied
 from qat.engines import engine_of
 from qat.errors import UserError
@@ -147,7 +147,7 @@ class Target:
         """Everything that speaks against an export, before anything is trained: the first of it, or `None`."""
         reason = inconvertible(plan, self.holds) if self.integer else None
         if reason:
-            return f"there is no integer form of this quant: {reason}; use export=none"
+            return f"there is no integer form of this quant: {reason}; use export={what_holds(plan)}"
         reason = self.mismatch(plan) or self.unfit(model, plan)
         if self.graph is not None:
             reason = reason or _not_float32(model)
