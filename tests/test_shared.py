@@ -1,5 +1,8 @@
 """Readers of one tensor share what its quantizer made of it."""
 
+import sys
+import threading
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,7 +97,7 @@ def test_nothing_is_kept_after_a_forward_that_failed(model):
     model[1].layer.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.train()(x)
-    assert not shared.forwards
+    assert not shared.here.forwards
 
 
 def test_a_tensor_of_inference_mode_is_rounded_for_each_reader(model):
@@ -109,3 +112,40 @@ def test_a_converted_model_reads_its_grids_as_often_as_before(model):
     x = torch.randn(16, 8)
     fake, converted = both(model, x, LSQ | {"sites": {"bits": 8}})
     torch.testing.assert_close(converted(x), fake(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def hasty():
+    """Threads take turns every few bytecodes."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("one", [True, False], ids=["one-model", "a-model-each"])
+def test_threads_get_what_each_would_alone(one, training):
+    torch.manual_seed(0)
+    x, found = [torch.randn(16, 8), 10 * torch.randn(16, 8)], [[], []]
+    models = [nn.Sequential(nn.Linear(8, 8), Residual(), Residual()) for _ in x]
+    for model, of in zip(models, x, strict=True):
+        quantized(model, of, LSQ)
+        model.train(training)
+    models = [models[0]] * 2 if one else models
+    alone = [model(of).detach() for model, of in zip(models, x, strict=True)]
+
+    def run(i: int) -> None:
+        try:
+            for _ in range(100):
+                found[i].append(torch.equal(models[i](x[i]), alone[i]))
+        except Exception as error:
+            found[i].append(error)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[True] * 100] * 2

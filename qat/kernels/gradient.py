@@ -49,8 +49,8 @@ class Gradient:
         tensors = x, scale, low, high, *extra
         if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
             y: Any = _Plain.apply(self, grad_scale, *tensors)
-            if _recipes is not None:
-                _recipes.append((y, (self, tensors)))
+            if _here.recipes:
+                _here.recipes[-1].append((y, (self, tensors)))
             return y
         count, learning = x.numel(), torch.is_grad_enabled()
         if (
@@ -67,7 +67,7 @@ class Gradient:
             tensors = x, *tensors[1:]
         if count < SAVED:
             return _large(self, grad_scale, *tensors)
-        left = _left.tensors
+        left = _here.left
         y = (_large if left is None else _unwritten)(self, grad_scale, *tensors)
         y.made = Made(self, tensors, x._version, y._version)
         if left is not None:
@@ -230,26 +230,30 @@ def check_version(tensor: Tensor, version: int) -> None:
 Recipe = tuple[Gradient, tuple[Tensor, ...]]
 """What made a fake-quantized tensor, and of what (`x, scale, low, high, *extra`)."""
 
-_recipes: list[tuple[Tensor, Recipe]] | None = None
-"""What compilers see being quantized, while somebody asks for it: a tensor keeps no attribute for them."""
+
+class _Here(threading.local):
+    """What quantizers in this thread do, while somebody asks for it.
+
+    Attributes:
+        recipes: What compilers see being quantized, for each who asks: a tensor keeps no attribute for them.
+        left: Tensors that were left unwritten.
+    """
+
+    left: list[Tensor] | None = None
+
+    def __init__(self) -> None:
+        self.recipes: list[list[tuple[Tensor, Recipe]]] = []
+
+
+_here = _Here()
 
 
 def with_recipe(quantize: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Recipe | None]:
     """`quantize(x)` for a compiler, and its recipe if it has one."""
-    global _recipes
-    previous, _recipes = _recipes, []
+    _here.recipes.append([])
     y = quantize(x)
-    found, _recipes = _recipes, previous
+    found = _here.recipes.pop()
     return found[-1] if found and found[-1][0] is y else (y, None)
-
-
-class _Left(threading.local):
-    """Tensors that were left unwritten, while somebody in this thread asks for them."""
-
-    tensors: list[Tensor] | None = None
-
-
-_left = _Left()
 
 
 def unwritten(quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
@@ -258,10 +262,10 @@ def unwritten(quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
     Returns:
         `None` if values were left unwritten that the result is computed from: it has to be made again.
     """
-    previous, left = _left.tensors, []
-    _left.tensors = left
+    previous, left = _here.left, []
+    _here.left = left
     try:
         y = quantize(x)
     finally:
-        _left.tensors = previous
+        _here.left = previous
     return y if not left or y is left[0] else None

@@ -17,7 +17,7 @@ from qat.layers.accumulator import RoundedBias, accumulator_scale, bias_codes, g
 from qat.layers.products_evaluation import evaluated_on_codes
 from qat.layers.products_training import MIN_ELEMENTS, trained_on_codes
 from qat.layers.rounded import rounded
-from qat.layers.shared import forwards, read
+from qat.layers.shared import here, read
 from qat.layers.sources import from_sources
 from qat.layers.twin import TwinMixin, held, ours
 from qat.quantizers import Quantizer
@@ -91,7 +91,7 @@ class QuantizedLayer(TwinMixin):
             y = None if self.training or torch.is_grad_enabled() else rounded(quantizer, x)
             if y is not None:
                 return y
-            return read(quantizer, x) if forwards else quantizer(x)  # a call less where nothing is shared
+            return read(quantizer, x) if here.forwards else quantizer(x)  # a call less where nothing is shared
 
     def quantized_weight(self) -> Tensor:
         """The weight on its grid; outside training it is computed once per change of weight or grid."""

@@ -10,6 +10,7 @@ again on its own and has to find the same operations. Compilers find common work
 that a range has followed this tensor already.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -23,8 +24,15 @@ Kept = dict[tuple[int, int], tuple[Tensor, tuple[Any, ...], Tensor, int]]
 Followed = list[tuple[nn.Module, Tensor]]
 """The quantizers whose range has followed a tensor, where a compiler is at work."""
 
-forwards: list[tuple[Kept, Followed]] = []
-"""What is kept of each running forward of an owner, the innermost last."""
+
+class _Here(threading.local):
+    """What is kept of each forward of an owner that runs in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.forwards: list[tuple[Kept, Followed]] = []
+
+
+here = _Here()
 
 
 def read(quantizer: nn.Module, x: Tensor) -> Tensor:
@@ -34,6 +42,7 @@ def read(quantizer: nn.Module, x: Tensor) -> Tensor:
         quantizer: A `Quantizer`, or several in a row.
         x: What it reads.
     """
+    forwards = here.forwards
     if not forwards:
         return quantizer(x)
     if isinstance(quantizer, nn.Sequential):

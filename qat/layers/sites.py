@@ -8,6 +8,7 @@ any such call is an owner too and takes over while it runs. So one mode is on to
 """
 
 import sys
+import threading
 from collections import OrderedDict
 from typing import Any
 
@@ -78,7 +79,14 @@ def _recomputed_later() -> bool:
     return frame is not None
 
 
-_running: list[SiteMode] = []
+class _Running(threading.local):
+    """The modes on torch's stack, which every thread has its own of."""
+
+    def __init__(self) -> None:
+        self.modes: list[SiteMode] = []
+
+
+_running = _Running()
 
 
 def others_see() -> bool:
@@ -104,20 +112,21 @@ class SiteOwner(TwinMixin):
     site_owner: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        shared.forwards.append(({}, []))
+        forwards, modes = shared.here.forwards, _running.modes
+        forwards.append(({}, []))
         try:
-            return self._outermost(args, kwargs) if not _running else self._inside(_running[-1], args, kwargs)
+            return self._inside(modes[-1], args, kwargs) if modes else self._outermost(modes, args, kwargs)
         finally:
-            shared.forwards.pop()
+            forwards.pop()
 
-    def _outermost(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _outermost(self, modes: list[SiteMode], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         mode = SiteMode(self)
-        _running.append(mode)
+        modes.append(mode)
         try:
             with mode:
                 output = super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
-            _running.pop()
+            modes.pop()
         self._check(mode.seen)
         return output
 
