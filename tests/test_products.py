@@ -189,6 +189,18 @@ def test_other_grids_multiply_floats(weight, act, used):
     assert not used
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("terms", "codes"), [(66_311, True), (66_313, False)])
+def test_codes_are_multiplied_only_where_int32_holds_every_sum(terms, codes, training, used):
+    layer, x = nn.Linear(terms, 2, bias=False), torch.ones(2, terms)
+    nn.init.ones_(layer.weight)
+    model = quantized(nn.Sequential(layer), x, act={"signed": False, "range": "minmax"}).train(training)
+    with torch.set_grad_enabled(training):
+        y = model(x)
+    torch.testing.assert_close(y, torch.full((2, 2), float(terms)), rtol=1e-2, atol=0)
+    assert bool(used) == codes
+
+
 class Standardized(nn.Conv2d):
     """A convolution that changes its weight in a method of torch's."""
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from qat.formats import Rounding
 from qat.functional import levels, positive, values
@@ -26,17 +27,22 @@ from qat.quantizers.fixed import forward as plain_rounding
 
 CODES = 256
 """How many codes an input may have; those of a weight have to fit int8."""
+LARGEST = 2**31 - 1
+"""What a sum of products may come to: kernels add in int32, and would wrap around in silence."""
 
 
-def have_codes(grid: Quantizer, weight: Quantizer) -> bool:
-    """Whether both grids have integer codes that the kernels take, with scales that stand outside the sums."""
+def have_codes(terms: int, grid: Quantizer, weight: Quantizer) -> bool:
+    """Whether both grids have integer codes that the kernels take, `terms` products of which they can add up, with
+    scales that stand outside the sums.
+    """
     for q in (grid, weight):
         if not (q.on and q.static and q.uniform and q.spec.integer and q.spec.granularity != "group"):
             return False
         if type(q).forward is not Quantizer.forward or "forward" in q.__dict__:  # it may return a mixture of grids
             return False
     fits = weight.quant_min >= -128 and weight.quant_max <= 127 and weight.spec.symmetric
-    return fits and grid.quant_max - grid.quant_min < CODES
+    span, most = grid.quant_max - grid.quant_min, max(-weight.quant_min, weight.quant_max)
+    return fits and span < CODES and terms * span * most <= LARGEST
 
 
 def codes_of(
@@ -105,7 +111,8 @@ def runs_here(x: Tensor, weight: Tensor) -> bool:
     if torch.compiler.is_dynamo_compiling():
         return not torch.compiler.is_exporting()
     plain = type(x) is Tensor and type(weight) in (Tensor, nn.Parameter)
-    return plain and not (torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return plain and not (transformed or torch._C._len_torch_dispatch_stack())
 
 
 def positions(x: Tensor, geometry: Geometry) -> int:

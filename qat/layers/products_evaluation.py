@@ -39,8 +39,8 @@ def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
     if grid is None or weight_grid is None:
         return None
     with ours():
-        both = grid, weight_grid
-        kept = layer.once_per_change("packed", (weight,), both, lambda: _packed(layer, *both, x.shape, geometry))
+        both, terms = (grid, weight_grid), weight.shape[1:].numel()
+        kept = layer.once_per_change("packed", (weight,), both, lambda: _packed(layer, terms, *both, x.shape, geometry))
         if kept is None or looked_at(grid) or looked_at(weight_grid):
             return None
         packed, scale = kept
@@ -54,10 +54,10 @@ def evaluated_on_codes(layer: Any, x: Tensor) -> Tensor | None:
 
 
 def _packed(
-    layer: Any, grid: Quantizer, weight_grid: Quantizer, shape: torch.Size, geometry: Geometry
+    layer: Any, terms: int, grid: Quantizer, weight_grid: Quantizer, shape: torch.Size, geometry: Geometry
 ) -> tuple[Tensor, Tensor] | None:
     """The packed weight and its scale; `None` if the layer's grids have no codes."""
-    if not have_codes(grid, weight_grid):
+    if not have_codes(terms, grid, weight_grid):
         return None
     with torch.no_grad():
         codes, scale, _ = codes_of(weight_codes, layer.quantized_weight(), weight_grid)

@@ -46,9 +46,10 @@ def trained_on_codes(layer: Any, x: Tensor, around: Callable[..., Tensor] | None
     geometry = layer.geometry()
     if geometry is None or not (torch.is_grad_enabled() and runs_here(x, layer.weight)):
         return None
-    pays = positions(x, geometry) >= MIN_POSITIONS and layer.weight.shape[1:].numel() >= MIN_TERMS
+    terms = layer.weight.shape[1:].numel()
+    pays = positions(x, geometry) >= MIN_POSITIONS and terms >= MIN_TERMS
     grid, weight_grid = grids(layer)
-    if not pays or grid is None or weight_grid is None or not have_codes(grid, weight_grid):
+    if not pays or grid is None or weight_grid is None or not have_codes(terms, grid, weight_grid):
         return None
     if looked_at(grid) or looked_at(weight_grid):  # hooks may return what has no codes
         return None
