@@ -14,6 +14,7 @@ from pytorch_lightning.plugins.layer_sync import TorchSyncBatchNorm
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from tiny_module import MINMAX, POLICY, Tiny, images, loader, quantizer_state, same, trainer
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from qat.convert import convert
@@ -154,10 +155,18 @@ def test_half_precision_gives_finite_gradients_to_every_scale(tmp_path):
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
 
 
-def test_a_bfloat16_model_is_calibrated_on_bfloat16_batches(tmp_path):
-    net = Tiny()
-    trainer(tmp_path, precision="bf16-true").fit(net, loader(), loader())
-    assert net.net.stem.weight.dtype == torch.bfloat16 and all(q.on for _, q in named_quantizers(net))
+@pytest.mark.parametrize("policy", [pytest.param(POLICY, id="lsq"), pytest.param(MINMAX, id="minmax")])
+@pytest.mark.parametrize("data", ["float32 data", "data of its own"])
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [("bf16-true", torch.bfloat16), ("16-true", torch.float16), ("64-true", torch.float64)],
+)
+def test_a_model_of_another_type_is_calibrated_on_batches_of_its_type(precision, dtype, data, policy, tmp_path):
+    net, batches = Tiny(norm=False), loader()
+    if data == "data of its own":
+        batches = DataLoader([(x.to(dtype), y) for x, y in batches.dataset], batch_size=4)
+    trainer(tmp_path, policy=policy, precision=precision).fit(net, batches, batches)
+    assert net.net.stem.weight.dtype == dtype and all(q.on for _, q in named_quantizers(net))
 
 
 # -- saved and loaded --------------------------------------------------------------------------------------------------

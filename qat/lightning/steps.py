@@ -11,6 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins.precision import Precision
 from pytorch_lightning.utilities import CombinedLoader
@@ -194,6 +195,16 @@ def run_steps(module: pl.LightningModule, source: Source, samples: int, title: s
     return run
 
 
+class _Unconverted(Precision):
+    """Stands in for a precision that converts the module and its input, while the module has another type."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def convert_input(self, data: Any) -> Any:
+        return apply_to_collection(data, Tensor, lambda x: x.to(self.dtype) if x.is_floating_point() else x)
+
+
 def precision_plugin(module: pl.LightningModule) -> Precision:
     """The trainer's precision, once the module has been converted to it (probing comes before)."""
     if module._trainer is None:
@@ -202,7 +213,10 @@ def precision_plugin(module: pl.LightningModule) -> Precision:
     with plugin.forward_context():
         prescribed = torch.get_default_dtype()
     now = next((p.dtype for p in module.parameters() if p.is_floating_point()), prescribed)
-    return plugin if now == prescribed else Precision()
+    if now == prescribed:
+        return plugin
+    converts = plugin.convert_input(torch.empty(0, dtype=now)).dtype == prescribed
+    return _Unconverted(now) if converts else Precision()
 
 
 def precision(module: pl.LightningModule) -> AbstractContextManager[Any]:
