@@ -85,14 +85,17 @@ class Float:
 
     def encode(self, level: Tensor) -> Tensor:
         """Bit patterns of representable values: uint8, the sign (of zeros too) in the highest of `bits`."""
-        index = torch.searchsorted(torch.tensor(self.magnitudes, device=level.device), level.abs().float())
+        index = torch.searchsorted(self._magnitudes(level.device), level.abs().float())
         return (index + level.signbit() * 2 ** (self.bits - 1)).to(torch.uint8)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of the bit patterns that `encode` makes, float32."""
         sign_bit = 2 ** (self.bits - 1)
-        magnitude = torch.tensor(self.magnitudes, device=codes.device)[(codes & (sign_bit - 1)).long()]
+        magnitude = self._magnitudes(codes.device)[(codes & (sign_bit - 1)).long()]
         return torch.where(codes >= sign_bit, -magnitude, magnitude)
+
+    def _magnitudes(self, device: torch.device) -> Tensor:
+        return torch.tensor(self.magnitudes, dtype=torch.float32, device=device)
 
 
 FLOATS = {

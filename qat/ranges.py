@@ -109,8 +109,8 @@ def _kl(x: Tensor, spec: QuantSpec, candidates: int) -> Range:
     low, high = minmax(x, spec)
     width = (high / BINS - low / BINS).clamp_min(TINY)[:, None]
     index = (x / width - low[:, None] / width).long().clamp_(0, BINS - 1)
-    counts = torch.zeros(len(x), BINS, device=x.device).scatter_add_(1, index, (x != 0).float())
-    centres = low[:, None] + (torch.arange(BINS, device=x.device) + 0.5) * width
+    counts = x.new_zeros(len(x), BINS).scatter_add_(1, index, (x != 0).to(x.dtype))
+    centres = low[:, None] + (torch.arange(BINS, dtype=x.dtype, device=x.device) + 0.5) * width
     best = torch.full_like(low, torch.inf)
     result = low, high
     for step in range(candidates, 0, -1):
@@ -131,7 +131,7 @@ def _divergence(counts: Tensor, centres: Tensor, scale: Tensor, low: Tensor, hig
     code = torch.nn.functional.pad((level[:, 1:] != level[:, :-1]).cumsum(1), (1, 0))  # levels ascend along a row
     mass, holders = torch.zeros_like(counts), torch.zeros_like(counts)
     mass.scatter_add_(1, code, kept)
-    holders.scatter_add_(1, code, (kept > 0).float())
+    holders.scatter_add_(1, code, (kept > 0).to(kept.dtype))
     q = (mass / holders.clamp_min(1)).gather(1, code) * (kept > 0)
     first = below.sum(1, keepdim=True).clamp_max(BINS - 1)
     last = BINS - 1 - above.sum(1, keepdim=True).clamp_max(BINS - 1)

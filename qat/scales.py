@@ -66,8 +66,9 @@ def two_level(scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
     e4m3 = FLOATS["e4m3"]
     if tensor_scale is None:
         tensor_scale = over(scale.float().amax(), e4m3.largest).clamp_min(TINY / e4m3.smallest)
-    low, high = (torch.full((1,), v, device=scale.device) for v in (e4m3.smallest, e4m3.largest))
-    return e4m3((scale.float() / tensor_scale).clamp(low, high)) * tensor_scale
+    scale = scale.float()
+    low, high = (scale.new_full((1,), v) for v in (e4m3.smallest, e4m3.largest))
+    return e4m3((scale / tensor_scale).clamp(low, high)) * tensor_scale
 
 
 def snap(scale: Tensor, spec: QuantSpec) -> Tensor:

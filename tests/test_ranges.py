@@ -227,3 +227,16 @@ def test_kl_ignores_zeros_and_treats_rows_alone(monkeypatch):
     rows = numbers(5, 40)
     together = ranges.kl(rows, INT8)
     assert torch.equal(together[1][-1:], ranges.kl(rows[-1:], INT8)[1])
+
+
+@each_range
+def test_a_default_dtype_changes_no_range(name):
+    rows = numbers(3, 500)
+    expected = ranges.ESTIMATORS[name](rows, INT8)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found = ranges.ESTIMATORS[name](rows, INT8)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -54,7 +54,7 @@ class DoReFa(Quantizer):
 
     def _fit(self, rows: Tensor) -> None:
         if not self.is_weight:
-            largest = torch.ones(1, device=rows.device)
+            largest = rows.new_ones(1)
         else:
             largest = rows.abs().mean(1) if self.spec.width == 1 else rows.abs().amax(1)
         low = -largest if self.quant_min < 0 else torch.zeros_like(largest)

@@ -86,7 +86,7 @@ class Dynamic(Quantizer):
             scale, zero_point = ranges.scale_and_zero_point(low, high, self.spec)
             scale = two_level(scale, self.scale) if self.calibrated else snap(scale, self.spec)
         else:
-            scale = torch.ones(len(rows), device=x.device)
+            scale = rows.new_ones(len(rows))
             zero_point = torch.zeros_like(scale, dtype=torch.int32)
         scale, zero_point = (self.partition.spread_rows(each, x) for each in (scale, zero_point))
         if self.spec.symmetric:

@@ -46,9 +46,10 @@ class MinMax(Fixed):
     def follow(self, x: Tensor) -> None:
         if not x.numel() or recomputing():
             return
-        low, high = (r.view_as(self.running_low) for r in minmax(self.partition.rows(x.float()), self.spec))
+        running, rows = self.running_low, self.partition.rows(x.float())
+        low, high = (r.view_as(running).to(running.dtype) for r in minmax(rows, self.spec))
         # A non-finite batch (an exploded step) must not poison the range for ever.
-        step = self.tracking * low.isfinite() * high.isfinite() * self.momentum
+        step = (self.tracking * low.isfinite() * high.isfinite()).to(running.dtype) * self.momentum
         self._set_range(
             torch.lerp(self.running_low, low.nan_to_num(), step).flatten(),
             torch.lerp(self.running_high, high.nan_to_num(), step).flatten(),

@@ -84,8 +84,12 @@ class N2UQ(LSQ):
                 "set rounding_mode: nearest"
             )
         super().__init__(spec, shape, axis)
-        self.widths = nn.Parameter(torch.ones(self.quant_max - self.quant_min))
+        self.widths = nn.Parameter(torch.ones(self.quant_max - self.quant_min, dtype=torch.float32))
         self.gradient = gradient(forward, backward, spec.rounding)
+
+    def change_bits(self, bits: int) -> None:
+        """Refused: each step has a width of its own."""
+        raise UserError(f"quantizer=n2uq cannot go from {self.spec.bits} to {bits} bits; anneal with quantizer: lsq")
 
     @torch.no_grad()
     def levels(self, x: Tensor) -> Tensor:
