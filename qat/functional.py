@@ -55,12 +55,19 @@ def levels(x: Tensor, scale: Tensor, low: Tensor, high: Tensor, rounding: Roundi
 def fake_quantized(x: Tensor, scale: Tensor, low: float, high: float, rounding: Rounding) -> Tensor:
     """`values(levels(x))` for limits that are numbers, which torch clips to in one operation instead of two."""
     scale = positive(scale)
-    return rounding((x / scale).clamp_(low, high)).mul_(scale).to(x.dtype)
+    return narrowed(rounding((x / scale).clamp_(low, high)).mul_(scale), x.dtype)
+
+
+def narrowed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value`, a tensor of nobody else's, in another type: what is on a grid stays finite where its outermost level is
+    more than float16 can hold.
+    """
+    return (value.clamp_(-65504.0, 65504.0) if dtype is torch.float16 else value).to(dtype)
 
 
 def values(level: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The real values of `level` units of `scale`; the inverse of `levels` on the grid."""
-    return (level * positive(scale)).to(dtype)
+    return narrowed(level * positive(scale), dtype)
 
 
 def dither(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -68,15 +75,16 @@ def dither(x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
     On average `x` is then rounded to itself (Gupta et al., ICML 2015). Backward recomputes the same rounding
     from what is returned, which a rounding that draws its own numbers could not. What is clipped stays clipped, and
-    nothing else becomes so.
+    nothing else becomes so: values move to just short of the limits, so that they are within them still when backward
+    has divided by the scale again.
 
     Returns:
         In float32 (float64 for float64 input); its gradient with respect to `x` is 1.
     """
-    v = ratio(x.detach(), scale.detach())
-    moved = (v + torch.rand_like(v) - 0.5).clamp(low, high)
-    shift = torch.where((v >= low) & (v <= high), moved - v, 0)
-    return wide(x) + shift * positive(scale.detach())
+    x, scale = wide(x), scale.detach()
+    v, short = ratio(x.detach(), scale), 1 - 2.0**-22
+    moved = (v + torch.rand_like(v) - 0.5).clamp(low * short, high * short) * positive(scale)
+    return torch.where((v >= low) & (v <= high), moved + (x - x.detach()), x)
 
 
 def masks(v: Tensor, clipped: Tensor) -> tuple[Tensor, Tensor, Tensor]:

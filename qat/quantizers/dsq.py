@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qat.errors import UserError
 from qat.formats import Rounding
-from qat.functional import ratio, sum_to, wide
+from qat.functional import masks, ratio, sum_to, wide
 from qat.kernels.gradient import Gradient, Grads, gradient
 from qat.modes import recomputing
 from qat.quantizers.fixed import forward
@@ -32,12 +32,12 @@ def backward(
 ) -> Grads:
     v = ratio(x, scale)
     clipped = v.clamp_min(low).clamp_max_(high)
-    grad = wide(grad)
-    grad_inside = grad * (clipped == v)
+    grad, inside = wide(grad), masks(v, clipped)
     level = rounding(clipped.clone())
     soft = torch.tanh(sharpness * ((clipped - level).abs() - 0.5))
     slope = sharpness * (1 - soft.square()) / (2 * torch.tanh(sharpness / 2))
-    return (grad_inside * slope).to(x.dtype), sum_to(grad * level - grad_inside * clipped, scale), None
+    partial = grad * (level - torch.where(inside[1], clipped, 0))
+    return (grad * inside[0] * slope).to(x.dtype), sum_to(partial, scale), None
 
 
 class DSQ(LSQ):
@@ -72,7 +72,7 @@ class DSQ(LSQ):
             raise UserError(f"options.steps={steps}: must be at least 1")
         super().__init__(spec, shape, axis)
         self.end, self.growth = float(end), (end / start) ** (1 / steps)
-        self.register_buffer("sharpness", torch.full((1,), float(start)))
+        self.register_buffer("sharpness", torch.full((1,), float(start), dtype=torch.float32))
         self._used = self.sharpness
         self.gradient = gradient(forward, backward, spec.rounding)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.formats import Rounding
-from qat.functional import ratio
+from qat.functional import narrowed, ratio
 from qat.kernels.gradient import Gradient, Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.spec import QuantSpec
@@ -17,7 +17,7 @@ from qat.spec import QuantSpec
 def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *_: Tensor) -> Tensor:
     """Rounds to the grid; what else a gradient needs (`*_`) changes no value."""
     scale = scale.clamp_min(2.0**-126)  # `functional.levels` and `values`, with the scale that acts made once
-    return rounding((x / scale).clamp_min_(low).clamp_max_(high)).mul_(scale).to(x.dtype)
+    return narrowed(rounding((x / scale).clamp_min_(low).clamp_max_(high)).mul_(scale), x.dtype)
 
 
 def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:
