@@ -34,7 +34,7 @@ def find(name: str) -> type[Quantizer]:
 
 
 def create(spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> Quantizer:
-    """Builds the quantizer that `spec` names, with its options.
+    """Builds the quantizer that `spec` names, with its options. An `axis` below zero counts from the last.
 
     Raises:
         UserError: for an option that it does not have, or a spec that does not suit it or the shape.
@@ -46,7 +46,30 @@ def create(spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> Q
         if option not in own:
             hint = nearest(option, own) if own else "; it has none"
             raise UserError(f"options.{option}: quantizer={spec.quantizer} has no such option{hint}")
-    return cls(spec, shape, axis, **options)
+    return cls(spec, shape, axis if shape is None else _channel_axis(spec, shape, axis), **options)
+
+
+def _channel_axis(spec: QuantSpec, shape: torch.Size, axis: int) -> int:
+    """`axis` of a weight, counted from the first.
+
+    Raises:
+        UserError: if the granularity asks for axes that the weight lacks.
+    """
+    if spec.granularity not in ("channel", "group"):
+        return axis
+    if len(shape) < 2:
+        raise UserError(
+            f"granularity={spec.granularity}: a weight of shape {tuple(shape)} has no channels of several numbers; "
+            "set granularity: tensor"
+        )
+    axes = range(2 if spec.granularity == "group" else len(shape))
+    found = axis + len(shape) if axis < 0 else axis
+    if found not in axes:
+        raise UserError(
+            f"axis={axis}: granularity={spec.granularity} of a weight of shape {tuple(shape)} takes an axis from 0 to "
+            f"{axes[-1]}"
+        )
+    return found
 
 
 __all__ = ["Quantizer", "create", "find", "names"]
