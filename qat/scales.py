@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qat.formats import FLOATS
-from qat.functional import TINY, over, positive, wide
+from qat.functional import TINY, over, positive
 from qat.spec import QuantSpec
 
 HUGE = 2.0**127
@@ -86,10 +86,10 @@ def snap(scale: Tensor, spec: QuantSpec) -> Tensor:
 
 
 def acting(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """A learned scale as it is stored: in the format of `spec`, with a straight-through gradient, float32 or wider.
+    """A learned scale as it is stored: in the format of `spec`, with a straight-through gradient: float32.
     Kernels keep float32 scales above zero.
     """
-    scale = wide(scale)
+    scale = scale.float()  # of a float64 model, too
     if spec.scale == "float32":
         return scale
     if not scale.requires_grad:

@@ -43,7 +43,8 @@ class Switch(nn.Module):
 
     def _read_flags(self) -> None:
         """Refreshes the Python mirror of the flags; whoever writes a flag calls it."""
-        enabled, initialised = bool(self.enabled), bool(self.initialised)
+        # On the meta device nothing is known until a state is loaded.
+        enabled, initialised = (True, False) if self.enabled.is_meta else (bool(self.enabled), bool(self.initialised))
         self.unready = enabled and not initialised
         self.on = enabled and initialised and not self.observing
 

@@ -4,11 +4,18 @@ import pytest
 import torch
 from small_models import quantized
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, vmap
 
 from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.layers import shared
+
+
+@torch.no_grad()
+def _tangent(model: nn.Module, x: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(model(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
 
 
 class Residual(nn.Module):
@@ -49,6 +56,7 @@ def test_a_call_with_other_tensors_computes_with_them_and_gives_the_model_back(m
     [
         pytest.param(lambda model, x: vmap(model)(x), id="vmap"),
         pytest.param(lambda model, x: grad(lambda x: model(x).sum())(x), id="grad"),
+        pytest.param(lambda model, x: _tangent(model, x), id="forward-mode"),
     ],
 )
 def test_a_transform_is_refused_in_words_and_leaves_the_model_usable(model, transform):

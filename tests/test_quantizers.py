@@ -495,3 +495,123 @@ def test_a_range_that_follows_the_data_passes_by_a_batch_that_is_not_finite(symm
     x[0, 0, 0] = value
     quantizer(x)
     torch.testing.assert_close(quantizer.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "affine"])
+@pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsigned"])
+def test_stochastic_rounding_takes_no_gradient_from_what_is_within_the_limits(signed, symmetric):
+    x = torch.linspace(-1, 3, 20_001) * 0.7
+    quantizer, _ = ready("lsq", "act-u8", x, bits=4, signed=signed, symmetric=symmetric, rounding_mode="stochastic")
+    scale, low, high = (t.detach() for t in quantizer.grid(x))
+    _, grad, _ = gradients(quantizer, x, torch.ones(()))
+    assert torch.equal(grad, ((x / scale >= low) & (x / scale <= high)).float())
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64], ids=str)
+def default_dtype(request):
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@each(FEW)
+def test_grids_are_float32_under_any_default_dtype(name, grid, default_dtype):
+    quantizer = make(name, grid)
+    tensors = *quantizer.parameters(), *quantizer.buffers()
+    assert {t.dtype for t in tensors if t.is_floating_point()} == {torch.float32}
+    x = numbers().to(default_dtype)
+    quantizer.calibrate(x)
+    train_a_little(quantizer, x)
+    assert decoded(quantizer.eval(), x).dtype == torch.float32
+
+
+@each([case for case in FEW if "binary" not in case[1]])
+def test_a_quantizer_trains_in_a_float64_model_and_its_stored_scale_is_the_one_that_acts(name, grid):
+    quantizer, x = ready(name, grid)
+    quantizer.double()
+    x = train_a_little(quantizer, x.double())
+    scale = quantizer.grid(x)[0]
+    assert torch.equal(scale, scale.float())
+
+
+def test_sharpness_is_annealed_in_a_half_precision_model(default_dtype):
+    quantizer, x = make("dsq", "w8-tensor"), numbers()
+    quantizer.calibrate(x)
+    quantizer.to(default_dtype)
+    for _ in range(3):
+        quantizer(x)
+    assert quantizer.sharpness.item() == pytest.approx(quantizer.growth**3, rel=1e-6)
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["to_empty", "assign"])
+@each(FEW)
+def test_a_quantizer_of_the_meta_device_is_what_was_loaded_into_it(name, grid, assign):
+    quantizer, x = ready(name, grid)
+    with torch.device("meta"):
+        twin = make(name, grid)
+    if not assign:
+        twin.to_empty(device="cpu")
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.data.fill_(3)
+    twin.load_state_dict(copy.deepcopy(quantizer.state_dict()), assign=assign)
+    weights = numbers(seed=1)
+    torch.testing.assert_close(gradients(twin, x, weights), gradients(quantizer, x, weights), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["fixed", "lsq"])
+def test_a_large_inference_tensor_is_quantized_where_gradients_are_on(name):
+    quantizer, x = ready(name, "act-u8", numbers((1 << 17,)))
+    quantizer.requires_grad_(False)
+    with torch.inference_mode():
+        other = x.clone()
+    assert torch.equal(quantizer(other), quantizer(x))
+
+
+@pytest.mark.parametrize("name", ["ewgs", "dsq"])
+def test_the_scales_gradient_is_as_exact_at_many_bits_as_at_few(name):
+    quantizer, x = ready(name, "w4-channel", bits=16)
+    wide, weights = copy.deepcopy(quantizer).double(), numbers(seed=1)
+    found = gradients(quantizer, x, weights)[2]["scale"].double()
+    expected = gradients(wide, x.double(), weights.double())[2]["scale"]
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
+
+
+def test_a_grid_beyond_float16_saturates():
+    x = torch.tensor([-65504.0, 65504.0, 1.0]).half()
+    quantizer, _ = ready("lsq", "w8-tensor", x, scale="pow2", narrow=False, range="minmax")
+    with torch.no_grad():
+        quantizer.scale.fill_(512.0)
+    assert quantizer(x).tolist() == quantizer.eval()(x).tolist() == [-65504.0, 65024.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("axis", "granularity", "shape", "message"),
+    [
+        pytest.param(0, "channel", (8,), "granularity: tensor", id="channels-of-a-vector"),
+        pytest.param(0, "group", (8,), "granularity: tensor", id="groups-of-a-vector"),
+        pytest.param(3, "channel", (4, 8, 8), "from 0 to 2", id="no-such-axis"),
+        pytest.param(-1, "group", (4, 8, 8), "from 0 to 1", id="groups-of-a-later-axis"),
+    ],
+)
+def test_an_axis_that_a_weight_lacks_is_refused(axis, granularity, shape, message):
+    size = 4 if granularity == "group" else None
+    spec = QuantSpec(bits=4, granularity=granularity, group_size=size).resolved(nonnegative=False, weight=True)
+    with pytest.raises(UserError, match=message):
+        quantizers.create(spec, torch.Size(shape), axis)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "group"])
+def test_an_axis_below_zero_counts_from_the_last(granularity):
+    spec = QuantSpec(bits=4, granularity=granularity, group_size=4 if granularity == "group" else None)
+    x, found = numbers((4, 8)), []
+    for axis in (1, -1):
+        quantizer = quantizers.create(spec.resolved(nonnegative=False, weight=True), x.shape, axis)
+        quantizer.calibrate(x)
+        found.append(quantizer(x))
+    assert torch.equal(*found)
+
+
+def test_learned_widths_stay_as_many_as_they_are():
+    quantizer, _ = ready("n2uq", "act-u8", bits=3)
+    with pytest.raises(UserError, match="anneal with quantizer: lsq"):
+        quantizer.change_bits(2)

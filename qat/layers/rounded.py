@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
 from qat.functional import fake_quantized
@@ -35,7 +36,9 @@ def rounded(quantizer: Any, x: Tensor) -> Tensor | None:
     per_tensor = spec.granularity == "tensor" and spec.symmetric and spec.scale == "float32"
     if not (per_tensor and own["on"] and function is plain_rounding) or getattr(scale, "dtype", None) != torch.float32:
         return None
-    if not (x.ndim and x.numel() < SMALL_FORWARD) or torch._C._are_functorch_transforms_active():
+    if not (x.ndim and x.numel() < SMALL_FORWARD):
+        return None
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return None
     return fake_quantized(x, scale, own["quant_min"], own["quant_max"], rounding)
 

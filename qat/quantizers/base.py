@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from qat import ranges
 from qat.errors import UserError
@@ -83,9 +84,8 @@ class Quantizer(Switch):
         scale_shape = self._scale_shape(shape)
         self._make_scale(torch.ones(scale_shape, dtype=torch.float32))
         self._make_zero_point(torch.zeros(scale_shape, dtype=torch.int32))
-        # As tensors, so that compiled kernels are the same for every grid.
-        self.register_buffer("lowest", torch.full((1,), self.quant_min, dtype=torch.float32), persistent=False)
-        self.register_buffer("highest", torch.full((1,), self.quant_max, dtype=torch.float32), persistent=False)
+        self._constants: dict[str, float] = {}
+        self._set_constants(lowest=self.quant_min, highest=self.quant_max)
         self.reshapes = spec.granularity == "group" or type(self).transform is not Quantizer.transform
         self.dithers = spec.rounding_mode == "stochastic"
         self.follows = type(self).follow is not Quantizer.follow
@@ -100,6 +100,18 @@ class Quantizer(Switch):
     def _make_zero_point(self, zero_point: Tensor) -> None:
         """Registers `zero_point`; a quantizer that derives it from something else has a property instead."""
         self.register_buffer("zero_point", zero_point)
+
+    def _set_constants(self, **values: float) -> None:
+        """Makes buffers of numbers that the settings say, so that compiled kernels are the same for all of them.
+        Checkpoints do not carry them.
+        """
+        for name, value in values.items():
+            held = self._buffers.get(name)
+            if held is None or held.is_meta:
+                held = torch.empty(1, dtype=torch.float32, device=self.enabled.device)
+                self.register_buffer(name, held, persistent=False)
+            held.fill_(value)
+        self._constants.update(values)
 
     def _scale_shape(self, shape: torch.Size | None) -> tuple[int, ...]:
         """The shape of `scale`, where the granularity suits a weight of this shape, or an activation."""
@@ -191,17 +203,14 @@ class Quantizer(Switch):
         """`x` on its grid; `follow` is false for a tensor that a moving range has followed already.
 
         Raises:
-            UserError: under a transform of `torch.func`.
+            UserError: under a transform of `torch.func`, or for a dual tensor.
         """
         if not self.on:
             return self._pass(x)
         if hasattr(x, "on_grid") and made_by(self, x):
             return x
-        if torch._C._are_functorch_transforms_active() and not torch.compiler.is_dynamo_compiling():
-            raise UserError(
-                "torch.func transforms (vmap, grad, jvp, ...) do not know the gradients of quantizers: call backward, "
-                "or switch the quantizers off around the transform"
-            )
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            _check_transforms(x)
         if follow and self.follows and self.training:
             self.follow(x.detach())
         inner, grid = self.partition.grouped(self.transform(x)) if self.reshapes else x, self.grid(x)
@@ -293,8 +302,7 @@ class Quantizer(Switch):
         """Gives the grid another spec of the same granularity in place, and another scale."""
         self.scale.copy_(scale)
         self.spec, self.quant_min, self.quant_max = spec, spec.quant_min, spec.quant_max
-        self.lowest.fill_(self.quant_min)
-        self.highest.fill_(self.quant_max)
+        self._set_constants(lowest=self.quant_min, highest=self.quant_max)
 
     def versions(self) -> tuple[Any, ...]:
         """Changes whenever the grid or its state does; what a cache of quantized weights is keyed by."""
@@ -302,5 +310,20 @@ class Quantizer(Switch):
         assert scale is not None
         return scale._version, scale.data_ptr(), self.on, None if self.spec.symmetric else self.zero_point._version
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._set_constants(**self._constants)  # `to_empty` leaves anything in them
+
     def extra_repr(self) -> str:
         return f"{self.spec.short}, {self.spec.quantizer}"
+
+
+def _check_transforms(x: Tensor) -> None:
+    """Raises UserError where `x` is under a transform that would find a rounding, and no gradient of it."""
+    if torch.compiler.is_dynamo_compiling():
+        return
+    if torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(x).tangent is not None:
+        raise UserError(
+            "torch.func transforms (vmap, grad, jvp, ...) and forward-mode derivatives do not know the gradients of "
+            "quantizers: call backward, or switch the quantizers off around the transform"
+        )

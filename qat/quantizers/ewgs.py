@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qat.errors import UserError
 from qat.formats import Rounding
-from qat.functional import ratio, sum_to, wide
+from qat.functional import masks, ratio, sum_to, wide
 from qat.kernels.gradient import Grads, gradient
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
@@ -33,11 +33,13 @@ def backward(
 ) -> Grads:
     v = ratio(x, scale)
     clipped = v.clamp_min(low).clamp_max_(high)
-    inside = clipped == v
+    inside = masks(v, clipped)
     grad = wide(grad)
     level = rounding(clipped.clone())
-    grad_x = (grad + delta * grad.abs() * (clipped - level) / (high - low)) * inside
-    return grad_x.to(x.dtype), sum_to(grad * level - grad_x * clipped, scale), None
+    more = delta * grad.abs() * (clipped - level) / (high - low)
+    # Of two large products the difference would be lost: the ones that cancel are left out.
+    partial = grad * (level - torch.where(inside[1], clipped, 0)) - torch.where(inside[2], more * clipped, 0)
+    return ((grad + more) * inside[0]).to(x.dtype), sum_to(partial, scale), None
 
 
 class EWGS(LSQ):
@@ -55,5 +57,5 @@ class EWGS(LSQ):
         if delta < 0:
             raise UserError(f"options.delta={delta}: must be at least 0")
         super().__init__(spec, shape, axis)
-        self.register_buffer("delta", torch.full((1,), float(delta)), persistent=False)
+        self._set_constants(delta=delta)
         self.gradient = gradient(forward, backward, spec.rounding)

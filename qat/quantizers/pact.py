@@ -56,7 +56,7 @@ class PACT(Quantizer):
         if decay < 0:
             raise UserError(f"options.decay={decay}: must be at least 0")
         super().__init__(spec, shape, axis)
-        self.register_buffer("decay", torch.full((1,), float(decay)), persistent=False)
+        self._set_constants(decay=decay)
         self.gradient = gradient(forward, backward, spec.rounding)
 
     def _make_scale(self, scale: Tensor) -> None:

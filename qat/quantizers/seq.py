@@ -66,7 +66,7 @@ class SEQ(LSQ):
                 "bits: 2; set quantizer: lsq for more"
             )
         super().__init__(spec, shape, axis)
-        self.register_buffer("reach", torch.full((1,), REACH[spec.format] if spec.width > 1 else 1.0), persistent=False)
+        self._set_constants(reach=REACH[spec.format] if spec.width > 1 else 1.0)
         self.gradient = gradient(forward, backward if spec.width > 1 else backward_binary, spec.rounding)
 
     def change_bits(self, bits: int) -> None:
