@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 
 from qat.copies import copied
 from qat.errors import UserError
-from qat.export.torch.runner import OneInput
+from qat.export.torch.runner import OneInput, own_modules
 from qat.insert import Plan
 from qat.integer import Eager, IntegerActivation, IntegerLayer, IntegerTensor, emitting
 
@@ -141,7 +141,7 @@ def int8_program(
         raise UserError(f"{type(model).__name__} is called with {type(example).__name__}, and not with one tensor")
     name, model = type(model).__name__, copied(model).eval()
     batch = Dim("batch") if max_batch is None else Dim("batch", max=max_batch)
-    with emitting(Int8Emitter(model, dtype, float_bias)), torch.no_grad():
+    with emitting(Int8Emitter(model, dtype, float_bias)), own_modules(), torch.no_grad():
         try:
             program = torch.export.export(OneInput(model), (example.clone(),), dynamic_shapes=({0: batch},))
         except Exception as error:  # whatever stops a tracer, its first line says it best

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from qat.errors import UserError
 from qat.export.onnx.placement import OPSET
 from qat.export.target import INPUT, OUTPUT
-from qat.export.torch.runner import OneInput
+from qat.export.torch.runner import OneInput, own_modules
 
 
 def trace(model: nn.Module, example: Tensor) -> ir.Model:
@@ -37,7 +37,7 @@ def trace(model: nn.Module, example: Tensor) -> ir.Model:
     Raises:
         UserError: if it cannot be traced, with torch's reason, or only for one size of batches.
     """
-    with _quiet(), _FlatLinear(), patch.object(ExportedProgram, "run_decompositions", _decompose):
+    with _quiet(), own_modules(), _FlatLinear(), patch.object(ExportedProgram, "run_decompositions", _decompose):
         try:
             program = torch.onnx.export(
                 OneInput(model), (example,), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
@@ -68,7 +68,7 @@ def check_trace(model: nn.Module, example: Tensor) -> None:
         UserError: see `trace`.
     """
     shapes = ({0: torch.export.Dim.DYNAMIC},)
-    with _quiet():
+    with _quiet(), own_modules():
         try:
             torch.export.export(OneInput(model), (example,), dynamic_shapes=shapes)
             return

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qat.errors import UserError
 from qat.export.target import Target
 from qat.export.torch.pt2 import load_program, save_program
-from qat.export.torch.runner import OneInput
+from qat.export.torch.runner import OneInput, own_modules
 from qat.insert import Plan
 from qat.integer import Eager, IntegerActivation, IntegerTensor, emitting
 
@@ -107,7 +107,7 @@ class TorchTarget(Target):
     file = "model.pt2"
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
-        with emitting(DecomposedEmitter()), torch.no_grad():
+        with emitting(DecomposedEmitter()), own_modules(), torch.no_grad():
             try:
                 program = torch.export.export(
                     OneInput(model), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
