@@ -12,6 +12,7 @@ from qat.convert import convert
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.target import OnnxTarget
 from qat.export.packed import load_packed, save_packed
+from qat.export.torch.target import TorchTarget
 from qat.integer import IntegerTensor
 
 onnx = pytest.importorskip("onnx")
@@ -50,6 +51,12 @@ def handmade(m, x):
     return m.head((y * q - x)[:, 0])
 
 
+def grouped(m, x):
+    """Four queries, two keys and values."""
+    q, k, v = (layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (m.a, m.b, m.c))
+    return m.head(F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2))
+
+
 def inception(m, x):
     y = torch.cat([F.relu(m.a(x)), m.b(x)], 1)
     return m.head(F.relu(m.c(y)).mean((2, 3)))
@@ -61,6 +68,11 @@ MODELS = {
     "bias": (lambda: Attention(bias=True), SEQUENCE),
     "handmade": (
         lambda: Model(handmade, a=nn.Linear(16, 16), b=nn.Linear(16, 16), head=nn.Linear(16, 5)), SEQUENCE,
+    ),
+    "grouped": (
+        lambda: Model(
+            grouped, a=nn.Linear(16, 16), b=nn.Linear(16, 8), c=nn.Linear(16, 8), head=nn.Linear(16, 5)
+        ), SEQUENCE,
     ),
     "inception": (
         lambda: Model(
@@ -84,6 +96,7 @@ EXPORTED = [
     pytest.param("attention", {}, {"QGemm": 3, "MatMulIntegerToFloat": 1, "MatMul": 1}, id="attention"),
     pytest.param("attention", ALL, {"QGemm": 3, "MatMulIntegerToFloat": 1, "QLinearMatMul": 1}, id="every-edge"),
     pytest.param("causal", ALL, {"QGemm": 3, "MatMulIntegerToFloat": 1, "QLinearMatMul": 1}, id="causal"),
+    pytest.param("grouped", ALL, {"MatMulIntegerToFloat": 1, "QLinearMatMul": 1, "MatMul": 0}, id="grouped-heads"),
     pytest.param("bias", ALL, {"QGemm": 3, "MatMulIntegerToFloat": 1, "QLinearMatMul": 1}, id="functional-bias"),
     pytest.param("handmade", {}, {"QGemm": 3, "MatMulIntegerToFloat": 2}, id="handmade"),
     pytest.param("handmade", ALL, {"QGemm": 3, "QLinearMatMul": 1, "QLinearMul": 1}, id="handmade-every-edge"),
@@ -116,6 +129,28 @@ def test_sites_run_on_integer_kernels_and_compute_what_training_did(name, policy
 
 
 # -- what is stored ----------------------------------------------------------------------------------------------------
+
+
+def by_identity(m, x):
+    """Joins behind its first layer and adds behind the others; a grid that both read has two paths."""
+    for layer in m.layers:
+        x = torch.cat([layer(x), layer(x)], 1) if layer is m.layers[0] else layer(x) + x
+    return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("target", [OnnxTarget(), TorchTarget()], ids=["onnx", "torch"])
+def test_a_forward_that_compares_its_layers_takes_the_same_way_in_a_file(target, tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(IMAGE)
+    model = Model(by_identity, layers=nn.ModuleList([nn.Conv2d(3, 4, 1), nn.Conv2d(8, 8, 1)]))
+    plan = quantized(model, x, W8A8)
+    path = tmp_path / target.file
+    converted = convert(model, plan)
+    target.export(converted, plan, x, path)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            torch.from_numpy(target.load(path, model)(x.numpy())), converted(x), atol=0.05, rtol=0
+        )
 
 
 def test_a_functional_weight_is_stored_as_codes_and_nothing_else():

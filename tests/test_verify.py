@@ -19,9 +19,18 @@ from qat.export.manifest import write_manifest
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import OnnxRunner
 from qat.export.onnx.target import OnnxTarget
-from qat.export.verify import Comparison, Verdict, check_codes, check_metric, count_kernels, weight_codes
+from qat.export.verify import (
+    Comparison,
+    Verdict,
+    check_codes,
+    check_metric,
+    check_outputs,
+    count_kernels,
+    weight_codes,
+)
 from qat.insert import Plan
 from qat.lightning.evaluate import verify_file
+from qat.report.format import verdict as outcome
 
 SHAPE = Shape(bias=True)
 
@@ -215,6 +224,12 @@ def test_a_layer_in_float_is_not_made_up_for_by_one_that_runs_several_times(trai
     assert not verdict.passed and verdict.checks[0].detail.startswith("2 of 3 convolutions and matrix products;")
 
 
+def test_a_layer_that_is_no_product_on_integers_is_not_named_among_those_in_float(trained) -> None:
+    verdict = Verdict()
+    count_kernels(verdict, trained.converted, 2, floats=["model", "model.stem"])
+    assert verdict.checks[0].detail.endswith("; in float: model.stem")
+
+
 def test_codes_that_a_file_holds_as_floats_are_not_those_of_the_model(trained) -> None:
     codes = weight_codes(trained.converted)
     for stored, passed in ((codes, True), ({n: c.astype(np.float32) for n, c in codes.items()}, False)):
@@ -253,6 +268,10 @@ def test_outputs_that_are_no_classes_agree_where_no_value_is_more_than_a_step_aw
     actual[:, 0, 0, 0] += np.array([0.9, 1.1], np.float32)
     comparison.update(expected, actual)
     assert comparison.samples == 2 and comparison.agreement == 1 / 2
+    verdict = Verdict()
+    check_outputs(verdict, comparison, 0.5, 1.0)
+    found = outcome({"verify": verdict.to_dict()})
+    assert found is not None and "50.00% of samples within a step of 8 bits" in found.text
 
 
 @pytest.mark.parametrize("constant", [-1e9, 0.25, -np.inf, np.inf])

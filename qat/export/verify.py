@@ -38,6 +38,8 @@ class Comparison:
     outputs: dict[int, np.ndarray] = field(default_factory=dict)
     """By how many outputs a tensor has (classes; channels of an image): of each, the smallest and the largest of its
     finite values, and their number, as rows."""
+    classes: bool = True
+    """Whether all outputs are logits of classes."""
 
     def update(self, expected: np.ndarray, actual: np.ndarray) -> None:
         """Adds a batch (`[N, C]`, `[N, T, C]` or `[N, ...]`) of the fake-quantized model's outputs and the file's.
@@ -61,6 +63,7 @@ class Comparison:
         if expected.ndim in (2, 3) and expected.shape[-1] > 1:  # classes; of a sequence, at each position
             same = (expected.argmax(-1) == actual.argmax(-1)).reshape(-1)
         else:
+            self.classes = False
             same = (difference <= self.step).reshape(len(expected), -1).all(1)
         self.samples += same.size
         self.agreeing += int(same.sum())
@@ -218,14 +221,16 @@ def count_kernels(
         found: How many do; a layer that runs several times (the steps of an LSTM) may count as often.
         without: For how many the runtime has no integer kernel.
         what: What was counted.
-        floats: The layers that are computed in float, if they are known.
+        floats: The layers that are computed in float, if they are known; those that should not be are named.
         why: The runtime has none for those.
     """
     products = _integer_products(converted)
     expected = sum(products.values())
     found = min(found, expected - sum(products.get(name, 0) for name in floats or ()))
     verdict.facts.update(integer_nodes=found, expected_integer_nodes=expected)
-    note = f"; in float: {', '.join(floats)}" if floats else ""
+    others = {name for name, _ in converted.named_modules()} - {name for name, count in products.items() if count}
+    named = [name for name in floats or () if name not in others]
+    note = f"; in float: {', '.join(named)}" if named else ""
     passed = found >= expected - without
     if (left := min(expected - found, without)) > 0:
         note += f"; {left} without an integer kernel: {why}"
@@ -248,6 +253,7 @@ def check_outputs(
     if not note:
         verdict.facts.update(
             agreement=comparison.agreement,
+            classes=comparison.classes,
             max_deviation_steps=comparison.deviation_steps,
             mean_deviation_steps=comparison.mean_steps,
             samples=comparison.samples,

@@ -2,7 +2,8 @@
 
 The fused kernels never form them; a grid for them, and the two integer products of an exported file, need the form that
 the documentation of `F.scaled_dot_product_attention` gives. Shapes: query `[..., L, E]`, key `[..., S, E]`, value
-`[..., S, Ev]`, mask broadcastable to `[..., L, S]`; with grouped heads, axis -3 of key and value divides the query's.
+`[..., S, Ev]`, mask broadcastable to `[..., L, S]`; with grouped heads, axis -3 of key and value (G) divides the
+query's (H).
 """
 
 import math
@@ -37,9 +38,8 @@ def explicit_attention(
     """
     if attn_mask is not None and is_causal:
         raise RuntimeError("Explicit attn_mask should not be set when is_causal=True")
-    if enable_gqa:
-        key, value = (t.repeat_interleave(query.size(-3) // t.size(-3), -3) for t in (key, value))
-    products, factor = query @ key.transpose(-2, -1), 1 / math.sqrt(query.size(-1)) if scale is None else scale
+    factor = 1 / math.sqrt(query.size(-1)) if scale is None else scale
+    products = _product(query, key.transpose(-2, -1), enable_gqa)
     if is_causal:  # every query sees the first key
         hidden = torch.full(products.shape[-2:], -math.inf, dtype=products.dtype, device=products.device).triu(1)
         weights = torch.softmax(torch.add(hidden, products, alpha=factor), -1)
@@ -50,4 +50,14 @@ def explicit_attention(
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
         blind = (scores == -math.inf).all(-1, keepdim=True)
         weights = torch.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
-    return F.dropout(probabilities(weights), dropout_p) @ value
+    return _product(F.dropout(probabilities(weights), dropout_p), value, enable_gqa)
+
+
+def _product(a: Tensor, b: Tensor, grouped: bool) -> Tensor:
+    """`a @ b`, `[..., H, L, E]` by `[..., G, E, S]`: the heads of a group are rows of one matrix, so that nothing is
+    repeated, which runtimes would do in float, between the codes of `b` and the product.
+    """
+    if not grouped:
+        return a @ b
+    rows = a.unflatten(-3, (b.size(-3), -1)).flatten(-3, -2)
+    return (rows @ b).unflatten(-2, (-1, a.size(-2))).flatten(-4, -3)

@@ -69,7 +69,8 @@ def verdict(report: Mapping[str, Any]) -> VerdictInWords | None:
     if (same := verify.get("codes_identical")) is not None:
         facts.append("weight codes identical" if same else "weight codes differ")
     if (agreement := verify.get("agreement")) is not None:
-        facts.append(f"{agreement:.2%} of predictions equal")
+        what = "predictions equal" if verify.get("classes", True) else "samples within a step of 8 bits"
+        facts.append(f"{agreement:.2%} of {what}")
     if (steps := verify.get("max_deviation_steps")) is not None:
         facts.append(f"outputs within {steps:.3g} step{'' if steps == 1 else 's'}")
     if (nodes := verify.get("integer_nodes")) is not None:
