@@ -83,7 +83,7 @@ def worst_first(rows: Iterable[Health]) -> list[Health]:
     return sorted(rows, key=lambda row: (not row.findings(), float("inf") if row.sqnr_db is None else row.sqnr_db))
 
 
-def from_checkpoint(checkpoint: Mapping[str, Any], path: Any) -> tuple[list[Health], bool, list[str]]:
+def from_checkpoint(checkpoint: Mapping[str, Any], path: Any) -> tuple[list[Health], str | None, list[str]]:
     """The health of a trained model, from a checkpoint's containers and tensors alone.
 
     Args:
@@ -91,21 +91,24 @@ def from_checkpoint(checkpoint: Mapping[str, Any], path: Any) -> tuple[list[Heal
         path: Its file, for messages.
 
     Returns:
-        The rows, and whether training recorded them (`QuantizerHealth`). Otherwise there are only weights, measured
-        now; and the layers that are left out, as a parametrization computes their weight, or an old plan does not say
+        The rows; why there are only weights, measured now, where training has not recorded them (`QuantizerHealth`);
+        and the layers that are left out, as a parametrization computes their weight, or an old plan does not say
         where it lies.
 
     Raises:
         UserError: if the checkpoint is of a model without quantizers.
     """
+    why = "the checkpoint was written without the callback QuantizerHealth"
     for key, state in (checkpoint.get("callbacks") or {}).items():
-        if key.startswith("QuantizerHealth") and state.get("rows"):
-            return [Health(**row) for row in state["rows"]], True, []
+        if key.startswith("QuantizerHealth"):
+            if state.get("rows"):
+                return [Health(**row) for row in state["rows"]], None, []
+            why = "training took too few steps for QuantizerHealth to measure activations"
     if "qat" not in checkpoint:
         raise UserError(f"checkpoint {path}: is of a float model, which has no quantizers to inspect")
     plan, state = Plan.from_dict(checkpoint["qat"]), checkpoint["state_dict"]
     rows = {layer: _row(layer, plan, state) for layer in plan.weights}
-    return [row for row in rows.values() if row], False, [layer for layer, row in rows.items() if row is None]
+    return [row for row in rows.values() if row], why, [layer for layer, row in rows.items() if row is None]
 
 
 def _row(layer: str, plan: Plan, state: Mapping[str, Tensor]) -> Health | None:

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     from qat.health import from_checkpoint, worst_first  # imports torch: only once there is something to read
     from qat.lightning.weights import read_checkpoint
 
-    rows, recorded, left_out = from_checkpoint(read_checkpoint(path), path)
+    rows, why, left_out = from_checkpoint(read_checkpoint(path), path)
     if left_out:
         print(
             f"qat: left out, as the checkpoint alone does not tell the weight: {', '.join(left_out)}; "
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
 
         from qat.report.health import health_table
 
-        Console().print(health_table(rows, recorded))
+        Console().print(health_table(rows, why))
     return int(any(row.findings() for row in rows))
 
 

@@ -17,15 +17,15 @@ TAIL = re.compile(r"_quantizer(?=(_\d+)?(\.\d+)?$)")
 """What the names of all quantizers have: `fc1.weight_quantizer`, `cat.input_quantizer_1`."""
 
 
-def health_table(rows: Sequence[Health], recorded: bool) -> Group:
+def health_table(rows: Sequence[Health], why: str | None) -> Group:
     """One line per quantizer, in the order given, and below them what has collapsed; names are whole at 80 columns, but
     for long ones.
 
     Args:
         rows: See `qat.health`.
-        recorded: Whether training recorded them; a note says what is missing if not.
+        why: Why there are weights alone; `None` if training recorded everything.
     """
-    note = None if recorded else "weights alone: the checkpoint was written without the callback QuantizerHealth"
+    note = None if why is None else f"weights alone: {why}"
     table = Table(box=box.SIMPLE_HEAD, padding=0, caption=note, caption_justify="left")
     table.add_column("quantizer", overflow="fold")
     table.add_column("grid", overflow="fold")
