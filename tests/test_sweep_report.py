@@ -55,6 +55,16 @@ def test_the_page_stands_alone(page):
     assert "scale/fc1" not in points[0]["curves"] and points[0]["folder"] == "points/0"
 
 
+def test_what_all_points_have_in_common_is_said_once(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    (tmp_path / "sweep.json").write_text(json.dumps({"kind": "grid", "objectives": {"metric": "max"}}))
+    for number in range(3):
+        write_point(tmp_path, number, {"model": "mine", "seed": str(number)}, metric=0.5)
+    assert main(["report", str(tmp_path)]) == 0
+    said = capfd.readouterr().out
+    assert said.count("model=mine") == 1 and all(f"seed={number}" in said for number in range(3))
+
+
 def test_runs_of_several_metrics_have_a_table_a_page_and_a_front_for_each(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     measured = [("test/acc", True, 0.8), ("test/loss", False, 0.3), ("test/acc", True, 0.7), ("test/loss", False, 0.2)]

@@ -1,7 +1,7 @@
 """What a sweep comes to: a table in the terminal, a page (`report.html`), a picture (`report.png`), and W&B's copy."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,14 @@ def tell_bad(sweep: Sweep, console: Console) -> bool:
 
 
 def sweep_table(sweep: Sweep) -> Table:
-    """A row for each point, the best metric first; `*` marks the front over all objectives."""
+    """A row for each point, the best metric first; `*` marks the front over all objectives. What all points have in
+    common is in the title."""
     headers, rows = sweep_rows(sweep)
     over = ", ".join(f"{name} {direction}" for name, direction in sweep.objectives.items())
     floats = ", ".join(map(metric, sorted(float_metrics(sweep))))
+    title = " ".join([sweep.folder.name, *_label(_shared(sweep))])
     table = Table(
-        box=box.SIMPLE_HEAD, title=escape(sweep.folder.name), title_justify="left", title_style="bold",
+        box=box.SIMPLE_HEAD, title=escape(title), title_justify="left", title_style="bold",
         caption=f"* on the Pareto front ({over}); float: {floats or NONE}", caption_justify="left",
         padding=(0, 1, 0, 0),
     )  # fmt: skip
@@ -83,10 +85,11 @@ def sweep_table(sweep: Sweep) -> Table:
 def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the table as plain text; the costs are those that are objectives, and the usual ones."""
     costs = [cost for cost in COSTS if cost != "size" or cost in sweep.objectives]
+    shared = _shared(sweep)
     front = {result.number for result in sweep.front()}
     rows = []
     for result in _ordered(sweep):
-        label = " ".join(f"{key.removeprefix('quant.')}={value}" for key, value in result.params.items())
+        label = " ".join(_label({key: value for key, value in result.params.items() if key not in shared}))
         ptq = metric(((result.report.get("stages") or {}).get("ptq") or {}).get("metric"))
         score = metric(result.values.get("metric")) if result.state == "done" else result.state or "unfinished"
         score += " NOT VERIFIED" if result.verified is False else ""
@@ -94,6 +97,16 @@ def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
         cells = [COSTS[cost][1](values[cost]) if cost in values else NONE for cost in costs]
         rows.append([f"{'*' if result.number in front else ''}{result.number}", label, ptq, score, *cells])
     return ["", "parameters", "PTQ", sweep.metric, *(COSTS[cost][0] for cost in costs)], rows
+
+
+def _shared(sweep: Sweep) -> dict[str, str]:
+    """The parameters that all points have in common; none of a single one."""
+    first, *others = [r.params for r in sweep.results if r.error is None] or [{}]
+    return {key: value for key, value in first.items() if others and all(o.get(key) == value for o in others)}
+
+
+def _label(params: Mapping[str, str]) -> list[str]:
+    return [f"{key.removeprefix('quant.')}={value}" for key, value in params.items()]
 
 
 def _ordered(sweep: Sweep) -> Sequence[Result]:
