@@ -20,7 +20,7 @@ from qat.quantizers import create
 from qat.search import Search
 from qat.search.costs import Files, make_costs
 from qat.search.fractional import FractionalGrid, RelaxedCost, Width, all_pairs, check_learnable, first_scales
-from qat.search.learned import fractional_grids, shared_widths
+from qat.search.learned import check_grids, fractional_grids, shared_widths
 from qat.search.space import make_space
 from qat.spec import QuantSpec
 
@@ -179,9 +179,9 @@ def test_tied_layers_share_widths_and_a_layer_with_one_choice_keeps_it():
     ],
 )
 def test_a_grid_whose_width_cannot_be_learned_is_named(policy, said):
-    space, model, run = _space(policy)
+    space, model, _ = _space(policy)
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
-        fractional_grids(space, model, shared_widths(space, model), run)
+        check_grids(space, model, shared_widths(space, model))
 
 
 def test_the_quantizers_that_the_message_recommends_can_be_learned():

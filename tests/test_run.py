@@ -331,6 +331,21 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
             "callbacks.stop.monitor=val_loss: MLP.validation_step logs no such value; did you mean 'val/loss'",
             id="monitor-of-another-callback",
         ),
+        pytest.param(
+            ["callbacks=anneal", "trainer.max_epochs=2"],
+            "error: callbacks.anneal.schedule=2: training ends before, after max_epochs=2; give an earlier epoch",
+            id="schedule-too-long",
+        ),
+        pytest.param(
+            ["callbacks=learn_bits"],
+            "error: callbacks.learn_bits.budget: avg_bits=3 bits cannot be met: the smallest feasible is 6.8",
+            id="budget",
+        ),
+        pytest.param(
+            ["callbacks=freeze"],
+            "error: callbacks.freeze_batch_norm: MLP has no BatchNorm with running statistics",
+            id="callback-without-work",
+        ),
         pytest.param(["ckpt=last"], "ckpt=last: there is no run to resume in", id="nothing-to-resume"),
         pytest.param(["ckpt=nowhere.ckpt"], "checkpoint nowhere.ckpt: no such file", id="no-checkpoint"),
         pytest.param(
@@ -438,6 +453,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader
 from qat.data import Digits
+from qat.errors import UserError
 from qat.models import MLP
 class Pair(MLP):
     def forward(self, x):
@@ -454,6 +470,12 @@ class Nothing(Digits):
 class Logs(Callback):
     def on_validation_end(self, trainer, pl_module):
         trainer.callback_metrics["val/mine"] = torch.tensor(1.0)
+class Stops(Callback):
+    def __init__(self, when: bool):
+        self.when = when
+    def on_train_start(self, trainer, pl_module):
+        if self.when:
+            raise UserError("when=True: never")
 class Tied(MLP):
     def __init__(self, in_features: int = 64, num_classes: int = 10, width: int = 16):
         super().__init__(in_features, num_classes, width)
@@ -507,7 +529,9 @@ def test_what_needs_no_graph_takes_a_forward_that_has_none(export, rows, own_par
     ("override", "said"),
     [
         pytest.param(
-            "model._target_=own_parts_of_run.Pair", "Pair returns a tuple: ONNX export needs", id="two-outputs"
+            "model._target_=own_parts_of_run.Pair",
+            "Pair returns a tuple: ONNX export needs a forward that returns one tensor; export=packed and export=none",
+            id="two-outputs",
         ),
         pytest.param(
             "model._target_=own_parts_of_run.Fixed",
@@ -523,6 +547,29 @@ def test_what_cannot_be_exported_or_trained_is_refused_before_training(override,
     assert len(lines) == 1 and said in lines[0], lines
     assert not Path("run").exists()
     assert not Path("run").exists()
+
+
+def test_a_run_that_a_mistake_stops_before_its_first_step_goes_on_corrected(own_parts, capfd):
+    stops = "+callbacks.stops={_target_: own_parts_of_run.Stops, when: true}"
+    assert _train(Path("run"), stops, "export=none", "quant=w2a2") == 2
+    err = capfd.readouterr().err
+    assert "qat: error: when=True: never" in err and "goes on with: qat train ckpt=last run_dir=" in err
+    before = json.loads(Path("run/progress.json").read_text())["stages"]
+    assert list(before) == ["float"], "what is calibrated may be corrected, too"
+    assert main(["train", "ckpt=last", "run_dir=run", "quant=w8a8", "callbacks.stops.when=false"]) == 0
+    after = _report(Path("run"))["stages"]
+    assert list(after) == ["float", "ptq", "qat"] and after["float"] == before["float"]
+
+
+def test_ptq_alone_is_a_run_without_a_stage_of_training(tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    assert _train(run_dir, "trainer.max_epochs=0", "export=packed", "callbacks=anneal") == 0
+    said = capfd.readouterr().out
+    assert list(_report(run_dir)["stages"]) == ["float", "ptq", "exported"] and "verified:" in said
+    assert "Quantization-aware training" not in said and "QAT" not in said
+    assert main(["verify", str(run_dir)]) == 0
+    main(["inspect", str(run_dir)])
+    assert "too few steps for QuantizerHealth" in " ".join(capfd.readouterr().out.split())
 
 
 def test_float_training_can_start_from_float_weights(finished, tmp_path, capfd):

@@ -73,7 +73,7 @@ def instantiate(node: Any, **kwargs: Any) -> Any:
         if not _users(cause, at):
             raise
         said = str(cause).partition(_FULL_KEY)[0]
-        raise UserError(_under(where, said if isinstance(cause, UserError) else " ".join(said.split()), at)) from error
+        raise UserError(under(where, said if isinstance(cause, UserError) else " ".join(said.split()), at)) from error
 
 
 def build(cfg: Any, key: str, kind: type[T], **kwargs: Any) -> T:
@@ -100,11 +100,17 @@ def _users(cause: BaseException | None, node: Any) -> bool:
     return by_name or isinstance(cause, (ValueError, ModuleNotFoundError))
 
 
-def _under(where: str, said: str, node: Any) -> str:
-    """What a constructor said, under the key that was written: `alpha=2: ...` as `callbacks.distill.alpha=2: ...`."""
+def under(where: str, said: str, node: Any) -> str:
+    """What a constructor said, under the key that was written: `alpha=2: ...` as `callbacks.distill.alpha=2: ...`.
+
+    Args:
+        where: The key of the object's node.
+        said: The message, perhaps beginning with one of its arguments.
+        node: The config node.
+    """
     if where and said.startswith((f"{where}.", f"{where}:")):
         return said
-    name = re.match(r"(\w+)[.=]", said)
+    name = re.match(r"(\w+)[.=:\[]", said)
     known = name is not None and isinstance(node, DictConfig) and name[1] in node
     return _join(where, said) if known or not where else f"{where}: {said}"
 

@@ -7,12 +7,13 @@ of its weight, and what follows, quantizers included, keeps the format of what i
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 
 from qat.errors import UserError
+from qat.lightning.early import Early
+from qat.lightning.steps import Source, trainer_source
 
 
-class ChannelsLast(Callback):
+class ChannelsLast(Early):
     """Puts the module's four-dimensional parameters and buffers in channels-last order when fit starts.
 
     Raises:
@@ -20,9 +21,12 @@ class ChannelsLast(Callback):
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_start(trainer, pl_module, trainer_source(trainer))
+        pl_module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
         if not any(parameter.ndim == 4 for parameter in pl_module.parameters()):
             raise UserError(
                 f"ChannelsLast: {type(pl_module).__name__} has no parameter of four dimensions (a two-dimensional "
                 "convolution's weight), so the memory format would change nothing; leave the callback out"
             )
-        pl_module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -171,7 +171,7 @@ def verify(
         this = Run(trained.cfg, folder)
         this.module = trained.module
         if trained.checkpoint.name != TRAINED:
-            this.progress["stages"]["qat"]["metric"] = this.measure()
+            this.progress["stages"]["qat"] = {"metric": this.measure()}
         if target is not None and file is not None:
             return _show(this, file, _verdict(this, target, trained, file))
         passed = True

@@ -31,6 +31,7 @@ from qat.errors import UserError
 from qat.insert import remove
 from qat.lightning.averages import averages
 from qat.lightning.callback import QATCallback, joint_policy
+from qat.lightning.early import Early
 from qat.lightning.schedules.anneal import current_plan
 from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.stateful import Stateful
@@ -40,7 +41,7 @@ from qat.search.budget import shown
 from qat.search.costs import Files, make_costs, make_harms, predict
 from qat.search.emit import outputs, write
 from qat.search.fractional import FractionalGrid, RelaxedCost, Width, all_pairs
-from qat.search.learned import fractional_grids, shared_widths
+from qat.search.learned import check_grids, fractional_grids, shared_widths
 from qat.search.settings import Search
 from qat.search.space import Pair, Space, kept_bits, make_space
 from qat.search.weigh import converted, packed_bytes
@@ -51,7 +52,7 @@ BETAS = (0.9, 0.95)
 """Of Adam: the penalty at the start is soon forgotten, or what the loss asks for at the limit would hardly count."""
 
 
-class LearnBits(Stateful):
+class LearnBits(Early, Stateful):
     """Learns the bits of weights and of the inputs of layers, of any LightningModule that `QATCallback` quantizes.
 
     Logs `bits/<grid>`, `bits/cost/<budget>` and `bits/penalty` after every epoch.
@@ -105,29 +106,36 @@ class LearnBits(Stateful):
     # -- before the first step -----------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_reached(trainer, "LearnBits: until", self.until)
-        if self.choice is not None:  # a checkpoint from after they became whole has brought them
-            return
-        if self.output is not None and not self._saved:
-            outputs(self.output, None, "LearnBits: output")
-        qat = self._qat(trainer)
         source = trainer_source(trainer)
-        shell = self._space(qat, pl_module, source)
-        self._costs(qat, shell, source)
-        self.widths = shared_widths(self.space, pl_module)
-        run = run_steps(pl_module, source, qat.calibration_samples)
+        self.check_start(trainer, pl_module, source)
+        if self.choice is not None:
+            return
+        if self.space.parts:
+            rank_zero_info(f"LearnBits: not learned: {kept_bits(self.space.parts)}")
+        run = run_steps(pl_module, source, self._qat(trainer).calibration_samples)
         known = self._saved.get("starts")
         self.grids, self._saved["starts"] = fractional_grids(
             self.space, pl_module, self.widths, run, known, list(averages(trainer))
         )
         self.parameters = list({id(w): w.value for w in self.widths.values() if not w.fixed}.values())
-        if not self.parameters:
-            raise UserError("LearnBits: every grid has one width to choose from; give more weight_bits or act_bits")
         self.optimizer = Adam(self.parameters, lr=self.lr, betas=BETAS)
         self._restore()
         for grid in self._all():
             grid.attach()
         pl_module.quantization_plan = current_plan(pl_module)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+
+    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
+        check_reached(trainer, "LearnBits: until", self.until)
+        if self.choice is not None:  # a checkpoint from after they became whole has brought them
+            return
+        if self.output is not None and not self._saved:
+            outputs(self.output, None, "LearnBits: output")
+        shell = self._space(self._qat(trainer), pl_module, source)
+        self._costs(shell, source)
+        self.widths = shared_widths(self.space, pl_module)
+        if all(width.fixed for width in self.widths.values()):
+            raise UserError("LearnBits: every grid has one width to choose from; give more weight_bits or act_bits")
+        check_grids(self.space, pl_module, self.widths)
 
     def _qat(self, trainer: pl.Trainer) -> QATCallback:
         callbacks = [c for c in trainer.callbacks if isinstance(c, QATCallback)]  # pyright: ignore[reportAttributeAccessIssue]
@@ -145,14 +153,12 @@ class LearnBits(Stateful):
         remove(shell)
         policy = joint_policy([qat], shell)
         self.space: Space = make_space(shell, policy, self.settings, run_steps(shell, source, samples=1))
-        if self.space.parts:
-            rank_zero_info(f"LearnBits: not learned: {kept_bits(self.space.parts)}")
         self.other = {
             "calibration_samples": qat.calibration_samples, "scale_lr": qat.scale_lr_factor, "module": None,
         }  # fmt: skip
         return shell
 
-    def _costs(self, qat: QATCallback, shell: pl.LightningModule, source: Source) -> None:
+    def _costs(self, shell: pl.LightningModule, source: Source) -> None:
         """What that costs, and whether the budgets can be met."""
         every = {tensor: self.space.widths(tensor) for tensor in self.space.tensors}
         layers = [dataclasses.replace(layer, options=all_pairs(layer, every)) for layer in self.space.layers]
@@ -161,7 +167,7 @@ class LearnBits(Stateful):
             ends = sorted(self.space.plans)
             for bits in {ends[0], ends[-1]}:
                 plan = self.space.plans[bits]
-                made = converted(shell, plan, lambda m: run_steps(m, source, qat.calibration_samples)())  # pyright: ignore
+                made = converted(shell, plan, lambda m: run_steps(m, source, samples=1)())  # pyright: ignore
                 packed[bits] = packed_bytes(made, plan)
         self._saved["packed"] = packed
         self.costs = make_costs(dataclasses.replace(self.space, layers=layers), Files(packed))
@@ -171,7 +177,10 @@ class LearnBits(Stateful):
     def _nearest(self, values: Mapping[str, float]) -> dict[str, Pair]:
         """The allocation within the budgets that is nearest to these widths."""
         harms = make_harms(self.space, lambda tensor, bits: (bits - values[tensor]) ** 2)
-        return solve(Problem(self.space.layers, harms, self.costs, self.space.tied), self.settings.budget)
+        try:
+            return solve(Problem(self.space.layers, harms, self.costs, self.space.tied), self.settings.budget)
+        except UserError as error:
+            raise UserError(f"LearnBits: budget: {error}") from None
 
     def _all(self) -> list[FractionalGrid]:
         return [grid for grids in self.grids.values() for grid in grids]

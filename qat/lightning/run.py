@@ -103,22 +103,29 @@ class Run(Workspace):
             values["metric"] = self.measure(callbacks=[self.qat_callback()])
 
     def qat_stage(self) -> None:
-        """Trains with fake quantization."""
-        with self.stage("qat", "Quantization-aware training") as values:
+        """Trains with fake quantization; where that is to take no step, keeps what was calibrated."""
+        with self.stage("qat", "Quantization-aware training" if self.trains else None) as values:
             callbacks = [self.qat_callback(), SeedEpochs(self.cfg.seed), *self.callbacks]
             saves = any(isinstance(callback, Checkpoint) for callback in callbacks)  # else Lightning adds its own
             trainer = self.trainer(callbacks=callbacks, logger=self.loggers, enable_checkpointing=saves)
             limits = OmegaConf.to_container(OmegaConf.masked_copy(self.cfg.trainer, list(LIMITS)))
             if not self._load_trained(limits):
                 last = self._resume_from(self.folder / LAST_CHECKPOINT, *self.loggers)
-                trainer.fit(self.module, datamodule=self.data, ckpt_path=last, weights_only=True)
+                try:
+                    trainer.fit(self.module, datamodule=self.data, ckpt_path=last, weights_only=True)
+                except UserError:
+                    if not trainer.global_step:  # what corrects it may change what is calibrated
+                        self.progress["stages"].pop("ptq", None)
+                        self.remember()
+                    raise
                 trainer.save_checkpoint(self.folder / TRAINED, weights_only=True)  # whole or not at all
                 # The first process is alone from here on: nothing may wait for the others.
                 if torch.distributed.is_initialized():
                     torch.distributed.destroy_process_group()
                 self.progress["trained"] = {"limits": limits, "best": self._best_file(trainer)}
                 self.remember()
-            values["metric"] = self.measure()
+            if self.trains:
+                values["metric"] = self.measure()
             if (best := self._best()) is not None:
                 values["best"] = best
 
@@ -211,7 +218,8 @@ class Run(Workspace):
         """Verifies a file (by default the target's, in the run's folder) against the module as it is: on the CPU, where
         the runtimes compute, and where sums of codes are exact.
         """
-        trained = self.progress["stages"]["qat"]["metric"]
+        stages = self.progress["stages"]
+        trained = (stages.get("qat") or stages["ptq"])["metric"]
         trainer = self.measuring(**ON_THE_CPU)
         return verify_file(
             file or self.folder / target.file, target, prepared, float_model, trainer, self.module, self.data,

@@ -17,14 +17,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
 from qat.config.configs import policy_settings
-from qat.config.instantiate import build
+from qat.config.instantiate import build, under
 from qat.copies import copied
 from qat.errors import UserError, unmakeable
 from qat.export.onnx.export import traceable
@@ -36,6 +36,7 @@ from qat.insert import Plan, apply_plan, make_plan
 from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
 from qat.lightning.distill import Distill
+from qat.lightning.early import Early
 from qat.lightning.evaluate import check_monitors, test_metric
 from qat.lightning.settled import check_settled, settled
 from qat.lightning.shared_ranges import RangeCache
@@ -43,7 +44,7 @@ from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.planning.audit import AuditRow, audit, check_coverage
-from qat.run_files import PROGRESS
+from qat.run_files import LAST_CHECKPOINT, PROGRESS
 from qat.starts import Start
 from qat.storage import with_bytes
 
@@ -146,10 +147,11 @@ class Workspace:
             check_trace(traceable(shell, example), example)
         if not self.policy.is_off:
             check_monitors(trainer, shell, self.data, self._monitors())
-            for callback in self.callbacks:
+            for key, callback in self._named_callbacks().items():
                 if isinstance(callback, Distill):
-                    callback.check_features([self.qat_callback(), *self.callbacks])
-                    callback.check(shell, self.folder)
+                    with self._under(key):
+                        callback.check_features([self.qat_callback(), *self.callbacks])
+                        callback.check(shell, self.folder)
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
             if self.target is not None and (reason := self.target.why_not(shell, plan)):
                 raise UserError(f"export: {reason}")
@@ -159,19 +161,48 @@ class Workspace:
             )
             self.audit_rows = self.audit(plan)
             check_coverage(self.audit_rows, self.policy.required_coverage)
+            if self.trains and not (self.resuming and (self.folder / LAST_CHECKPOINT).is_file()):
+                self._check_start(shell)
+
+    def _check_start(self, shell: pl.LightningModule) -> None:
+        """What callbacks would find when training starts, on a copy of the module with quantizers."""
+        callbacks = [self.qat_callback(), *self.callbacks]
+        saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        trainer = self.trainer(callbacks=callbacks, enable_checkpointing=saves)
+        for key, callback in self._named_callbacks().items():
+            if isinstance(callback, Early):
+                with self._under(key):
+                    callback.check_start(trainer, shell, self.data.train_dataloader)
+
+    @contextmanager
+    def _under(self, key: str) -> Iterator[None]:
+        """Mistakes of a callback, which begin with its class and argument, begin with their config key instead."""
+        try:
+            yield
+        except UserError as error:
+            node = OmegaConf.select(self.cfg, key)
+            kind = str(node["_target_"]).rpartition(".")[2]
+            raise UserError(under(key, str(error).removeprefix(f"{kind}: "), node)) from error
 
     def _monitors(self) -> dict[str, str]:
         """What callbacks look at, by config key; nothing if one of the user's own may be what logs it."""
-        names = [name for name, node in (self.cfg.callbacks or {}).items() if node]
         if any(
             type(callback).__module__.partition(".")[0] not in ("qat", "pytorch_lightning")
             for callback in self.callbacks
         ):
             return {}
-        found = {
-            f"callbacks.{n}.monitor": getattr(c, "monitor", None) for n, c in zip(names, self.callbacks, strict=False)
-        }
+        found = {f"{key}.monitor": getattr(c, "monitor", None) for key, c in self._named_callbacks().items()}
         return {key: name for key, name in found.items() if isinstance(name, str)}
+
+    def _named_callbacks(self) -> dict[str, Callback]:
+        """The callbacks by config key; none where they are left out."""
+        keys = [f"callbacks.{name}" for name, node in (self.cfg.callbacks or {}).items() if node]
+        return dict(zip(keys, self.callbacks, strict=False))
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is quantization-aware training; else the run is PTQ alone."""
+        return 0 not in (self.cfg.trainer.get("max_epochs"), self.cfg.trainer.get("max_steps"))
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -212,9 +243,10 @@ class Workspace:
     # -- progress ------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def stage(self, name: str, title: str) -> Iterator[dict[str, Any]]:
+    def stage(self, name: str, title: str | None) -> Iterator[dict[str, Any]]:
         """Announces and times a stage, and remembers what it measured once it is complete."""
-        self.console.print(title, style="bold")
+        if title is not None:
+            self.console.print(title, style="bold")
         start, values = time.perf_counter(), {}
         pl.seed_everything(self.cfg.seed, workers=True, verbose=False)
         yield values

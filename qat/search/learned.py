@@ -63,6 +63,24 @@ def _groups(space: Space) -> list[list[str]]:
     return list({id(group): group for group in group_of.values()}.values())
 
 
+def check_grids(space: Space, model: nn.Module, widths: Mapping[str, Width]) -> None:
+    """Looks whether every width can be learned.
+
+    Args:
+        space, widths: See `fractional_grids`.
+        model: The same model with quantizers, calibrated or not.
+
+    Raises:
+        UserError: if a quantizer's cannot, or if something else reads through it.
+    """
+    names, readers = {quantizer: name for name, quantizer in named_quantizers(model)}, readers_of(model)
+    for tensor, layers in space.tensors.items():
+        for quantizer in quantizers_at(space, model, tensor):
+            if widths[tensor].widths != [quantizer.spec.width]:
+                check_learnable(names[quantizer], quantizer)
+                _check_alone(names[quantizer], readers[quantizer], layers)
+
+
 def fractional_grids(
     space: Space,
     model: nn.Module,
@@ -71,7 +89,7 @@ def fractional_grids(
     known: Starts | None = None,
     copies: Sequence[nn.Module] = (),
 ) -> tuple[dict[str, list[FractionalGrid]], Starts]:
-    """Every grid to choose for, ready to be attached.
+    """Every grid to choose for, ready to be attached, once `check_grids` has found nothing.
 
     Args:
         space: What can be chosen.
@@ -80,21 +98,16 @@ def fractional_grids(
         run: Lets calibration batches pass.
         known: Scales from an earlier start.
         copies: Copies of the model whose grids get the same whole widths.
-
-    Raises:
-        UserError: if a quantizer's width cannot be learned, or if something else reads through it.
     """
     names = {quantizer: name for name, quantizer in named_quantizers(model)}
     copied = [dict(named_quantizers(model)) for model in copies]
     seen = _samples(space, model, run) if known is None else {}
-    readers, grids, starts = readers_of(model), {}, {}
-    for tensor, layers in space.tensors.items():
+    grids, starts = {}, {}
+    for tensor in space.tensors:
         grids[tensor], starts[tensor] = [], []
         for i, quantizer in enumerate(quantizers_at(space, model, tensor)):
             scales: dict[int, Tensor] = {}
             if widths[tensor].widths != [quantizer.spec.width]:
-                check_learnable(names[quantizer], quantizer)
-                _check_alone(names[quantizer], readers[quantizer], layers)
                 specs = _specs(space, tensor, widths[tensor].widths, quantizer)
                 scales = first_scales(quantizer, specs, seen[quantizer]) if known is None else known[tensor][i]
                 same = [quantizers[names[quantizer]] for quantizers in copied]

@@ -17,13 +17,15 @@ from torch import nn
 from qat.errors import UserError
 from qat.insert import Plan
 from qat.lightning.averages import averages
+from qat.lightning.early import Early
 from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.schedules.which import quantized_weights, quantizers_of, select
 from qat.lightning.stateful import Stateful
+from qat.lightning.steps import Source, trainer_source
 from qat.quantizers import Quantizer, create
 
 
-class AnnealBits(Stateful):
+class AnnealBits(Early, Stateful):
     """Changes bit-widths at the start of epochs, or after shares of training.
 
     A monitored "best" checkpoint may have the wider grids of the beginning; what training ends with has the policy's.
@@ -70,6 +72,10 @@ class AnnealBits(Stateful):
         return self._generate_state_key(match=self.match)  # weights and activations may have a schedule each
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_start(trainer, pl_module, trainer_source(trainer))
+        self._now = None
+
+    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
         last, bits = list(self.schedule.items())[-1]
         check_reached(trainer, "AnnealBits: schedule", last)
         if not self._final:  # else a checkpoint from the middle of the schedule has brought it
@@ -81,7 +87,6 @@ class AnnealBits(Stateful):
                     f"{policy}; end it there, or leave that quantizer out with match"
                 )
         self._check(pl_module)
-        self._now = None
 
     def _chosen(self, pl_module: pl.LightningModule, last: int) -> dict[str, int]:
         """The policy's bits of every quantizer that the schedule is for."""

@@ -11,18 +11,19 @@ accumulated, and without a second forward pass. Scales get none.
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
 from qat.errors import UserError
 from qat.functional import levels
+from qat.lightning.early import Early
 from qat.lightning.schedules.oscillation import check_weights, few_bit_weights
 from qat.lightning.schedules.when import check_ends, cosine, progress
+from qat.lightning.steps import Source, trainer_source
 from qat.quantizers import Quantizer
 
 
-class DampenOscillations(Callback):
+class DampenOscillations(Early):
     """Adds the dampening loss's gradient, its strength growing along a cosine from 0.
 
     Args:
@@ -38,6 +39,9 @@ class DampenOscillations(Callback):
         self.strength, self.max_bits = strength, max_bits
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_start(trainer, pl_module, trainer_source(trainer))
+
+    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
         check_ends(trainer, "DampenOscillations: give max_steps")
         check_weights(trainer, pl_module, self.max_bits, "DampenOscillations", moving=True)
 

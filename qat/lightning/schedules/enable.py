@@ -8,14 +8,15 @@ Low-bitwidth Convolutional Neural Networks", CVPR 2018, section 3.2).
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.utilities import rank_zero_warn
 
+from qat.lightning.early import Early
 from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.schedules.which import quantizers_of
+from qat.lightning.steps import Source, trainer_source
 
 
-class GradualEnable(Callback):
+class GradualEnable(Early):
     """Switches quantizers on late: until then tensors pass as they are. Ranges are those calibrated at the start.
 
     Scales of quantizers that are off get no gradient; under DDP that needs `strategy=ddp_find_unused_parameters_true`.
@@ -34,9 +35,13 @@ class GradualEnable(Callback):
         self.weights_at, self.activations_at = weights_at, activations_at
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_start(trainer, pl_module, trainer_source(trainer))
+        self._quantizers = quantizers_of(pl_module, "GradualEnable").values()
+
+    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
         check_reached(trainer, "GradualEnable: weights_at", self.weights_at)
         check_reached(trainer, "GradualEnable: activations_at", self.activations_at)
-        self._quantizers = quantizers_of(pl_module, "GradualEnable").values()
+        quantizers_of(pl_module, "GradualEnable")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -8,15 +8,16 @@ replace by the running ones. Both are customarily frozen for the last part of tr
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from qat.errors import UserError
 from qat.layers import original_class
+from qat.lightning.early import Early
 from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.schedules.which import quantizers_of
+from qat.lightning.steps import Source, trainer_source
 from qat.quantizers.minmax import MinMax
 
 
@@ -34,7 +35,7 @@ def batch_norms(model: nn.Module, who: str) -> list[_BatchNorm]:
     return found
 
 
-class FreezeRanges(Callback):
+class FreezeRanges(Early):
     """Stops the ranges that follow the data (`minmax`) and, if asked, the learned scales.
 
     Args:
@@ -51,13 +52,17 @@ class FreezeRanges(Callback):
         self.at, self.scales = at, scales
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_start(trainer, pl_module, trainer_source(trainer))
+        found = quantizers_of(pl_module, "FreezeRanges").values()
+        self._trackers = [q for q in found if isinstance(q, MinMax)]
+        self._learned = [p for q in found for p in q.parameters()] if self.scales else []
+
+    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
         check_reached(trainer, "FreezeRanges: at", self.at)
         found = quantizers_of(pl_module, "FreezeRanges").values()
         if not any(isinstance(q, MinMax) or (self.scales and list(q.parameters())) for q in found):
             hint = "" if self.scales else "; scales: true stops those that are learned"
             raise UserError(f"FreezeRanges: no quantizer's range follows the data, so there is nothing to stop{hint}")
-        self._trackers = [q for q in found if isinstance(q, MinMax)]
-        self._learned = [p for q in found for p in q.parameters()] if self.scales else []
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -75,7 +80,7 @@ class FreezeRanges(Callback):
                 parameter.grad = None  # requires_grad=False would let DDP wait for its gradient
 
 
-class FreezeBatchNorm(Callback):
+class FreezeBatchNorm(Early):
     """Keeps BatchNorms in evaluation mode: they normalize by their running statistics, which no longer change; gamma
     and beta still learn.
 
@@ -97,8 +102,12 @@ class FreezeBatchNorm(Callback):
         self.at = at
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        check_reached(trainer, "FreezeBatchNorm: at", self.at)
+        self.check_start(trainer, pl_module, trainer_source(trainer))
         self._norms = batch_norms(pl_module, "FreezeBatchNorm")
+
+    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
+        check_reached(trainer, "FreezeBatchNorm: at", self.at)
+        batch_norms(pl_module, "FreezeBatchNorm")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
+from qat.lightning.early import Early
 from qat.lightning.schedules.anneal import AnnealBits
 from qat.lightning.schedules.when import check_ends, cosine, progress
 from qat.lightning.schedules.which import quantized_weights, quantizers_of
 from qat.lightning.stateful import Stateful
+from qat.lightning.steps import Source, trainer_source
 from qat.quantizers import Quantizer
 
 
@@ -113,7 +115,7 @@ def check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, max_bits: 
             )
 
 
-class TrackOscillations(Stateful):
+class TrackOscillations(Early, Stateful):
     """Logs `oscillation/<layer>` after every epoch: the share of a weight's elements that flip more than `threshold`.
 
     Args:
@@ -138,8 +140,11 @@ class TrackOscillations(Stateful):
     def forget(self) -> None:
         self.weights: dict[str, Oscillation] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
         check_weights(trainer, pl_module, self.max_bits, type(self).__name__, self.moving)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_start(trainer, pl_module, trainer_source(trainer))
         self.weights = {name: state.to(pl_module.device) for name, state in self.weights.items()}
         self._step = trainer.global_step
         self._watched(pl_module)
@@ -204,9 +209,9 @@ class FreezeOscillations(TrackOscillations):
             )
         self.freeze_above = freeze_above
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
         check_ends(trainer, "FreezeOscillations: give max_steps")
-        super().on_train_start(trainer, pl_module)
+        super().check_start(trainer, pl_module, source)
 
     def after_update(self, trainer: pl.Trainer, state: Oscillation, quantizer: Quantizer, weight: Tensor) -> None:
         state.freeze(cosine(*self.freeze_above, progress(trainer)), quantizer)

@@ -22,7 +22,10 @@ def check_reached(trainer: pl.Trainer, name: str, at: float) -> None:
     """Raises a `UserError` if training ends before `at`, or has no end that a share could be taken of."""
     if isinstance(at, int):
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= at:
-            raise UserError(f"{name}={at}: training ends before, after max_epochs={trainer.max_epochs}")
+            raise UserError(
+                f"{name}={at}: training ends before, after max_epochs={trainer.max_epochs}; give an earlier epoch, or "
+                "a share of training such as 0.5"
+            )
     elif at > 0:
         check_ends(trainer, f"{name}={at}: is a share of training; give a whole number of epochs instead")
 
