@@ -37,12 +37,15 @@ class Partition:
         if self.granularity == "channel":
             return (shape[self.axis],)
         size, axis = self.group_size, self._group_axis(len(shape))
-        if size is None or shape[axis] % size:
+        width = shape[axis]
+        if size is None or width % size:
+            fits = [str(d) for d in range(min(size or width, width), 1, -1) if width % d == 0][:3]
+            hint = f": set weight.group_size (of quant, or of a rule) to {', '.join(fits)}" if fits else ""
             raise UserError(
-                f"group_size={size} does not divide the {shape[axis]} input channels of a weight of shape "
-                f"{tuple(shape)}; the last group would be ragged"
+                f"group_size={size} does not divide the {width} input channels of a weight of shape {tuple(shape)}; "
+                f"the last group would be ragged{hint}"
             )
-        return (*shape[:axis], shape[axis] // size, *shape[axis + 1 :])
+        return (*shape[:axis], width // size, *shape[axis + 1 :])
 
     def grouped(self, x: Tensor) -> Tensor:
         """The grouped view of `x`: its group axis as `[groups, group_size]`, or `x` itself where nothing is grouped.

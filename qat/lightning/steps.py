@@ -251,7 +251,7 @@ def example_input(module: pl.LightningModule, source: Source) -> Tensor:
     if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
         raise UserError(
             f"{type(module).__name__}: export needs a forward of one tensor, "
-            f"its step passes {len(args)} arguments and {list(kwargs)}"
+            f"its step passes {len(args)} arguments and {list(kwargs)}; export=packed and export=none take any"
         )
     x = args[0].detach().cpu()
     return x if len(x) > 1 else x.repeat(2, *[1] * (x.ndim - 1))

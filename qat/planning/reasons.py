@@ -15,7 +15,7 @@ from qat.quantizers import Quantizer
 FOLDS = "folds into "
 FLOAT_CODES = "computed in float: "
 ADAPTER = "an adapter, which stays float until it is merged (qat.merge_adapters)"
-NOT_REACHED = "not reached by the probe batch"
+NOT_REACHED = "its forward is never called"
 NORMALISES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 NAMES = {"add": "sum", "sub": "difference"}
 NO_KERNEL = ("einsum", "Bilinear", "ConvTranspose", "conv_transpose")

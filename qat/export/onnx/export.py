@@ -147,7 +147,8 @@ def traceable(model: nn.Module, example: Tensor) -> nn.Module:
         output = model(example)
     if not isinstance(output, Tensor):
         raise UserError(
-            f"{name} returns a {type(output).__name__}: ONNX export needs a forward that returns one tensor"
+            f"{name} returns a {type(output).__name__}: ONNX export needs a forward that returns one tensor; "
+            "export=packed and export=none take any"
         )
     return model
 
