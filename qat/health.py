@@ -99,6 +99,10 @@ def from_checkpoint(checkpoint: Mapping[str, Any], path: Any) -> tuple[list[Heal
         UserError: if the checkpoint is of a model without quantizers.
     """
     why = "the checkpoint was written without the callback QuantizerHealth"
+    if "callbacks" not in checkpoint:  # what a run ends with
+        why = (
+            "the checkpoint holds no callbacks; those written in training do, QuantizerHealth's measurements with them"
+        )
     for key, state in (checkpoint.get("callbacks") or {}).items():
         if key.startswith("QuantizerHealth"):
             if state.get("rows"):
