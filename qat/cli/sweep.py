@@ -96,7 +96,8 @@ class _Line:
             self.own.insert(0, f"{GROUP}=grid")
         cfg = self._compose([*self.own, *self._first(space)])
         given = {key_of(text) for text in self.fixed}
-        written = from_yaml(OmegaConf.to_container(cfg.sweep).get("params"))  # pyright: ignore
+        settings: Any = OmegaConf.to_container(cfg.sweep)
+        written = from_yaml(settings.get("params"))
         space = {k: v for k, v in written.items() if key_of(k) not in given and k not in space} | space
         if not space:
             raise UserError("nothing varies: give a key several values (quant.weight.bits=2,4,8), or sweep=bits_grid")

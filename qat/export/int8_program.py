@@ -67,7 +67,7 @@ class Int8Emitter(Eager):
                 signed = module.quant_min < 0
                 offset = {torch.int8: 0 if signed else -128, torch.uint8: 128 if signed else 0}[dtype]
                 self._write_out(module, module.scale, module.zero_point + offset)
-                module.code_range = module.quant_min + offset, module.quant_max + offset  # pyright: ignore
+                module.code_range = module.quant_min + offset, module.quant_max + offset  # pyright: ignore[reportArgumentType]
             elif isinstance(module, IntegerLayer):
                 if module.integer_weight not in written:  # tied layers have one
                     self._weight(module.integer_weight, getattr(module, "channel_axis", None))
@@ -105,7 +105,8 @@ class Int8Emitter(Eager):
     def dequantize(self, tensor: IntegerTensor) -> Tensor:
         codes, limits = tensor.codes, torch.iinfo(tensor.codes.dtype)
         if tensor.axis is None:
-            return DEQUANTIZE(codes, *tensor.numbers, limits.min, limits.max, codes.dtype)  # pyright: ignore
+            scale, zero_point = tensor.numbers  # pyright: ignore[reportGeneralTypeIssues]
+            return DEQUANTIZE(codes, scale, zero_point, limits.min, limits.max, codes.dtype)
         low = max(limits.min, -limits.max)  # symmetric; XNNPACK takes -8 .. 7 for packed int4
         return DEQUANTIZE_CHANNELS(codes, tensor.scale, tensor.zero_point, tensor.axis, low, limits.max, codes.dtype)
 

@@ -86,14 +86,16 @@ class QATCallback(Callback):
             return
         _before_tuners(trainer, callbacks)
         become_twin(pl_module, QuantizedModule)
-        pl_module.scale_lr_factors = {c.module or "": c.scale_lr_factor for c in callbacks}  # pyright: ignore
+        factors = {c.module or "": c.scale_lr_factor for c in callbacks}
+        pl_module.scale_lr_factors = factors  # pyright: ignore[reportArgumentType]
         if stage != "fit":
             return
         keep_freed()
         follow_insertion(trainer, pl_module)
-        if (plan := pl_module.quantization_plan) is not None:
+        plan: Any = pl_module.quantization_plan
+        if plan is not None:
             policy = joint_policy(callbacks, pl_module).settings
-            if changed := [key for key in policy if policy[key] != plan.policy.get(key)]:  # pyright: ignore
+            if changed := [key for key in policy if policy[key] != plan.policy.get(key)]:
                 raise UserError(
                     f"{original_class(pl_module).__name__} is quantized already, with another policy "
                     f"({', '.join(changed)} differ); train it on with that, or start from a float module"
@@ -174,7 +176,8 @@ class QATCallback(Callback):
                 for start in [start for callback in callbacks for start in callback.starts]:
                     run = run_steps(pl_module, trainer_source(trainer), samples)
                     with eagerly():
-                        start.refine(pl_module, run, pl_module.quantization_plan)  # pyright: ignore
+                        plan = pl_module.quantization_plan
+                        start.refine(pl_module, run, plan)  # pyright: ignore[reportArgumentType]
                 if trainer.world_size > 1:
                     _agree(pl_module, started=any(callback.starts for callback in callbacks))
                 follow_calibration(trainer, pl_module)

@@ -165,9 +165,13 @@ class LearnBits(Early, Stateful):
         packed: dict[int, int] = self._saved.get("packed", {})
         if "packed" in self.settings.budget and not packed:
             ends = sorted(self.space.plans)
+
+            def calibrating(model: Any) -> None:
+                run_steps(model, source, samples=1)()
+
             for bits in {ends[0], ends[-1]}:
                 plan = self.space.plans[bits]
-                made = converted(shell, plan, lambda m: run_steps(m, source, samples=1)())  # pyright: ignore
+                made = converted(shell, plan, calibrating)
                 packed[bits] = packed_bytes(made, plan)
         self._saved["packed"] = packed
         self.costs = make_costs(dataclasses.replace(self.space, layers=layers), Files(packed))

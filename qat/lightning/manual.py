@@ -39,7 +39,8 @@ def dry_run(module: pl.LightningModule, step: Callable[[], Any]) -> None:
     Raises:
         UserError: if it needs gradients all the same.
     """
-    optimizers, schedulers, _ = _configure_optimizers(module.configure_optimizers())  # pyright: ignore
+    configured: Any = module.configure_optimizers()
+    optimizers, schedulers, _ = _configure_optimizers(configured)
     stand_ins: dict[str, Any] = {
         "optimizers": lambda use_pl_optimizer=True: _one_or_all([Idle(o) for o in optimizers]),
         "lr_schedulers": lambda: _one_or_all([Idle(s["scheduler"]) for s in schedulers]) if schedulers else None,

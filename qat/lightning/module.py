@@ -86,7 +86,8 @@ class QuantizedModule(TwinMixin):
     def configure_optimizers(self) -> Any:
         with own_groups(self, self.scale_lr_factors):  # pyright: ignore[reportArgumentType]
             configured = super().configure_optimizers()  # pyright: ignore[reportAttributeAccessIssue]
-        settle(self, [leaf for leaf in tree_leaves(configured) if isinstance(leaf, Optimizer)])  # pyright: ignore
+        optimizers = [leaf for leaf in tree_leaves(configured) if isinstance(leaf, Optimizer)]
+        settle(self, optimizers)  # pyright: ignore[reportArgumentType]
         return configured
 
 

@@ -7,6 +7,7 @@ So a file may come out a little smaller than the sum, by as much as headers diff
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from qat.cost import bit_operations, code_bytes
 from qat.search.allocate import Cost, Problem, Table
@@ -91,7 +92,8 @@ def _exported(space: Space, layer: Layer, pair: Pair) -> int:
         return 0
     bits = stored_bits(space.model, plan, layer.name, spec)
     size = next(size for size in (2, 4, 8, 16) if bits <= size)
-    return code_bytes(space.model.get_submodule(layer.name).weight.numel(), size)  # pyright: ignore
+    module: Any = space.model.get_submodule(layer.name)
+    return code_bytes(module.weight.numel(), size)
 
 
 def _average(space: Space) -> Cost:

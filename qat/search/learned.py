@@ -148,7 +148,8 @@ def _samples(space: Space, model: nn.Module, run: Callable[[], Any]) -> dict[Qua
         for tensor, layers in space.tensors.items():
             for quantizer in quantizers_at(space, model, tensor):
                 if quantizer.is_weight:
-                    found[quantizer] = model.get_submodule(layers[0]).weight.detach()  # pyright: ignore
+                    layer: Any = model.get_submodule(layers[0])
+                    found[quantizer] = layer.weight.detach()
                 else:
                     found[quantizer] = torch.cat(quantizer.samples)
     finally:

@@ -209,7 +209,7 @@ def _channels(output: Tensor, axis: int) -> int:
 def _order(units: dict[str, nn.Module], run: Run) -> list[str]:
     """Names in the order of their first calls."""
     order: dict[str, None] = {}
-    handles = [m.register_forward_pre_hook(lambda *_, n=name: order.setdefault(n)) for name, m in units.items()]  # pyright: ignore
+    handles = [m.register_forward_pre_hook(lambda *_, n=name: order.setdefault(n)) for name, m in units.items()]
     try:
         run()
     finally:

@@ -8,6 +8,8 @@ running mean takes the correction, as the folded bias would: it acts in evaluati
 normalizes by the batch, finds its own. Layers without either keep their shift.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +34,7 @@ class CorrectBias(Start):
         takes = {}
         for name, layer in plan.layers.items():
             norm = modules[plan.batch_norms[name]] if name in plan.batch_norms else None
-            bias = norm.running_mean if norm is not None else getattr(modules[name], "bias", None)  # pyright: ignore
+            bias = norm.running_mean if norm is not None else getattr(modules[name], "bias", None)
             if layer.weight is not None and not isinstance(modules[name], nn.Embedding) and bias is not None:
                 takes[name] = bias, -1 if norm is not None else 1
         if not takes:
@@ -52,7 +54,7 @@ def _means(layers: dict[str, nn.Module], run: Run) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(name: str, output: Tensor, axis: int) -> None:
+    def add(name: str, output: Any, axis: int) -> None:
         with ours():  # what a hook computes is no part of the forward around it
             rows = output.double().movedim(axis, 0).flatten(1)
             sums[name] = sums.get(name, 0) + rows.sum(1)
@@ -62,7 +64,7 @@ def _means(layers: dict[str, nn.Module], run: Run) -> dict[str, Tensor]:
     for name, layer in layers.items():
         assert isinstance(layer, QuantizedLayer)
         axis = layer.output_axis
-        handles.append(layer.register_forward_hook(lambda _m, _a, y, name=name, axis=axis: add(name, y, axis)))  # pyright: ignore
+        handles.append(layer.register_forward_hook(lambda _m, _a, y, name=name, axis=axis: add(name, y, axis)))
     try:
         run()
     finally:

@@ -44,11 +44,12 @@ def _parse(key: str, value: Any) -> Choices | Interval:
         for name in value:
             if name not in fields:
                 raise UserError(f"{key}.{name}: an interval has low, high and log{nearest(str(name), fields)}")
-        low, high, log = value.get("low"), value.get("high"), value.get("log", False)
-        numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in (low, high))
-        if not numbers or low >= high or (log and low <= 0):  # pyright: ignore
+        ends: list[Any] = [value.get("low"), value.get("high")]
+        (low, high), log = ends, value.get("log", False)
+        numbers = all(isinstance(end, (int, float)) and not isinstance(end, bool) for end in ends)
+        if not numbers or low >= high or (log and low <= 0):
             raise UserError(f"{key}={dict(value)}: an interval needs numbers low < high (above 0 with log)")
-        return Interval(low, high, bool(log))  # pyright: ignore
+        return Interval(low, high, bool(log))
     if not isinstance(value, list) or not value:
         raise UserError(f"{key}={value!r}: must be a list of choices, or an interval like {{low: 0.01, high: 0.1}}")
     if any(isinstance(item, (list, Mapping)) for item in value):

@@ -42,7 +42,7 @@ def decompile(blob: bytes) -> dict[str, Any]:
 
 def compile_graph(graph: dict[str, Any], blob: bytes) -> bytes:
     """The delegate `blob` with another graph."""
-    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnn  # pyright: ignore
+    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnn  # pyright: ignore[reportMissingImports]
     from executorch.exir._serialize._flatbuffer import _flatc_compile  # pyright: ignore[reportMissingImports]
 
     header = _header(blob)
@@ -59,13 +59,13 @@ def compile_graph(graph: dict[str, Any], blob: bytes) -> bytes:
 
 
 def _header(blob: bytes) -> Any:
-    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnn  # pyright: ignore
+    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnn  # pyright: ignore[reportMissingImports]
 
     return xnn.XNNHeader.from_bytes(blob[: xnn.XNNHeader.EXPECTED_LENGTH])
 
 
 def _schema() -> str:
-    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnn  # pyright: ignore
+    from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize as xnn  # pyright: ignore[reportMissingImports]
 
     return re.sub(r"(:\s*\[?)float\b", r"\1uint", xnn._get_schema_bytes().decode())
 

@@ -56,7 +56,7 @@ class ExecuTorchRunner:
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         self.path = path
         with _quiet():
-            import executorch.kernels.quantized  # pyright: ignore # noqa: F401 - registers dequantize_per_channel.out
+            import executorch.kernels.quantized  # pyright: ignore[reportMissingImports] # noqa: F401 - registers dequantize_per_channel.out
             from executorch.extension.pybindings import _C  # pyright: ignore[reportMissingImports]
             from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
 
@@ -144,8 +144,8 @@ class ExecuTorchTarget(Target):
                 f'set quant.concat=shared, or leave them float with a rule {{match: "{mixed}", act: off}}'
             )
         with _quiet():
-            import executorch.kernels.quantized  # pyright: ignore # noqa: F401 - registers dequantize_per_channel.out
-            from executorch.backends.xnnpack.partition import xnnpack_partitioner as xnn  # pyright: ignore
+            import executorch.kernels.quantized  # pyright: ignore[reportMissingImports] # noqa: F401 - registers dequantize_per_channel.out
+            from executorch.backends.xnnpack.partition import xnnpack_partitioner as xnn  # pyright: ignore[reportMissingImports]
             from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
 
             rest = xnn.XnnpackPartitioner(

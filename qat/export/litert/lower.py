@@ -116,11 +116,13 @@ class Lowering:
 
     def _call(self, node: fx.Node) -> None:
         if node.target in (DEQUANTIZE, DEQUANTIZE_CHANNELS):
-            if node.args[0].name not in self.parameters:  # pyright: ignore
-                self.values[node] = self.values[node.args[0]]  # pyright: ignore
+            codes: Any = node.args[0]
+            if codes.name not in self.parameters:
+                self.values[node] = self.values[codes]
             elif self._is_operand(node):
                 shape, grid = self.shape(node), (node.args[1], node.args[2])
-                self.values[node] = Value(self.weight(node, range(len(shape))), shape, grid)  # pyright: ignore
+                value = self.weight(node, range(len(shape)))
+                self.values[node] = Value(value, shape, grid)  # pyright: ignore[reportArgumentType]
         elif node.target not in self.handlers:
             if node.users:
                 where = f"'{layer_of(node)}': " if layer_of(node) else ""
@@ -149,9 +151,10 @@ class Lowering:
 
     def scales(self, node: fx.Node) -> tuple[np.ndarray, int]:
         """Of constant codes: their scales, and the axis that they belong to."""
+        args: Any = node.args
         if node.target is DEQUANTIZE:
-            return np.array([node.args[1]], np.float32), 0
-        return self.parameters[node.args[1].name].numpy(), node.args[3]  # pyright: ignore
+            return np.array([args[1]], np.float32), 0
+        return self.parameters[args[1].name].numpy(), args[3]
 
     def bits(self, node: fx.Node) -> int:
         """Width that constant codes are stored in."""
@@ -159,12 +162,14 @@ class Lowering:
 
     def _is_operand(self, node: fx.Node) -> bool:
         """Whether constant codes are an operand like any other, of an addition or an elementwise product."""
-        name = self.owners.get(node.args[0].name, "")  # pyright: ignore
+        codes: Any = node.args[0]
+        name = self.owners.get(codes.name, "")
         return name.endswith(CODES) and reads_elementwise(self._layer(node))
 
     def _layer(self, node: fx.Node) -> IntegerLayer:
         """Whose constant codes they are."""
-        name = self.owners[node.args[0].name].removeprefix("model.")  # pyright: ignore
+        codes: Any = node.args[0]
+        name = self.owners[codes.name].removeprefix("model.")
         layer = self.model.get_submodule(name.removesuffix(CODES))
         assert isinstance(layer, IntegerLayer)
         return layer
@@ -192,7 +197,7 @@ class Lowering:
         if node.name in self.parameters:
             self.floats[node] = self._constant(self.array(node))
         elif node.target in (DEQUANTIZE, DEQUANTIZE_CHANNELS) and node not in self.values:
-            self.floats[node] = self.float_weight(node, range(self.array(node).ndim))  # pyright: ignore
+            self.floats[node] = self.float_weight(node, range(len(self.shape(node))))
         elif self.values[node].grid is not None:
             codes = self.values[node]
             self.floats[node] = self.build.op(

@@ -47,10 +47,11 @@ def permute(low: Lowering, node: fx.Node) -> None:
     value, rank = low.build.ordered(value, False), len(value.shape)
     if node.target is ATEN.transpose.int:
         axes = list(range(rank))
-        a, b = node.args[1:3]
-        axes[a], axes[b] = axes[b], axes[a]  # pyright: ignore
+        _, a, b = arguments(node, *[None] * 3)
+        axes[a], axes[b] = axes[b], axes[a]
     else:
-        axes = [axis % rank for axis in node.args[1]]  # pyright: ignore
+        _, order = arguments(node, None, None)
+        axes = [axis % rank for axis in order]
     output = low.build.value(low.shape(node), value.grid)
     low.build.op("TRANSPOSE", [value.index, low.build.constant(np.array(axes, np.int32))], output)
     finish(low, node, output, after)
@@ -73,12 +74,12 @@ def slices(low: Lowering, node: fx.Node) -> None:
 
 def pad(low: Lowering, node: fx.Node) -> None:
     """Zeros on both sides; torch names the last axis first."""
-    x, amounts, *rest = node.args
+    x, amounts, *rest = arguments(node, None, None, None, None)
     if any(each not in ("constant", None, 0) for each in rest):
         raise UserError(f"'{layer_of(node)}': padding with anything but zeros has no form here")
     value, after = moved(low, node, x)
     pads = np.zeros((len(value.shape), 2), np.int32)
-    for i, (before, behind) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):  # pyright: ignore
+    for i, (before, behind) in enumerate(zip(amounts[::2], amounts[1::2], strict=True)):
         pads[value.axis(-1 - i)] = before, behind
     output = low.build.value(low.shape(node), value.grid, value.last)
     low.build.op("PAD", [value.index, low.build.constant(pads)], output)

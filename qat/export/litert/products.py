@@ -63,7 +63,8 @@ def conv2d(low: Lowering, node: fx.Node) -> None:
         raise UserError(f"'{layer_of(node)}': padding={padding!r} has no form in .tflite files; write the numbers")
     (stride, padding, dilation), integer = map(pair, (stride, padding, dilation)), _weighted(low, node) is not None
     value = low.build.ordered(operand(low, x, integer), True)
-    size: Any = node.args[1].meta["val"].shape[2:]  # pyright: ignore
+    weight: Any = node.args[1]
+    size = weight.meta["val"].shape[2:]
     # With other strides SAME would put the odd pixel on the other side than torch does.
     same = stride == [1, 1] and all(2 * p == d * (k - 1) for p, d, k in zip(padding, dilation, size, strict=True))
     if any(padding) and not same:

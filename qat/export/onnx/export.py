@@ -75,7 +75,7 @@ class OnnxEmitter:
         for name, code in zip(("zero", "low", "high"), codes, strict=True):
             grid.register_buffer(f"onnx_{name}", (code + offset).to(kind))
         zero, scale = int(grid.zero_point), float(grid.scale)
-        grid.onnx_values = (grid.quant_min - zero) * scale, (grid.quant_max - zero) * scale  # pyright: ignore
+        grid.onnx_values = (grid.quant_min - zero) * scale, (grid.quant_max - zero) * scale  # pyright: ignore[reportArgumentType]
 
     def _prepare_operand(self, constant: IntegerTensor) -> None:
         """The runtime adds codes of one type: signed ones become unsigned where those of activations do."""
@@ -101,7 +101,7 @@ class OnnxEmitter:
         limited = not fp8 and grid.quant_max - grid.quant_min < 2 ** torch.iinfo(kind).bits - 1
         clips_codes = self.placement.clips_codes and kind.itemsize == 1
         if limited and not clips_codes:
-            x = x.clamp(*grid.onnx_values)  # pyright: ignore
+            x = x.clamp(*grid.onnx_values)  # pyright: ignore[reportGeneralTypeIssues]
         codes = torch.onnx.ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=kind, shape=x.shape)
         if limited and clips_codes:
             limits = grid.get_buffer("onnx_low"), grid.get_buffer("onnx_high")

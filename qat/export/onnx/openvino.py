@@ -45,7 +45,7 @@ def evade_rewrites(model: ir.Model) -> None:
         real = node.outputs[0].dtype in (None, ir.DataType.FLOAT)  # not of what `any` and `all` become
         if averages or (node.op_type in EXTREMES and real):
             _keep_apart(graph, node)
-        elif node.op_type == "QuantizeLinear" and node.inputs[2].dtype == ir.DataType.INT8:  # pyright: ignore
+        elif node.op_type == "QuantizeLinear" and node.inputs[2].dtype == ir.DataType.INT8:  # pyright: ignore[reportOptionalMemberAccess]
             source = node.inputs[0].producer() if node.inputs[0] is not None else None
             if _joined(node.outputs[0], source is not None and source.op_type == "Concat"):
                 _make_unsigned(graph, node)

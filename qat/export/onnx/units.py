@@ -52,7 +52,7 @@ def _pair(
 ) -> ir.Value:
     """`value` through a Q/DQ pair with the scale and zero point of `like`."""
     quantize = ir.node("QuantizeLinear", [value, *like.inputs[1:3]])
-    quantize.outputs[0].type = ir.TensorType(like.inputs[2].dtype)  # pyright: ignore
+    quantize.outputs[0].type = ir.TensorType(like.inputs[2].dtype)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], *like.inputs[1:3]])
     dequantize.outputs[0].type = value.type
     if before is not None:
