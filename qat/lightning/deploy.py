@@ -16,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from qat.config.configs import read_config
-from qat.config.instantiate import instantiate
 from qat.config.targets import parsed
 from qat.errors import UserError, nearest
 from qat.export.packed import PackedTarget
@@ -25,10 +24,10 @@ from qat.export.verify import Verdict
 from qat.files import read_object
 from qat.insert import Plan
 from qat.lightning.calm import calm
+from qat.lightning.export_stage import float_model_of, verdict_on
 from qat.lightning.module import INPUT_KEY, insert_plan
-from qat.lightning.run import Run
 from qat.lightning.weights import CHECKPOINT_KEY, read_checkpoint
-from qat.lightning.workspace import ON_THE_CPU, unmixed
+from qat.lightning.workspace import ON_THE_CPU, Workspace, unmixed
 from qat.report import report_table
 from qat.report.format import verdict as outcome
 from qat.run_files import CONFIG, REPORT, TRAINED
@@ -84,8 +83,7 @@ def restore(path: Path, changed: Mapping[str, str] | None = None) -> Trained:
     checkpoint = read_checkpoint(file)
     if CHECKPOINT_KEY not in checkpoint:
         raise UserError(f"checkpoint {file}: is of a float model; there are no integers to make of it")
-    float_model: pl.LightningModule = instantiate(cfg.model)
-    float_model.configure_model()
+    float_model = float_model_of(cfg)
     module = copy.deepcopy(float_model)
     plan = Plan.from_dict(checkpoint[CHECKPOINT_KEY])
     insert_plan(module, plan)
@@ -168,7 +166,7 @@ def verify(
         if path.is_dir() and not (path / TRAINED).is_file():
             raise UserError(f"{folder} was run with quant=off; there is no file to verify")
         trained = restore(path, data)
-        this = Run(trained.cfg, folder)
+        this = Workspace(trained.cfg, folder)
         this.module = trained.module
         if trained.checkpoint.name != TRAINED:
             this.progress["stages"]["qat"] = {"metric": this.measure()}
@@ -185,11 +183,11 @@ def verify(
         return _show(this, folder / packed.file, _verdict(this, packed, trained)) and passed
 
 
-def _verdict(this: Run, target: Target, trained: Trained, file: Path | None = None) -> Verdict:
-    return this.verify(target, target.prepared(trained.module, trained.plan), trained.float_model, file)
+def _verdict(this: Workspace, target: Target, trained: Trained, file: Path | None = None) -> Verdict:
+    return verdict_on(this, target, target.prepared(trained.module, trained.plan), trained.float_model, file)
 
 
-def _show(this: Run, file: Path, verdict: Verdict) -> bool:
+def _show(this: Workspace, file: Path, verdict: Verdict) -> bool:
     found = outcome({"verify": verdict.to_dict()})
     assert found is not None
     style = "bold green" if found.passed else "bold red"

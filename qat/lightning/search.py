@@ -24,9 +24,10 @@ from qat.files import atomic, read_object
 from qat.insert import Plan
 from qat.lightning.cache import float_key
 from qat.lightning.calm import calm
+from qat.lightning.float_stage import float_stage
 from qat.lightning.losses import BatchLosses
-from qat.lightning.run import Run
 from qat.lightning.steps import example_input, run_steps
+from qat.lightning.workspace import Workspace
 from qat.modes import evaluating
 from qat.planning.planner import make_plan
 from qat.report.search import front_table, save_front, save_sensitivity, search_table, sensitivity_table
@@ -54,7 +55,7 @@ def folder_of(cfg: DictConfig) -> Path:
     return Path(cfg.search.dir or f"logs/{cfg.name}/search/{key_of(cfg)}").absolute()
 
 
-class SearchRun(Run):
+class SearchRun(Workspace):
     """The stages, on top of a run's own float stage."""
 
     def __init__(self, cfg: DictConfig, folder: Path, command: str) -> None:
@@ -212,7 +213,7 @@ def search(cfg: DictConfig, folder: Path, command: str, only_measure: bool = Fal
         this.space()  # a pattern that matches nothing is found before the float model is trained
         mean_loss(this.module, BatchLosses(this.data.train_dataloader, samples=1))  # and so is a step without a loss
         this.remember()
-        this.float_stage()
+        float_stage(this)
         losses = BatchLosses(this.data.train_dataloader, this.settings.samples)
         space = this.space()
         measured = this.sensitivities(space, losses)

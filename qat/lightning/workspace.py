@@ -18,7 +18,7 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, Checkpoint
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
@@ -38,10 +38,11 @@ from qat.lightning.callback import QATCallback
 from qat.lightning.distill import Distill
 from qat.lightning.early import Early
 from qat.lightning.evaluate import check_monitors, test_metric
+from qat.lightning.resume import continue_csv
 from qat.lightning.settled import check_settled, settled
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.steps import example_input, run_steps
-from qat.lightning.weights import load_weights
+from qat.lightning.weights import load_weights, read_checkpoint
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.planning.audit import AuditRow, audit, check_coverage
 from qat.run_files import LAST_CHECKPOINT, PROGRESS
@@ -231,6 +232,10 @@ class Workspace:
             **{"enable_progress_bar": self.main and self.cfg.trainer.enable_progress_bar, **alone, **settings}
         )
 
+    def measure(self, **settings: Any) -> float:
+        """The metric of the module as it is, over the test set."""
+        return test_metric(self.measuring(**settings), self.module, self.data, self.cfg.metric)
+
     def qat_callback(self) -> QATCallback:
         quant = self.cfg.quant
         starts = [build(self.cfg, f"start.{n}", Start) for n, node in (self.cfg.get("start") or {}).items() if node]
@@ -265,6 +270,16 @@ class Workspace:
 
     def done(self, name: str) -> bool:
         return name in self.progress["stages"]
+
+    def resume_from(self, last: Path, *loggers: Any) -> str | None:
+        """The checkpoint to go on from, if this run was interrupted after it was written."""
+        if not self.resuming or not last.is_file():
+            return None
+        step = read_checkpoint(last)["global_step"]
+        for logger in loggers:
+            if self.main and isinstance(logger, CSVLogger):
+                continue_csv(logger, step)
+        return str(last)
 
     def write_json(self, name: str, content: Any) -> None:
         if self.main:

@@ -1,0 +1,56 @@
+"""The float part of a run: trained, unless a checkpoint was given or another run has trained the same, and measured."""
+
+from collections.abc import Mapping
+
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from safetensors.torch import save_file
+from torch import Tensor
+
+from qat.files import atomic
+from qat.lightning.cache import FloatCache
+from qat.lightning.export_stage import export_float
+from qat.lightning.resume import SeedEpochs
+from qat.lightning.weights import load_weights
+from qat.lightning.workspace import Workspace
+from qat.run_files import FLOAT_WEIGHTS
+
+
+def float_stage(this: Workspace) -> None:
+    """Trains in float, unless a checkpoint was given, and measures the float model."""
+    weights = this.folder / FLOAT_WEIGHTS
+    if this.done("float"):
+        load_weights(this.module, weights)
+        return
+    cache = FloatCache(this.cfg, this.progress["start"], this.main)
+    with this.stage("float", "Float") as values, cache.locked():
+        if (shared := cache.load(this.folder)) is not None:
+            values |= shared
+            load_weights(this.module, cache.weights)
+            return
+        if not this.progress["start"]:
+            _train(this)
+        values["metric"] = this.measure()
+        if this.main:
+            values["bytes"] = export_float(this)
+            with atomic(weights) as temporary:
+                save_file(_apart(this.module.state_dict()), temporary)
+            cache.save(this.folder, values)
+
+
+def _train(this: Workspace) -> None:
+    checkpoint = ModelCheckpoint(this.folder / "float", filename="last", enable_version_counter=False)
+    logger = CSVLogger(this.folder, "float", "")
+    last = this.resume_from(this.folder / "float" / "last.ckpt", logger)
+    callbacks = [SeedEpochs(this.cfg.seed), checkpoint]
+    trainer = this.trainer(
+        max_epochs=this.cfg.float_epochs, callbacks=callbacks, logger=logger, enable_checkpointing=True
+    )
+    trainer.fit(this.float_module, datamodule=this.data, ckpt_path=last, weights_only=True)
+    this.module.load_state_dict(this.float_module.state_dict())
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy on the CPU of which every key has memory of its own: safetensors refuses tied parameters."""
+    return {key: value.cpu().clone(memory_format=torch.contiguous_format) for key, value in state.items()}
