@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from qat.convert import EVERYTHING, convert, inconvertible
 from qat.errors import UserError
 from qat.export import packed
-from qat.export.onnx import OnnxTarget
+from qat.export.onnx.target import OnnxTarget
 from qat.export.packed import (
     MANIFEST,
     WEIGHTS,
