@@ -35,6 +35,22 @@ from qat.lightning.losses import BatchLosses
 from qat.lightning.steps import trainer_source
 from qat.policy import QuantPolicy
 
+# -- traced ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_holds_how_weights_are_quantized_and_is_the_same_twice(tmp_path):
+    """As `TensorBoardLogger(log_graph=True)` asks of it: torch compares a trace with one that has no gradients."""
+    net, x = Tiny(), images()
+    trainer(tmp_path).fit(net, loader(), loader())
+    net.eval()
+    with torch.no_grad():
+        net(x)  # keeps quantized weights
+    traced = torch.jit.trace(net, x)
+    with torch.no_grad():
+        net.net.head.weight.mul_(3.0)
+        torch.testing.assert_close(traced(x), net(x))
+
+
 # -- compiled ----------------------------------------------------------------------------------------------------------
 
 

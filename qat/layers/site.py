@@ -71,7 +71,8 @@ class Site(TwinMixin, nn.Module):
     @property
     def weight(self) -> Tensor:
         """The parameter that is its second operand (of experts: its rows)."""
-        assert self.holder is not None
+        if self.holder is None:  # whoever lists attributes (`torch.jit`) goes on to the next
+            raise AttributeError("weight")
         module, name = self.holder
         if self.stacked is not None:
             return rows(module._parameters[name], self.stacked)  # pyright: ignore[reportArgumentType]

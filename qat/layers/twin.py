@@ -44,10 +44,11 @@ class TwinMixin:
     ) -> Any:
         """What `compute` returns, computed anew only when a tensor was written to or replaced, or a grid has changed.
 
-        For evaluation, where weights and grids stand still: nothing is kept while gradients are on, somebody compiles,
-        or for inference tensors, which count no versions.
+        For evaluation, where weights and grids stand still: nothing is kept while gradients are on, somebody compiles
+        or traces (a graph with what was kept would miss how it is computed), or for inference tensors, which count no
+        versions.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return compute()
         stamp: list[Any] = []
         try:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
+import torch
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -82,6 +83,13 @@ class QuantizedModule(TwinMixin):
                 f"the checkpoint was trained with another quantization policy ({', '.join(changed)} differ); "
                 "resume with the settings it has, or start anew from the float weights"
             )
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What torch calls in forward's place while `torch.jit` traces (`TensorBoardLogger(log_graph=True)`). The trace
+        is held against a second one, which has no gradients: quantizers without them are other operations.
+        """
+        with torch.no_grad():
+            return super()._slow_forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
     def configure_optimizers(self) -> Any:
         with own_groups(self, self.scale_lr_factors):  # pyright: ignore[reportArgumentType]
