@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import qat
 from qat.cli import main
@@ -263,19 +264,27 @@ def _interrupt_as_lightning_does(cfg, run_dir) -> None:
         sys.exit(1)
 
 
-@pytest.mark.parametrize("interrupt", [_interrupt, _interrupt_as_lightning_does])
-def test_an_interrupt_is_status_130(interrupt, monkeypatch):
-    _replace_run(monkeypatch, interrupt)
-    assert main(["train"]) == 130
+def _terminate_as_lightning_does(cfg, run_dir) -> None:
+    raise SIGTERMException
 
 
-def test_an_interrupted_run_says_how_to_go_on_with_it(monkeypatch, capfd):
+SIGNALS = [(_interrupt, 130), (_interrupt_as_lightning_does, 130), (_terminate_as_lightning_does, 143)]
+
+
+@pytest.mark.parametrize(("stop", "status"), SIGNALS)
+def test_what_a_signal_ends_has_the_status_that_shells_give_it(stop, status, monkeypatch):
+    _replace_run(monkeypatch, stop)
+    assert main(["train"]) == status
+
+
+@pytest.mark.parametrize(("stop", "status"), SIGNALS)
+def test_an_interrupted_run_says_how_to_go_on_with_it(stop, status, monkeypatch, capfd):
     def begin(cfg, run_dir):
         (run_dir / "progress.json").write_text("{}")
-        _interrupt_as_lightning_does(cfg, run_dir)
+        stop(cfg, run_dir)
 
     _replace_run(monkeypatch, begin)
-    assert main(["train", "run_dir=here"]) == 130
+    assert main(["train", "run_dir=here"]) == status
     assert f"qat train ckpt=last run_dir={Path('here').absolute()}" in capfd.readouterr().err
 
 

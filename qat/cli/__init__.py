@@ -1,7 +1,7 @@
 """The `qat` command: finds the subcommand and turns its outcome into an exit status.
 
 A mistake of the user (`UserError`), or what the file system refuses, is one line on stderr and status 2. An interrupt
-is status 130, as shells have it. Anything else is a bug and keeps its traceback (status 1). Only the chosen subcommand
+is status 130 and a termination 143, as shells have it. Anything else is a bug and keeps its traceback (status 1). Only the chosen subcommand
 is imported, and none of them imports torch before it has something to compute.
 """
 
@@ -32,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the command line without the program's name; `sys.argv[1:]` if None.
 
     Returns:
-        The exit status: 0 done, 1 the command's own "no", 2 a mistake in the command line or config, 130 interrupted.
+        The exit status: 0 done, 1 the command's own "no", 2 a mistake in the command line or config, 130 interrupted,
+        143 terminated.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
@@ -53,10 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("qat: interrupted", file=sys.stderr)
         return 130
     except SystemExit as stop:
-        # Lightning answers an interrupt with sys.exit(1) after its own clean-up.
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            return 130
-        raise
+        if (status := interrupted(stop)) is None:
+            raise
+        return status
+
+
+def interrupted(stop: BaseException) -> int | None:
+    """The status of what a signal ended: what Python raises, or Lightning after its own clean-up; `None` if none did."""
+    if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
+        return 130
+    return 143 if type(stop).__name__ == "SIGTERMException" else None  # Lightning's, which is slow to import
 
 
 def _mistake(error: UserError) -> int:

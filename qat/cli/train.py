@@ -21,6 +21,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from qat.cli import interrupted
 from qat.cli.arguments import complaint
 from qat.cli.output import NoteNewDirs, discard, discard_all
 from qat.config.configs import configs_dir, finish, group_overrides, key_of
@@ -62,11 +63,10 @@ class _Task:
                 raise
             discard(run_dir)
             self.error = mistake
-            if run_dir.absolute() in NoteNewDirs.made and (run_dir / "progress.json").is_file():
+            if run_dir.absolute() in NoteNewDirs.made and (run_dir / PROGRESS).is_file():
                 print(f"qat: corrected, it goes on with: qat train ckpt=last run_dir={run_dir} ...", file=sys.stderr)
-        except (KeyboardInterrupt, SystemExit) as stop:  # the second is Lightning's, after its own clean-up
-            interrupted = isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)
-            if interrupted and (run_dir / PROGRESS).is_file():
+        except (KeyboardInterrupt, SystemExit) as stop:
+            if interrupted(stop) and (run_dir / PROGRESS).is_file():
                 print(f"qat: it goes on with: qat train ckpt=last run_dir={run_dir}", file=sys.stderr)
             raise
 
