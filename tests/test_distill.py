@@ -218,7 +218,8 @@ def test_the_teacher_stays_out_of_optimizer_and_checkpoint_and_nothing_is_left_o
     assert not module._forward_hooks and not module.net[0]._forward_hooks
 
 
-def test_a_resumed_training_gives_the_same_losses_and_refuses_another_teacher(tmp_path):
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true", "16-true"])
+def test_a_resumed_training_gives_the_same_losses_and_refuses_another_teacher(precision, tmp_path):
     def start():
         torch.manual_seed(5)
         return Plain()
@@ -227,17 +228,17 @@ def test_a_resumed_training_gives_the_same_losses_and_refuses_another_teacher(tm
         return QATCallback(POLICY, calibration_samples=8), Distill()
 
     whole = start()
-    trainer(*callbacks(), max_epochs=2).fit(whole, data())
+    trainer(*callbacks(), max_epochs=2, precision=precision).fit(whole, data())
     first = start()
-    fit = trainer(*callbacks(), max_epochs=1)
+    fit = trainer(*callbacks(), max_epochs=1, precision=precision)
     fit.fit(first, data())
     fit.save_checkpoint(tmp_path / "half.ckpt")
-    resumed = start()
-    trainer(*callbacks(), max_epochs=2).fit(resumed, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    resumed, again = start(), trainer(*callbacks(), max_epochs=2, precision=precision)
+    again.fit(resumed, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert resumed.losses == whole.losses[4:]
     other = Plain()
     with pytest.raises(UserError, match="had another teacher"):
-        trainer(*callbacks(), max_epochs=2).fit(other, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+        again.fit(other, data(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
 
 
 def test_the_teacher_can_be_a_file(tmp_path):

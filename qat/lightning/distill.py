@@ -105,6 +105,7 @@ class Distill(Callback):
             configure()
             pl_module.__dict__.pop("configure_model", None)  # unless QATCallback, which wraps it too, has done so
             self._teacher, self._student = self._make_teacher(pl_module, self.file), pl_module
+            self._fingerprint = fingerprint(self._teacher)  # before the trainer's precision rounds it
 
         pl_module.__dict__["configure_model"] = configure_then_copy
 
@@ -152,10 +153,10 @@ class Distill(Callback):
         return Taps(student, names), Taps(teacher, names)
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self._teacher is None else {"teacher": fingerprint(self._teacher)}
+        return {} if self._teacher is None else {"teacher": self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._teacher is not None and state_dict.get("teacher") != fingerprint(self._teacher):
+        if self._teacher is not None and state_dict.get("teacher") != self._fingerprint:
             raise UserError(
                 "Distill: the checkpoint's training had another teacher; give the module the float weights it began "
                 "with before fit (qat.load_weights), or name them with teacher"
