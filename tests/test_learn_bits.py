@@ -344,6 +344,13 @@ def test_widths_do_not_depend_on_the_scale_of_the_loss_in_half_precision():
     assert found[1] == pytest.approx(found[0], abs=0.005) and found[0] != [4] * len(found[0])
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_widths_are_learned_in_the_precision_of_the_module_itself(precision):
+    learn = LearnBits({"avg_bits": 3, "packed": 3000}, WIDTHS, WIDTHS, lr=0.2)
+    trainer(None, learn, policy=POLICY, max_epochs=2, precision=precision).fit(Tiny(), loader())
+    assert learn.choice is not None
+
+
 def test_a_checkpoint_from_the_middle_loads_as_a_plain_quantized_model(tmp_path):
     _fit(LearnBits({"avg_bits": 2.5}, WIDTHS, WIDTHS, lr=0.2, until=3), ModelCheckpoint(tmp_path, "{epoch}"))
     path = next(tmp_path.glob("*.ckpt"))

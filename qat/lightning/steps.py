@@ -7,13 +7,14 @@ has to be told to us.
 import inspect
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.loggers.logger import DummyLogger
-from pytorch_lightning.plugins.precision import Precision
+from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision, Precision
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -31,6 +32,11 @@ from qat.modes import evaluating
 from qat.quantizers import Quantizer
 
 CALIBRATION_SEED = 0
+WITHOUT_TRAINER: dict[torch.dtype, Callable[[], Precision]] = {
+    torch.float64: DoublePrecision,
+    torch.float16: partial(HalfPrecision, "16-true"),
+    torch.bfloat16: partial(HalfPrecision, "bf16-true"),
+}
 
 
 def step_of(module: pl.LightningModule, first: str = "validation_step") -> Callable[[Any], Any]:
@@ -206,9 +212,12 @@ class _Unconverted(Precision):
 
 
 def precision_plugin(module: pl.LightningModule) -> Precision:
-    """The trainer's precision, once the module has been converted to it (probing comes before)."""
+    """The trainer's precision, once the module has been converted to it (probing comes before); that of its own
+    parameters where there is no trainer, as of a copy.
+    """
     if module._trainer is None:
-        return Precision()
+        own = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        return WITHOUT_TRAINER.get(own, Precision)()
     plugin = module._trainer.precision_plugin
     with plugin.forward_context():
         prescribed = torch.get_default_dtype()
