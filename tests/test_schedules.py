@@ -1,6 +1,7 @@
 """Schedules do what they say when they say it, and go on after a resume as if nothing had happened."""
 
 import copy
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -203,6 +204,23 @@ def test_a_fit_that_resumes_at_its_end_knows_which_were_frozen(tmp_path):
     resuming.fit(resumed, data(), data(), ckpt_path=tmp_path / "end.ckpt", weights_only=False)
     assert resuming.global_step == len(data()) and resumed.kept.running_mean.tolist() == [5.0] * 8
     assert torch.equal(resumed.norm.running_mean, first.norm.running_mean)
+
+
+class Stops(pl.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == 10:
+            raise RuntimeError("in the middle")
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["to-the-end", "stopped-in-the-middle"])
+def test_what_was_frozen_moves_in_the_next_training(stopped, tmp_path):
+    model, frozen = net(cls=TwoNorms), [FreezeBatchNorm(0.5), FreezeRanges(0.5)]
+    with pytest.raises(RuntimeError, match="in the middle") if stopped else nullcontext():
+        trainer(tmp_path, *frozen, *[Stops()] * stopped, policy=MINMAX).fit(model, data())
+    assert model.norm.training and not model.kept.training, "what the user froze stays frozen"
+    look = lambda m: torch.cat([m.norm.running_mean, m.stem.input_quantizer.running_high])  # noqa: E731
+    assert all(changes([s[:8] for s in watched(tmp_path, look, model=model, policy=MINMAX)]))
+    assert all(changes([s[8:] for s in watched(tmp_path, look, model=model, policy=MINMAX)]))
 
 
 def test_where_all_are_frozen_a_line_says_that_none_is_re_estimated(tmp_path):

@@ -85,6 +85,7 @@ class Distill(Callback):
         self.output_of, self.patterns, self.feature_weight = output_of, patterns, feature_weight
         self._teacher: nn.Module | None = None
         self._student: pl.LightningModule | None = None
+        self._fingerprint: str | None = None
 
     @property
     def teacher(self) -> nn.Module:

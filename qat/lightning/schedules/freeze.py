@@ -36,7 +36,8 @@ def batch_norms(model: nn.Module, who: str) -> list[_BatchNorm]:
 
 
 class FreezeRanges(Early):
-    """Stops the ranges that follow the data (`minmax`) and, if asked, the learned scales.
+    """Stops the ranges that follow the data (`minmax`) and, if asked, the learned scales, until training ends: another
+    one of the module begins with ranges that move.
 
     Args:
         at: When: a share of training (a float below 1) or a number of epochs (an int).
@@ -50,6 +51,7 @@ class FreezeRanges(Early):
     def __init__(self, at: float = 0.5, scales: bool = False) -> None:
         check_moment("at", at)
         self.at, self.scales = at, scales
+        self._frozen: list[MinMax] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check_start(trainer, pl_module, trainer_source(trainer))
@@ -70,7 +72,7 @@ class FreezeRanges(Early):
         if self._trackers and reached(trainer, self.at):
             for quantizer in self._trackers:
                 quantizer.tracking.fill_(False)
-            self._trackers = []  # once is enough: it is a buffer
+            self._frozen, self._trackers = self._trackers, []  # once is enough: it is a buffer
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -79,10 +81,21 @@ class FreezeRanges(Early):
             for parameter in self._learned:
                 parameter.grad = None  # requires_grad=False would let DDP wait for its gradient
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()  # behind averages, which put the flags of their copy in the place of the module's
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for quantizer in self._frozen:
+            quantizer.tracking.fill_(True)
+        self._frozen = []
+
 
 class FreezeBatchNorm(Early):
-    """Keeps BatchNorms in evaluation mode: they normalize by their running statistics, which no longer change; gamma
-    and beta still learn.
+    """Keeps BatchNorms in evaluation mode until training ends: they normalize by their running statistics, which no
+    longer change; gamma and beta still learn.
 
     Those that fold into the layer before them then also add the rounding error of the folded bias, as they do in
     evaluation (`qat.layers.accumulator`).
@@ -100,6 +113,7 @@ class FreezeBatchNorm(Early):
     def __init__(self, at: float = 0.8) -> None:
         check_moment("at", at)
         self.at = at
+        self._frozen: set[_BatchNorm] = set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check_start(trainer, pl_module, trainer_source(trainer))
@@ -113,5 +127,17 @@ class FreezeBatchNorm(Early):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if reached(trainer, self.at):
+            self._frozen.update(norm for norm in self._norms if norm.training)  # not those that the user has frozen
             for norm in self._norms:  # at every batch, because anybody may call train() in between
                 norm.eval()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        for norm in self._frozen:
+            norm.train()
+        self._frozen = set()
