@@ -14,7 +14,7 @@ from qat.calibrate import calibrate
 from qat.cli import main
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, named_quantizers
-from qat.lightning import LearnBits, QATCallback, load_from_checkpoint
+from qat.lightning import AnnealBits, LearnBits, QATCallback, load_from_checkpoint
 from qat.policy import QuantPolicy
 from qat.quantizers import create
 from qat.search import Search
@@ -390,6 +390,16 @@ def test_what_does_not_fit_the_model_is_refused_before_the_first_step(settings, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("first", ["learned", "annealed"])
+def test_bits_that_are_learned_are_not_annealed_too(first):
+    learn, anneal = LearnBits({"avg_bits": 3}, WIDTHS, WIDTHS), AnnealBits({0: 8, 1: 4})
+    both = [learn, anneal] if first == "learned" else [anneal, learn]
+    with pytest.raises(UserError, match=r"AnnealBits changes the bits of 'net.stem.input_quantizer'.* leave one of"):
+        trainer(None, *both, policy=POLICY, max_epochs=2).fit(Tiny(), loader())
+    apart = AnnealBits({0: 16, 1: 8}, match="net.add_0.*")
+    trainer(None, LearnBits({"avg_bits": 3}, WIDTHS, WIDTHS), apart, policy=POLICY, max_epochs=2).fit(Tiny(), loader())
+
+
 def test_a_run_ends_in_a_verified_file_and_a_yaml_that_trains(tmp_path):
     tiny = """model=mlp model.width=16 data.train_limit=192 data.val_limit=64 data.test_limit=128 float_epochs=1
         quant.calibration_samples=64 trainer.enable_progress_bar=false""".split()  # noqa: SIM905

@@ -32,7 +32,7 @@ from qat.insert import remove
 from qat.lightning.averages import averages
 from qat.lightning.callback import QATCallback, joint_policy
 from qat.lightning.early import Early
-from qat.lightning.schedules.anneal import current_plan
+from qat.lightning.schedules.anneal import AnnealBits, current_plan
 from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.stateful import Stateful
 from qat.lightning.steps import Source, run_steps, trainer_source
@@ -41,7 +41,7 @@ from qat.search.budget import shown
 from qat.search.costs import Files, make_costs, make_harms, predict
 from qat.search.emit import outputs, write
 from qat.search.fractional import FractionalGrid, RelaxedCost, Width, all_pairs
-from qat.search.learned import check_grids, fractional_grids, shared_widths
+from qat.search.learned import check_grids, fractional_grids, quantizers_at, shared_widths
 from qat.search.settings import Search
 from qat.search.space import Pair, Space, kept_bits, make_space
 from qat.search.weigh import converted, packed_bytes
@@ -67,7 +67,8 @@ class LearnBits(Early, Stateful):
 
     Raises:
         UserError: for a value out of its range; (when training starts) if the budgets cannot be met, a pattern matches
-            nothing, a quantizer's width cannot be learned, or there is not one `QATCallback`.
+            nothing, a quantizer's width cannot be learned, `AnnealBits` changes it, too, or there is not one
+            `QATCallback`.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class LearnBits(Early, Stateful):
         if self.output is not None and not self._saved:
             outputs(self.output, None, "LearnBits: output")
         shell = self._space(self._qat(trainer), pl_module, source)
+        self._check_apart(trainer, pl_module)
         self._costs(shell, source)
         self.widths = shared_widths(self.space, pl_module)
         if all(width.fixed for width in self.widths.values()):
@@ -157,6 +159,17 @@ class LearnBits(Early, Stateful):
             "calibration_samples": qat.calibration_samples, "scale_lr": qat.scale_lr_factor, "module": None,
         }  # fmt: skip
         return shell
+
+    def _check_apart(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses a grid whose bits a schedule sets, too: what was learned would be gone at its next step."""
+        learned = {q for tensor in self.space.tensors for q in quantizers_at(self.space, pl_module, tensor)}
+        for other in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+            annealed = other.annealed(pl_module) if isinstance(other, AnnealBits) else {}
+            if both := [name for name, quantizer in annealed.items() if quantizer in learned]:
+                raise UserError(
+                    f"LearnBits: AnnealBits changes the bits of '{both[0]}', which are learned; leave one of the two "
+                    "out, or name grids that are not learned with AnnealBits' match"
+                )
 
     def _costs(self, shell: pl.LightningModule, source: Source) -> None:
         """What that costs, and whether the budgets can be met."""

@@ -100,6 +100,11 @@ class AnnealBits(Early, Stateful):
             )
         return {name: width for name, width in widths.items() if width == last}
 
+    def annealed(self, pl_module: pl.LightningModule) -> dict[str, Quantizer]:
+        """The quantizers whose bits change, by name."""
+        names = self._final or self._chosen(pl_module, list(self.schedule.values())[-1])
+        return {name: q for name, q in quantizers_of(pl_module, "AnnealBits").items() if name in names}
+
     def _check(self, pl_module: pl.LightningModule) -> None:
         """Tries every width on a new quantizer."""
         weights = dict(quantized_weights(pl_module).values())
