@@ -1,13 +1,15 @@
 """Ways to optimize: manual, several optimizers and policies (a GAN), accumulation, clipping, tuners."""
 
+import copy
 import math
+import pickle
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.callbacks import BatchSizeFinder, LearningRateFinder
+from pytorch_lightning.callbacks import BaseFinetuning, BatchSizeFinder, LearningRateFinder
 from pytorch_lightning.tuner import Tuner
 from tiny_module import MINMAX, POLICY, Tiny, loader, quantizer_state, same, trainer
 from torch import nn
@@ -16,6 +18,7 @@ from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.lightning import QATCallback, load_from_checkpoint
 from qat.lightning.groups import own_groups
+from qat.lightning.scale_steps import FACTOR, in_proportion
 from qat.quantizers import create
 from qat.spec import QuantSpec
 
@@ -241,6 +244,57 @@ def test_scales_that_have_a_rate_of_their_own_keep_it(tmp_path):
     fitted.fit(Configured(configure), loader())
     assert [len(group["params"]) for group in fitted.optimizers[0].param_groups] == [8, 3, 5]
     assert [group["lr"] for group in fitted.optimizers[0].param_groups] == pytest.approx([0.05, 0.005, 0.003])
+
+
+class Thaw(BaseFinetuning):
+    """Trains the head for an epoch, and then the other layers, too."""
+
+    def freeze_before_training(self, pl_module):
+        self.freeze([pl_module.net.stem, pl_module.net.conv])
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group([pl_module.net.stem, pl_module.net.conv], optimizer, lr=0.02)
+
+
+class ThawByHand(pl.Callback):
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            layers = nn.ModuleList([pl_module.net.stem, pl_module.net.conv])
+            pl_module.optimizers().add_param_group({"params": layers.parameters(), "lr": 0.02})
+
+
+FLOAT_HEAD = POLICY | {"sites": "off", "rules": {"head": {"match": "*head", "weight": "off", "act": "off"}}}
+
+
+@pytest.mark.parametrize("thaw", [Thaw, ThawByHand])
+@pytest.mark.parametrize("policy", [pytest.param(POLICY, id="scales-from-the-start"), FLOAT_HEAD])
+def test_layers_that_join_late_have_their_scales_in_a_group_of_their_own(policy, thaw, tmp_path):
+    net = Configured(lambda m: torch.optim.AdamW(m.net.head.parameters(), lr=0.01, weight_decay=0.1))
+    fitted = trainer(tmp_path, thaw(), policy=policy, max_epochs=3)
+    fitted.fit(net, loader(), loader())
+    [optimizer] = fitted.optimizers
+    scales = {id(q.scale) for _, q in named_quantizers(net)}
+    own = [group for group in optimizer.param_groups if FACTOR in group]
+    listed = [id(p) for group in own for p in group["params"]]
+    assert set(listed) == scales and len(listed) == len(scales)
+    assert all(group["weight_decay"] == 0 for group in own)
+    assert own[-1]["lr"] == pytest.approx(0.06) and in_proportion in optimizer._optimizer_step_post_hooks.values()
+    assert torch.optim.Optimizer.add_param_group.__module__ == "torch.optim.optimizer"
+    assert len(pickle.loads(pickle.dumps(copy.deepcopy(optimizer))).param_groups) == len(optimizer.param_groups)
+
+
+def test_scales_of_layers_that_joined_are_watched_when_training_resumes(tmp_path):
+    def fit(epochs: int, ckpt: Any = None) -> pl.Trainer:
+        net = Configured(lambda m: torch.optim.AdamW(m.net.head.parameters(), lr=0.01))
+        fitted = trainer(tmp_path, Thaw(), policy=FLOAT_HEAD, max_epochs=epochs)
+        fitted.fit(net, loader(), loader(), ckpt_path=ckpt, weights_only=False)
+        return fitted
+
+    fit(2).save_checkpoint(tmp_path / "thawed.ckpt")
+    [optimizer] = fit(3, tmp_path / "thawed.ckpt").optimizers
+    assert [FACTOR in group for group in optimizer.param_groups] == [False, False, True]
+    assert in_proportion in optimizer._optimizer_step_post_hooks.values()
 
 
 def test_an_optimizer_that_takes_one_group_gets_one(tmp_path):

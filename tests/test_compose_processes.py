@@ -71,6 +71,7 @@ def folder(tmp_path_factory) -> Path:
         command = [sys.executable, "script.py", *kinds, str(folder)]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+        (folder / f"{kinds[-1]}.txt").write_text(done.stderr)
     return folder
 
 
@@ -82,6 +83,11 @@ def test_two_processes_agree_with_each_other_and_with_one(when, kind, folder):
     for key, value in one.items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_a_module_that_is_left_without_quantizers_says_how_to_go_on(folder):
+    said = "go on there with qat.load_from_checkpoint(Tiny, a checkpoint of this training)"
+    assert (folder / "spawn.txt").read_text().count(said) == 1 and said not in (folder / "fsdp2.txt").read_text()
 
 
 def test_a_sharded_checkpoint_loads_into_the_plain_module(folder):

@@ -308,6 +308,7 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
         pytest.param(
             ["trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches=0: must be above 0", id="division"
         ),
+        pytest.param(["trainer.strategy=ddp_fork"], "trainer.strategy=ddp_fork: what it trains stays", id="strategy"),
         pytest.param(["+trainer.callbacks=[]"], "trainer.callbacks: a run has its own", id="trainers-callbacks"),
         pytest.param(["callbacks.best=true"], "callbacks.best: has no _target_", id="callback-of-no-kind"),
         pytest.param(

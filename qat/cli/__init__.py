@@ -1,8 +1,8 @@
 """The `qat` command: finds the subcommand and turns its outcome into an exit status.
 
 A mistake of the user (`UserError`), or what the file system refuses, is one line on stderr and status 2. An interrupt
-is status 130 and a termination 143, as shells have it. Anything else is a bug and keeps its traceback (status 1). Only the chosen subcommand
-is imported, and none of them imports torch before it has something to compute.
+is status 130 and a termination 143, as shells have it. Anything else is a bug and keeps its traceback (status 1). Only
+the chosen subcommand is imported, and none of them imports torch before it has something to compute.
 """
 
 import os
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def interrupted(stop: BaseException) -> int | None:
-    """The status of what a signal ended: what Python raises, or Lightning after its own clean-up; `None` if none did."""
+    """The status of what a signal ended, as Python or Lightning (after its own clean-up) raise it; `None` of all else."""
     if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
         return 130
     return 143 if type(stop).__name__ == "SIGTERMException" else None  # Lightning's, which is slow to import

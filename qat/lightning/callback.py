@@ -7,6 +7,7 @@ the user's own. Ranges are calibrated in `on_fit_start`, on the final device, un
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,9 +21,11 @@ from qat.kernels.memory import keep_freed
 from qat.layers.twin import become_twin, original_class
 from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion, follow_widths
 from qat.lightning.compiled import eagerly, uncompiled
+from qat.lightning.groups import late_groups
 from qat.lightning.module import QuantizedModule, insert_plan
 from qat.lightning.sharded import average_gradients
 from qat.lightning.shared_ranges import RangeCache
+from qat.lightning.spawned import tell_left_behind
 from qat.lightning.steps import at_home, described_input, run_steps, trainer_source
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.planning.audit import audit, check_coverage
@@ -78,6 +81,10 @@ class QATCallback(Callback):
         if ranges is not None and self.starts:
             raise UserError("ranges: with starts there is no range that could be known from elsewhere")
         self.ranges = ranges
+        self._late = ExitStack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_late": ExitStack()}  # what training has open is of this process
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_order(trainer)
@@ -90,6 +97,7 @@ class QATCallback(Callback):
         pl_module.scale_lr_factors = factors  # pyright: ignore[reportArgumentType]
         if stage != "fit":
             return
+        self._before = pl_module.quantization_plan
         keep_freed()
         follow_insertion(trainer, pl_module)
         plan: Any = pl_module.quantization_plan
@@ -117,6 +125,12 @@ class QATCallback(Callback):
         self._ready(trainer, pl_module)
         if self is _callbacks(trainer)[0]:
             average_gradients(trainer, pl_module)
+            self._late = ExitStack()
+            factors = pl_module.scale_lr_factors  # pyright: ignore[reportAttributeAccessIssue]
+            self._late.enter_context(late_groups(pl_module, trainer.optimizers, factors))  # pyright: ignore[reportArgumentType]
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._late.close()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._ready(trainer, pl_module)
@@ -128,6 +142,9 @@ class QATCallback(Callback):
         self._ready(trainer, pl_module)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._late.close()
+        if stage == "fit" and self is _callbacks(trainer)[0]:
+            tell_left_behind(trainer, pl_module, self._before)  # pyright: ignore[reportArgumentType]
         # Lightning puts modules back into training after an evaluation, but not those that it did not find before.
         adopt_modes(pl_module)
         _fold_again(pl_module)

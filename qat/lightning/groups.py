@@ -8,7 +8,8 @@ whether it is 0.1 or 0.0001. So there it moves in proportion to itself (`qat.lig
 if its logarithm were trained. The factor is `SGD_FACTOR` for SGD and `ADAPTIVE_FACTOR` for all others.
 
 The split happens while the optimizer is constructed, not afterwards: schedulers copy the groups' learning rates when
-they are made, and so see the final groups (`qat.lightning.scale_schedules`).
+they are made, and so see the final groups (`qat.lightning.scale_schedules`). Groups that join during training (layers
+that were frozen first) are split as they do (`late_groups`).
 
 Lists of parameters that were complete in float are no longer. Layers that read one tensor share a quantizer, which the
 `parameters()` of each of them have. And what a module's own forward quantizes is no child of the submodules whose
@@ -82,14 +83,36 @@ def own_groups(model: nn.Module, factors: Mapping[str, float | None] = MappingPr
                 by = 1.0
             own = {"params": some, "weight_decay": 0.0, FACTOR: by, SPLIT: bool(rest)}
             add(self, {**group, **own, **({"lr": lr * by} if lr is not None else {})})
-        if split and rest and keep_ratio not in self._optimizer_step_pre_hooks.values():
-            self.register_step_pre_hook(keep_ratio)
-        if split and remember not in self._optimizer_step_pre_hooks.values():
-            self.register_step_pre_hook(remember)
-            self.register_step_post_hook(in_proportion)
+        if split:
+            _watch(self)
 
     with patch.object(torch.optim.Optimizer, "add_param_group", add_param_group), values_for_all_groups():
         yield
+
+
+@contextmanager
+def late_groups(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], factors: Mapping[str, float | None]
+) -> Iterator[None]:
+    """`own_groups` for optimizers that train already: what joins them brings all that its quantizers learn."""
+    with own_groups(model, factors):
+        add: Callable[..., None] = torch.optim.Optimizer.add_param_group
+
+        def add_param_group(self: torch.optim.Optimizer, group: dict[str, Any]) -> None:
+            add(self, group)
+            if any(self.param_groups is optimizer.param_groups for optimizer in optimizers):  # it, or Lightning's of it
+                _join_sites(model, optimizers)
+
+        with patch.object(torch.optim.Optimizer, "add_param_group", add_param_group):
+            yield
+
+
+def _watch(optimizer: torch.optim.Optimizer) -> None:
+    """Lets `qat.lightning.scale_steps` see an optimizer's steps, once."""
+    if remember not in optimizer._optimizer_step_pre_hooks.values():
+        optimizer.register_step_pre_hook(keep_ratio)
+        optimizer.register_step_pre_hook(remember)
+        optimizer.register_step_post_hook(in_proportion)
 
 
 def settle(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
@@ -97,7 +120,8 @@ def settle(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Non
 
     A quantizer that two parts share stays in the first of their optimizers, unless these have weights in common, too
     (then a user takes turns). What a module's own forward quantizes, and no part lists, goes where scales of the
-    module are.
+    module are. An optimizer without scales is ready for those of layers that join it later: when training resumes,
+    their groups are put in without a call.
     """
     owned = _owned(model)
     ids = [_members(optimizer) for optimizer in optimizers]
@@ -109,7 +133,15 @@ def settle(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Non
             for key in {"params", "param_names"} & group.keys():
                 group[key] = list(itertools.compress(group[key], keep))
         ids[later] -= twice
-    listed = set[int]().union(*ids)
+    _join_sites(model, optimizers)
+    for optimizer in optimizers:  # one with scales is watched already, or wraps another that is
+        if not any(FACTOR in group for group in optimizer.param_groups):
+            _watch(optimizer)
+
+
+def _join_sites(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Adds what no optimizer lists of what a module's own forward quantizes."""
+    listed = set[int]().union(*map(_members, optimizers))
     for path, site in model.named_modules():
         if not isinstance(site, Site):
             continue

@@ -41,6 +41,7 @@ from qat.lightning.evaluate import check_monitors, test_metric
 from qat.lightning.resume import continue_csv
 from qat.lightning.settled import check_settled, settled
 from qat.lightning.shared_ranges import RangeCache
+from qat.lightning.spawned import is_spawning
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights, read_checkpoint
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
@@ -89,7 +90,11 @@ class Workspace:
         for name, instead in SET_BY_THE_RUN.items():
             if name in cfg.trainer:
                 raise UserError(f"trainer.{name}: a run has its own; {instead}")
-        self.trainer(logger=False)
+        if is_spawning(self.trainer(logger=False)):
+            raise UserError(
+                f"trainer.strategy={cfg.trainer.strategy}: what it trains stays in the processes that it starts; "
+                "ddp starts them as a run needs"
+            )
         self.module = build(cfg, "model", pl.LightningModule)
         self.float_module: pl.LightningModule = self._float_module()
         if cfg.float_ckpt:
