@@ -397,6 +397,16 @@ def test_resuming_under_another_policy_is_an_error_that_names_the_setting(tmp_pa
         _trainer(tmp_path, policy=POLICY | {"weight": {"bits": 8}}, max_epochs=2).fit(Net(), _loader(), ckpt_path=path)
 
 
+def test_resuming_under_another_rate_of_scales_is_an_error(tmp_path):
+    trainer, _ = _fitted(tmp_path)
+    trainer.save_checkpoint(path := tmp_path / "last.ckpt")
+    callback, quiet = QATCallback(POLICY, 16, scale_lr_factor=0.5), {"logger": False, "enable_progress_bar": False}
+    other = pl.Trainer(callbacks=[callback], max_epochs=2, accelerator="cpu", default_root_dir=tmp_path, **quiet)
+    with pytest.raises(UserError, match=r"scale_lr_factor=0\.5: the checkpoint was trained with None"):
+        other.fit(Net(), _loader(), ckpt_path=path)
+    other.test(Net(), _loader(), ckpt_path=path, verbose=False)
+
+
 def test_a_quantized_module_does_not_take_another_policy_in_silence(tmp_path):
     trainer, net = _fitted(tmp_path)
     trainer.fit(net, _loader(), _loader())  # the same one goes on

@@ -172,6 +172,7 @@ def test_another_seed_gives_another_curve(uninterrupted, tmp_path):
         pytest.param("seed=8", "seed=7", id="seed"),
         pytest.param("data.batch_size=16", "data.batch_size=32", id="data"),
         pytest.param("model.lr=0.2", "model.lr=0.05", id="model"),
+        pytest.param("quant.scale_lr=0.5", "quant.scale_lr=None", id="scales"),
         pytest.param("float_epochs=4", "float_epochs=3", id="finished stage"),
     ],
 )

@@ -27,7 +27,7 @@ from qat.lightning.groups import own_groups, settle
 from qat.lightning.weights import CHECKPOINT_KEY, join_state, read_checkpoint, split_state
 from qat.quantizers import Quantizer
 
-INPUT_KEY = "qat_input"
+INPUT_KEY, SCALE_LR_KEY = "qat_input", "qat_scale_lr"
 Module = TypeVar("Module", bound=pl.LightningModule)
 
 
@@ -50,6 +50,7 @@ class QuantizedModule(TwinMixin):
         if self.quantization_plan is not None:
             checkpoint[CHECKPOINT_KEY] = self.quantization_plan.to_dict()
             checkpoint[INPUT_KEY] = self.input_described
+            checkpoint[SCALE_LR_KEY] = dict(self.scale_lr_factors)
             trainer = self._trainer  # pyright: ignore[reportAttributeAccessIssue]
             # Sharding strategies save and load what the module has by themselves, past these hooks.
             if trainer is None or not trainer.strategy.restore_checkpoint_after_setup:
@@ -60,7 +61,7 @@ class QuantizedModule(TwinMixin):
         join_state(checkpoint)
         if CHECKPOINT_KEY in checkpoint:
             plan = Plan.from_dict(checkpoint[CHECKPOINT_KEY])
-            self._check_same_policy(plan)
+            self._check_same_settings(plan, checkpoint.get(SCALE_LR_KEY))
             insert_plan(self, plan)  # pyright: ignore[reportArgumentType]
             self.input_described = checkpoint.get(INPUT_KEY)
         elif self.quantization_plan is not None:
@@ -71,17 +72,25 @@ class QuantizedModule(TwinMixin):
             )
         super().on_load_checkpoint(checkpoint)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _check_same_policy(self, plan: Plan) -> None:
+    def _check_same_settings(self, plan: Plan, factors: dict[str, float | None] | None) -> None:
         """Training that goes on under other settings than the trainer's would ignore them; evaluation takes any
         checkpoint.
         """
         trainer = self._trainer  # pyright: ignore[reportAttributeAccessIssue]
         mine = self.quantization_plan
-        if trainer is not None and trainer.state.fn == "fit" and mine is not None and mine.policy != plan.policy:
+        if trainer is None or trainer.state.fn != "fit" or mine is None:
+            return
+        if mine.policy != plan.policy:
             changed = [key for key in mine.policy if mine.policy[key] != plan.policy.get(key)]
             raise UserError(
                 f"the checkpoint was trained with another quantization policy ({', '.join(changed)} differ); "
                 "resume with the settings it has, or start anew from the float weights"
+            )
+        if factors is not None and factors != (own := dict(self.scale_lr_factors)):
+            path = next(path for path in {**own, **factors} if own.get(path, ...) != factors.get(path, ...))
+            raise UserError(
+                f"scale_lr_factor={own.get(path)}: the checkpoint was trained with {factors.get(path)}, which its "
+                "optimizers keep; resume with that, or start anew from the float weights"
             )
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:

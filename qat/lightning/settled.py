@@ -17,6 +17,8 @@ def settled(cfg: DictConfig) -> dict[str, Any]:
     """What a run keeps to when it is resumed, by dotted key; not the texts of `data`, which may say where it lies."""
     parts = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(SETTLED)), resolve=True)
     values = {key: value for key, value in dotted_items(parts) if not isinstance(value, dict)}
+    if cfg.get("quant"):  # the rest of it is the policy, which the checkpoint knows
+        values["quant.scale_lr"] = cfg.quant.get("scale_lr")
     free = {key for key, value in values.items() if key.startswith("data.") and isinstance(value, str)} | INDIFFERENT
     return {key: value for key, value in values.items() if key not in free}
 
