@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def interrupted(stop: BaseException) -> int | None:
-    """The status of what a signal ended, as Python or Lightning (after its own clean-up) raise it; `None` of all else."""
+    """The status of what a signal ended, as Python or Lightning (after its own clean-up) raise it; else `None`."""
     if isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt):
         return 130
     return 143 if type(stop).__name__ == "SIGTERMException" else None  # Lightning's, which is slow to import
