@@ -54,8 +54,8 @@ LIGHTNINGS_CALLBACK = [
         "forward with several arguments and keywords",
         f"{KNOWN}a_forward_of_several_arguments_and_keywords_keeps_its_signature",
         "qat/layers/sites.py",
-        "return self._outermost(args, kwargs) if not _running else",
-        "return self._outermost(args, {}) if not _running else",
+        "else self._outermost(modes, args, kwargs)",
+        "else self._outermost(modes, args, {})",
         "TypeError: ",
     ),
     Break(

@@ -521,7 +521,8 @@ def test_what_needs_no_graph_takes_a_forward_that_has_none(export, rows, own_par
     assert stages["float"]["bytes"] is None and not Path("run/float.onnx").exists()
     capfd.readouterr()
     assert main(["verify", "run"]) == 0 and main(["export", "run", "target=packed", "out=."]) == 0
-    assert "verified: weight codes identical, 100.00% of predictions equal" in " ".join(capfd.readouterr().out.split())
+    said = " ".join(capfd.readouterr().out.split())
+    assert "verified: weight codes identical, 100.00% of samples within a step of 8 bits" in said
     assert main(["export", "run", "target=onnx"]) == 2
     assert "Pair returns a tuple: ONNX export needs" in capfd.readouterr().err
 

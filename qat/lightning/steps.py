@@ -12,7 +12,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision, Precision
 from pytorch_lightning.utilities import CombinedLoader
@@ -21,6 +20,7 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from rich.progress import track
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
@@ -208,7 +208,7 @@ class _Unconverted(Precision):
         self.dtype = dtype
 
     def convert_input(self, data: Any) -> Any:
-        return apply_to_collection(data, Tensor, lambda x: x.to(self.dtype) if x.is_floating_point() else x)
+        return tree_map_only(Tensor, lambda x: x.to(self.dtype) if x.is_floating_point() else x, data)
 
 
 def precision_plugin(module: pl.LightningModule) -> Precision:
