@@ -20,8 +20,8 @@ from pytorch_lightning.utilities.model_helpers import is_overridden
 from pytorch_lightning.utilities.seed import isolate_rng
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
