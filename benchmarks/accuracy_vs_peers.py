@@ -32,7 +32,7 @@ from qat.data import HFImages
 from qat.data.batches import Images
 from qat.files import atomic
 from qat.lightning import load_weights
-from qat.lightning.groups import own_groups
+from qat.lightning.scale_groups import own_groups
 from qat.models import ResNet
 from qat.models.classifier import cosine_factor
 

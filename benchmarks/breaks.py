@@ -221,7 +221,7 @@ SILENT = [
     Break(
         "weight decay on scales",
         f"{LIGHTNING}scales_have_a_group_of_their_own[sgd-decides-parameters]",
-        "qat/lightning/groups.py",
+        "qat/lightning/scale_groups.py",
         'own = {"params": some, "weight_decay": 0.0, FACTOR: by,',
         'own = {"params": some, FACTOR: by,',
     ),

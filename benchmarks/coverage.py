@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from qat.calibrate import calibrate
 from qat.files import atomic
-from qat.insert import Plan, apply_plan, make_plan
+from qat.insert import apply_plan, make_plan
 from qat.planning.audit import AuditRow, audit, coverage
+from qat.planning.plan import Plan
 from qat.policy import QuantPolicy
 
 POLICY = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}, "kinds": "all"}

@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.calibrate import calibrate
-from qat.config.targets import build
+from qat.config.exports import build
 from qat.data import HFImages, Text
 from qat.errors import UserError
 from qat.export.bench import time_interleaved
@@ -41,8 +41,9 @@ from qat.export.onnx.runtime import OnnxRunner
 from qat.export.target import Target
 from qat.export.verify import Comparison, Verdict, check_codes, check_outputs, expected_integer_nodes
 from qat.files import atomic
-from qat.insert import Plan, apply_plan, make_plan
+from qat.insert import apply_plan, make_plan
 from qat.models import GPT, MobileNetV2, ResNet
+from qat.planning.plan import Plan
 from qat.policy import QuantPolicy
 
 CALIBRATION, BATCH = 256, 64

@@ -24,7 +24,7 @@ from models import workload
 from pages import put
 from small_models import quantized
 
-from qat.config.targets import build
+from qat.config.exports import build
 from qat.export.bench import time_interleaved
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import OnnxRunner

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qat.calibrate import calibrate
 from qat.config.configs import configs_dir
 from qat.insert import apply_plan, make_plan
-from qat.lightning.groups import own_groups
+from qat.lightning.scale_groups import own_groups
 from qat.policy import QuantPolicy
 
 LENGTH, BATCH = 64, 16

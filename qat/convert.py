@@ -16,12 +16,12 @@ from qat.convert_sites import convert_sites, give_up_parameters
 from qat.copies import copied
 from qat.errors import UserError
 from qat.formats import FLOATS, round_midrise
-from qat.insert import Plan
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, integer_tensor, storage_bits
 from qat.layers import QuantizedLayer, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for
 from qat.layers.accumulator import WIDEST, bias_codes, folded, input_grid, per_output
 from qat.layers.adapted import adapted
 from qat.layers.computed import settle
+from qat.planning.plan import Plan
 from qat.quantizers import Quantizer, find
 
 

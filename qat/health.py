@@ -101,7 +101,9 @@ def from_checkpoint(checkpoint: Mapping[str, Any], path: Any) -> tuple[list[Heal
     why = "the checkpoint was written without the callback QuantizerHealth"
     if "callbacks" not in checkpoint:  # what a run ends with
         why = (
-            "the checkpoint holds no callbacks; those written in training do, QuantizerHealth's measurements with them"
+            "the model is calibrated and not trained, and activations are measured in training"
+            if checkpoint.get("global_step") == 0
+            else "the checkpoint holds no callbacks; those written in training do, QuantizerHealth's measurements too"
         )
     for key, state in (checkpoint.get("callbacks") or {}).items():
         if key.startswith("QuantizerHealth"):

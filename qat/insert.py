@@ -39,7 +39,7 @@ from qat.planning.planner import make_plan
 from qat.quantizers import Quantizer
 from qat.spec import QuantSpec
 
-__all__ = ["Plan", "adopt_modes", "apply_plan", "make_plan", "named_quantizers", "remove"]
+__all__ = ["adopt_modes", "apply_plan", "make_plan", "named_quantizers", "remove"]
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:

@@ -247,3 +247,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def differences(settings: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """The keys, with dots, that two policies' settings differ in; what is null is as if it were not there."""
+    found: list[str] = []
+    for key in dict.fromkeys((*settings, *others)):
+        one, other = settings.get(key), others.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += [f"{key}.{rest}" for rest in differences(one, other)]
+        elif one != other:
+            found.append(key)
+    return found

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 
 class Switch(nn.Module):
-    """Whether it is on is kept in buffers (so that checkpoints carry it) and mirrored in Python attributes (so that a
-    forward pass never waits for a device to read them).
+    """A module that can be switched on and off. Buffers keep how it stands, so that checkpoints carry it; Python
+    attributes mirror them, so that a forward pass never waits for a device to read them.
 
     Attributes:
         enabled: Whether somebody wants it.

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from qat.calibrate import calibrate
 from qat.convert import convert
-from qat.insert import Plan, apply_plan, make_plan
+from qat.insert import apply_plan, make_plan
+from qat.planning.plan import Plan
 from qat.policy import QuantPolicy
 
 POLICY: dict[str, Any] = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 8}}

@@ -20,7 +20,8 @@ from qat.export.onnx.cascades import moved
 from qat.export.onnx.placement import OPENVINO, Placement
 from qat.export.openvino_ir import OpenVinoTarget
 from qat.export.verify import Comparison
-from qat.insert import Plan, named_quantizers
+from qat.insert import named_quantizers
+from qat.planning.plan import Plan
 
 SCALES = st.floats(1e-4, 10)
 TIED = 19 / 170

@@ -28,6 +28,7 @@ from qat.lightning import (
     FreezeOscillations,
     LearnBits,
     QuantizerHealth,
+    ReestimateBatchNorm,
     load_from_checkpoint,
     load_weights,
 )
@@ -183,6 +184,23 @@ def test_a_model_of_another_type_is_calibrated_on_batches_of_its_type(precision,
         batches = DataLoader([(x.to(dtype), y) for x, y in batches.dataset], batch_size=4)
     trainer(tmp_path, policy=policy, precision=precision).fit(net, batches, batches)
     assert net.net.stem.weight.dtype == dtype and all(q.on for _, q in named_quantizers(net))
+
+
+def test_scales_in_front_of_a_model_do_not_hide_its_type(tmp_path):
+    class Mirrored(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + x.flip(-1)
+
+    class Shifted(Tiny):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(Mirrored(), self.net)
+
+    net = Shifted()
+    trainer(tmp_path, ReestimateBatchNorm(2), policy=POLICY | {"sites": {"bits": 8}}, precision="bf16-true").fit(
+        net, loader(), loader()
+    )
+    assert "scale" in next(iter(net.named_parameters()))[0] and not net.net[1].norm.running_mean.isnan().any()
 
 
 # -- saved and loaded --------------------------------------------------------------------------------------------------

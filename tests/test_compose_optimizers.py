@@ -17,7 +17,7 @@ from torch import nn
 from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.lightning import QATCallback, load_from_checkpoint
-from qat.lightning.groups import own_groups
+from qat.lightning.scale_groups import own_groups
 from qat.lightning.scale_steps import FACTOR, in_proportion
 from qat.quantizers import create
 from qat.spec import QuantSpec

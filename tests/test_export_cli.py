@@ -17,14 +17,14 @@ from torch import nn
 
 from qat.cli import main
 from qat.cli.bench import Opener
-from qat.config.targets import build
+from qat.config.exports import build
 from qat.errors import UserError
 from qat.export.bench import Measured, Timing
 from qat.export.manifest import write_manifest
 from qat.export.target import Target
 from qat.files import replace
-from qat.insert import Plan
 from qat.models import MLP, CausalLM
+from qat.planning.plan import Plan
 from qat.report.bench import save_bench_plot, warnings
 
 TINY = """model=mlp model.width=16 data.train_limit=64 data.val_limit=32 data.test_limit=64 float_epochs=1

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from omegaconf import OmegaConf
 from small_models import POLICY, both, quantized
 from torch import Tensor, nn
 
@@ -101,11 +102,11 @@ def test_ragged_blocks_name_the_layers_and_the_rule_before_anything_is_inserted(
     model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 4, 1)), image(2, channels=3)
     message = (
         r"'0': group_size=2 does not divide axis -3 of its input \[4, 3, 5, 5\], so the last group would be ragged; "
-        r"leave it float with a rule such as \{match: \[0, 2\], weight: off, act: off\}"
+        r"leave it float with a rule such as \{match: \['0', '2'\], weight: off, act: off\}"
     )
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as refused:
         make_plan(model, QuantPolicy.from_dict(MX), lambda: model(x))
-    rule = {"match": ["0", "2"], "weight": "off", "act": "off"}
+    rule = OmegaConf.to_container(OmegaConf.create(str(refused.value).partition("such as ")[2]))
     plan, _ = make_plan(model, QuantPolicy.from_dict(MX | {"rules": {"r": rule}}), lambda: model(x))
     assert list(plan.activations) == ["1.input"]
 

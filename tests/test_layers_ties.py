@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from qat.convert import convert
 from qat.export.packed import MANIFEST, WEIGHTS, load_packed, save_packed
-from qat.insert import Plan, apply_plan, named_quantizers
+from qat.insert import apply_plan, named_quantizers
+from qat.planning.plan import Plan
 
 LSQ = {"weight": {"bits": 4, "granularity": "channel", "quantizer": "lsq"}, "act": {"bits": 8, "quantizer": "lsq"}}
 

@@ -393,8 +393,15 @@ def test_resuming_under_another_policy_is_an_error_that_names_the_setting(tmp_pa
     trainer, _ = _fitted(tmp_path)
     path = tmp_path / "last.ckpt"
     trainer.save_checkpoint(path)
-    with pytest.raises(UserError, match=r"another quantization policy \(weight differ\)"):
+    with pytest.raises(UserError, match=r"another quantization policy \(weight.bits differ\)"):
         _trainer(tmp_path, policy=POLICY | {"weight": {"bits": 8}}, max_epochs=2).fit(Net(), _loader(), ckpt_path=path)
+
+
+def test_a_setting_that_is_null_is_one_that_older_checkpoints_lack(tmp_path):
+    trainer, _ = _fitted(tmp_path)
+    trainer.save_checkpoint(path := tmp_path / "last.ckpt")
+    newer = POLICY | {"act": {**POLICY["act"], "group_axis": None}}
+    _trainer(tmp_path, policy=newer, max_epochs=2).fit(Net(), _loader(), ckpt_path=path)
 
 
 def test_resuming_under_another_rate_of_scales_is_an_error(tmp_path):
@@ -411,7 +418,7 @@ def test_a_quantized_module_does_not_take_another_policy_in_silence(tmp_path):
     trainer, net = _fitted(tmp_path)
     trainer.fit(net, _loader(), _loader())  # the same one goes on
     other = _trainer(tmp_path, policy={"weight": {"bits": 8}, "act": SPEC})
-    with pytest.raises(UserError, match=r"Net is quantized already, with another policy \(weight differ\)"):
+    with pytest.raises(UserError, match=r"Net is quantized already, with another policy \(weight.bits differ\)"):
         other.fit(net, _loader(), _loader())
 
 

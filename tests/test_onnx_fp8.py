@@ -15,7 +15,7 @@ from qat.errors import UserError
 from qat.export.onnx.engines import TensorRtOnnx
 from qat.export.onnx.target import OnnxTarget
 from qat.export.verify import Comparison, Verdict, check_codes, check_outputs
-from qat.insert import Plan
+from qat.planning.plan import Plan
 
 TYPES = {"e4m3": onnx.TensorProto.FLOAT8E4M3FN, "e5m2": onnx.TensorProto.FLOAT8E5M2}
 

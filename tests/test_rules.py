@@ -9,11 +9,12 @@ from small_models import Drawn, Shape, both, lived, quantized
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qat.config.targets import build, of_file
+from qat.config.exports import build, of_file
 from qat.convert import convert
 from qat.engines import ENGINES, Engine
 from qat.errors import UserError
-from qat.insert import Plan, apply_plan, make_plan, remove
+from qat.insert import apply_plan, make_plan, remove
+from qat.planning.plan import Plan
 from qat.policy import QuantPolicy
 
 torch.set_num_threads(1)

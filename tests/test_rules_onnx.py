@@ -12,7 +12,7 @@ import torch
 from small_models import Drawn, Shape, lived, quantized
 from torch import nn
 
-from qat.config.targets import build
+from qat.config.exports import build
 from qat.convert import convert
 from qat.export.onnx.checks import qnn_violations, tensorrt_violations
 from qat.export.onnx.runtime import OnnxRunner

@@ -571,7 +571,9 @@ def test_ptq_alone_is_a_run_without_a_stage_of_training(tmp_path, capfd):
     assert "Quantization-aware training" not in said and "QAT" not in said
     assert main(["verify", str(run_dir)]) == 0
     main(["inspect", str(run_dir)])
-    assert "weights alone: the checkpoint holds no callbacks" in " ".join(capfd.readouterr().out.split())
+    assert "weights alone: the model is calibrated and not trained" in " ".join(capfd.readouterr().out.split())
+    assert main(["train", "ckpt=last", f"run_dir={run_dir}", "trainer.max_epochs=1", "~callbacks.anneal"]) == 0
+    assert list(_report(run_dir)["stages"]) == ["float", "ptq", "qat", "exported"]
 
 
 def test_float_training_can_start_from_float_weights(finished, tmp_path, capfd):

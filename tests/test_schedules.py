@@ -17,7 +17,7 @@ from qat.config.configs import configs_dir, finish
 from qat.config.instantiate import VERSION, instantiate
 from qat.convert import convert
 from qat.errors import UserError
-from qat.insert import Plan, named_quantizers
+from qat.insert import named_quantizers
 from qat.lightning import QATCallback, load_from_checkpoint
 from qat.lightning.schedules import (
     AnnealBits,
@@ -30,6 +30,7 @@ from qat.lightning.schedules import (
     TrackOscillations,
 )
 from qat.lightning.schedules.when import cosine
+from qat.planning.plan import Plan
 from qat.quantizers import create
 from qat.spec import QuantSpec
 

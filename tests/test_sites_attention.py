@@ -64,6 +64,17 @@ def test_a_mask_beside_is_causal_is_refused_as_torch_does():
         explicit_attention(*tensors(), attn_mask=MASK, is_causal=True, probabilities=lambda p: p)
 
 
+def test_groups_that_do_not_divide_the_heads_are_refused_as_torch_does():
+    with pytest.raises(RuntimeError, match="must divide the number of heads in query"):
+        explicit_attention(*tensors(3), enable_gqa=True, probabilities=lambda p: p)
+
+
+def test_grouped_heads_may_have_no_queries():
+    q, k, v = tensors(2)
+    y = explicit_attention(q[:, :, :0], k, v, enable_gqa=True, probabilities=lambda p: p)
+    assert y.shape == (2, 4, 0, 7)
+
+
 def attend(m, x):
     q, k, v = m.qkv(x).chunk(3, -1)
     return m.out(F.scaled_dot_product_attention(q, k, v, is_causal=True))

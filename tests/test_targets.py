@@ -11,7 +11,7 @@ from small_models import POLICY, Drawn, Shape, lived, quantized
 from torch import nn
 
 from qat.config.configs import configs_dir
-from qat.config.targets import build
+from qat.config.exports import build
 from qat.convert import convert
 from qat.copies import copied
 from qat.errors import UserError

@@ -17,7 +17,7 @@ from test_sites_policy import preset
 from test_targets import TENSOR, W8A8, Case, target_of
 from torch import nn
 
-from qat.config.targets import build, of_file
+from qat.config.exports import build, of_file
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
 from qat.export.executorch.file import PteFile

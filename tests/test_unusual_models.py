@@ -16,9 +16,10 @@ from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import OnnxRunner
-from qat.insert import Plan, apply_plan, make_plan, named_quantizers, remove
+from qat.insert import apply_plan, make_plan, named_quantizers, remove
 from qat.planning.audit import audit
 from qat.planning.functions import flat
+from qat.planning.plan import Plan
 from qat.policy import QuantPolicy
 
 

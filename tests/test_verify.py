@@ -28,8 +28,8 @@ from qat.export.verify import (
     count_kernels,
     weight_codes,
 )
-from qat.insert import Plan
 from qat.lightning.evaluate import verify_file
+from qat.planning.plan import Plan
 from qat.report.format import verdict as outcome
 
 SHAPE = Shape(bias=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.cli.arguments import Parser
-from qat.config.targets import of_file, split
+from qat.config.exports import of_file, split
 from qat.errors import UserError, nearest
 from qat.run_files import FLOAT_ONNX
 

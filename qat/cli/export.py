@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.cli.arguments import Parser
-from qat.config.targets import build, split
+from qat.config.exports import build, split
 from qat.errors import UserError
 
 USAGE = "qat export RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]"

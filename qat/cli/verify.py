@@ -8,7 +8,7 @@ elsewhere than for the run, data.root=DIR says so.
 from pathlib import Path
 
 from qat.cli.arguments import Parser
-from qat.config.targets import of_file, split
+from qat.config.exports import of_file, split
 from qat.errors import UserError
 
 USAGE = "qat verify [FILE] RUN_DIR [key=value ...]"

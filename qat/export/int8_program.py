@@ -19,8 +19,8 @@ from torch.export import Dim, ExportedProgram
 from qat.copies import copied
 from qat.errors import UserError
 from qat.export.torch.runner import OneInput, own_modules
-from qat.insert import Plan
 from qat.integer import Eager, IntegerActivation, IntegerLayer, IntegerTensor, emitting
+from qat.planning.plan import Plan
 
 OPS: Any = torch.ops.quantized_decomposed
 ATEN: Any = torch.ops.aten

@@ -22,9 +22,8 @@ from qat.export.onnx.passes import SHARED_KEY, is_weight
 from qat.export.onnx.placement import OPENVINO
 from qat.export.target import INPUT, Target
 from qat.export.verify import Verdict, count_kernels
-from qat.insert import Plan
 from qat.planning.addressable import type_of
-from qat.planning.plan import kind_of
+from qat.planning.plan import Plan, kind_of
 
 CARRIERS = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose")
 """What may stand between a weight and the operation that computes with it."""

@@ -29,8 +29,9 @@ from qat.export.packed_scales import pack_scale, unpack_scale
 from qat.export.target import Target
 from qat.export.torch.runner import TorchRunner
 from qat.files import atomic, sha256
-from qat.insert import Plan, apply_plan, named_quantizers
+from qat.insert import apply_plan, named_quantizers
 from qat.integer import IntegerTensor
+from qat.planning.plan import Plan
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 FORMAT = 3

@@ -33,8 +33,8 @@ from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.manifest import check_manifest, check_unclaimed, made_by, stated, write_manifest
 from qat.files import replace
-from qat.insert import Plan
 from qat.integer import IntegerLayer, storage_bits
+from qat.planning.plan import Plan
 
 INPUT, OUTPUT = "input", "output"
 

@@ -34,7 +34,7 @@ def explicit_attention(
         `[..., L, Ev]`.
 
     Raises:
-        RuntimeError: if a mask comes with `is_causal`, which the original refuses, too.
+        RuntimeError: if a mask comes with `is_causal`, or groups do not divide the heads; the original refuses both.
     """
     if attn_mask is not None and is_causal:
         raise RuntimeError("Explicit attn_mask should not be set when is_causal=True")
@@ -59,5 +59,9 @@ def _product(a: Tensor, b: Tensor, grouped: bool) -> Tensor:
     """
     if not grouped:
         return a @ b
-    rows = a.unflatten(-3, (b.size(-3), -1)).flatten(-3, -2)
-    return (rows @ b).unflatten(-2, (-1, a.size(-2))).flatten(-4, -3)
+    heads, groups = a.size(-3), b.size(-3)
+    if heads % groups:
+        raise RuntimeError("Number of heads in key and value must divide the number of heads in query")
+    each = heads // groups
+    rows = a.unflatten(-3, (groups, each)).flatten(-3, -2)
+    return (rows @ b).unflatten(-2, (each, a.size(-2))).flatten(-4, -3)

@@ -16,19 +16,21 @@ from pytorch_lightning.callbacks import BatchSizeFinder, Callback, LearningRateF
 
 from qat.calibrate import calibrate, needs_calibration
 from qat.errors import UserError, nearest
-from qat.insert import Plan, adopt_modes, fold_again, make_plan, named_quantizers
+from qat.insert import adopt_modes, fold_again, make_plan, named_quantizers
 from qat.kernels.memory import keep_freed
 from qat.layers.twin import become_twin, original_class
 from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion, follow_widths
 from qat.lightning.compiled import eagerly, uncompiled
-from qat.lightning.groups import late_groups
 from qat.lightning.module import QuantizedModule, insert_plan
+from qat.lightning.scale_groups import late_groups
 from qat.lightning.sharded import average_gradients
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.spawned import tell_left_behind
 from qat.lightning.steps import at_home, described_input, run_steps, trainer_source
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.planning.audit import audit, check_coverage
+from qat.planning.plan import Plan
+from qat.policy import differences
 from qat.shards import is_shard
 from qat.starts import Start
 
@@ -42,7 +44,7 @@ class QATCallback(Callback):
         policy: Which grids go where: a `QuantPolicy`, or its settings as plain containers.
         calibration_samples: How many training samples set the first ranges.
         scale_lr_factor: Learning rate of the scales relative to that of the weights beside them; `None` for 0.1 under
-            SGD and 3 under other optimizers, where it is a share of the scale (`qat.lightning.groups` says why).
+            SGD and 3 under other optimizers, where it is a share of the scale (`qat.lightning.scale_groups` says why).
             Schedulers that take a list take one value for each group of the module's own.
         module: Path of the submodule that the policy is for (`generator`); everything else stays float, unless another
             `QATCallback` is for it. Names in the policy are then relative to that submodule.
@@ -103,7 +105,7 @@ class QATCallback(Callback):
         plan: Any = pl_module.quantization_plan
         if plan is not None:
             policy = joint_policy(callbacks, pl_module).settings
-            if changed := [key for key in policy if policy[key] != plan.policy.get(key)]:
+            if changed := differences(policy, plan.policy):
                 raise UserError(
                     f"{original_class(pl_module).__name__} is quantized already, with another policy "
                     f"({', '.join(changed)} differ); train it on with that, or start from a float module"

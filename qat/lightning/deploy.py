@@ -16,18 +16,18 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from qat.config.configs import read_config
-from qat.config.targets import parsed
+from qat.config.exports import parsed
 from qat.errors import UserError, nearest
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
 from qat.export.verify import Verdict
 from qat.files import read_object
-from qat.insert import Plan
 from qat.lightning.calm import calm
 from qat.lightning.export_stage import float_model_of, verdict_on
 from qat.lightning.module import INPUT_KEY, insert_plan
 from qat.lightning.weights import CHECKPOINT_KEY, read_checkpoint
 from qat.lightning.workspace import ON_THE_CPU, Workspace, unmixed
+from qat.planning.plan import Plan
 from qat.report import report_table
 from qat.report.format import verdict as outcome
 from qat.run_files import CONFIG, REPORT, TRAINED

@@ -21,10 +21,12 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from qat.errors import UserError
-from qat.insert import Plan, apply_plan, remove
+from qat.insert import apply_plan, remove
 from qat.layers.twin import TwinMixin, become_twin, twin_of
-from qat.lightning.groups import own_groups, settle
+from qat.lightning.scale_groups import own_groups, settle
 from qat.lightning.weights import CHECKPOINT_KEY, join_state, read_checkpoint, split_state
+from qat.planning.plan import Plan
+from qat.policy import differences
 from qat.quantizers import Quantizer
 
 INPUT_KEY, SCALE_LR_KEY = "qat_input", "qat_scale_lr"
@@ -80,8 +82,7 @@ class QuantizedModule(TwinMixin):
         mine = self.quantization_plan
         if trainer is None or trainer.state.fn != "fit" or mine is None:
             return
-        if mine.policy != plan.policy:
-            changed = [key for key in mine.policy if mine.policy[key] != plan.policy.get(key)]
+        if changed := differences(mine.policy, plan.policy):
             raise UserError(
                 f"the checkpoint was trained with another quantization policy ({', '.join(changed)} differ); "
                 "resume with the settings it has, or start anew from the float weights"

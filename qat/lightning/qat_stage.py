@@ -9,12 +9,12 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from qat.errors import UserError
-from qat.insert import Plan
 from qat.lightning.module import insert_plan
 from qat.lightning.resume import SeedEpochs
 from qat.lightning.weights import CHECKPOINT_KEY, read_checkpoint
 from qat.lightning.workspace import Workspace
 from qat.planning.audit import coverage, to_dict
+from qat.planning.plan import Plan
 from qat.report import audit_table
 from qat.run_files import AUDIT, LAST_CHECKPOINT, TRAINED
 
@@ -39,6 +39,7 @@ def qat_stage(this: Workspace) -> None:
         limits = OmegaConf.to_container(OmegaConf.masked_copy(this.cfg.trainer, list(LIMITS)))
         if not _load_trained(this, limits):
             last = this.resume_from(this.folder / LAST_CHECKPOINT, *this.loggers)
+            this.progress["stages"].pop("exported", None)  # of what was trained less
             try:
                 trainer.fit(this.module, datamodule=this.data, ckpt_path=last, weights_only=True)
             except UserError:

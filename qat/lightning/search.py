@@ -21,7 +21,6 @@ from qat.convert import inconvertible
 from qat.errors import UserError
 from qat.export.onnx.export import export_onnx
 from qat.files import atomic, read_object
-from qat.insert import Plan
 from qat.lightning.cache import float_key
 from qat.lightning.calm import calm
 from qat.lightning.float_stage import float_stage
@@ -29,6 +28,7 @@ from qat.lightning.losses import BatchLosses
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.workspace import Workspace
 from qat.modes import evaluating
+from qat.planning.plan import Plan
 from qat.planning.planner import make_plan
 from qat.report.search import front_table, save_front, save_sensitivity, search_table, sensitivity_table
 from qat.run_files import PROGRESS

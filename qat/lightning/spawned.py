@@ -8,8 +8,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities import rank_zero_warn
 
-from qat.insert import Plan
 from qat.layers.twin import original_class
+from qat.planning.plan import Plan
 
 
 def is_spawning(trainer: pl.Trainer) -> bool:

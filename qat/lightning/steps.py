@@ -216,16 +216,22 @@ def precision_plugin(module: pl.LightningModule) -> Precision:
     parameters where there is no trainer, as of a copy.
     """
     if module._trainer is None:
-        own = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+        own = _type_of(module, torch.float32)
         return WITHOUT_TRAINER.get(own, Precision)()
     plugin = module._trainer.precision_plugin
     with plugin.forward_context():
         prescribed = torch.get_default_dtype()
-    now = next((p.dtype for p in module.parameters() if p.is_floating_point()), prescribed)
+    now = _type_of(module, prescribed)
     if now == prescribed:
         return plugin
     converts = plugin.convert_input(torch.empty(0, dtype=now)).dtype == prescribed
     return _Unconverted(now) if converts else Precision()
+
+
+def _type_of(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """The type of the module's floating-point parameters; quantizers' stay in float32 whatever becomes of others."""
+    own = {id(p) for m in module.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    return next((p.dtype for p in module.parameters() if p.is_floating_point() and id(p) not in own), otherwise)
 
 
 def precision(module: pl.LightningModule) -> AbstractContextManager[Any]:

@@ -32,7 +32,7 @@ from qat.export.onnx.trace import check_trace
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
 from qat.files import atomic, read_object
-from qat.insert import Plan, apply_plan, make_plan
+from qat.insert import apply_plan, make_plan
 from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
 from qat.lightning.distill import Distill
@@ -46,6 +46,7 @@ from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights, read_checkpoint
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.planning.audit import AuditRow, audit, check_coverage
+from qat.planning.plan import Plan
 from qat.run_files import LAST_CHECKPOINT, PROGRESS
 from qat.starts import Start
 from qat.storage import with_bytes

@@ -164,7 +164,7 @@ def _check_groups(plan: Plan, calls: dict[str, list[Call]]) -> None:
                 ragged[name] = f"group_size={spec.group_size} does not divide axis {axis} of its input {list(shape)}"
     if ragged:
         name, problem = next(iter(ragged.items()))
-        matched = name if len(ragged) == 1 else f"[{', '.join(ragged)}]"
+        matched = f"'{name}'" if len(ragged) == 1 else f"[{', '.join(f'{each!r}' for each in ragged)}]"
         raise UserError(
             f"'{name}': {problem}, so the last group would be ragged; leave it float with a rule such as "
             f"{{match: {matched}, weight: off, act: off}}"

@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_map_only
 
 from qat.errors import UserError, nearest
 from qat.functional import ratio
-from qat.insert import Plan
 from qat.layers import is_computed, original_class
 from qat.modes import evaluating
 from qat.planning.functions import first_tensor
+from qat.planning.plan import Plan
 from qat.quantizers import Quantizer
 from qat.starts.base import Run, Start, in_float, replay
 from qat.starts.calls import Call, answers_rows, joined, noted

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from qat.insert import Plan, named_quantizers
+from qat.insert import named_quantizers
+from qat.planning.plan import Plan
 
 Run = Callable[[], Any]
 """Calls the model on calibration batches, in evaluation mode."""

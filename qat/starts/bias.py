@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.insert import Plan
 from qat.layers import QuantizedLayer, original_class
 from qat.layers.twin import ours
 from qat.modes import evaluating
+from qat.planning.plan import Plan
 from qat.starts.base import Run, Start, in_float, replay
 
 

@@ -20,9 +20,8 @@ saturate (`range: even`).
 from typing import Any
 
 from qat.errors import UserError
-from qat.insert import Plan
 from qat.integer import storage_bits
-from qat.planning.plan import kind_of
+from qat.planning.plan import Plan, kind_of
 from qat.quantizers import find
 from qat.spec import QuantSpec
 

@@ -31,9 +31,9 @@ from qat.export.compressed_tensors import schemes
 from qat.export.compressed_tensors.layers import config_of, layer_tensors, stored_codes
 from qat.export.target import Target
 from qat.export.torch.runner import TorchRunner
-from qat.insert import Plan
 from qat.integer import IntegerLayer
 from qat.layers import QuantizedLayer, original_class
+from qat.planning.plan import Plan
 from qat.quantizers import Quantizer
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

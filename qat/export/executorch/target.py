@@ -39,7 +39,7 @@ from qat.export.int8_program import (
 )
 from qat.export.target import OnGrid, Target
 from qat.export.verify import Verdict, count_kernels
-from qat.insert import Plan
+from qat.planning.plan import Plan
 
 
 class ExecuTorchRunner:

@@ -17,8 +17,8 @@ from qat.errors import UserError
 from qat.export.gguf.llama import LLAMA, Llama
 from qat.export.target import Target
 from qat.export.torch.runner import TorchRunner
-from qat.insert import Plan
 from qat.integer import IntegerTensor
+from qat.planning.plan import Plan
 
 BLOCK = 32
 ARCHITECTURE = "qat"

@@ -25,7 +25,7 @@ from qat.export.litert.lower import Lowering
 from qat.export.litert.ops import HANDLERS
 from qat.export.target import Target
 from qat.export.verify import Verdict, count_kernels
-from qat.insert import Plan
+from qat.planning.plan import Plan
 
 
 class LiteRtRunner:

@@ -18,7 +18,7 @@ from qat.export.onnx.runtime import OnnxRunner
 from qat.export.onnx.target import OnnxTarget
 from qat.export.openvino_ir import OpenVinoRunner, check_precisions, unfit_for_openvino
 from qat.export.verify import Verdict, count_kernels
-from qat.insert import Plan
+from qat.planning.plan import Plan
 
 
 class OpenVinoOnnx(OnnxTarget):

@@ -15,7 +15,7 @@ from qat.export.onnx.placement import ORT, Placement
 from qat.export.onnx.runtime import OnnxRunner, float_convolutions, weight_codes
 from qat.export.target import Target
 from qat.export.verify import Verdict, count_kernels
-from qat.insert import Plan
+from qat.planning.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from qat.export.int8_program import int8_program, unfit_for_int8
 from qat.export.torch.pt2 import save_program
 from qat.export.torch.target import ProgramRunner, TorchTarget
 from qat.export.verify import Verdict, count_kernels
-from qat.insert import Plan
+from qat.planning.plan import Plan
 
 COUNTS = ("qconv_weight_prepack_matcher_count", "qlinear_weight_prepack_matcher_count")
 """What Inductor counts of the products that it hands to oneDNN's int8 kernels."""

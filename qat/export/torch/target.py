@@ -17,8 +17,8 @@ from qat.errors import UserError
 from qat.export.target import Target
 from qat.export.torch.pt2 import load_program, save_program
 from qat.export.torch.runner import OneInput, own_modules
-from qat.insert import Plan
 from qat.integer import Eager, IntegerActivation, IntegerTensor, emitting
+from qat.planning.plan import Plan
 
 OPS: Any = torch.ops.quantized_decomposed
 CODES = ".integer_weight.codes"

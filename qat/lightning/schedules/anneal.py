@@ -15,13 +15,13 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
 from qat.errors import UserError
-from qat.insert import Plan
 from qat.lightning.averages import averages
 from qat.lightning.early import Early
 from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.schedules.which import quantized_weights, quantizers_of, select
 from qat.lightning.stateful import Stateful
 from qat.lightning.steps import Source, trainer_source
+from qat.planning.plan import Plan
 from qat.quantizers import Quantizer, create
 
 
