@@ -149,3 +149,25 @@ def test_threads_get_what_each_would_alone(one, training):
     for thread in threads:
         thread.join()
     assert found == [[True] * 100] * 2
+
+
+def test_threads_that_are_within_a_forward_at_once_share_nothing():
+    torch.manual_seed(0)
+    meeting, depths = threading.Barrier(2, timeout=60), []
+    models, x = [nn.Sequential(Residual()) for _ in range(2)], torch.randn(16, 8)
+    for model in models:
+        quantized(model, x, LSQ)
+
+    def meet(*_: object) -> None:
+        meeting.wait()
+        depths.append(len(shared.here.forwards))
+        meeting.wait()
+
+    for model in models:
+        model[0].layer.register_forward_hook(meet)
+    threads = [threading.Thread(target=model.train(), args=(x,)) for model in models]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert depths == [1, 1]
