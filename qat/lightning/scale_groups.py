@@ -30,6 +30,7 @@ from qat.insert import named_quantizers
 from qat.layers.site import Site
 from qat.lightning.scale_schedules import values_for_all_groups
 from qat.lightning.scale_steps import FACTOR, SPLIT, in_proportion, keep_ratio, remember
+from qat.quantizers import learned_by
 
 SGD_FACTOR = 0.1
 ADAPTIVE_FACTOR = 3.0
@@ -55,7 +56,7 @@ def own_groups(model: nn.Module, factors: Mapping[str, float | None] = MappingPr
         for _, quantizer in named_quantizers(model.get_submodule(path))
         if isinstance(quantizer.scale, nn.Parameter)
     }
-    owned = _owned(model)
+    owned = learned_by(model)
     add: Callable[..., None] = torch.optim.Optimizer.add_param_group
 
     def add_param_group(self: torch.optim.Optimizer, group: dict[str, Any]) -> None:
@@ -123,7 +124,7 @@ def settle(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Non
     module are. An optimizer without scales is ready for those of layers that join it later: when training resumes,
     their groups are put in without a call.
     """
-    owned = _owned(model)
+    owned = learned_by(model)
     ids = [_members(optimizer) for optimizer in optimizers]
     for later, optimizer in enumerate(optimizers):
         apart = [own for own in ids[:later] if own & ids[later] <= owned]
@@ -151,11 +152,6 @@ def _join_sites(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -
                 if id(parameter) not in listed:
                     _join((f"{path}.{name}.{of}", parameter), parameter is quantizer.scale, beside, optimizers)
                     listed.add(id(parameter))  # another site may share it
-
-
-def _owned(model: nn.Module) -> set[int]:
-    """Identities of what the quantizers of a model learn."""
-    return {id(p) for _, quantizer in named_quantizers(model) for p in quantizer.parameters()}
 
 
 def _members(optimizer: torch.optim.Optimizer) -> set[int]:

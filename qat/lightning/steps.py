@@ -29,7 +29,7 @@ from qat.errors import UserError
 from qat.lightning.compiled import eagerly
 from qat.lightning.manual import dry_run
 from qat.modes import evaluating
-from qat.quantizers import Quantizer
+from qat.quantizers import Quantizer, learned_by
 
 CALIBRATION_SEED = 0
 WITHOUT_TRAINER: dict[torch.dtype, Callable[[], Precision]] = {
@@ -230,7 +230,7 @@ def precision_plugin(module: pl.LightningModule) -> Precision:
 
 def _type_of(module: nn.Module, otherwise: torch.dtype) -> torch.dtype:
     """The type of the module's floating-point parameters; quantizers' stay in float32 whatever becomes of others."""
-    own = {id(p) for m in module.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+    own = learned_by(module)
     return next((p.dtype for p in module.parameters() if p.is_floating_point() and id(p) not in own), otherwise)
 
 

@@ -10,7 +10,7 @@ from qat.networks import policy_of
 from qat.planning.addressable import computed, described, has_weight, is_complex, is_norm, targets, type_of
 from qat.planning.plan import Plan, grids_of
 from qat.planning.probe import Call, Recording
-from qat.quantizers import Quantizer
+from qat.quantizers import Quantizer, learned_by
 
 FOLDS = "folds into "
 FLOAT_CODES = "computed in float: "
@@ -40,7 +40,7 @@ class Reasons:
         self.modules: dict[str, list[Call]] = {}
         for call in recording.modules:
             self.modules.setdefault(call.name, []).append(call)
-        scales = {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+        scales = learned_by(model)
         self.parameters = {id(p): p for p in model.parameters() if id(p) not in scales}
         computing = [c for c in recording.functions if not c.site]
         self.taken_by = {key[0]: c for c in computing for key in c.inputs if key[0] in self.parameters}

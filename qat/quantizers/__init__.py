@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from qat.errors import UserError, nearest
 from qat.quantizers.base import Quantizer
@@ -49,6 +50,11 @@ def create(spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> Q
     return cls(spec, shape, axis if shape is None else _channel_axis(spec, shape, axis), **options)
 
 
+def learned_by(model: nn.Module) -> set[int]:
+    """Identities of the parameters that the quantizers of a model learn."""
+    return {id(p) for m in model.modules() if isinstance(m, Quantizer) for p in m.parameters()}
+
+
 def _channel_axis(spec: QuantSpec, shape: torch.Size, axis: int) -> int:
     """`axis` of a weight, counted from the first.
 
@@ -72,4 +78,4 @@ def _channel_axis(spec: QuantSpec, shape: torch.Size, axis: int) -> int:
     return found
 
 
-__all__ = ["Quantizer", "create", "find", "names"]
+__all__ = ["Quantizer", "create", "find", "learned_by", "names"]

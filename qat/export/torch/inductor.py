@@ -40,7 +40,7 @@ class InductorRunner(ProgramRunner):
         super().__init__(path)
         self.optimize, self.batches = optimize, list[int]()
         self.integer_nodes = 0
-        self._compiled = torch.compile(self._module, dynamic=False) if optimize else None
+        self._compiled = torch.compile(self.model, dynamic=False) if optimize else None
 
     @torch.no_grad()
     def __call__(self, x: np.ndarray) -> np.ndarray:

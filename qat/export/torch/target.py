@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qat.errors import UserError
 from qat.export.target import Target
 from qat.export.torch.pt2 import load_program, save_program
-from qat.export.torch.runner import OneInput, own_modules
+from qat.export.torch.runner import OneInput, TorchRunner, own_modules
 from qat.integer import Eager, IntegerActivation, IntegerTensor, emitting
 from qat.planning.plan import Plan
 
@@ -46,8 +46,8 @@ class DecomposedEmitter(Eager):
         return OPS.dequantize_per_tensor.tensor(OPS.quantize_per_tensor.tensor(x, *arguments), *arguments)
 
 
-class ProgramRunner:
-    """A loaded program.
+class ProgramRunner(TorchRunner):
+    """A loaded program, which is run as it is: in float it computes what the codes stand for.
 
     Args:
         path: The `.pt2` file.
@@ -57,28 +57,16 @@ class ProgramRunner:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.program = load_program(path)
-        self._module: Any = self.program.module()
-
-    @torch.no_grad()
-    def __call__(self, x: np.ndarray) -> np.ndarray:
-        """Runs one batch.
-
-        Raises:
-            UserError: if the program does not take such a batch.
-        """
-        try:
-            return self._module(torch.from_numpy(x)).numpy()
-        except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+        keys = [key for key in self.program.state_dict if key.endswith(CODES)]
+        super().__init__(self.program.module(), path, [key.removesuffix(CODES).removeprefix("model.") for key in keys])
 
     @torch.no_grad()
     def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
-        layers = {key.removesuffix(CODES) for key in self.program.state_dict if key.endswith(CODES)}
+        module: Any = self.model
+        layers = {f"model.{name}" for name in self.layers}
         last: dict[str, Any] = {}  # a layer's output is what its last operation returns
-        for node in self._module.graph.nodes:
+        for node in module.graph.nodes:
             stack = list((node.meta.get("nn_module_stack") or {}).values())
             if node.op == "call_function" and stack and stack[-1][0] in layers:
                 last[stack[-1][0]] = node
@@ -92,13 +80,8 @@ class ProgramRunner:
                     found[wanted[n]] = value.numpy()
                 return value
 
-        Watch(self._module).run(torch.from_numpy(x))
+        Watch(module).run(torch.from_numpy(x))
         return found
-
-    def float_layers(self) -> list[str] | None:
-        """All of them: run as it is, the program computes in float what the codes stand for."""
-        keys = [key for key in self.program.state_dict if key.endswith(CODES)]
-        return [key.removesuffix(CODES).removeprefix("model.") for key in keys]
 
 
 class TorchTarget(Target):
