@@ -75,7 +75,7 @@ def main() -> None:
     parser.add_argument("--targets", default="onnx,openvino,torch_inductor")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--seconds", type=float, default=20, help="for each number of threads")
-    parser.add_argument("--write", action="store_true", help="into docs/deploy.md")
+    parser.add_argument("--write", action="store_true", help="into docs/deploy-measured.md")
     given = parser.parse_args()
     x = np.random.default_rng(0).standard_normal((1, 3, 224, 224), np.float32)
     rows = ["| threads | file | median | fastest tenth |", "|---|---|---|---|"]
@@ -93,7 +93,7 @@ def main() -> None:
                 rows.append(f"| {threads} | {name} | {' | '.join(shown)} |")
                 print(rows[-1], f"(wanted: {WANTED:g}x)", flush=True)
     if given.write:
-        put("deploy.md", "speed", "\n".join(rows))
+        put("deploy-measured.md", "speed", "\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=5, help="for each number of tokens")
-    parser.add_argument("--write", action="store_true", help="into docs/deploy.md")
+    parser.add_argument("--write", action="store_true", help="into docs/deploy-measured.md")
     given = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -95,7 +95,7 @@ def main() -> None:
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     print(text)
     if given.write:
-        put("deploy.md", "weight-only", text)
+        put("deploy-measured.md", "weight-only", text)
 
 
 if __name__ == "__main__":
