@@ -18,9 +18,9 @@ from qat.spec import QuantSpec
 Range = tuple[Tensor, Tensor]
 
 BINS = 2048
-"""Of the histograms of `kl`."""
+"""Number of bins in the histograms of `kl`."""
 ROWS = 256
-"""Histograms that `kl` looks at together, which bounds its memory."""
+"""Number of histograms that `kl` looks at together, which bounds its memory."""
 
 
 def minmax(x: Tensor, spec: QuantSpec) -> Range:
@@ -29,8 +29,8 @@ def minmax(x: Tensor, spec: QuantSpec) -> Range:
 
 
 def centred(x: Tensor, spec: QuantSpec) -> Range:
-    """`minmax`, of which `scale_and_zero_point` makes the step that compressed-tensors gives a symmetric grid: the
-    largest magnitude over half the number of steps, 127.5 for int8 with all of its codes.
+    """The interval of `minmax`; `scale_and_zero_point` makes of it the step that compressed-tensors gives a symmetric
+    grid: the largest magnitude over half the number of steps, 127.5 for int8 with all of its codes.
     """
     return minmax(x, spec)
 
@@ -49,7 +49,7 @@ def even(x: Tensor, spec: QuantSpec) -> Range:
 
 
 def percentile(x: Tensor, spec: QuantSpec, share: float = 0.9999) -> Range:
-    """Leaves out the outermost `1 - share` of the values, split over both ends."""
+    """The interval that leaves out the outermost `1 - share` of the values, split over both ends."""
     kept = round((1 - share) / 2 * x.shape[1]) + 1  # the first one, counted from either end
     low = x.kthvalue(kept, dim=1).values
     high = (-x).kthvalue(kept, dim=1).values.neg()
@@ -75,7 +75,7 @@ def lsq(x: Tensor, spec: QuantSpec) -> Range:
 
 
 def mse(x: Tensor, spec: QuantSpec, candidates: int = 64) -> Range:
-    """Of the intervals that shrink `minmax` by 1, 1 - 1/64, ... the one with the least squared error, row by row."""
+    """The interval with the least squared error, row by row, of those that shrink `minmax` by 1, 1 - 1/64, ..."""
     low, high = minmax(x, spec)
     best = torch.full_like(low, torch.inf)
     result = low, high
@@ -93,7 +93,7 @@ def mse(x: Tensor, spec: QuantSpec, candidates: int = 64) -> Range:
 
 
 def kl(x: Tensor, spec: QuantSpec, candidates: int = 128) -> Range:
-    """Of the intervals that shrink `minmax` by 1, 1 - 1/128, ... the one that loses the least information, row by row.
+    """The interval that loses the least information, row by row, of those that shrink `minmax` by 1, 1 - 1/128, ...
 
     The entropy calibration of TensorRT (Migacz, "8-bit Inference with TensorRT", GTC 2017): KL(P || Q) of the histogram
     P of the clipped values, outliers counted in its outermost bins, against what the grid leaves of it, Q: the mass of
@@ -186,4 +186,4 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
 ESTIMATORS: dict[str, Callable[[Tensor, QuantSpec], Range]] = {
     f.__name__: f for f in (mse, minmax, percentile, kl, lsq, centred, even)
 }
-"""What `range` may name."""
+"""Range estimators by the name that `range` gives them."""

@@ -32,7 +32,11 @@ def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Te
 
 
 class DoReFa(Quantizer):
-    """Weights behind a tanh, on a grid that follows them; activations on a fixed one."""
+    """Weights behind a tanh, on a grid that follows them; activations on a fixed one.
+
+    Use it to reproduce the paper. The tanh changes the weights of a trained model, and activations above 1 are clipped,
+    so it is for training from scratch rather than for fine-tuning.
+    """
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
         weight = shape is not None

@@ -43,9 +43,12 @@ def backward(
 class DSQ(LSQ):
     """Learned step size with a soft staircase's gradient; see the module's docstring.
 
+    Use it to try, at few bits, a gradient that is small near a level; set `steps` to the length of training.
+
     Args:
         spec, shape, axis: See `Quantizer`.
-        start, end: Sharpness before and after annealing, per step of the grid.
+        start: Sharpness before annealing, per step of the grid.
+        end: Sharpness after it.
         steps: Training forward passes that annealing takes.
 
     Attributes:

@@ -45,6 +45,9 @@ class Dynamic(Quantizer):
     """Measured range; see the module's docstring. `scale` and `zero_point` exist for the keys' sake, and say
     nothing, but for the scale above block scales if that is calibrated.
 
+    Use it for activations of language models (one scale per token) and in blocks (MX, NVFP4). No graph format holds a
+    scale that is measured as it passes: export to `packed`, `compressed_tensors` or `none`.
+
     Args:
         spec, shape, axis: See `Quantizer`.
         calibrated: Whether the scale above block scales stays what calibration found.

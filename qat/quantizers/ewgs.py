@@ -45,6 +45,8 @@ def backward(
 class EWGS(LSQ):
     """Learned step size with element-wise scaled gradients; see the module's docstring.
 
+    Use it to try, at few bits, gradients that know how far rounding moved each element; raise `delta` with the bits.
+
     Args:
         spec, shape, axis: See `Quantizer`.
         delta: Strength of the scaling; 0 is LSQ.

@@ -26,7 +26,10 @@ def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Te
 
 
 class Fixed(Quantizer):
-    """Fixed range; only the weights learn."""
+    """Fixed range; only the weights learn.
+
+    Use it where the grid is given or should stay as it was calibrated, and as the baseline for those that learn.
+    """
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
         super().__init__(spec, shape, axis)

@@ -45,6 +45,8 @@ def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Te
 class LSQ(Quantizer):
     """Learned step size; see the module's docstring. `scale` is a parameter.
 
+    Use it unless there is a reason for another: it is the default, and takes every format.
+
     Attributes:
         extra: Names of the tensors that a subclass's gradient takes beside the grid; their gradients are scaled alike.
     """
@@ -68,6 +70,6 @@ class LSQ(Quantizer):
         return (gradient or self.gradient)(x, scale, low, high, *extra, grad_scale=self.gradient_scale(x))
 
     def gradient_scale(self, x: Tensor) -> float:
-        """What the gradient of the scale is multiplied by."""
+        """The factor of the gradient of the scale: 1 / sqrt(N * quant_max)."""
         count = self._per_scale or x.numel() // ((x.ndim and x.shape[0]) or 1)
         return (max(count, 1) * max(self.quant_max, 1)) ** -0.5

@@ -52,6 +52,8 @@ def backward(
 class LSQPlus(LSQ):
     """Learned step size and, for activations, learned `offset`, `(1,)`, the value of the code 0; `zero_point` follows
     from both.
+
+    Use it for affine activations at few bits, where one side is short (swish, GELU), on engines that take a zero point.
     """
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:

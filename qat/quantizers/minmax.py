@@ -22,6 +22,9 @@ from qat.spec import QuantSpec
 class MinMax(Fixed):
     """Tracked range; `tracking` (a buffer) freezes it.
 
+    Use it for weights in blocks (MX, NVFP4), whose scale is defined by the largest magnitude, and to do as torch's and
+    TensorFlow's own QAT does.
+
     Args:
         spec, shape, axis: See `Quantizer`.
         momentum: Weight of a new batch in the moving average of an activation's range.

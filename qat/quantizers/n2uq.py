@@ -66,7 +66,10 @@ def backward(
 
 
 class N2UQ(LSQ):
-    """Learned thresholds of an activation; see the module's docstring. `widths`, `(2^bits - 1,)`, is a parameter."""
+    """Learned thresholds of an activation; see the module's docstring. `widths`, `(2^bits - 1,)`, is a parameter.
+
+    Use it for studies of very few bits. Its thresholds are no division and rounding, so no integer file can hold it.
+    """
 
     uniform = False
     extra = ("widths",)

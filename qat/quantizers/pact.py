@@ -38,6 +38,8 @@ def backward(
 class PACT(Quantizer):
     """Learned clipping value of an activation; see the module's docstring.
 
+    Use it to reproduce the paper, with `dorefa` weights as there and a `decay`.
+
     Args:
         spec, shape, axis: See `Quantizer`.
         decay: The L2 coefficient of alpha (the paper: the weight decay of the weights). It is added once per backward

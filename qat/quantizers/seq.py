@@ -54,7 +54,10 @@ def backward_binary(
 
 
 class SEQ(LSQ):
-    """Learned scale of very few levels; see the module's docstring."""
+    """Learned scale of very few levels; see the module's docstring.
+
+    Use it for weights of 1, 1.6 (ternary) and 2 bits: the presets `w1a16`, `w158a16` and `w2a16` do.
+    """
 
     extra = ("reach",)
     reach: Tensor
