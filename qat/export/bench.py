@@ -22,7 +22,7 @@ WARM_UP = 0.1
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one file at one batch size and number of threads.
+    """Speed of one file at one batch size and number of threads.
 
     Attributes:
         p50, p99: Milliseconds per batch.

@@ -91,7 +91,7 @@ def check_manifest(path: Path, target: str) -> dict[str, Any]:
 
 
 def stated(manifest: Path) -> dict[str, Any]:
-    """What a manifest says, unchecked; nothing if there is none, or a damaged one."""
+    """Content of a manifest, unchecked; empty if there is none, or a damaged one."""
     try:
         return read_object(manifest)
     except (OSError, UserError):

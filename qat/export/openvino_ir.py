@@ -26,11 +26,11 @@ from qat.planning.addressable import type_of
 from qat.planning.plan import Plan, kind_of
 
 CARRIERS = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose")
-"""What may stand between a weight and the operation that computes with it."""
+"""Operations that may stand between a weight and the operation that computes with it."""
 CODES = ("i4", "u4", "i8", "u8")
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul")
 KERNELS = ("Convolution", "FullyConnected", "MatMul")
-"""The same in a compiled model."""
+"""Operations that compute products in a compiled model."""
 
 
 class OpenVinoRunner:

@@ -186,7 +186,7 @@ def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _tensors(folder: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
-    """What the weights file holds, unpacked."""
+    """Tensors of the weights file, unpacked."""
     try:
         tensors = load_file(folder / WEIGHTS)
         for key, how in manifest["packed"].items():

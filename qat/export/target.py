@@ -1,4 +1,4 @@
-"""What every target has in common: a converted model goes in, a file comes out, and a runner opens the file again.
+"""Base class of targets: a converted model goes in, a file comes out, and a runner opens the file again.
 
 A target is one file in this package and one YAML in `configs/export`; nothing else lists them. It says
 
@@ -56,7 +56,7 @@ class OnGrid:
     high: np.float32
 
     def of(self, output: np.ndarray) -> np.ndarray:
-        """What the runtime would show of a layer that returns `output`."""
+        """`output` of a layer as the runtime would show it: on the grid behind it."""
         codes = np.rint(output.clip(self.low, self.high) / self.scale) + self.zero_point
         return (codes.clip(-128, 127) - self.zero_point) * self.scale
 

@@ -116,7 +116,7 @@ class Check:
 
 @dataclass
 class Verdict:
-    """What verification found; `passed` if every check did."""
+    """Result of verification; `passed` if every check did."""
 
     checks: list[Check] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -158,8 +158,9 @@ def _is_integer_layer(module: nn.Module) -> bool:
 
 
 def _site_products(name: str, site: Site) -> int:
-    """Of one functional site; the runtime has no integer kernel for an einsum, and one for a convolution only where its
-    output is quantized, too."""
+    """Integer products of one functional site; the runtime has no integer kernel for an einsum, and one for a
+    convolution only where its output is quantized, too.
+    """
     kind, weight = kind_of(name), site._modules.get("integer_weight")
     operands = [_is_codes(site._modules[operand]) for operand in site.operands]
     if kind == "attention":

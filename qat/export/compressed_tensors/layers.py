@@ -154,7 +154,7 @@ def stored_codes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
 
 
 def _codes(state: Mapping[str, Tensor], args: Any) -> np.ndarray:
-    """Of one decompressed layer; bfloat16 values are still nearest to the level that they came from."""
+    """Codes of one decompressed layer; bfloat16 values are still nearest to the level that they came from."""
     scale, value = state["weight_scale"].float(), state["weight"].float()
     if "weight_global_scale" in state:
         scale = scale / state["weight_global_scale"]

@@ -1,5 +1,5 @@
-"""What the compressed-tensors format can say about a grid: a `QuantSpec` as its `QuantizationArgs`, or the reason why
-there is none.
+"""A `QuantSpec` in the words of the compressed-tensors format (`QuantizationArgs`), or the reason why it has none for
+it.
 
 The format knows the weights and inputs of Linear layers:
 

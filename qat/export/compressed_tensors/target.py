@@ -137,7 +137,7 @@ def transformers_model(module: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _rest(inner: nn.Module, quantized: set[str]) -> dict[str, Tensor]:
-    """What stays float, each tensor under its first name: tied ones are tied again by `transformers`."""
+    """Tensors that stay float, each under its first name: tied ones are tied again by `transformers`."""
     inside = {f"{name}." for name, m in inner.named_modules(remove_duplicate=False) if isinstance(m, Quantizer)}
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -168,7 +168,9 @@ def _write_config(inner: Any, quantization: dict[str, Any], dtype: str, folder: 
 
 
 def _has_zero_points(path: Path) -> bool:
-    """Of weights: packed, they have a shape that `transformers` expects only where it decompresses as it loads."""
+    """Whether weights have zero points. Packed, these have a shape that `transformers` expects only where it
+    decompresses as it loads.
+    """
     groups = json.loads((path / CONFIG).read_text())["quantization_config"]["config_groups"]
     return any(not group["weights"]["symmetric"] for group in groups.values())
 

@@ -1,4 +1,4 @@
-"""What is inside a `.pte` file: constants, and the nodes that XNNPACK computes.
+"""Reading a `.pte` file: its constants, and the nodes that XNNPACK computes.
 
 XNNPACK's constants have no names but hashes, and convolutions are stored channels last. `model.layers.json`, written
 beside the file, says for every layer which constant holds its codes and in which order of axes; the codes themselves
@@ -115,7 +115,7 @@ class PteFile:
 
 
 def describe(content: bytes, model: nn.Module, unfollowed: Sequence[str]) -> str:
-    """What is written beside a file.
+    """The text of `model.layers.json`, which is written beside a file.
 
     Args:
         content: The file.

@@ -115,7 +115,7 @@ def _blocks(name: str, tensor: IntegerTensor) -> tuple[np.ndarray, str]:
 
 
 def read_gguf(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-    """What the `gguf` package finds in a file: the values of each tensor, and its codes if it is of blocks.
+    """Tensors that the `gguf` package finds in a file: values, and codes if it is of blocks.
 
     Raises:
         UserError: if the package refuses the file.

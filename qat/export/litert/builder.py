@@ -50,12 +50,12 @@ def schema() -> Any:
 
 @dataclass(frozen=True)
 class Value:
-    """What an operation returns.
+    """A tensor that an operation returns.
 
     Attributes:
-        index: Of the tensor in the file.
-        shape: As torch sees it, -1 for the batch.
-        grid: Of int8 codes; `None` for floats.
+        index: Index of the tensor in the file.
+        shape: Shape as torch sees it, -1 for the batch.
+        grid: Grid of int8 codes; `None` for floats.
         last: Whether memory is channels last.
     """
 
@@ -152,7 +152,7 @@ class Builder:
         return output
 
     def ordered(self, value: Value, last: bool) -> Value:
-        """The same value in the other order of memory, where it has one."""
+        """`value` in the order of memory that is asked for (channels last or not), where it has two."""
         if value.last == last or len(value.shape) != 4:
             return value
         key = value.index, last

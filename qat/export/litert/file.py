@@ -1,4 +1,4 @@
-"""What is inside a `.tflite` file: operations, whose weights they read, and the same file with layers made visible."""
+"""Reading a `.tflite` file: its operations and whose weights they read; and the same file with layers made visible."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""What the handlers of operations have in common; see `qat.export.litert.lower`."""
+"""Helpers that the handlers of operations share; see `qat.export.litert.lower`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,18 +26,18 @@ def arguments(node: fx.Node, *defaults: Any) -> list[Any]:
 
 
 def operand(low: Lowering, node: Any, integer: bool) -> Value:
-    """What an operation reads, as codes or in float."""
+    """The operand of an operation, as codes or in float."""
     return low.values[node] if integer else low.float(node)
 
 
 def aligned(low: Lowering, values: list[Value]) -> list[Value]:
-    """The same order of memory for all operands."""
+    """Operands brought to one order of memory."""
     last = any(value.last for value in values) and all(len(value.shape) in (0, 4) for value in values)
     return [low.build.ordered(value, last) for value in values]
 
 
 def finish(low: Lowering, node: fx.Node, output: Value, after: Codes | None, relu: bool = False) -> None:
-    """What a node returns: floats, or the codes that a quantize node behind it returns."""
+    """Notes the result of a node: floats, or the codes that a quantize node behind it returns."""
     if after is None:
         low.values[node] = output
     else:

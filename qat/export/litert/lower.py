@@ -94,7 +94,7 @@ class Lowering:
         self.parameters = {name: state[key] for name, key in {**names, **lifted}.items()}
         self.owners = names
         self.values: dict[fx.Node, Value] = {}
-        """What nodes return; of quantize and dequantize nodes, the codes."""
+        """Results of nodes; for quantize and dequantize nodes, the codes."""
         self.floats: dict[fx.Node, Value] = {}
         self.absorbed: set[fx.Node] = set()
         """The clips that became limits of operations before them."""
@@ -150,7 +150,7 @@ class Lowering:
         return isinstance(node, fx.Node) and node.target is DEQUANTIZE and node in self.values
 
     def scales(self, node: fx.Node) -> tuple[np.ndarray, int]:
-        """Of constant codes: their scales, and the axis that they belong to."""
+        """Scales of constant codes, and the axis that they belong to."""
         args: Any = node.args
         if node.target is DEQUANTIZE:
             return np.array([args[1]], np.float32), 0

@@ -72,7 +72,7 @@ def clip(low: Lowering, node: fx.Node) -> None:
 
 
 def quantize(low: Lowering, node: fx.Node) -> None:
-    """What nothing before it was fused with."""
+    """Writes a quantize node that was not fused with the operation before it."""
     x: Any = node.args[0]
     scale, zero, lowest, highest = node.args[1:5]
     low.quantized(x, Codes(node, (scale, zero), lowest, highest))  # pyright: ignore[reportArgumentType]

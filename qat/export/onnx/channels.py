@@ -23,7 +23,7 @@ IMAGE = 3
 CHANNEL = (0, 0, 0, 0, 0, 1, 0, 0)
 """Pads: one more entry behind axis 1 of four."""
 SQUARES = (0, 3, 5, 1, 2, 4)
-"""What SpaceToDepth does to the axes (channel, row, row in the square, column, column in the square)."""
+"""Order that SpaceToDepth brings the axes to (channel, row, row in the square, column, column in the square)."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Folded:
 
     @classmethod
     def of(cls, size: int, kernel: int, before: int, after: int) -> "Folded | None":
-        """Of an axis with padding `before` and `after`; `None` where pairs cannot do it."""
+        """The folding of an axis with padding `before` and `after`; `None` where pairs cannot do it."""
         zeros = before % 2
         pairs = -(-(kernel + zeros) // 2)
         outputs = (size + before + after - kernel) // 2 + 1

@@ -1,4 +1,4 @@
-"""What an engine that is not installed here would say of an ONNX file, as far as its documented rules go.
+"""Checkers of ONNX files for engines that are not installed here, as far as their documented rules go.
 
 Each checker returns sentences that name nodes; none means that the file keeps the rules. They look at the graph alone:
 numbers are compared by ONNX Runtime, which runs every one of these files.
@@ -63,7 +63,7 @@ class Graph:
 
 
 def tensorrt_violations(model: onnx.ModelProto) -> list[str]:
-    """What TensorRT's explicit quantization would refuse or leave unfused ("Working with Quantized Types", "Q/DQ
+    """Nodes that TensorRT's explicit quantization would refuse or leave unfused ("Working with Quantized Types", "Q/DQ
     Layer-Placement Recommendations").
     """
     graph, found = Graph(model), []

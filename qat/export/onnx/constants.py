@@ -25,7 +25,7 @@ def quantize_constants(model: ir.Model) -> None:
 
 
 def _codes(node: ir.Node) -> np.ndarray | None:
-    """What a node makes, if that is codes of constants."""
+    """Codes that a node makes of constants; `None` if it makes anything else."""
     if node.op_type not in ("QuantizeLinear", "Clip") or (x := _value(node.inputs[0])) is None:
         return None
     first, second = (_value(value) for value in node.inputs[1:3])

@@ -8,7 +8,7 @@ import onnx
 from qat.export.onnx.passes import SHARED_KEY, is_weight
 
 CARRIERS = ("DequantizeLinear", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Max", "Identity", "Pad")
-"""What may stand between a weight and the node that computes with it."""
+"""Operations that may stand between a weight and the node that computes with it."""
 
 
 def shared_weights(model: onnx.ModelProto) -> dict[str, str]:

@@ -1,5 +1,5 @@
-"""What OpenVINO's CPU plugin would compute otherwise than a graph says, written so that it does not (2026.4, measured:
-tests/test_rules_openvino.py).
+"""Rewrites for OpenVINO's CPU plugin: graphs that it would compute otherwise than they say are written so that it does
+not (2026.4, measured: tests/test_rules_openvino.py).
 
     averages    of codes are rounded to codes, unless their readers are quantizers or nothing that can be quantized; and
                 a norm behind a grid takes the variance of codes, to which its epsilon means something else
@@ -93,7 +93,7 @@ def _add_bias(graph: ir.Graph, product: ir.Node) -> None:
 
 
 def _readers(node: ir.Node) -> Iterator[ir.Node]:
-    """What reads the outputs of a node, behind operations that move values."""
+    """Nodes that read the outputs of a node, behind operations that move values."""
     for output in node.outputs:
         for reader, _ in output.uses():
             yield from _readers(reader) if reader.op_type in MOVES else (reader,)

@@ -1,5 +1,5 @@
-"""What a traced graph still needs before ONNX Runtime turns it into integer kernels. Each pass changes the graph in
-place and no value of it.
+"""Passes over a traced graph, so that ONNX Runtime turns it into integer kernels. Each changes the graph in place and
+no value of it.
 
     pool_globally     a mean over all pixels becomes GlobalAveragePool, which has an integer kernel
     clip_codes        ReLU and Clip before QuantizeLinear become a Clip of its codes (rounding is monotone, so they
@@ -30,7 +30,7 @@ from qat.export.onnx.units import make_units
 
 BITS_KEY = "qat.bits"
 SHIFTED_WEIGHT = "weight_plus_half"
-"""What a weight is called whose codes became unsigned by half of their range."""
+"""Name of a weight whose codes became unsigned by half of their range."""
 SHARED_KEY = "qat.shared_weights"
 """Metadata of the file: JSON, from the name of each weight that was left out to the identical one that stands for
 it."""

@@ -24,7 +24,7 @@ CODES: dict[int, Any] = {
 }
 """Types of stored weights, and what they are compared as."""
 FP8 = (onnx.TensorProto.FLOAT8E4M3FN, onnx.TensorProto.FLOAT8E5M2)
-"""Those that are compared as bit patterns."""
+"""Types that are compared as bit patterns."""
 PROVIDERS = ["CPUExecutionProvider"]
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
 

@@ -1,5 +1,5 @@
-"""Bytes that say nothing. A small quantized model has more graph than weights: what a runtime infers or assumes anyway
-is left out.
+"""Smaller ONNX files. A small quantized model has more graph than weights: what a runtime infers or assumes anyway is
+left out.
 
     names         of nodes and of values in between; layers' constants keep theirs, constants that several share get
                   short ones

@@ -102,7 +102,7 @@ _run_decompositions = ExportedProgram.run_decompositions
 
 
 def _decompose(program: ExportedProgram, *table: Any, **settings: Any) -> ExportedProgram:
-    """What torch's method does, or the program itself if that would change nothing of it."""
+    """The program decomposed by torch's method, or itself if that would change nothing."""
     for node in program.graph.find_nodes(op="call_function", target=ATEN.adaptive_avg_pool2d.default):
         if list(node.args[1]) == [1, 1]:  # what torch makes of it, too
             node.target, node.args = ATEN.mean.dim, (node.args[0], [-1, -2], True)

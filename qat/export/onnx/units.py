@@ -6,7 +6,7 @@ No value changes: these operations commute with rounding, and a value on a grid 
 import onnx_ir as ir
 
 MOVES = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Gather", "Split")
-"""Of these the first input is what is moved."""
+"""Operations that move their first input."""
 
 
 def make_units(model: ir.Model) -> None:

@@ -20,7 +20,7 @@ from qat.export.verify import Verdict, count_kernels
 from qat.planning.plan import Plan
 
 COUNTS = ("qconv_weight_prepack_matcher_count", "qlinear_weight_prepack_matcher_count")
-"""What Inductor counts of the products that it hands to oneDNN's int8 kernels."""
+"""Names of Inductor's counters of products that it hands to oneDNN's int8 kernels."""
 FILLED = 8
 """A batch is filled up to one of at most so many times its size, which costs less time than to compile another."""
 

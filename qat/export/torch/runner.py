@@ -65,7 +65,7 @@ class TorchRunner:
 
     @torch.no_grad()
     def answer(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module returns for whatever it takes, where that is more than one tensor."""
+        """The module's outputs, for one that takes or returns more than one tensor."""
         return self.model(*args, **kwargs)
 
     def float_layers(self) -> list[str] | None:
