@@ -27,7 +27,7 @@ from qat.quantizers import Quantizer, find
 
 @dataclass(frozen=True)
 class Holds:
-    """What a file format has besides integers.
+    """Abilities of a file format beyond integers.
 
     Attributes:
         floats: The floating-point formats of codes.

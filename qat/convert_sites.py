@@ -62,7 +62,9 @@ def _operand(
 
 
 def _signed(tensor: IntegerTensor) -> IntegerTensor:
-    """The same values with signed codes: unsigned ones and their zero point less half of their range."""
+    """`tensor` with the same values and signed codes: half of their range is taken from unsigned codes and their zero
+    point.
+    """
     if tensor.number is None and tensor.codes.dtype in (torch.uint8, torch.int32):
         kind = torch.int8 if tensor.bits <= 8 else torch.int16
         half = 2 ** (tensor.bits - 1)

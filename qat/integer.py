@@ -1,4 +1,4 @@
-"""What a converted model is made of: codes and frozen grids, and the two operations on them.
+"""Parts of a converted model: codes and frozen grids, and the two operations on them.
 
 A converted model runs anywhere torch does (its operations compute in float what the codes stand for), and it is the
 one thing that exporters consume: they set `emitter` to an object that writes their format's operations instead, and

@@ -28,7 +28,7 @@ from qat.kernels.layout import layout_of
 SMALL = 1 << 11
 """Tensors below this many elements run in plain torch: a program costs as much to launch as it saves."""
 SMALL_FORWARD = 1 << 15
-"""The same where there is no backward pass, most of what is saved."""
+"""The threshold for passes without gradients. It is higher, because most of what compiling saves is in backward."""
 
 _KIND, _STRIDES = attrgetter("dtype", "shape"), methodcaller("stride")
 KEPT = 4096

@@ -91,7 +91,9 @@ def gradient(forward: Callable[..., Tensor], backward: Callable[..., Grads], rou
 
 
 class _Plain(torch.autograd.Function):
-    """Saves the inputs and nothing else; backward recomputes the rest. What compilers and functorch see."""
+    """The autograd function that compilers and functorch see. It saves the inputs and nothing else; backward recomputes
+    the rest.
+    """
 
     @staticmethod
     def forward(ctx: Any, gradient: Gradient, grad_scale: float, *tensors: Tensor) -> Tensor:
@@ -135,7 +137,7 @@ def _in_memory(function: Callable[..., Grads], grad: Tensor, x: Tensor, *paramet
 
 
 class _Small(_Plain):
-    """The same where nobody compiles: with one Python call less."""
+    """`_Plain` for eager mode: without the Python call to `save_for_backward`."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Gradient, grad_scale: float, *tensors: Tensor) -> Tensor:
@@ -145,7 +147,7 @@ class _Small(_Plain):
 
 
 class _Large(_Plain):
-    """The same with compiled kernels where they pay."""
+    """`_Plain` for eager mode, with compiled kernels where they pay."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Gradient, grad_scale: float, *tensors: Tensor) -> Tensor:
@@ -168,7 +170,9 @@ class _Large(_Plain):
 
 
 class _Unwritten(_Large):
-    """The same for who only wants to know how it would be made."""
+    """`_Large` for products that compute codes from the recipe and never read the values: returns an uninitialised
+    tensor.
+    """
 
     @staticmethod
     def forward(ctx: Any, gradient: Gradient, grad_scale: float, *tensors: Tensor) -> Tensor:
@@ -193,10 +197,10 @@ class Made(NamedTuple):
     """How a large fake-quantized tensor was made, attached to it as `made`.
 
     Attributes:
-        gradient: Whose forward pass it was.
+        gradient: The function whose forward pass made it.
         tensors: `x, scale, low, high, *extra`.
-        version: Of `x` then.
-        own: Of what was made, then: written to since, it is something else.
+        version: Version of `x` when it was quantized.
+        own: Version of the quantized tensor when it was made; if that has changed, the recipe no longer describes it.
         decoded: The fake-quantized tensor of its codes, where somebody has them.
     """
 
@@ -228,14 +232,14 @@ def check_version(tensor: Tensor, version: int) -> None:
 
 
 Recipe = tuple[Gradient, tuple[Tensor, ...]]
-"""What made a fake-quantized tensor, and of what (`x, scale, low, high, *extra`)."""
+"""How a fake-quantized tensor was made: the function, and the tensors that it took (`x, scale, low, high, *extra`)."""
 
 
 class _Here(threading.local):
-    """What quantizers in this thread do, while somebody asks for it.
+    """Notes on what the quantizers in this thread do, taken while somebody asks for them.
 
     Attributes:
-        recipes: What compilers see being quantized, for each who asks: a tensor keeps no attribute for them.
+        recipes: For each who asks, what compilers see being quantized: for them a tensor keeps no attribute.
         left: Tensors that were left unwritten.
     """
 
@@ -260,7 +264,7 @@ def unwritten(quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
     """`quantize(x)`, its values left unwritten if it has a recipe (`made`) for them.
 
     Returns:
-        `None` if values were left unwritten that the result is computed from: it has to be made again.
+        `None` if the result depends on values that were left unwritten: call the quantizer again.
     """
     previous, left = _here.left, []
     _here.left = left

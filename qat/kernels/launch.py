@@ -1,4 +1,4 @@
-"""Compiled code at the price of a function call.
+"""Launching compiled code at the price of a function call.
 
 Whoever calls what torch.compile returns pays 40 microseconds for guards: a training step over a tensor of 100,000
 elements could be done meanwhile. Kernels need none. What they are called with differs in types and in numbers of axes
@@ -28,7 +28,7 @@ ADDRESSABLE = 1 << 31
 """Programs may count elements in 32 bits, as GPUs like to."""
 
 Argument = tuple[int, int | None]
-"""What a program takes: one of a kernel's arguments, or the size of one of its axes."""
+"""An argument of a program: one of a kernel's arguments, or the size of one of its axes."""
 
 
 Launch = Callable[[Sequence[Tensor]], Any]
@@ -97,7 +97,7 @@ def launchable(x: Tensor, args: Sequence[Tensor]) -> bool:
 
 
 def signature(tensors: int, args: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What a program is made for; see `program`."""
+    """Types and forms of arguments that a program is made for; see `program`."""
     x, parameters = args[0], args[tensors:]
     forms = [p.shape if p.ndim == 1 else tuple(size > 1 for size in p.shape) for p in parameters]
     return x.device, x.ndim, *[a.dtype for a in args], *forms

@@ -32,7 +32,7 @@ RECTIFIERS: dict[type[nn.Module], tuple[Callable[[Tensor], Tensor], Callable[[Te
     nn.ReLU: (F.relu, _relu_stops),
     nn.ReLU6: (_relu6, _relu6_stops),
 }
-"""What each computes, and where its gradient is zero."""
+"""Rectifiers: the function that each computes, and where its gradient is zero."""
 
 
 def is_rectifier(module: nn.Module) -> bool:

@@ -82,7 +82,7 @@ class RoundedBias(torch.autograd.Function):
 
 
 def folded(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """What a BatchNorm (with running statistics) does to the layer before it.
+    """Factor and bias that a BatchNorm (with running statistics) gives the layer before it.
 
     Returns:
         The factor of each output channel and the bias of both together, float64.
@@ -102,7 +102,7 @@ class FoldingNorm(TwinMixin):
 
     Attributes:
         host: The layer it folds into, in a tuple (it is no child of the norm).
-        plain: Whether it normalizes as torch's do; a SyncBatchNorm asks the other processes.
+        plain: Whether its class has the forward of torch's BatchNorms. A SyncBatchNorm has its own, which has to run.
         learned_error: What the last forward in training has added.
     """
 

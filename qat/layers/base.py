@@ -1,4 +1,4 @@
-"""What quantized layers share: they read their input and their weight through quantizers, and run the original
+"""Base class of quantized layers: they read their input and their weight through quantizers, and run the original
 computation.
 
 A mixin names the layer class it serves (`serves`) and which axis of the weight is the output channel. Adding a layer is

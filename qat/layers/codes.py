@@ -28,7 +28,7 @@ from qat.quantizers.fixed import forward as plain_rounding
 CODES = 256
 """How many codes an input may have; those of a weight have to fit int8."""
 LARGEST = 2**31 - 1
-"""What a sum of products may come to: kernels add in int32, and would wrap around in silence."""
+"""Largest sum of products: kernels add in int32, and would wrap around in silence."""
 
 
 def have_codes(terms: int, grid: Quantizer, weight: Quantizer) -> bool:
@@ -85,7 +85,7 @@ def _values(codes: Tensor, scale: Tensor, low: Tensor) -> Tensor:
 
 
 decoded = Kernel(_values, 1)
-"""What an input's codes stand for: `codes, scale, low`, code 0 being the level `low`."""
+"""Values that an input's codes stand for, from `codes, scale, low`; code 0 is the level `low`."""
 
 
 def _or_nan(scale: Tensor, x: Tensor) -> Tensor:

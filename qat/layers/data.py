@@ -41,7 +41,9 @@ def reads_data(layer: Any, x: Tensor) -> bool:
 
 
 def convolved(layer: Any, function: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """`layer.run(function, x)` for who `reads_data`, with the gradient of the step in another order of sums."""
+    """`layer.run(function, x)` where `reads_data(layer, x)`. The step's gradient is summed in another order, so it may
+    differ in the last bits.
+    """
     return layer.run(function, x, partial(_learning, layer.input_quantizer, function, x))
 
 

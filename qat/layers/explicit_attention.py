@@ -26,7 +26,7 @@ def explicit_attention(
     enable_gqa: bool = False,
     probabilities: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """What `F.scaled_dot_product_attention` computes, with `probabilities` applied to the softmax's output.
+    """`F.scaled_dot_product_attention`, with `probabilities` applied to the softmax's output.
 
     As there, a query that may look at nothing gets zeros, and dropout acts whenever `dropout_p` is not 0.
 

@@ -1,4 +1,4 @@
-"""Who looks at what modules compute: what is computed another way must not pass them by."""
+"""Finding hooks that look at what modules compute: what is computed another way must not pass them by."""
 
 from torch import nn
 from torch.nn.modules import module as modules

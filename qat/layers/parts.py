@@ -126,7 +126,7 @@ class BoundPart(Part):
 
 
 class Watch(Protocol):
-    """What a recording offers to those who tell it about their inside."""
+    """Methods of a recording for layers that tell it about their inside."""
 
     def key(self, value: Tensor) -> Key: ...
 

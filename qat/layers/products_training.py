@@ -78,7 +78,9 @@ def _compiled(
     layer: Any, geometry: Geometry, quantize: Callable[[Tensor], Tensor], x: Tensor,
     grid: Quantizer, weight_grid: Quantizer,
 ) -> Tensor:  # fmt: skip
-    """The same for compilers: codes are computed from what was quantized, so that both are one rounding to them."""
+    """A product of codes for compilers. Codes are computed from the quantized tensors, so that to compilers both are
+    one rounding.
+    """
     x, recipe = with_recipe(quantize, x)
     weight, weight_recipe = with_recipe(weight_grid, layer.weight)
     with torch.no_grad():
@@ -142,4 +144,4 @@ class _Product(torch.autograd.Function):
 
 
 _product = super(torch.autograd.Function, _Product).apply  # pyright: ignore[reportAttributeAccessIssue]
-"""Its `apply` without the Python calls that prepare it for functorch and compilers."""
+"""`_Product.apply` without the Python calls that prepare it for functorch and compilers."""

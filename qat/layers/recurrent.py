@@ -54,7 +54,7 @@ def rnn_step(gates: Tensor, hh: Linear, state: State, nonlinearity: str = "tanh"
 
 
 class _Recurrent(Composite):
-    """What the three sequence layers share; their subclasses know one step, and the fused kernel."""
+    """Base class of the three sequence layers; subclasses know one step, and the fused kernel."""
 
     fused: Any
 

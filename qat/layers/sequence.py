@@ -30,7 +30,7 @@ PRODUCERS = {
 }
 """They return a tensor of its own that nobody else holds."""
 CALLS = nn.Sequential.forward, nn.Module.__call__, nn.Module._call_impl
-"""What calling a sequence comes down to."""
+"""Functions that calling a sequence comes down to."""
 OWN = {"forward", "fake_quantize", "grid", "transform"}
 """Methods that somebody may have replaced in an instance."""
 

@@ -26,7 +26,7 @@ Followed = list[tuple[nn.Module, Tensor]]
 
 
 class _Here(threading.local):
-    """What is kept of each forward of an owner that runs in this thread, the innermost last."""
+    """Roundings kept for each forward of an owner that runs in this thread, the innermost last."""
 
     def __init__(self) -> None:
         self.forwards: list[tuple[Kept, Followed]] = []

@@ -25,8 +25,9 @@ class Site(TwinMixin, nn.Module):
     Attributes:
         explicit: Whether an attention, or a product that adds to a tensor, is computed in plain operations.
         output_axis: Which axis of a product with a parameter the output channels are along, counted from the end.
-        held: Which operand is a weight, whatever the caller gives: the second, if that is a parameter; in a converted
-            model also a parameter that is added or multiplied elementwise.
+        held: Index of the operand that the site takes from its own weight instead of from the caller: 1 for the second,
+            if that is a parameter; `None` if there is none. In a converted model it may also be a parameter that is
+            added or multiplied elementwise.
 
     Children: `input_quantizer_0` and on, one for each operand (`None`: it stays float), or `output_quantizer`;
     `probability_quantizer` of an attention, which is then computed explicitly; `weight_quantizer`, if the second

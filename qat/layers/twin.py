@@ -42,7 +42,7 @@ class TwinMixin:
     def once_per_change(
         self, name: str, tensors: tuple[Tensor | None, ...], grids: tuple[Any, ...], compute: Callable[[], Any]
     ) -> Any:
-        """What `compute` returns, computed anew only when a tensor was written to or replaced, or a grid has changed.
+        """The result of `compute`, computed anew only when a tensor was written to or replaced, or a grid has changed.
 
         For evaluation, where weights and grids stand still: nothing is kept while gradients are on, somebody compiles
         or traces (a graph with what was kept would miss how it is computed), or for inference tensors, which count no
