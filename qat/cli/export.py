@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
 
 
 def _file(out: str, target: Any) -> Path:
-    """What `out` names: a file, or a folder to write it into under the target's own name.
+    """The path that `out` means: a file, or the target's own file name in a folder.
 
     Of a target that writes a folder, one that is there is written into, too, unless it is an earlier export.
     """

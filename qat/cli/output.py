@@ -1,4 +1,4 @@
-"""Leaves nothing behind for a run that never began.
+"""Cleaning up after a run that never began: nothing of it is left behind.
 
 Hydra makes the run directory, a log file and `.hydra/` before our code sees the config. If a mistake is found there,
 they say nothing that the error message did not say. `NoteNewDirs` runs before Hydra's mkdir, so that only what this

@@ -117,7 +117,7 @@ class _Line:
         return sweep, task
 
     def _options(self, cfg: DictConfig, folder: Path) -> list[str]:
-        """What every point is told besides its overrides."""
+        """Arguments that every point gets besides its overrides."""
         options = ["--config-dir", self.config_dir] if self.config_dir else []
         if "WandbLogger" in str((cfg.get("logger") or {}).get("_target_")):
             self.logger = {"project": cfg.logger.project, "offline": cfg.logger.offline, "group": folder.name}
@@ -125,7 +125,7 @@ class _Line:
         return options
 
     def _folder(self, cfg: DictConfig, space: Space, objectives: dict[str, str]) -> str:
-        """The same for the same command."""
+        """The folder of the sweep, named by a hash: the same command has the same."""
         content = json.dumps([self.fixed, {k: str(v) for k, v in space.items()}, objectives, cfg.sweep._target_])
         choice = next((text.partition("=")[2] for text in self.own if key_of(text) == GROUP), GROUP)
         return f"logs/{cfg.name}/sweeps/{choice}-{hashlib.sha256(content.encode()).hexdigest()[:8]}"
@@ -182,7 +182,7 @@ def _check_policies(settings: list[dict[str, Any]]) -> None:
 
 
 def _values(override: Override) -> list[str] | Interval:
-    """What a swept override offers, as Hydra understands it."""
+    """Values of a swept override, as Hydra understands it."""
     value = override.value()
     if isinstance(value, IntervalSweep):
         assert value.start is not None and value.end is not None

@@ -40,7 +40,9 @@ TRUST: dict[str, Any] = {"execution_whitelist": allowed_patterns()} if HYDRA_1_4
 
 
 class _Task:
-    """What Hydra calls for each job; keeps a single run's `UserError`, which Hydra would announce in its own way."""
+    """The function that Hydra calls for each job. It keeps a single run's `UserError`, which Hydra would announce in
+    its own way.
+    """
 
     def __init__(self, argv: list[str]) -> None:
         self.argv = argv

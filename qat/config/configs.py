@@ -34,11 +34,11 @@ TYPES: dict[str, Any] = {
     "quant.module": str | None,
 }
 DIVISORS = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
-"""What Lightning's trainer divides by without a look at it."""
+"""Settings that Lightning's trainer divides by without a check."""
 REQUIRED = ("data", "model", "quant", "trainer")
 """Groups without which there is no run."""
 OTHER_KEYS = ("calibration_samples", "scale_lr", "module", "predicted")
-"""Of `quant`, what is no setting of the policy."""
+"""Keys of `quant` that are no settings of the policy."""
 
 
 def configs_dir() -> Path:
@@ -118,7 +118,7 @@ def key_of(override: str) -> str:
 
 
 def policy_settings(quant: DictConfig) -> dict[str, Any]:
-    """What `quant` says of the policy, without what it says of calibration and training."""
+    """Settings of the policy in `quant`, without those of calibration and training."""
     settings = OmegaConf.to_container(quant, resolve=True)
     assert isinstance(settings, dict)
     return {str(key): value for key, value in settings.items() if key not in OTHER_KEYS}

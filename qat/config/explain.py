@@ -81,7 +81,7 @@ def _in_one_line(error: BaseException) -> UserError:
 
 
 def _choices(key: str, keys: list[str]) -> list[str]:
-    """What turns on the named part that a key is a setting of: `distill=self` for `callbacks.distill.alpha`."""
+    """Choices that turn on the part which a key is a setting of: `distill=self` for `callbacks.distill.alpha`."""
     kind, _, rest = key.partition(".")
     name, dot, _ = rest.partition(".")
     if not dot or f"{kind}.{name}" in keys:

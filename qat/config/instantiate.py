@@ -25,7 +25,7 @@ from qat.errors import UserError, nearest
 
 HYDRA_1_4 = tuple(int(part) for part in hydra.__version__.split(".")[:2]) >= (1, 4)
 VERSION: dict[str, Any] = {} if HYDRA_1_4 else {"version_base": "1.3"}
-"""What composing takes: 1.3 warns without `version_base`, 1.4 warns with it."""
+"""Arguments for composing: Hydra 1.3 warns without `version_base`, 1.4 warns with it."""
 ROOTS = ("qat", "torch", "torchmetrics", "pytorch_lightning", "optuna")
 # Where names of the packages above may really live: Lightning re-exports from these two.
 HOMES = ("lightning_fabric", "lightning_utilities")
@@ -101,7 +101,7 @@ def _users(cause: BaseException | None, node: Any) -> bool:
 
 
 def under(where: str, said: str, node: Any) -> str:
-    """What a constructor said, under the key that was written: `alpha=2: ...` as `callbacks.distill.alpha=2: ...`.
+    """A constructor's message under the key that was written: `alpha=2: ...` as `callbacks.distill.alpha=2: ...`.
 
     Args:
         where: The key of the object's node.

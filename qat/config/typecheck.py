@@ -1,4 +1,4 @@
-"""Is a value of the config what its annotation says?"""
+"""Checking that a value of the config is what its annotation says."""
 
 from typing import Any
 

@@ -152,9 +152,7 @@ class QATCallback(Callback):
         _fold_again(pl_module)
 
     def plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
-        """What would be inserted for all `QATCallback`s of the trainer, from one probe batch; the module is left as it
-        is.
-        """
+        """The plan for all `QATCallback`s of the trainer, from one probe batch; the module is left as it is."""
         policy = joint_policy(_callbacks(trainer) or [self], pl_module)
         plan, recording = make_plan(pl_module, policy, run_steps(pl_module, trainer_source(trainer), samples=1))
         if any(policy.required_coverage.values()):

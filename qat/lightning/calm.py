@@ -1,4 +1,6 @@
-"""What a run does not say: warnings of Lightning that tell nothing about it, and tracebacks for wrong settings."""
+"""Silence: Lightning's warnings that say nothing about a run are ignored, and its configuration errors become
+`UserError`.
+"""
 
 import warnings
 from collections.abc import Iterator

@@ -72,7 +72,7 @@ class Compile(Callback):
 
 
 def _call(module: nn.Module, how: Any) -> None:
-    """What calling `module` runs: `how`, as `nn.Module.compile` sets it, or (`None`) the module as it is written."""
+    """Sets what calling `module` runs: `how`, as `nn.Module.compile` does, or (`None`) the module as it is written."""
     module._compiled_call_impl = how  # pyright: ignore[reportAttributeAccessIssue]
 
 

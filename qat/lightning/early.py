@@ -1,4 +1,4 @@
-"""Callbacks that know before training what would stop it at its first step."""
+"""Base class of callbacks that check their settings before training."""
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback

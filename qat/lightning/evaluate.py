@@ -125,7 +125,7 @@ def _one_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _answer(runner: Runner, expected: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a file returns where the module returned `expected`."""
+    """Output of a file where the module returned `expected`."""
     if _one_tensor(args, kwargs) and isinstance(expected, Tensor):
         return torch.from_numpy(runner(args[0].detach().cpu().numpy()))
     if isinstance(runner, TorchRunner):

@@ -1,4 +1,4 @@
-"""What a run writes for others: the float model and the integers as files, which are verified and measured."""
+"""Files that a run writes for others: the float model and the integers, verified and measured."""
 
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def export_float(this: Workspace) -> int | None:
 
 
 def _example(this: Workspace) -> Tensor | None:
-    """What forward takes; `None` if it does not take one tensor and return one, and the target does not ask."""
+    """Example input of forward; `None` if it does not take one tensor and return one, and the target does not ask."""
     if this.target is not None and this.target.graph is not None:  # `check` has tried it out
         return example_input(this.module, this.data.train_dataloader)
     try:

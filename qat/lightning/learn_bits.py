@@ -49,7 +49,9 @@ from qat.search.weigh import converted, packed_bytes
 BUDGETS = ("avg_bits", "bops", "packed")
 """Costs that follow from shapes."""
 BETAS = (0.9, 0.95)
-"""Of Adam: the penalty at the start is soon forgotten, or what the loss asks for at the limit would hardly count."""
+"""Adam's betas: low, so that it soon forgets the penalty at the start. Otherwise what the loss asks for at the limit
+would hardly count.
+"""
 
 
 class LearnBits(Early, Stateful):
@@ -172,7 +174,7 @@ class LearnBits(Early, Stateful):
                 )
 
     def _costs(self, shell: pl.LightningModule, source: Source) -> None:
-        """What that costs, and whether the budgets can be met."""
+        """Finds the costs of all choices, and whether the budgets can be met."""
         every = {tensor: self.space.widths(tensor) for tensor in self.space.tensors}
         layers = [dataclasses.replace(layer, options=all_pairs(layer, every)) for layer in self.space.layers]
         packed: dict[int, int] = self._saved.get("packed", {})
@@ -293,7 +295,7 @@ class LearnBits(Early, Stateful):
             self._saved = dict(state_dict)
 
     def _restore(self) -> None:
-        """What a checkpoint from the middle has brought."""
+        """Takes over the widths and the optimizer that a checkpoint from the middle has brought."""
         values, optimizer = self._saved.pop("values", None), self._saved.pop("optimizer", None)
         if values is None:
             return

@@ -1,4 +1,4 @@
-"""What the log says about quantizers while they train, and what W&B keeps of a finished run."""
+"""Logging: scales and fit of quantizers while they train, and what W&B keeps of a finished run."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""What a LightningModule learns when it is quantized: a plan in its checkpoints, and optimizer groups for scales.
+"""Mixin of a quantized LightningModule: a plan in its checkpoints, and optimizer groups for scales.
 
 `QATCallback` puts `QuantizedModule` in front of the user's class (re-classing, see `qat.layers.twin`), so nothing has
 to be inherited or overridden by hand:
@@ -95,8 +95,9 @@ class QuantizedModule(TwinMixin):
             )
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What torch calls in forward's place while `torch.jit` traces (`TensorBoardLogger(log_graph=True)`). The trace
-        is held against a second one, which has no gradients: quantizers without them are other operations.
+        """The method that torch calls in forward's place while `torch.jit` traces
+        (`TensorBoardLogger(log_graph=True)`). The trace is held against a second one, which has no gradients:
+        quantizers without them are other operations.
         """
         with torch.no_grad():
             return super()._slow_forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]

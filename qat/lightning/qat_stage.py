@@ -71,8 +71,9 @@ def audit_trained(this: Workspace) -> None:
 
 
 def _load_trained(this: Workspace, limits: Any) -> bool:
-    """Loads what training to the same limits ended with, if it did: Lightning runs an epoch more or none, and
-    without one leaves out what callbacks do at the end of training (averages take the place of weights then).
+    """Loads the trained model from its file, if training to the same limits has ended. Resuming would not give the
+    same: Lightning runs an epoch more or none, and without an epoch it leaves out what callbacks do at the end of
+    training (averages take the place of weights then).
     """
     file = this.folder / TRAINED
     if not this.resuming or this.progress.get("trained", {}).get("limits") != limits or not file.is_file():

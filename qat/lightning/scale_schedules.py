@@ -1,4 +1,5 @@
-"""What schedulers take for each parameter group of the user's, given to the groups that there are.
+"""Arguments of schedulers that have one value for each parameter group of the user's, given to the groups that there
+are.
 
 A user counts groups without those of scales (`qat.lightning.scale_groups`). Functions, highest and lowest rates that
 are written one per group go to the scales of each, too: rates times their factor.

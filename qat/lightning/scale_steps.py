@@ -1,4 +1,4 @@
-"""What a step does to groups of scales: they keep their share of the learning rate, and move by their logarithm.
+"""Optimizer steps of scales: they keep their share of the learning rate, and move by their logarithm.
 
 Under SGD, too, a change is applied to the logarithm of a scale, which is the same where it is small, and never exceeds
 a fifth in one step. Scales of 8-bit weights are so small that a gradient a hundred times as large as usual, as a run
@@ -25,7 +25,7 @@ SPLIT = "scales_of_the_group_before"
 BEFORE = "_scales_before"
 """Attribute under which an optimizer keeps the scales during a step."""
 LARGEST_SGD_CHANGE, LARGEST_CHANGE = 0.2, math.log(2)
-"""Of a scale's logarithm in one step."""
+"""Largest change of a scale's logarithm in one step, under SGD and under other optimizers."""
 
 
 def keep_ratio(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -165,7 +165,7 @@ class SearchRun(Workspace):
         return choices
 
     def _losses(self, space: Space, problem: Problem, choice: dict[str, Pair], losses: BatchLosses) -> str:
-        """What was predicted, one grid at a time, beside what all of them together do before any training."""
+        """A line with the predicted loss, one grid at a time, beside that of all together before any training."""
         before = self.measured.loss or 0.0
         model = calibrated(self.module, self._plan(space, choice), lambda model: mean_loss(model, losses))
         with evaluating(model):

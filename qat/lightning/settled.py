@@ -1,4 +1,4 @@
-"""What a run keeps to when it is resumed: settings that would give other numbers from there on than before."""
+"""Settings that a resumed run has to keep: with others, it would give other numbers from there on."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ INDIFFERENT = {"data.num_workers", "data.on_device"}
 
 
 def settled(cfg: DictConfig) -> dict[str, Any]:
-    """What a run keeps to when it is resumed, by dotted key; not the texts of `data`, which may say where it lies."""
+    """Settings that a resumed run has to keep, by dotted key; not the texts of `data`, which may say where it lies."""
     parts = OmegaConf.to_container(OmegaConf.masked_copy(cfg, list(SETTLED)), resolve=True)
     values = {key: value for key, value in dotted_items(parts) if not isinstance(value, dict)}
     if cfg.get("quant"):  # the rest of it is the policy, which the checkpoint knows

@@ -248,7 +248,7 @@ def to_module(module: pl.LightningModule, batch: Any) -> Any:
 
 
 def example_input(module: pl.LightningModule, source: Source) -> Tensor:
-    """What the module's forward is given in its own step: one tensor of at least two samples.
+    """The input that the module's forward is given in its own step: one tensor of at least two samples.
 
     Raises:
         UserError: if the step never calls the module's forward, or with anything but one tensor.

@@ -16,7 +16,7 @@ from qat.errors import UserError, nearest
 from qat.run_files import FLOAT_WEIGHTS
 
 CHECKPOINT_KEY, STATE_KEY = "qat", "qat_state"
-"""What a checkpoint of a quantized model holds besides the model's own state: its plan, and the state of quantizers."""
+"""Keys of a quantized model's checkpoint besides the model's own state: its plan, and the state of quantizers."""
 SUFFIXES = (".ckpt", ".safetensors")
 
 

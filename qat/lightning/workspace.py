@@ -1,5 +1,5 @@
-"""What every stage of a run stands on: the checked config, the data, the module, the trainers, and what earlier
-stages measured.
+"""The workspace of a run, which all stages share: the checked config, the data, the module, the trainers, and what
+earlier stages measured.
 
 Everything that can be wrong in a config is looked for before anything is written: each part is built, the policy is
 tried on a copy of the module, and one test batch shows whether the metric exists.
@@ -172,7 +172,7 @@ class Workspace:
                 self._check_start(shell)
 
     def _check_start(self, shell: pl.LightningModule) -> None:
-        """What callbacks would find when training starts, on a copy of the module with quantizers."""
+        """Has callbacks check what they would find when training starts, on a copy of the module with quantizers."""
         callbacks = [self.qat_callback(), *self.callbacks]
         saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
         trainer = self.trainer(callbacks=callbacks, enable_checkpointing=saves)
@@ -192,7 +192,9 @@ class Workspace:
             raise UserError(under(key, str(error).removeprefix(f"{kind}: "), node)) from error
 
     def _monitors(self) -> dict[str, str]:
-        """What callbacks look at, by config key; nothing if one of the user's own may be what logs it."""
+        """Metrics that callbacks look at, by config key; empty if one of the user's own callbacks may be what logs
+        them.
+        """
         if any(
             type(callback).__module__.partition(".")[0] not in ("qat", "pytorch_lightning")
             for callback in self.callbacks

@@ -35,7 +35,7 @@ from qat.quantizers import Quantizer
 
 @dataclass
 class Oscillation:
-    """What is remembered of one weight; all tensors have its shape.
+    """Record of one weight; all tensors have its shape.
 
     Attributes:
         previous: Level after the last step, float32.
@@ -170,7 +170,7 @@ class TrackOscillations(Early, Stateful):
             self.after_update(trainer, self.weights[name], quantizer, weight)
 
     def after_update(self, trainer: pl.Trainer, state: Oscillation, quantizer: Quantizer, weight: Tensor) -> None:
-        """What is done about them."""
+        """Acts on the oscillations of one weight after a step; a subclass says how."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         shares = {f"oscillation/{n}": (s.frequency > self.threshold).float().mean() for n, s in self.weights.items()}
