@@ -1,4 +1,5 @@
-"""Does a value from YAML fit a parameter's annotation? Decided for simple types only; whatever else is annotated fits.
+"""Checking that a value from YAML fits a parameter's annotation, for simple types only; whatever else is annotated
+fits.
 
 Simple are int, float, bool, str, None, Literal, their unions, and list, tuple, Sequence, dict and Mapping of them. YAML
 knows no tuple, so a list fits one; an int fits a float; a bool is no number.

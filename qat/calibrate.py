@@ -134,7 +134,7 @@ def _naming(found: list[tuple[str, Quantizer]]) -> Iterator[None]:
 
 
 def _way_out(quantizer: str) -> str:
-    """What leaves the reader of a tensor float for which there is no grid; weights are to be repaired."""
+    """A hint for the message: the rule that leaves this tensor float. Empty for weights, which have to be repaired."""
     found = re.match("(.*)(input|output|probability)_quantizer", quantizer)
     if found is None:
         return ""

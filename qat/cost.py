@@ -1,4 +1,4 @@
-"""What a layer costs, from counts and widths alone: the arithmetic that audit, sweep and search share.
+"""Costs of a layer, from counts and widths alone: the arithmetic that audit, sweep and search share.
 
 bit operations     MACs x weight bits x input bits, where float counts 32 (a W8A8 MAC has 64)
 average bits       of a weight: biases count with their layer

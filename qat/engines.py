@@ -1,4 +1,4 @@
-"""What an engine will compute, as data: `quant.target` names one, and training rounds as it will.
+"""Rules of engines, as data: `quant.target` names one, and training rounds as it will.
 
 A policy that has a target settles by its rules what settings leave open (`signed: null`), and refuses what they
 contradict. A plan carries the target's name; `mismatch` says why a model that was trained by other rules would not

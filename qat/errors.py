@@ -20,14 +20,14 @@ class UserError(ValueError):
 
 
 def refused(error: OSError) -> UserError | None:
-    """What the file system did not allow, with the path; `None` for an error of another kind."""
+    """The message for what the file system did not allow, with the path; `None` for an error of another kind."""
     if error.errno not in _REFUSALS or error.filename is None:
         return None
     return UserError(f"{error.filename}: {error.strerror}")
 
 
 def unmakeable(key: str, error: OSError) -> UserError:
-    """What became of a folder that a config key names and the file system would not make."""
+    """The error for a folder that a config key names and the file system would not make."""
     return UserError(f"{key}={error.filename}: there is no such folder, and none can be made ({error.strerror})")
 
 

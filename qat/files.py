@@ -1,4 +1,4 @@
-"""Writing whole files or none: to a temporary name in the same folder, then renamed. And who may write.
+"""Writing whole files or none: to a temporary name in the same folder, then renamed. Also, locks.
 
 What is read back may have been damaged since, by a full disk or an editor.
 """

@@ -67,7 +67,7 @@ class Health:
         return asdict(self)
 
     def findings(self) -> list[str]:
-        """What has collapsed; empty if nothing has."""
+        """Sentences about what has collapsed; empty if nothing has."""
         found = []
         if self.codes == 1:
             found.append("all codes are equal")

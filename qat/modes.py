@@ -1,4 +1,6 @@
-"""How a model is run: for a look at it, which leaves its modes as they were, or again by a checkpoint."""
+"""Modes of a model: running it for a look, which leaves its modes as they were, and knowing a second run by gradient
+checkpointing.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

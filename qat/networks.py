@@ -82,7 +82,7 @@ class NetworkPolicies:
 
 
 Policy = QuantPolicy | NetworkPolicies
-"""What decides on the grids of a model."""
+"""A policy for a whole model, or policies for networks in it."""
 
 
 def policy_of(settings: Mapping[str, Any], where: str = "quant") -> Policy:

@@ -43,7 +43,7 @@ from qat.spec import QuantSpec
 __all__ = ["QuantPolicy", "Rule", "Target"]
 
 DEFAULT_KINDS = ("add", "avg_pool", "cat", "matmul", "einsum", "attention")
-"""What an engine adds, joins, pools and multiplies as integers between layers."""
+"""Kinds that engines compute as integers between layers: sums, concatenations, pooling, products."""
 ALL_KINDS = (*(kind for kind in KINDS if kind not in WEIGHTED), PROBABILITIES, KV_CACHE)
 CONCAT = ("separate", "shared")
 KEYS = (*ROLES, "sites", "kinds", "concat", "target", "round_bias", "require_coverage", "rules")

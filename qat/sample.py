@@ -1,4 +1,4 @@
-"""What calibration remembers of a batch: some of its values, spread evenly over it, and its extremes."""
+"""The sample that calibration keeps of a batch: some of its values, spread evenly over it, and its extremes."""
 
 import math
 

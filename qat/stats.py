@@ -27,7 +27,9 @@ from qat.modes import evaluating
 from qat.quantizers import Quantizer
 
 READER = re.compile(r"\.?(?:input|weight)_quantizer(?:_\d+)?(?:\.\d+)?$")
-"""The end of a quantizer's name, after its reader's: `.weight_quantizer`, `.input_quantizer_1`, `.input_quantizer.0`"""
+"""Suffix that turns a quantizer's name into that of the layer or site that reads it: `.weight_quantizer`,
+`.input_quantizer_1`, `.input_quantizer.0`
+"""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a packed file stores of each layer, in bytes, before there is one (see `qat.export.packed`).
+"""Bytes that a packed file will store of each layer, before there is one (see `qat.export.packed`).
 
     codes     ceil(weights x bits / 8), ternary ones ceil(weights / 5)
     scales    4 bytes each (2 of float16, 1 of pow2, e8m0 and e4m3, unless a BatchNorm folds into them), and of

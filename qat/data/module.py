@@ -1,4 +1,4 @@
-"""What all data modules here share: splits, limits, augmentation, loaders; a subclass only reads the images.
+"""Base class of the data modules here: splits, limits, augmentation, loaders; a subclass only reads the images.
 
 Every random choice is reproducible. The split and the samples that a limit keeps come from a generator of their own,
 seeded by `split_seed`, so that runs with different training seeds are compared on the same validation images. Order
@@ -111,7 +111,7 @@ class ImageDataModule(pl.LightningDataModule):
         return self.test_dataloader()
 
     def _make_batch(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """What a loader gave, on `device`; `Indices` as a batch in the trainer's precision."""
+        """A loader's batch on `device`; `Indices` become images in the trainer's precision."""
         batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
         if not isinstance(batch, Indices):
             return batch

@@ -144,5 +144,5 @@ class Text(pl.LightningDataModule):
 
 
 def _whole(batch: Any) -> tuple[Tensor, Tensor]:
-    """What `__getitems__` returned is a batch already."""
+    """The collate function: `__getitems__` has returned a batch already."""
     return batch

@@ -1,5 +1,5 @@
-"""What a policy can address in a model: its layers, the parts of layers with several weights, and the functional sites
-that one recorded forward pass found.
+"""Targets of a policy in a model: its layers, the parts of layers with several weights, and the functional sites that
+one recorded forward pass found.
 """
 
 import dataclasses
@@ -57,7 +57,7 @@ def is_complex(module: nn.Module) -> bool:
 
 
 def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
-    """What a policy can address, in execution order: for each layer or site, its calls."""
+    """Layers and sites that a policy can address, in execution order, each with its calls."""
     found: dict[str, list[Call]] = {}
     floating = set(inside_adapters(model))
     for call in recording.order:

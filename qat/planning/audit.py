@@ -1,4 +1,4 @@
-"""What became integer and what stayed float, and why: no layer is left out of quantization without a word.
+"""The audit: what became integer and what stayed float, and why. No layer is left out of quantization without a word.
 
 In execution order, one row for each layer with parameters or arithmetic, each functional site (`layer1.0.add_0`), each
 other function that computes (`attn.matmul_0`) and each parameter that is in no layer. Rectifiers, dropout,
@@ -68,7 +68,9 @@ class AuditRow:
 
     @property
     def integer_macs(self) -> int:
-        """Those with integers on both sides, in an exported file (whose runtime may lack a kernel for them)."""
+        """Multiply-accumulates with integers on both sides, in an exported file (whose runtime may lack a kernel for
+        them).
+        """
         return self.macs if self.reason is None else 0
 
 
@@ -232,7 +234,7 @@ class _Auditor:
         return self._share(sum(sum(call.macs) for call in calls))
 
     def _share(self, count: int) -> int:
-        """Of one sample."""
+        """The count for one sample."""
         return count // self.samples
 
     def _lone_parameters(self) -> Iterator[AuditRow]:
@@ -260,7 +262,7 @@ class _Auditor:
         return sum(self._once(p) for p in own if p is not None)
 
     def _once(self, parameter: Tensor, key: Any = None) -> int:
-        """Its size the first time; `key` tells rows of a parameter apart."""
+        """Size of a parameter the first time it is asked for, then 0; `key` tells rows of a parameter apart."""
         new = (key or id(parameter)) not in self.counted
         self.counted.update({id(parameter)} if key is None else {key, key[0]})
         return parameter.numel() if new else 0

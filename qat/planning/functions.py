@@ -1,5 +1,5 @@
-"""What is known of torch's functions: which are sites and where their operands are, which change no value, which make
-or keep values non-negative.
+"""Facts about torch's functions: which are sites and where their operands are, which change no value, which make or
+keep values non-negative.
 
 Recording (`qat.planning.probe`) and running (`qat.layers.sites`) ask the same `FUNCTIONS`, so that both count alike.
 Python's operators are among them: a mode sees the tensor's method in their place, but `operator.add` itself under a

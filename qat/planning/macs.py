@@ -49,7 +49,9 @@ def function_macs(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], 
 
 
 def einsum_macs(equation: str, shapes: list[Shape]) -> int:
-    """Of an einsum, which contracts from left to right: each step costs the product of all indices it involves."""
+    """Multiply-accumulates of an einsum, which contracts from left to right: each step costs the product of all indices
+    that it involves.
+    """
     inputs, _, output = equation.replace(" ", "").partition("->")
     terms = [_indices(term, len(shape)) for term, shape in zip(inputs.split(","), shapes, strict=True)]
     sizes: dict[str, int] = {}

@@ -23,7 +23,7 @@ class PlannedLayer:
         input_1: Those of its second input, if it has one (`Bilinear`) and that has any.
         parameter: Path of an owner's weight, if that is not `<layer>.weight`.
         rows: The first of the parameter's rows that are an owner's weight, and how many, if not all are.
-        axis: That of the output channels of an owner's weight.
+        axis: Axis of the output channels of an owner's weight.
         read: Whether functions around the layer read its float weight, too.
     """
 
@@ -46,10 +46,10 @@ class SiteWeight:
     """The parameter that a functional site multiplies by.
 
     Attributes:
-        parameter: Its path.
-        axis: That of its output channels.
+        parameter: Path of the parameter.
+        axis: Axis of its output channels.
         weight: The owner of its grid, or `None`.
-        alone: Whether only such sites read it.
+        alone: Whether nothing else in the model reads it, so that conversion may drop its float values.
         stacked: Of experts, the order of its last two axes.
     """
 
@@ -66,9 +66,9 @@ class SiteOperand:
     operand.
 
     Attributes:
-        parameter: Its path.
-        index: Which operand it is.
-        alone: Whether only such sites read it.
+        parameter: Path of the parameter.
+        index: Index of the operand that it is.
+        alone: Whether nothing else in the model reads it, so that conversion may drop its float values.
     """
 
     parameter: str
@@ -86,8 +86,8 @@ class Plan:
             `layer1.0.add_0.input_1`).
         layers: The grids of each layer.
         sites: Per functional site: for each operand (or for the output), the activation grids it passes in turn.
-        parameters: Per functional site whose second operand is a parameter, that parameter.
-        operands: Per sum, difference or elementwise product with a parameter that has a grid, that parameter.
+        parameters: Weight of each functional site that has one (`F.linear(x, self.w)`), by site.
+        operands: Parameter that each sum, difference or elementwise product reads on a grid, by site.
         owners: Per module whose forward runs functional sites of quantized kinds: the kinds of those that are its
             own, in order.
         batch_norms: Per layer, the BatchNorm that folds into it.

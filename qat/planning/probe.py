@@ -229,7 +229,7 @@ def _hooks(recorder: _Recorder, model: nn.Module) -> Iterator[None]:
 
 
 InsideOf = Callable[[nn.Module, str, _Recorder, tuple[Any, ...], dict[str, Any]], list[Call] | None]
-"""What one call of a leaf (at a path, with arguments) stands for, if it is several."""
+"""Function that gives the calls inside one call of a leaf (at a path, with arguments); `None` if it is a single one."""
 
 
 def record(

@@ -19,7 +19,7 @@ NOT_REACHED = "its forward is never called"
 NORMALISES = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
 NAMES = {"add": "sum", "sub": "difference"}
 NO_KERNEL = ("einsum", "Bilinear", "ConvTranspose", "conv_transpose")
-"""What an exported file computes in float on the values of its codes."""
+"""Kinds that an exported file computes in float on the values of its codes."""
 NOT_IN_F = ("matmul", "einsum", "attention")
 
 
@@ -58,7 +58,7 @@ class Reasons:
         return self._no_twin(module)
 
     def of_target(self, name: str) -> str | None:
-        """What the policy leaves float of a layer or site that it could quantize."""
+        """Why a layer or site stays float that could be quantized: what of it is left float, and by which rule."""
         call = self.calls[name][0]
         weighted = call.weight or has_weight(call.what)
         parts = (["weight"] if weighted else []) + (["act"] if call.operands else [])

@@ -1,4 +1,4 @@
-"""What `qat.planning.probe` writes down of one forward pass, and what planning and the audit ask of it."""
+"""The recording of one forward pass: `qat.planning.probe` writes it, planning and the audit ask it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -58,7 +58,7 @@ class Call:
 
 @dataclass
 class Recording:
-    """What one pass did; see the module's docstring.
+    """A record of one forward pass; see the module's docstring.
 
     Attributes:
         modules, functions, order: Calls of layers, of functions that are sites or compute, and both, as they came.

@@ -52,8 +52,8 @@ class Quantizer(Switch):
         samples: What has been observed of an activation, one tensor for each that passed.
         reshapes: Whether groups or a transform lie between `x` and what is rounded.
         dithers: Whether training rounds stochastically.
-        follows: Whether the grid moves after what passes in training.
-        readers: How many read through it in a forward pass of the owner.
+        follows: Whether training moves the grid after the tensors that pass (`minmax`, weights of `dorefa`).
+        readers: How many layers and operands use this quantizer in a forward pass; in training they share one rounding.
 
     Class attributes:
         uniform: Whether codes come from equal steps, as `QuantizeLinear` computes them; otherwise there is no
@@ -148,7 +148,7 @@ class Quantizer(Switch):
         return scale, low - zero_point, high - zero_point
 
     def transform(self, x: Tensor) -> Tensor:
-        """What is rounded: `x` itself, but for quantizers that reshape their tensor first."""
+        """The tensor that is rounded: `x` itself, but for quantizers that reshape it first."""
         return x
 
     @torch.no_grad()

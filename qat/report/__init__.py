@@ -1,4 +1,4 @@
-"""What a run leaves to look at: tables for the terminal and one picture, both drawn from plain containers."""
+"""Reports of a run: tables for the terminal and one picture, both drawn from plain containers."""
 
 from qat.report.layers import layer_rows
 from qat.report.plot import save_plot

@@ -18,8 +18,9 @@ OTHERS = (WEIGHT, ACT, "#2f855a", "#805ad5", "#c53030", "#319795")
 
 
 def bench_table(measured: Sequence[Measured]) -> RenderableType:
-    """What each file takes, and below it what it gives at each batch size and number of threads; relative to the first
-    file."""
+    """Size and memory of each file, and below them its speed at each batch size and number of threads; relative to the
+    first file.
+    """
     reference = measured[0]
     takes = _table("file", "size", "of float", "peak memory")
     gives = _table("file", "threads", "batch", "p50 ms", "p99 ms", "samples/s", "speed")
@@ -43,7 +44,7 @@ def _table(*headers: str) -> Table:
 
 
 def warnings(measured: Sequence[Measured]) -> list[str]:
-    """What should make one think: quantized files slower than the float one, and what they compute in float."""
+    """Warnings about quantized files that are slower than the float one, with what they compute in float."""
     reference, lines = measured[0], []
     for each in measured[1:]:
         late = slower(each, reference)

@@ -8,7 +8,7 @@ NONE = "-"
 
 
 class VerdictInWords(NamedTuple):
-    """What verification found: whether it passed, in one line, and the checks that failed, one line each."""
+    """Result of verification in words: whether it passed, in one line, and the checks that failed, one line each."""
 
     passed: bool
     text: str
@@ -61,7 +61,7 @@ def stage_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def verdict(report: Mapping[str, Any]) -> VerdictInWords | None:
-    """What `report["verify"]` says; `None` if nothing was verified."""
+    """The verdict of `report["verify"]` in words; `None` if nothing was verified."""
     verify = report.get("verify")
     if not verify:
         return None

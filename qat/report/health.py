@@ -14,7 +14,7 @@ from qat.report.format import NONE
 
 COLUMNS = ("SQNR\ndB", "clipped", "codes", "drift", "flips", "scale\ngrad")
 TAIL = re.compile(r"_quantizer(?=(_\d+)?(\.\d+)?$)")
-"""What the names of all quantizers have: `fc1.weight_quantizer`, `cat.input_quantizer_1`."""
+"""Part that all names of quantizers have, and tables leave out: `fc1.weight_quantizer`, `cat.input_quantizer_1`."""
 
 
 def health_table(rows: Sequence[Health], why: str | None) -> Group:

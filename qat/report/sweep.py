@@ -1,4 +1,4 @@
-"""What a sweep comes to: a table in the terminal, a page (`report.html`), a picture (`report.png`), and W&B's copy."""
+"""The report of a sweep: a table in the terminal, a page (`report.html`), a picture (`report.png`), and W&B's copy."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

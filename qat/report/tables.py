@@ -16,7 +16,9 @@ from qat.sweep.results import measured
 
 
 def audit_table(rows: Sequence[AuditRow], coverage: tuple[float, float]) -> Table:
-    """What is integer, what is float and why; `coverage` (of `qat.planning.audit`) is the line below."""
+    """The audit as a table: what is integer, what is float and why; `coverage` (of `qat.planning.audit`) is the line
+    below.
+    """
     share_macs, share_params = coverage
     caption = f"integer: {share_macs:.1%} of counted MACs, {share_params:.1%} of parameters"
     table = Table(
@@ -61,7 +63,7 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
 
 
 def _predictions(report: Mapping[str, Any]) -> list[str]:
-    """What a search promised, beside what came of it."""
+    """Costs that a search predicted, beside those of the run."""
     actual = measured(report)
     pairs = [(n, value, actual[n]) for n, value in (report.get("predicted") or {}).items() if n in actual]
     parts = [f"{name} {shown(name, now)} (predicted {shown(name, before)})" for name, before, now in pairs]

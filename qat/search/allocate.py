@@ -53,10 +53,10 @@ class Cost:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is minimized over what.
+    """An allocation problem: harm is minimized over one pair for each layer.
 
     Attributes:
-        layers: Each with its pairs.
+        layers: The layers, each with its pairs.
         harm: The objective.
         costs: What can be limited, by name.
         tied: Groups of layers (names) that get the same pair.

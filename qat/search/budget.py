@@ -1,4 +1,4 @@
-"""What a search can be limited by, and how limits are read and written."""
+"""Budgets: what a search can be limited by, and how limits are read and written."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""What every option of every layer costs, in the numbers that audit and sweep show.
+"""Costs of every option of every layer, in the numbers that audit and sweep show.
 
 `packed` and `size` are those of files: what does not depend on the choice (scales, biases, float parts, graph, header)
 is weighed once, in files made of the float model at the narrowest and at the widest grids, the larger of which counts.

@@ -182,7 +182,7 @@ class RelaxedCost:
     layers: Sequence[Layer]
 
     def total(self, widths: Mapping[str, Width]) -> Tensor:
-        """Of a model whose grids have these widths, differentiable."""
+        """Cost of a model whose grids have these widths, differentiable."""
         total: Tensor | float = self.cost.fixed
         for layer in self.layers:
             acts = [(None, 1.0)] if layer.act is None else _corners(widths[layer.act])

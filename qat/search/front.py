@@ -36,7 +36,7 @@ def front(problem: Problem, name: str, budgets: Mapping[str, float], points: int
 
 
 def _cheapest_best(problem: Problem, name: str, budgets: Mapping[str, float]) -> dict[str, Pair]:
-    """Of the allocations of least harm within the budgets, the one that costs least."""
+    """The allocation that costs least, of those with the least harm within the budgets."""
     best = solve(problem, budgets)
     harm = Cost(problem.harm)
     within = Problem(problem.layers, problem.harm, {**problem.costs, "": harm}, problem.tied)

@@ -22,7 +22,7 @@ from qat.export.target import INPUT
 CONSTANT = re.compile(r"(.+)\.(?:weight|weight_scale|weight_zero)$")
 """Names of initializers in our files, after the layer that they belong to."""
 KERNELS = (*INTEGER_KERNELS, "Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "ConvTranspose")
-"""What a layer's arithmetic ends up as."""
+"""Operations that a layer's arithmetic ends up as."""
 KERNEL = "_kernel_time"
 
 

@@ -1,4 +1,4 @@
-"""From what can be chosen to learned widths: which grids share one, and the quantizers that have them.
+"""Learned widths: one for each group of grids that must agree, and the quantizers that have them.
 
 Grids that belong to one tensor share its width, layers that are tied share both of theirs. A grid with one width to
 choose from gets it and keeps it.
@@ -138,7 +138,7 @@ def _specs(space: Space, tensor: str, widths: Sequence[int], quantizer: Quantize
 
 @torch.no_grad()
 def _samples(space: Space, model: nn.Module, run: Callable[[], Any]) -> dict[Quantizer, Tensor]:
-    """What each chosen grid quantizes: its weight, or a sample of what passes the model in float."""
+    """The tensor that each chosen grid quantizes: its weight, or a sample of what passes the model in float."""
     everything = [quantizer for _, quantizer in named_quantizers(model)]
     for quantizer in everything:
         quantizer.observe()

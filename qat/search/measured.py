@@ -10,17 +10,18 @@ from qat.files import atomic, read_object
 
 Measure = Literal["loss", "hessian", "sqnr"]
 SAVE_SECONDS = 2.0
+"""Least time between two writes of the file while measuring."""
 
 
 class Measured:
-    """What is known so far.
+    """Sensitivities measured so far, in a file.
 
     Args:
         path: The file; it may not exist yet.
         key: What the measurements follow from, in short; a file with another one is refused.
 
     Attributes:
-        loss: Of the float model.
+        loss: Loss of the float model.
         tensors: Per grid: `size`, `trace` (of the Hessian; absent until estimated) and the `probes` that it is the
             mean of, and `bits`: per width (as text) `loss_increase`, `mse` and `sqnr_db` (`None` if nothing was lost).
     """

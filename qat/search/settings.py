@@ -1,4 +1,4 @@
-"""What `qat sensitivity` and `qat search` are told: `configs/search/*.yaml`, built by its `_target_`."""
+"""Settings of `qat sensitivity` and `qat search`: `configs/search/*.yaml`, built by its `_target_`."""
 
 from collections.abc import Sequence
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""What can be chosen: for every layer the pairs of (weight bits, input bits), and which layers must agree.
+"""The choices of a search: for every layer the pairs of (weight bits, input bits), and which layers must agree.
 
 Grids belong to tensors, and so do bits: layers with one weight share its bits, layers that read one tensor share those
 of its grid. A candidate width is one more rule on top of the user's policy, in the sensitivities as in the YAML that
@@ -26,9 +26,9 @@ from qat.storage import is_layer, with_bytes
 Pair = tuple[int, int | None]
 """(weight bits, input bits); `None` for an input that stays as the policy has it."""
 FORMATS = ("int", "midrise")
-"""Those whose bits are free."""
+"""Formats whose bits are free."""
 PREFIX = "searched_"
-"""Of the rules that a search makes."""
+"""Prefix of the names of rules that a search makes."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class AdaRound(Start):
         lr: Their learning rate.
         batch_size: Samples in a step, of all batches. A unit that takes several tensors, or mixes samples (attention
             along the first axis), gets one whole batch instead.
-        strength: Of the term that decides.
+        strength: Weight of the penalty that pushes each weight to up or down.
 
     Raises:
         UserError: if a number is out of its range; (in `refine`) if a pattern matches nothing, or nothing with a weight
@@ -142,7 +142,7 @@ class AdaRound(Start):
         return units
 
     def _drawn(self, calls: list[Call], rows: bool, generator: torch.Generator) -> Call:
-        """What a step learns from: samples of the calls if a unit answers `rows`, or else one whole call."""
+        """The data of one step: samples of the calls if a unit answers `rows`, or else one whole call."""
         call = calls[int(torch.randint(len(calls), (), generator=generator))] if len(calls) > 1 else calls[0]
         if not rows:
             return tree_map_only(Tensor, torch.clone, call)  # a unit may write over what it is given

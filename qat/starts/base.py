@@ -1,4 +1,4 @@
-"""What a start may do and when, and what starts share."""
+"""Base class of starts: what one may do and when, and what starts share."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,5 +1,5 @@
-"""What a module is called with and what it answers, to be asked the same again: whole calls, however they are made, and
-single samples of them where a module answers each by itself.
+"""Recorded calls of a module, to be made again: whole calls, however they are made, and single samples of them where a
+module answers each by itself.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from qat.planning.functions import first_tensor, flat
 from qat.starts.base import Run
 
 Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
-"""What a module is called with, by position and by name, and the first tensor of its answer."""
+"""A call of a module: its arguments by position and by name, and the first tensor of its answer."""
 
 
 def noted(unit: nn.Module, run: Run) -> list[Call]:

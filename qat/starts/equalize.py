@@ -30,7 +30,7 @@ from qat.planning.probe import Call, record
 from qat.starts.base import Run, Start, replay
 
 MAX_EXPONENT = 10
-"""Of two: further than by 1024 no channel is scaled, in all rounds together."""
+"""Exponent of 2: no channel is scaled by more than 1024, in all rounds together."""
 
 
 class Pair:
@@ -75,7 +75,7 @@ class Pair:
                 tensor.copy_(values)
 
     def factors(self) -> Tensor:
-        """What makes the ranges equal, as far as it may; 1 for channels that have none."""
+        """Factors that make the ranges equal, as far as they may; 1 for channels that have none."""
         one = self.first.weight.abs().flatten(1).amax(1)
         if self.norm is not None:
             one = one * self.norm.weight.abs() * (self.norm.running_var + self.norm.eps).rsqrt()
@@ -138,7 +138,7 @@ class Equalize(Start):
                     )
 
     def _totals(self, pairs: list[Pair]) -> list[Tensor]:
-        """What each pair is to be divided by; the pairs stay as they are."""
+        """Factors that each pair is to be divided by; the pairs stay as they are."""
         with ExitStack() as stack:
             for pair in pairs:
                 stack.enter_context(pair.divided(torch.ones_like(pair.total)))
@@ -199,7 +199,7 @@ def _candidate(calls: list[Call], i: int, j: int) -> Pair | None:
 
 
 def _outputs(modules: list[nn.Module], run: Run) -> list[Tensor]:
-    """What modules answer."""
+    """Float outputs of modules during `run`."""
     seen: list[Tensor] = []
 
     def note(_module: nn.Module, _args: Any, output: Any) -> None:

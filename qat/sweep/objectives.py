@@ -1,4 +1,4 @@
-"""What points are compared by, and which of them nobody beats.
+"""Objectives: what points are compared by, and which of them nobody beats.
 
 Every objective needs its direction said: a front with one axis upside down looks as good as a right one.
 """

@@ -1,4 +1,4 @@
-"""What the points of a sweep left, read from their folders: finished runs tell all in `report.json`.
+"""Results of the points of a sweep, read from their folders: finished runs tell all in `report.json`.
 
 A point whose files are damaged is one that failed, with the file named as its error: the others count all the same.
 """
@@ -19,7 +19,7 @@ from qat.sweep.point import RECORD
 
 DEFINITION, POINTS = "sweep.json", "points"
 PARTS = ("number", "params", "state", "error")
-"""What a `Result` takes from its `point.json`."""
+"""Keys that a `Result` takes from its `point.json`."""
 QUANTIZERS = ("scale/", "sqnr/", "bits/")
 """Columns of a log that say how quantizers do; all others are learning curves."""
 
@@ -131,7 +131,7 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def _objectives(runs: Sequence[Result]) -> dict[str, str]:
-    """Those of runs that no sweep made."""
+    """Objectives of runs that no sweep made."""
     packed = {"packed": "min"} if any("packed" in result.values for result in runs) else {}
     return _better(runs) | packed
 

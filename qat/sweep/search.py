@@ -160,7 +160,7 @@ class _Search:
         self.study.tell(point.number, state=states.PRUNED if outcome.state == "pruned" else states.FAIL)
 
     def judge(self, point: Point) -> bool:
-        """What the pruner says of a running point."""
+        """The verdict of the pruner on a running point."""
         pruner, task = self.sweep.pruner, self.task
         if isinstance(pruner, Dominated):
             others = [path for path in point.folder.parent.iterdir() if path != point.folder]
@@ -174,8 +174,8 @@ class _Search:
 
 
 def _name(folder: Path) -> str:
-    """What a folder's study is called where there are others: it belongs to the points in the folder, wherever that is
-    seen from, and neither to the same command elsewhere nor to a folder that was deleted.
+    """Name of a folder's study where there are others: it belongs to the points in the folder, wherever that is seen
+    from, and neither to the same command elsewhere nor to a folder that was deleted.
     """
     path = folder / NAME
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""What a sweep varies: for every key a list of choices, or an interval to draw from.
+"""The space of a sweep: for every key that varies a list of choices, or an interval to draw from.
 
 Written in YAML (`params:` of a sweep) or on the command line, where Hydra's grammar says the same:
 

@@ -26,11 +26,11 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Task:
-    """What the command line and the config say of a sweep.
+    """A sweep as the command line and the config describe it.
 
     Attributes:
         command: Overrides and options that all points share.
-        space: What varies.
+        space: The keys that vary, and their values.
         objectives: Name -> direction, checked.
         metric: Name of the metric, for people; `mode`: whether more (`max`) or less of it is better.
         seed: Of the search.
@@ -50,7 +50,7 @@ class Task:
     config: dict[str, str] = field(default_factory=dict)
 
     def definition(self, kind: str) -> dict[str, Any]:
-        """What the sweep is, as plain containers; points are numbered by the order of what varies."""
+        """Definition of the sweep, as plain containers; points are numbered by the order of what varies."""
         space = [[k, vars(v) if isinstance(v, Interval) else v] for k, v in self.space.items()]
         return {
             "kind": kind, "command": list(self.command), "params": space, "objectives": self.objectives,

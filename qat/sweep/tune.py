@@ -94,7 +94,7 @@ class RaySweep:
 
 
 def _trainable(points: list[Point], monitor: str) -> Callable[[dict[str, Any]], None]:
-    """What Ray runs for each point: the point, its log reported as it grows."""
+    """The function that Ray runs for each point: the point, its log reported as it grows."""
 
     def train(config: dict[str, Any]) -> None:
         from ray import tune  # pyright: ignore[reportMissingImports]
