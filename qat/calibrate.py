@@ -30,7 +30,7 @@ def calibrated(model: nn.Module, plan: Plan, run: Callable[[nn.Module], Any]) ->
 
     Args:
         model: The float model.
-        plan: Its grids.
+        plan: The plan of its grids.
         run: Lets calibration batches pass a model.
     """
     made = copied(model)

@@ -60,7 +60,7 @@ def untied(scale: Tensor, values: Tensor, low: int, high: int) -> Tensor:
 
     Args:
         scale: `(1,)`.
-        values: What is put on the grid, `[N]`.
+        values: The numbers that are put on the grid, `[N]`.
         low, high: The grid's levels; what lies beyond is clipped.
     """
     for step in sorted(range(-TRIES, TRIES + 1), key=abs):

@@ -40,7 +40,7 @@ class Engine:
     """The rules of one engine.
 
     Attributes:
-        name: What `quant.target` says.
+        name: The name that `quant.target` gives it.
         act_bits: Widths that activations may have.
         act_signed: Whether all activations are signed; `None` if either will do, so that unsigned grids serve tensors
             that are >= 0.
@@ -68,7 +68,7 @@ class Engine:
         """The spec by this engine's rules.
 
         Args:
-            spec: As the policy has it, `signed` perhaps open.
+            spec: The spec as the policy has it, `signed` perhaps open.
             where: The config key, for messages.
             type_name: Class of the layer if it is a weight's spec, `None` for an activation's.
 
@@ -95,7 +95,7 @@ class Engine:
         """The setting that cannot be, and what it should be.
 
         Args:
-            spec: Of a grid.
+            spec: The spec of a grid.
             type_name: Class of the layer if it is a weight's, empty if nobody knows it; `None` for an activation's.
         """
         if not spec.integer:
@@ -118,7 +118,7 @@ class Engine:
         """Which operand of an addition stays in the accumulator, without a grid.
 
         Args:
-            products: What each operand comes straight from: `conv`, `linear`, or neither (an empty string).
+            products: The product that each operand comes straight from: `conv`, `linear`, or none (an empty string).
         """
         if self.adds == "both" or len(products) != 2:
             return None

@@ -32,7 +32,7 @@ class Health:
 
     Attributes:
         name: Module path of the quantizer.
-        layer: Where its tensor is read.
+        layer: Name of the layer or site that reads its tensor.
         role: `weight` or `act`.
         spec: Short label of its grid.
         bits: Width of its codes.
@@ -88,7 +88,7 @@ def from_checkpoint(checkpoint: Mapping[str, Any], path: Any) -> tuple[list[Heal
 
     Args:
         checkpoint: See `qat.lightning.weights.read_checkpoint`.
-        path: Its file, for messages.
+        path: The file of the checkpoint, for messages.
 
     Returns:
         The rows; why there are only weights, measured now, where training has not recorded them (`QuantizerHealth`);

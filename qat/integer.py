@@ -179,7 +179,7 @@ class IntegerLayer(TwinMixin):
         return super().train(False)
 
     def geometry(self) -> None:
-        """Its arithmetic is the emitter's."""
+        """`None`: the emitter does the arithmetic of a converted layer."""
         return None
 
     def quantized_weight(self) -> Tensor:

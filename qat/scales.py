@@ -60,8 +60,8 @@ def two_level(scale: Tensor, tensor_scale: Tensor | None = None) -> Tensor:
     6 * 448. A block scale is at least e4m3's smallest subnormal, so no block loses its scale.
 
     Args:
-        scale: Of each block.
-        tensor_scale: That of the tensor, should it be another; what is larger saturates.
+        scale: Scale of each block.
+        tensor_scale: Scale of the tensor, should it be another than that; what is larger saturates.
     """
     e4m3 = FLOATS["e4m3"]
     if tensor_scale is None:

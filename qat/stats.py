@@ -39,8 +39,8 @@ class QuantizerStats:
     Attributes:
         name: Module path of the quantizer.
         layer: Module path of the layer that reads through it, or name of the functional site; the first of `readers`.
-        readers: All of them.
-        role: What it quantizes.
+        readers: Names of all layers and sites that read through it.
+        role: Kind of tensor that it quantizes.
         spec: Short label of its grid, such as `int4/channel`.
         bits: Width of its codes.
         scale_min, scale_mean, scale_max: Over its scales (one number thrice if it has one scale).

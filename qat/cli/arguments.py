@@ -11,7 +11,7 @@ class Parser(argparse.ArgumentParser):
 
     Args:
         usage: The command as one writes it.
-        description: What it does, for `--help`.
+        description: Text for `--help`: what the command does.
     """
 
     def __init__(self, usage: str, description: str | None) -> None:

@@ -41,7 +41,7 @@ class Measured:
     """All of one file.
 
     Attributes:
-        name: As the user wrote it; `float` for the float file beside it.
+        name: Path of the file as the user wrote it; `float` for the float file beside it.
         bytes: Size on disk with companions.
         peak_memory: Bytes above what the process had before it opened the file; `None` where it cannot be measured.
         timings: One per batch size and number of threads.
@@ -90,7 +90,7 @@ def peak_memory(arguments: Sequence[str]) -> int | None:
     """Peak memory of opening a file and running it, in a process of its own.
 
     Args:
-        arguments: What `qat.cli.bench_one` takes.
+        arguments: Arguments of `qat.cli.bench_one`.
 
     Returns:
         Bytes; `None` where the system does not tell.

@@ -129,7 +129,7 @@ def int8_program(
     """Traces a converted model, which is left as it is.
 
     Args:
-        model: Its forward takes one tensor `[N, ...]` and returns one.
+        model: The model, whose forward takes one tensor `[N, ...]` and returns one.
         example: An input of at least two samples.
         dtype: Type of the activation codes.
         float_bias: See `Int8Emitter`.

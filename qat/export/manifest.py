@@ -28,10 +28,10 @@ def write_manifest(path: Path, target: str, files: Sequence[Path], names: Mappin
     """Writes the manifest of `files`.
 
     Args:
-        path: Where to.
+        path: The manifest to write.
         target: The class that made them.
         files: The files, and folders of files, as they are.
-        names: What each is going to be called.
+        names: The name that each is going to have.
     """
     hashes = {name: sha256(file) for made in files for file, name in _inside(made, names[made.name])}
     manifest: dict[str, Any] = {"format": FORMAT, "qat": __version__, "target": target, "sha256": hashes}
@@ -108,7 +108,7 @@ def check_unclaimed(files: Iterable[Path], listed: Container[str], target: str) 
     """Refuses to write over a file, or over one in a folder, that an earlier export did not write.
 
     Args:
-        files: What is about to be written.
+        files: The files that are about to be written.
         listed: The names that a manifest of the same target gives.
         target: The class that is about to write.
 

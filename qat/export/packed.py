@@ -165,7 +165,7 @@ def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
 
     Args:
         model: A float model of the right architecture, whatever its weights; it is left as it is.
-        folder: Where `save_packed` wrote.
+        folder: The folder that `save_packed` wrote into.
 
     Raises:
         UserError: if the files are unfit (see `read_manifest`) or belong to another architecture.

@@ -44,7 +44,7 @@ class OnGrid:
     """The output of a layer as a runtime shows it that has it as codes alone, behind the limits that follow the layer.
 
     Attributes:
-        values: What the codes stand for.
+        values: The numbers that the codes stand for.
         scale, zero_point: The grid, of int8 codes.
         low, high: The limits.
     """
@@ -95,13 +95,14 @@ class Target:
         engine: Name of the engine whose arithmetic the file is for (`qat.engines`); `None` if it computes whatever is
             asked.
         max_bits: The widest codes that the format has.
-        graph: Whose graph of the model's forward the file holds, which then takes one tensor `[N, ...]` and returns
-            one; `None` for tensors alone, which torch runs in the model's class, whatever its forward takes.
+        graph: Kind of graph (`onnx`, `torch`) that the file holds of the model's forward, which then takes one tensor
+            `[N, ...]` and returns one; `None` for tensors alone, which torch runs in the model's class, whatever its
+            forward takes.
         file: Name of the main file.
         extra: The optional dependency that brings `package`; `None` if qat itself depends on it.
         optimizes: Whether its runtime can be told to optimize or not, so that both are verified.
         integer: Whether it is written from a converted model, and so holds only what `convert` has codes for.
-        holds: What it holds besides integers.
+        holds: The formats that it holds besides integers.
     """
 
     min_agreement: float = 0.98

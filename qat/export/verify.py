@@ -221,7 +221,7 @@ def count_kernels(
         converted: The converted model.
         found: How many do; a layer that runs several times (the steps of an LSTM) may count as often.
         without: For how many the runtime has no integer kernel.
-        what: What was counted.
+        what: Name of the products that were counted.
         floats: The layers that are computed in float, if they are known; those that should not be are named.
         why: The runtime has none for those.
     """
@@ -247,9 +247,10 @@ def check_outputs(
 
     Args:
         verdict: Gets two checks.
-        comparison: Of the file with the fake-quantized model.
+        comparison: The comparison of the file with the fake-quantized model.
         min_agreement, max_mean_steps: See `Target`.
-        note: What distinguishes the run (" without optimizations"); its deviations are kept as no facts of the file.
+        note: A remark that distinguishes the run (" without optimizations"); its deviations are kept as no facts of the
+            file.
     """
     if not note:
         verdict.facts.update(

@@ -40,10 +40,10 @@ class Program(NamedTuple):
 
     Attributes:
         run: Takes a list of its inputs; returns the tensors it makes.
-        takes: What each input is.
+        takes: Where each input comes from.
         tensors: How many of the kernel's first arguments are large.
         present: Which of the kernel's results are tensors, not `None`; `None` if it returns a tensor alone.
-        code: What owns `run`.
+        code: The object that owns `run`.
     """
 
     run: Callable[[list[Any]], Sequence[Tensor]]
@@ -56,7 +56,7 @@ class Program(NamedTuple):
         """How to run it on arguments of the types, shapes and strides of `args`.
 
         Args:
-            layout: Of the large ones, and of the first result.
+            layout: Layout of the large arguments, and of the first result.
             args: A kernel's arguments.
         """
         seen = [layout.view if i < self.tensors else layout.per_row(arg).shape for i, arg in enumerate(args)]

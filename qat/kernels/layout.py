@@ -17,7 +17,7 @@ class Layout:
     So a kernel is compiled once for all shapes, channels_last costs no copy, and per-channel runs like per-tensor.
 
     Attributes:
-        shape, strides: Of the tensor; the strides are dense.
+        shape, strides: Shape and strides of the tensor; the strides are dense.
         view: The shape that kernels see. Axes with scales and axes without take turns.
         scaled: Which of its axes have a scale for each entry.
     """

@@ -41,7 +41,7 @@ def multiply(
         x: uint8 `[..., in]` or `[N, C, H, W]`.
         x_scale, low: float32 `(1,)`: the scale, and the level that code 0 stands for.
         packed: From `pack`.
-        scale: Of the weight, float32 `(1,)` or one per output channel.
+        scale: Scale of the weight, float32 `(1,)` or one per output channel.
         bias: float32, one per output channel.
         channels_last: Whether a convolution's result is to lie in that order.
 

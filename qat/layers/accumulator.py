@@ -103,7 +103,7 @@ class FoldingNorm(TwinMixin):
     Attributes:
         host: The layer it folds into, in a tuple (it is no child of the norm).
         plain: Whether its class has the forward of torch's BatchNorms. A SyncBatchNorm has its own, which has to run.
-        learned_error: What the last forward in training has added.
+        learned_error: The error that the last forward in training has added.
     """
 
     plain: ClassVar[bool]

@@ -52,9 +52,9 @@ class HeldPart:
     """A part whose weight and bias are on their grids already.
 
     Attributes:
-        part: Whose they are; it has the grid of the input.
-        weight, bias: Its own, quantized. Each step saves the same weight for backward, so it is kept, and not made
-            again for each.
+        part: The part, which has the grid of the input.
+        weight, bias: Weight and bias of the part, quantized. Each step saves the same weight for backward, so it is
+            kept, and not made again for each.
     """
 
     part: Part
@@ -82,7 +82,7 @@ class BoundPart(Part):
 
     Attributes:
         owner: The layer, in a tuple (it is no child of its part).
-        rows: Where weight and bias lie in it; the bias is `None` if there is none.
+        rows: Name and rows of the layer's parameters that are weight and bias; the bias is `None` if there is none.
     """
 
     def __init__(self, owner: nn.Module, weight: str, bias: str | None = None, rows: tuple[int, int] | None = None):
@@ -168,9 +168,9 @@ def product_call(owner: str, index: int, operands: list[Key], shape: tuple[int, 
 
     Args:
         owner: Path of the layer.
-        index: Which of its products it is.
+        index: Number of the product in the layer.
         operands: The two tensors.
-        shape: Of the result.
+        shape: Shape of the result.
         inner: Length of the sums.
     """
     site = f"{owner}.matmul_{index}".removeprefix(".")

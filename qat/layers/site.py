@@ -34,12 +34,12 @@ class Site(TwinMixin, nn.Module):
     operand is a parameter.
 
     Args:
-        quantizers: For each operand; of a site that quantizes what it returns, the output's alone.
+        quantizers: One for each operand; for a site that quantizes what it returns, only the output's.
         output: Whether it does.
         probabilities: Grid of an attention's probabilities.
-        weight: Of the second operand.
+        weight: Quantizer of the second operand, if that is a parameter.
         parameter: The module that the weight is registered with, and its name there.
-        stacked: Of the experts' weights, the order of the last two axes; see `qat.layers.experts`.
+        stacked: Order of the last two axes of experts' weights; see `qat.layers.experts`.
         output_axis: See above.
     """
 

@@ -42,7 +42,7 @@ class Trained(NamedTuple):
         cfg: The run's config.
         float_model: The module as its class makes it, without quantizers.
         module: The fake-quantized module.
-        plan: Its plan.
+        plan: The plan of its grids.
         example: A random input of two samples, of the shape that training had; `None` if the checkpoint says none.
     """
 

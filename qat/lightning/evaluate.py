@@ -77,7 +77,7 @@ def check_monitors(
     Args:
         trainer: Runs the validation loop.
         module: The module.
-        data: Its validation data.
+        data: The data, with a validation set.
         monitors: Name of the value, by the config key that says so; of those that do not begin with `val` nothing is
             known here.
 
@@ -154,14 +154,14 @@ def verify_file(
 
     Args:
         path: The file.
-        target: Its format, and thresholds.
-        prepared: What was exported: see `Target.prepared`.
+        target: The format of the file, and the thresholds.
+        prepared: The model that was exported: see `Target.prepared`.
         float_model: A float model of the architecture, for formats that hold no graph.
         trainer: Runs the test loop.
         module: The fake-quantized module.
         data: Its test data.
         metric: Name of the metric.
-        trained: Its value for the fake-quantized module.
+        trained: The value of the metric for the fake-quantized module.
 
     Raises:
         UserError: if the file is missing, damaged or of something else.

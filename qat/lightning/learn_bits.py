@@ -62,7 +62,7 @@ class LearnBits(Early, Stateful):
     Args:
         budget: Limits: `avg_bits`, `bops`, `packed`, as `qat search` takes them.
         weight_bits, act_bits, pairs, least, tie: What may be chosen, see `qat.search.Search`.
-        strength: Of the penalty.
+        strength: Weight of the penalty.
         lr: Step of the widths, in bits: their optimizer is Adam.
         until: When the widths become whole: a share of training (a float below 1) or a number of epochs (an int).
         output: The YAML to write, in a folder named `quant`; `None` for none.

@@ -27,7 +27,7 @@ class RangeCache:
     """A folder with one small file for each range.
 
     Args:
-        folder: Of one float model on one calibration set.
+        folder: The folder for one float model on one calibration set.
         samples: Calibration samples.
         writes: Whether this process adds to it.
     """

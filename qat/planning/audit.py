@@ -32,7 +32,7 @@ class AuditRow:
         type: Class of the layer, or kind of the call.
         weight: Label of the weight's grid.
         act: Labels of the input's grids: `uint8 > uint4` one after the other, `int8 + uint8` of two inputs.
-        weight_bits, act_bits: Their widths; of several activation grids, the narrowest.
+        weight_bits, act_bits: Widths of these grids; of several activation grids, the narrowest.
         macs: Multiply-accumulates for one sample; 0 where the recording can't tell (a layer without a twin). Those of
             an attention are in two rows: query with key, and below it `.probabilities` with value.
         params: Weights and biases, counted where they appear first.
@@ -79,8 +79,8 @@ def audit(model: nn.Module, plan: Plan, recording: Recording) -> list[AuditRow]:
 
     Args:
         model: The model, before or after `apply_plan(model, plan)`.
-        plan: What `make_plan` returned.
-        recording: What it returned beside.
+        plan: The plan that `make_plan` returned.
+        recording: The recording that it returned beside.
     """
     return _Auditor(model, plan, recording).rows()
 
@@ -106,7 +106,7 @@ def check_coverage(rows: Sequence[AuditRow], required: Mapping[str, float]) -> N
     """Makes too many float multiply-accumulates an error.
 
     Args:
-        rows: Of the whole model.
+        rows: Rows of the whole model.
         required: Least share on integers, by the part of the model (its path, `""` for all) that it is asked of.
 
     Raises:

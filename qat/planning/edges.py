@@ -71,8 +71,8 @@ def activation_grids(
 
     Args:
         recording: The recorded pass.
-        calls: What the policy can address, with its calls.
-        decisions: What the policy decided on it.
+        calls: The layers and sites that the policy can address, with their calls.
+        decisions: The decisions of the policy on these.
         joined: Whether inputs and output of a concatenation share a grid.
         floating: Operands of sites (by their index) that have no grid whatever was decided.
 

@@ -25,7 +25,7 @@ class Function:
     """A function that is a site where its operands are float tensors.
 
     Attributes:
-        kind: What policies and names call it: `layer1.0.add_0`.
+        kind: Its name in policies and in names of sites (`layer1.0.add_0`).
         slots: Position and name of each operand among the arguments.
         sequence: The only slot holds a list of operands (or, of einsum, begins them).
         output: The site quantizes what the function returns, and no operand.
@@ -198,8 +198,8 @@ def site_function(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     here. A linear layer or a convolution counts if its weight is a parameter, as it is.
 
     Args:
-        function: As a `TorchFunctionMode` sees it.
-        args, kwargs: Of the call.
+        function: The function as a `TorchFunctionMode` sees it.
+        args, kwargs: Arguments of the call.
     """
     known = FUNCTIONS.get(function)
     operands = None if known is None else known.operands(args, kwargs)

@@ -20,7 +20,7 @@ class PlannedLayer:
     Attributes:
         weight: The owner of its weight's grid, or `None`.
         input: The activation grids its input passes in turn.
-        input_1: Those of its second input, if it has one (`Bilinear`) and that has any.
+        input_1: The grids of its second input, if it has one (`Bilinear`) and that has any.
         parameter: Path of an owner's weight, if that is not `<layer>.weight`.
         rows: The first of the parameter's rows that are an owner's weight, and how many, if not all are.
         axis: Axis of the output channels of an owner's weight.
@@ -50,7 +50,7 @@ class SiteWeight:
         axis: Axis of its output channels.
         weight: The owner of its grid, or `None`.
         alone: Whether nothing else in the model reads it, so that conversion may drop its float values.
-        stacked: Of experts, the order of its last two axes.
+        stacked: Order of the last two axes of experts' weights.
     """
 
     parameter: str

@@ -25,7 +25,7 @@ class Call:
             (`qat.planning.addressable.targets` says which inputs of a layer).
         macs: Multiply-accumulates of each product in it, over the whole batch.
         site: `owner.kind_index` if this is a functional site.
-        kind: Of a functional site, or of a function that computes.
+        kind: Kind of a functional site, or of a function that computes.
         parameter: Path of the parameter among the operands.
         held: The path of each operand that is a parameter, `None` for the others.
         weight: Whether the parameter is the second operand of a product, with an axis of output channels.

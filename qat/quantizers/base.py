@@ -49,7 +49,7 @@ class Quantizer(Switch):
         quant_min, quant_max: The lowest and highest code.
         on: Whether `forward` quantizes.
         partition: Which of a tensor's elements share a scale.
-        samples: What has been observed of an activation, one tensor for each that passed.
+        samples: Values observed of an activation, one tensor for each that passed.
         reshapes: Whether groups or a transform lie between `x` and what is rounded.
         dithers: Whether training rounds stochastically.
         follows: Whether training moves the grid after the tensors that pass (`minmax`, weights of `dorefa`).

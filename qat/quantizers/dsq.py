@@ -52,7 +52,7 @@ class DSQ(LSQ):
         steps: Training forward passes that annealing takes.
 
     Attributes:
-        sharpness: Its present value, `(1,)`.
+        sharpness: The present sharpness, `(1,)`.
     """
 
     extra = ("sharpness",)

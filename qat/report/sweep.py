@@ -40,9 +40,9 @@ def write_report(sweep: Sweep, console: Console, of: str = "") -> None:
     """Prints the table, and writes page and picture into the sweep's folder (beside the report of a single run).
 
     Args:
-        sweep: Of one metric.
-        console: Where to print.
-        of: What the files' names end in.
+        sweep: The sweep, compared by one metric.
+        console: The console to print to.
+        of: End of the files' names.
     """
     console.print(sweep_table(sweep))
     name = ("sweep" if (sweep.folder / REPORT).is_file() else "report") + of

@@ -47,7 +47,7 @@ class Cost:
     scale: float = 1.0
 
     def total(self, choice: Mapping[str, Pair]) -> float:
-        """Of an allocation."""
+        """The cost of an allocation."""
         return (self.fixed + sum(self.table[item] for item in choice.items())) / self.scale
 
 
@@ -58,7 +58,7 @@ class Problem:
     Attributes:
         layers: The layers, each with its pairs.
         harm: The objective.
-        costs: What can be limited, by name.
+        costs: Costs that can be limited, by name.
         tied: Groups of layers (names) that get the same pair.
     """
 
@@ -68,7 +68,7 @@ class Problem:
     tied: Sequence[Sequence[str]] = ()
 
     def total_harm(self, choice: Mapping[str, Pair]) -> float:
-        """Of an allocation."""
+        """The harm of an allocation."""
         return Cost(self.harm).total(choice)
 
 

@@ -18,7 +18,7 @@ def outputs(output: str, points: int | None, key: str = "search.output") -> list
     Args:
         output: The file.
         points: How many, `None` for one allocation.
-        key: Of the setting, for messages.
+        key: Key of the setting, for messages.
 
     Raises:
         UserError: if one exists, or lies where `quant=...` would not find it.
@@ -54,11 +54,11 @@ def write(
 
     Args:
         path: The file.
-        policy: What the search started from; its rules come first.
+        policy: The policy that the search started from; its rules come first.
         choice: The pair of each layer.
         predicted: Costs, which the report of a training run shows beside the actual ones.
         other: Further keys of the `quant` config that it started from.
-        command: What made it, for the comment at the top.
+        command: The command that made it, for the comment at the top.
     """
     content = {
         **with_bit_rules(policy.settings, choice),

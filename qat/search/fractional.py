@@ -35,13 +35,13 @@ class Width:
     """One learned width, of all grids that must agree.
 
     Args:
-        widths: What it may become, ascending; a single one is fixed.
-        start: Where it begins.
-        device: Of the grids.
+        widths: Bits that it may become, ascending; a single one is fixed.
+        start: Bits that it begins at.
+        device: Device of the grids.
 
     Attributes:
         value: The parameter, `()`.
-        at: Its value as a number, so that a forward pass need not wait for a device.
+        at: The value as a number, so that a forward pass need not wait for a device.
     """
 
     def __init__(self, widths: Sequence[int], start: float, device: torch.device | None = None) -> None:
@@ -76,8 +76,8 @@ class FractionalGrid:
 
     Args:
         quantizer: The quantizer, with its range.
-        specs: What its spec is at each width.
-        starts: Its first scale at each width, of the shape of `quantizer.scale`.
+        specs: The spec at each width.
+        starts: The first scale at each width, of the shape of `quantizer.scale`.
         width: The learned width.
         copies: The same quantizer in copies of the model (weight averages), which gets the same whole widths.
     """
@@ -158,8 +158,8 @@ def first_scales(quantizer: Quantizer, specs: Mapping[int, QuantSpec], x: Tensor
 
     Args:
         quantizer: The quantizer.
-        specs: Its spec at each width.
-        x: Its weight, or a sample of the activation.
+        specs: The spec at each width.
+        x: The weight, or a sample of the activation.
     """
     found = {}
     for bits, spec in specs.items():

@@ -92,7 +92,7 @@ def fractional_grids(
     """Every grid to choose for, ready to be attached, once `check_grids` has found nothing.
 
     Args:
-        space: What can be chosen.
+        space: The layers and their choices.
         model: The same model with calibrated quantizers.
         widths: From `shared_widths`.
         run: Lets calibration batches pass.

@@ -18,7 +18,7 @@ class Measured:
 
     Args:
         path: The file; it may not exist yet.
-        key: What the measurements follow from, in short; a file with another one is refused.
+        key: Fingerprint of what the measurements follow from; a file with another one is refused.
 
     Attributes:
         loss: Loss of the float model.

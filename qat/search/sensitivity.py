@@ -67,7 +67,7 @@ def measure(
     """Measures what `measured` lacks, saving it as it goes.
 
     Args:
-        space: What can be chosen; its model stays as it is.
+        space: The layers and their choices; its model stays as it is.
         measured: The cache.
         losses: Runs the model.
         probes: Random vectors per batch for the Hessian's trace, which is estimated anew if it was with another number;

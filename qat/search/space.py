@@ -56,9 +56,9 @@ class Space:
         model, policy: The float model, and the policy that candidates are rules on top of.
         layers: In execution order.
         tied: Groups of layers (by name) that get the same pair.
-        plan, rows: Of the policy as it is.
+        plan, rows: Plan and audit under the policy as it is.
         parts: Integer weights that keep the bits that the policy gives them: a module has several (those of a GRU).
-        plans: Per width, the plan with every chosen grid at that width.
+        plans: The plan with every chosen grid at one width, by width.
     """
 
     model: nn.Module

@@ -18,7 +18,7 @@ def converted(model: nn.Module, plan: Plan, run: Callable[[nn.Module], Any]) -> 
 
     Args:
         model: The float model.
-        plan: Its grids.
+        plan: The plan of its grids.
         run: Lets calibration batches pass a model.
     """
     return convert(calibrated(model, plan, run), plan)

@@ -74,7 +74,7 @@ class AdaRound(Start):
         blocks: Globs over module paths: each module that matches is reconstructed as a whole, all others layer by
             layer.
         steps: Steps of Adam for each unit.
-        lr: Their learning rate.
+        lr: Learning rate of Adam.
         batch_size: Samples in a step, of all batches. A unit that takes several tensors, or mixes samples (attention
             along the first axis), gets one whole batch instead.
         strength: Weight of the penalty that pushes each weight to up or down.

@@ -37,12 +37,12 @@ class Pair:
     """Two layers whose channels between them can be scaled.
 
     Args:
-        first: Its outputs are divided, at `norm` if there is one.
+        first: The layer whose outputs are divided, at `norm` if there is one.
         norm: A BatchNorm behind it.
-        second: Its inputs are multiplied.
+        second: The layer whose inputs are multiplied.
 
     Attributes:
-        total: What the channels have been divided by.
+        total: Factors that the channels have been divided by.
     """
 
     def __init__(self, first: Any, norm: Any | None, second: Any) -> None:

@@ -13,9 +13,9 @@ class GridSweep:
 
     Args:
         dir: Where; `None` for a folder of its own below logs/, the same one for the same command.
-        params: What varies, see `qat.sweep.space`.
+        params: Keys that vary, see `qat.sweep.space`.
         objectives: Name -> `max` or `min`, what the Pareto front is drawn over.
-        launcher: Where points run.
+        launcher: Launcher that runs the points.
     """
 
     kind = "grid"

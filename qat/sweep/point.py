@@ -30,10 +30,10 @@ class Point:
     """One run of a sweep.
 
     Attributes:
-        number: Its place in the sweep.
-        params: What distinguishes it, as overrides: key -> what is written behind `=`.
+        number: Place of the point in the sweep.
+        params: Overrides that distinguish it: key -> what is written behind `=`.
         command: The rest of its command line.
-        folder: Where it runs.
+        folder: The folder that it runs in.
     """
 
     number: int

@@ -46,9 +46,10 @@ class Result:
     """A point and what came of it.
 
     Attributes:
-        number, params, state, error: As in its `point.json`; of a run outside a sweep the overrides are the params.
-        folder: Its run folder.
-        report: Its `report.json`; empty if it did not get there.
+        number, params, state, error: Entries of its `point.json`; for a run outside a sweep the overrides are the
+            params.
+        folder: Folder of the run.
+        report: Content of `report.json`; empty if the run did not get there.
     """
 
     number: int

@@ -33,9 +33,9 @@ class Task:
         space: The keys that vary, and their values.
         objectives: Name -> direction, checked.
         metric: Name of the metric, for people; `mode`: whether more (`max`) or less of it is better.
-        seed: Of the search.
+        seed: Seed of the search.
         folder: The sweep's.
-        console: Where progress goes.
+        console: Console that progress goes to.
         config: Part of the composed config (`quant`) -> a hash of what it says, in all points.
     """
 

@@ -21,9 +21,9 @@ def config_of(
     """The `quantization_config` of config.json, and the storage format of every layer.
 
     Args:
-        prefix: What names in `args` begin with, and names in the file do not.
+        prefix: Beginning of the names in `args`, which names in the file do not have.
         inner: The `transformers` model.
-        args: Of the weight and the input of every quantized layer.
+        args: Settings of the weight and the input of every quantized layer.
     """
     import compressed_tensors as package  # pyright: ignore[reportMissingImports]
     from compressed_tensors.compressors.format import infer_module_format  # pyright: ignore[reportMissingImports]
@@ -134,7 +134,7 @@ def stored_codes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> di
 
     Args:
         tensors: All tensors of the file.
-        config: Its `quantization_config`.
+        config: The `quantization_config` of the file.
 
     Returns:
         By layer, what `Quantizer.quantize` gives: int8, or bit patterns of floating-point formats as uint8.

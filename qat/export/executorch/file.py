@@ -44,7 +44,7 @@ class PteFile:
 
     Attributes:
         constants: Every constant's bytes by their hash.
-        nodes: What XNNPACK computes.
+        nodes: The nodes that XNNPACK computes.
         keys: The hash of each constant of XNNPACK's graphs, by its name there.
         layers: For every layer, the constant that holds its codes, and how.
         unfollowed: The layers whose output lies on no grid.

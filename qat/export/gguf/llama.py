@@ -30,7 +30,7 @@ class Llama:
     """One model.
 
     Attributes:
-        prefix: What its names begin with in the trained module (`model.`).
+        prefix: Beginning of its names in the trained module (`model.`).
         heads: Attention heads of queries and of keys.
         blocks: Number of them.
     """

@@ -117,7 +117,7 @@ class Builder:
 
         Args:
             array: float32, int32, int64, or codes.
-            scales: Of codes: one, or one per entry of `axis`.
+            scales: Scales of codes: one, or one per entry of `axis`.
             axis: See there.
             zero: Zero point of codes.
             bits: Codes of up to 4 bits are packed, two in a byte.

@@ -29,9 +29,9 @@ class Codes:
 
     Attributes:
         quantize: The node that does it.
-        grid: Its grid.
-        low, high: What limits the codes, by it and the clips before it.
-        clips: Those.
+        grid: The grid of that node.
+        low, high: Limits of the codes, by the node and the clips before it.
+        clips: The clips before it.
     """
 
     quantize: fx.Node

@@ -85,7 +85,7 @@ def moved(values: np.ndarray, scale: Any, low: int, high: int) -> np.float32:
     is none, the middle of those that give these codes (which may be no other than `scale`).
 
     Args:
-        values: What is quantized, `[N]`.
+        values: The numbers that are quantized, `[N]`.
         scale: One float32.
         low, high: The lowest and the highest code, less the zero point.
     """

@@ -1,5 +1,5 @@
-"""What is computed from no data (a slice of a table of positions, a buffer) and put on a grid becomes the codes that
-QuantizeLinear would make of it each time: they take fewer bytes, and OpenVINO cannot compile such a node.
+"""Constants on grids. A tensor that is computed from no data (a slice of a table of positions, a buffer) becomes the
+codes that QuantizeLinear would make of it each time: they take fewer bytes, and OpenVINO cannot compile such a node.
 """
 
 from typing import Any

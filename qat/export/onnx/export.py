@@ -157,11 +157,11 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
     """Writes `model`, a converted or a float one, with a dynamic batch dimension, one input and one output.
 
     Args:
-        model: Its forward takes one tensor `[N, ...]` and returns one. A copy of it is traced on the CPU in evaluation
-            mode.
+        model: The model, whose forward takes one tensor `[N, ...]` and returns one. A copy of it is traced on the CPU
+            in evaluation mode.
         example: An input of at least two samples (a batch of one would be taken for a constant).
         path: The file; written whole or not at all.
-        placement: Of the engine that is going to read it.
+        placement: The rules of the engine that is going to read it.
 
     Raises:
         UserError: if the model takes or returns something else, or cannot be traced, with torch's reason.

@@ -45,9 +45,9 @@ def finish(
     """Runs every pass; the initializers of a layer are called after it: `conv1.weight`, `conv1.weight_scale`.
 
     Args:
-        model: What was traced; the exporter has merged identical weights already.
+        model: The traced graph; the exporter has merged identical weights already.
         weights: The integer codes of each layer's weight, by name (`conv1.weight`).
-        paths: Of every path of a module the first; the exporter may know it by another.
+        paths: First path of every module, by each of its paths; the exporter may know it by another.
         placement: Which passes the engine wants.
     """
     for name, value in list(model.graph.initializers.items()):

@@ -26,8 +26,8 @@ class Placement:
     """How a converted model is written for one engine.
 
     Attributes:
-        signed_codes: Of which activations the codes are int8 (int16): of `all`, of those with a `signed` grid, or of
-            `none`, where 128 (32768) is added to signed codes and all are uint8 (uint16).
+        signed_codes: The activations whose codes are int8 (int16): `all`, those with a `signed` grid, or `none`, where
+            128 (32768) is added to signed codes and all are uint8 (uint16).
         clips_codes: Whether the limits of narrow grids are a Clip of the codes; else a float one in front of them.
         folds_limits: Whether ReLU and Clip become limits of the codes; else only what the codes limit anyway goes.
         narrowest: Bits of the smallest type that weights are stored in: 8, 4 or 2; those below 8 are cast to a byte.

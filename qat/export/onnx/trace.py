@@ -31,7 +31,7 @@ def trace(model: nn.Module, example: Tensor) -> ir.Model:
     """The graph of a model, with a dynamic batch dimension.
 
     Args:
-        model: Its forward takes one tensor `[N, ...]` and returns one.
+        model: The model, whose forward takes one tensor `[N, ...]` and returns one.
         example: An input of at least two samples.
 
     Raises:

@@ -43,7 +43,7 @@ class TorchRunner:
 
     Args:
         model: The module, in evaluation mode.
-        path: Where it came from.
+        path: The file that it came from.
         layers: The layers whose weights are quantized.
     """
 

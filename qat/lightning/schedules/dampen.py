@@ -27,7 +27,7 @@ class DampenOscillations(Early):
     """Adds the dampening loss's gradient, its strength growing along a cosine from 0.
 
     Args:
-        strength: Of the loss at the end of training (lambda of the paper, for a sum over elements).
+        strength: Weight of the loss at the end of training (lambda of the paper, for a sum over elements).
         max_bits: Widest grid that is dampened.
     """
 

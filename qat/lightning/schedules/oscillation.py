@@ -120,7 +120,7 @@ class TrackOscillations(Early, Stateful):
 
     Args:
         threshold: Frequency (flips per optimizer step) above which an element counts as oscillating.
-        momentum: Of the moving averages.
+        momentum: Momentum of the moving averages.
         max_bits: Widest grid that is looked at.
     """
 
