@@ -17,7 +17,7 @@ from qat.cascades import untie
 from qat.copies import copied
 from qat.errors import UserError
 from qat.insert import apply_plan, named_quantizers
-from qat.layers import QuantizedLayer, Site
+from qat.layers.weights import quantized_weights
 from qat.modes import evaluating
 from qat.planning.functions import PROBABILITIES
 from qat.planning.plan import Plan
@@ -66,8 +66,7 @@ def calibrate(model: nn.Module, run: Callable[[], Any], only: Collection[Quantiz
     try:
         with evaluating(model), _naming(found):
             run()
-        readers = [m for m in model.modules() if isinstance(m, QuantizedLayer | Site)]
-        weights = {m.weight_quantizer: whole(m.weight) for m in readers if m.weight_quantizer is not None}
+        weights = {quantizer: whole(weight.tensor) for quantizer, weight in quantized_weights(model).items()}
         unseen = [(n, q) for n, q in found if q.needs_range and q not in weights and not q.samples]
         for name, quantizer in found:
             if quantizer not in wanted:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from qat.errors import UserError
 from qat.functional import levels
 from qat.insert import named_quantizers
-from qat.layers import QuantizedLayer
+from qat.layers.weights import quantized_weights
 from qat.modes import evaluating
 from qat.quantizers import Quantizer
 
@@ -155,14 +155,11 @@ def _check_calibrated(found: dict[str, Quantizer]) -> None:
 
 
 def _weight_tallies(model: nn.Module, found: dict[str, Quantizer]) -> dict[str, Tally]:
-    """One tally per weight quantizer, from the weight of the first layer that has it."""
-    weights: dict[nn.Module, Tensor] = {}
-    for layer in model.modules():
-        if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None:
-            weights.setdefault(layer.weight_quantizer, layer.weight)
+    """One tally per weight quantizer."""
+    weights = quantized_weights(model)
     tallies = {name: Tally() for name, q in found.items() if q in weights}
     for name, tally in tallies.items():
-        tally.add(name, found[name], weights[found[name]])
+        tally.add(name, found[name], weights[found[name]].tensor)
     return tallies
 
 

@@ -21,10 +21,10 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
-from qat.layers import Part, QuantizedLayer, Site, original_class
+from qat.layers import Part, Site, original_class
 from qat.layers.accumulator import WIDEST
+from qat.layers.weights import weight_readers
 from qat.planning.plan import kind_of
-from qat.quantizers import Quantizer
 
 
 @dataclass
@@ -177,15 +177,10 @@ def _is_codes(grid: Any) -> bool:
 
 def weight_codes(prepared: nn.Module) -> dict[str, np.ndarray]:
     """The codes of every quantized weight of a model, converted or fake-quantized, by layer."""
-    found: dict[str, np.ndarray] = {}
-    for name, module in prepared.named_modules():
-        if isinstance(module, IntegerLayer):
-            found[name] = module.integer_weight.codes.numpy()
-        elif isinstance(module, QuantizedLayer | Site):
-            quantizer = module._modules.get("weight_quantizer")
-            if isinstance(quantizer, Quantizer) and quantizer.on:
-                found[name] = quantizer.quantize(module.weight).numpy()
-    return found
+    layers = ((name, module) for name, module in prepared.named_modules() if isinstance(module, IntegerLayer))
+    found = {name: layer.integer_weight.codes for name, layer in layers}
+    found |= {w.name: w.quantizer.quantize(w.tensor) for w in weight_readers(prepared) if w.quantizer.on}
+    return {name: codes.numpy() for name, codes in found.items()}
 
 
 def check_codes(verdict: Verdict, prepared: nn.Module, stored: Mapping[str, np.ndarray]) -> None:

@@ -118,6 +118,14 @@ class QuantizedLayer(TwinMixin):
                 return bias if scale is None else RoundedBias.apply(bias, scale)  # pyright: ignore[reportReturnType]
             return self.once_per_change("bias", (bias,), grids(self), self._rounded_bias)
 
+    def weight_place(self) -> tuple[nn.Module, str]:
+        """The module that holds the weight, and the name of the tensor there that the weight is, or a part of."""
+        return self, "weight"  # pyright: ignore[reportReturnType]
+
+    def weight_within(self, whole: Tensor) -> Tensor:
+        """A view of the weight's part of a tensor that is shaped as that one."""
+        return whole
+
     def release(self) -> None:
         """Gives up the float weight and bias (conversion has made codes of them)."""
         del self.weight

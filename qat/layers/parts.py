@@ -106,10 +106,14 @@ class BoundPart(Part):
     def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return None if self.rows[1] is None else self._read(self.rows[1])
 
+    def weight_place(self) -> tuple[nn.Module, str]:
+        return self.owner[0], self.rows[0][0]
+
+    def weight_within(self, whole: Tensor) -> Tensor:
+        return _cut(whole, self.rows[0])
+
     def _read(self, rows: Rows) -> Tensor:
-        name, first, count = rows
-        whole = getattr(self.owner[0], name)
-        return whole if count is None else whole.narrow(0, first, count)
+        return _cut(getattr(self.owner[0], rows[0]), rows)
 
     def identity(self) -> Any:
         """Equal for parts of one weight."""
@@ -123,6 +127,11 @@ class BoundPart(Part):
         others = [m for m in owner.children() if isinstance(m, BoundPart)]
         for name in names - {rows[0] for other in others for rows in other.rows if rows}:
             owner.drop_parameter(name)  # pyright: ignore[reportCallIssue]
+
+
+def _cut(whole: Tensor, rows: Rows) -> Tensor:
+    _, first, count = rows
+    return whole if count is None else whole.narrow(0, first, count)
 
 
 class Watch(Protocol):

@@ -74,10 +74,19 @@ class Site(TwinMixin, nn.Module):
         """The parameter that is its second operand (of experts: its rows)."""
         if self.holder is None:  # whoever lists attributes (`torch.jit`) goes on to the next
             raise AttributeError("weight")
-        module, name = self.holder
+        module, name = self.weight_place()
         if self.stacked is not None:
             return rows(module._parameters[name], self.stacked)  # pyright: ignore[reportArgumentType]
         return getattr(module, name)
+
+    def weight_place(self) -> tuple[nn.Module, str]:
+        """Where the parameter is."""
+        assert self.holder is not None
+        return self.holder
+
+    def weight_within(self, whole: Tensor) -> Tensor:
+        """A view of a tensor that is shaped as the parameter, with its axes in the order of the weight's."""
+        return whole.transpose(-2, -1) if self.stacked == "in_out" else whole
 
     def forward(
         self, func: Callable[..., Any], function: Function, args: Any, kwargs: dict[str, Any], operands: list[Tensor]

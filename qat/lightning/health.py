@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from qat.errors import UserError
 from qat.health import Health
-from qat.lightning.schedules.which import quantized_weights, quantizers_of
+from qat.layers.weights import quantized_weights
+from qat.lightning.schedules.which import quantizers_of
 from qat.lightning.stateful import Stateful
 from qat.quantizers import Quantizer
 from qat.stats import Tally, readers_of, summarize
@@ -52,7 +53,8 @@ class QuantizerHealth(Stateful):
         found = quantizers_of(pl_module, "QuantizerHealth")
         if not self._start:  # else a checkpoint has brought where training began
             self._start = {name: q.step().cpu() for name, q in found.items()}
-        self._found, self._weights, self._readers = found, quantized_weights(pl_module), readers_of(pl_module)
+        self._found, self._readers = found, readers_of(pl_module)
+        self._weights = {f"{w.name}.weight_quantizer": w for w in quantized_weights(pl_module).values()}
 
     # -- one measurement -----------------------------------------------------------------------------------------------
 
@@ -77,9 +79,9 @@ class QuantizerHealth(Stateful):
 
     @torch.no_grad()
     def _note_levels(self) -> None:
-        for layer, (quantizer, weight) in self._weights.items():
-            if quantizer.on:
-                self._levels.setdefault(layer, []).append(quantizer.levels(weight))
+        for name, weight in self._weights.items():
+            if weight.quantizer.on:
+                self._levels.setdefault(name, []).append(weight.quantizer.levels(weight.tensor))
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -105,19 +107,18 @@ class QuantizerHealth(Stateful):
             self._finish(trainer)
 
     def _finish(self, trainer: pl.Trainer) -> None:
-        for layer, (quantizer, weight) in self._weights.items():
-            name = f"{layer}.weight_quantizer"
-            if quantizer.on and weight.isfinite().all():
-                self._tallies.setdefault(name, Tally()).add(name, quantizer, weight)
+        for name, weight in self._weights.items():
+            if weight.quantizer.on and (values := weight.tensor).isfinite().all():
+                self._tallies.setdefault(name, Tally()).add(name, weight.quantizer, values)
         self.rows = [self._row(name, tally) for name, tally in self._tallies.items() if tally.total]
-        values: dict[str, float] = {}
+        logged: dict[str, float] = {}
         for row in self.rows:
             for what in ("sqnr_db", "clip_rate", "drift", "oscillation", "grad_norm"):
                 if (value := getattr(row, what)) is not None:
-                    values[f"health/{what}/{row.name}"] = value
+                    logged[f"health/{what}/{row.name}"] = value
             self._warn(row)
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step - 1)
+            logger.log_metrics(logged, step=trainer.global_step - 1)
         self._idle()
 
     def _row(self, name: str, tally: Tally) -> Health:
@@ -131,7 +132,7 @@ class QuantizerHealth(Stateful):
         )  # fmt: skip
 
     def _oscillation(self, name: str) -> float | None:
-        levels = self._levels.get(name.removesuffix(".weight_quantizer"), [])
+        levels = self._levels.get(name, [])
         if len(levels) < 3:
             return None
         return ((levels[1] - levels[0]) * (levels[2] - levels[1]) < 0).float().mean().item()

@@ -15,10 +15,11 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
 from qat.errors import UserError
+from qat.layers.weights import quantized_weights
 from qat.lightning.averages import averages
 from qat.lightning.early import Early
 from qat.lightning.schedules.when import check_moment, check_reached, reached
-from qat.lightning.schedules.which import quantized_weights, quantizers_of, select
+from qat.lightning.schedules.which import quantizers_of, select
 from qat.lightning.stateful import Stateful
 from qat.lightning.steps import Source, trainer_source
 from qat.planning.plan import Plan
@@ -107,9 +108,9 @@ class AnnealBits(Early, Stateful):
 
     def _check(self, pl_module: pl.LightningModule) -> None:
         """Tries every width on a new quantizer."""
-        weights = dict(quantized_weights(pl_module).values())
+        weights = quantized_weights(pl_module)
         for name, quantizer in self._quantizers(pl_module).items():
-            shape = weights[quantizer].shape if quantizer.is_weight else None
+            shape = weights[quantizer].tensor.shape if quantizer.is_weight else None
             for moment, bits in self.schedule.items():
                 where = f"AnnealBits: schedule[{moment}]={bits} for '{name}'"
                 try:

@@ -51,9 +51,11 @@ class DampenOscillations(Early):
     ) -> None:
         strength = cosine(0, self.strength, progress(trainer))
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        for quantizer, weight in few_bit_weights(pl_module, self.max_bits).values():
-            if weight.grad is not None and id(weight) in stepped:
-                weight.grad.add_(pull(quantizer, weight), alpha=2 * strength)
+        for weight in few_bit_weights(pl_module, self.max_bits, moving=True):
+            parameter = weight.parameter
+            if parameter is not None and parameter.grad is not None and id(parameter) in stepped:
+                gradient = weight.within(parameter.grad)
+                gradient.add_(pull(weight.quantizer, weight.tensor).view(gradient.shape), alpha=2 * strength)
 
 
 def pull(quantizer: Quantizer, weight: Tensor) -> Tensor:

@@ -21,13 +21,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 
 from qat.errors import UserError
+from qat.layers.weights import QuantizedWeight, quantized_weights
 from qat.lightning.early import Early
 from qat.lightning.schedules.anneal import AnnealBits
 from qat.lightning.schedules.when import check_ends, cosine, progress
-from qat.lightning.schedules.which import quantized_weights, quantizers_of
+from qat.lightning.schedules.which import quantizers_of
 from qat.lightning.stateful import Stateful
 from qat.lightning.steps import Source, trainer_source
 from qat.quantizers import Quantizer
@@ -87,31 +89,40 @@ def on_grid(quantizer: Quantizer, level: Tensor) -> Tensor:
     return (partition.grouped(level) * partition.spread(quantizer.step(), level.ndim)).view(level.shape)
 
 
-def few_bit_weights(pl_module: pl.LightningModule, max_bits: int) -> dict[str, tuple[Quantizer, Tensor]]:
-    """The weights that lie on grids of at most `max_bits` bits now, by layer."""
-    found = quantized_weights(pl_module)
-    return {name: pair for name, pair in found.items() if pair[0].on and pair[0].spec.width <= max_bits}
+def few_bit_weights(pl_module: pl.LightningModule, max_bits: int, moving: bool) -> list[QuantizedWeight]:
+    """The weights that lie on grids of at most `max_bits` bits now; if they are to be moved, those that can be."""
+    found = (w for w in quantized_weights(pl_module).values() if w.quantizer.on and w.quantizer.spec.width <= max_bits)
+    return [weight for weight in found if weight.writable or not moving]
 
 
 def check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, max_bits: int, who: str, moving: bool) -> None:
     """Checks what the callback `who` is given to work on.
 
     Raises:
-        UserError: if no weight has at most `max_bits` bits, or if one that is to be moved is reshaped before rounding.
+        UserError: if no weight has at most `max_bits` bits, or (if they are to be moved) if none of these can be, or
+            one is reshaped before rounding.
     """
     quantizers_of(pl_module, who)
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     annealing = any(isinstance(c, AnnealBits) for c in callbacks)  # then any grid may become narrow enough
-    pairs = {n: q for n, (q, _) in quantized_weights(pl_module).items() if annealing or q.spec.width <= max_bits}
-    if not pairs:
+    found = [w for w in quantized_weights(pl_module).values() if annealing or w.quantizer.spec.width <= max_bits]
+    if not found:
         raise UserError(
             f"{who}: no weight has a grid of at most max_bits={max_bits}; weights with more hardly oscillate"
         )
-    for name, quantizer in pairs.items():
-        if moving and type(quantizer).transform is not Quantizer.transform:
+    if not moving:
+        return
+    if computed := [weight.name for weight in found if not weight.writable]:
+        left = f"{who}: leaves out '{computed[0]}'" + (f" and {len(computed) - 1} more" if computed[1:] else "")
+        reason = f"{left}: a parametrization computes the weight anew each time, so it cannot be moved"
+        if len(computed) == len(found):
+            raise UserError(f"{reason}; no other weight has a grid of at most max_bits={max_bits}")
+        rank_zero_warn(reason)
+    for weight in found:
+        if weight.writable and type(weight.quantizer).transform is not Quantizer.transform:
             raise UserError(
-                f"{who}: the weight of '{name}' is transformed before it is rounded (quantizer="
-                f"{quantizer.spec.quantizer}), so its values are not near its grid; give it another quantizer"
+                f"{who}: the weight of '{weight.name}' is transformed before it is rounded (quantizer="
+                f"{weight.quantizer.spec.quantizer}), so its values are not near its grid; give it another quantizer"
             )
 
 
@@ -150,12 +161,13 @@ class TrackOscillations(Early, Stateful):
         self._watched(pl_module)
 
     @torch.no_grad()
-    def _watched(self, pl_module: pl.LightningModule) -> dict[str, tuple[Quantizer, Tensor]]:
+    def _watched(self, pl_module: pl.LightningModule) -> list[QuantizedWeight]:
         """The weights of now; those that are new, or on another grid than before, start from here."""
-        found = few_bit_weights(pl_module, self.max_bits)
-        for name, (quantizer, weight) in found.items():
-            if name not in self.weights or self.weights[name].width != quantizer.spec.width:
-                self.weights[name] = Oscillation.start(quantizer.levels(weight), quantizer.spec.width)
+        found = few_bit_weights(pl_module, self.max_bits, self.moving)
+        for weight in found:
+            width = weight.quantizer.spec.width
+            if weight.name not in self.weights or self.weights[weight.name].width != width:
+                self.weights[weight.name] = Oscillation.start(weight.quantizer.levels(weight.tensor), width)
         return found
 
     @torch.no_grad()
@@ -165,11 +177,11 @@ class TrackOscillations(Early, Stateful):
         if trainer.global_step == self._step:  # gradients are still being accumulated
             return
         self._step = trainer.global_step
-        for name, (quantizer, weight) in self._watched(pl_module).items():
-            self.weights[name].update(quantizer.levels(weight), self.momentum)
-            self.after_update(trainer, self.weights[name], quantizer, weight)
+        for weight in self._watched(pl_module):
+            self.weights[weight.name].update(weight.quantizer.levels(weight.tensor), self.momentum)
+            self.after_update(trainer, self.weights[weight.name], weight)
 
-    def after_update(self, trainer: pl.Trainer, state: Oscillation, quantizer: Quantizer, weight: Tensor) -> None:
+    def after_update(self, trainer: pl.Trainer, state: Oscillation, weight: QuantizedWeight) -> None:
         """Acts on the oscillations of one weight after a step; a subclass says how."""
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -213,9 +225,12 @@ class FreezeOscillations(TrackOscillations):
         check_ends(trainer, "FreezeOscillations: give max_steps")
         super().check_start(trainer, pl_module, source)
 
-    def after_update(self, trainer: pl.Trainer, state: Oscillation, quantizer: Quantizer, weight: Tensor) -> None:
-        state.freeze(cosine(*self.freeze_above, progress(trainer)), quantizer)
-        weight.copy_(torch.where(state.frozen, on_grid(quantizer, state.previous).to(weight.dtype), weight))
+    def after_update(self, trainer: pl.Trainer, state: Oscillation, weight: QuantizedWeight) -> None:
+        state.freeze(cosine(*self.freeze_above, progress(trainer)), weight.quantizer)
+        assert weight.parameter is not None
+        values, whole = weight.tensor, weight.within(weight.parameter)
+        frozen = torch.where(state.frozen, on_grid(weight.quantizer, state.previous).to(values.dtype), values)
+        whole.copy_(frozen.view(whole.shape))
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)

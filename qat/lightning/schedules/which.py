@@ -3,11 +3,11 @@
 import fnmatch
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
 from qat.errors import UserError, nearest
 from qat.insert import named_quantizers
-from qat.layers import QuantizedLayer, is_computed, original_class
+from qat.layers import original_class
 from qat.quantizers import Quantizer
 
 
@@ -50,13 +50,3 @@ def select(model: nn.Module, match: str | Sequence[str], who: str) -> dict[str, 
             raise UserError(f"{who}: match: no quantizer matches '{pattern}'{hint}")
         chosen.update(hits)
     return {name: q for name, q in found.items() if name in chosen}
-
-
-def quantized_weights(model: nn.Module) -> dict[str, tuple[Quantizer, Tensor]]:
-    """Each quantized weight that is a parameter once, with its quantizer, by the first layer that has it."""
-    found: dict[Quantizer, tuple[str, Tensor]] = {}
-    for name, layer in model.named_modules():
-        # One that a parametrization computes is another tensor each time: what is written to it is lost.
-        if isinstance(layer, QuantizedLayer) and layer.weight_quantizer is not None and not is_computed(layer):  # pyright: ignore[reportArgumentType]
-            found.setdefault(layer.weight_quantizer, (name, layer.weight))
-    return {name: (quantizer, weight) for quantizer, (name, weight) in found.items()}
