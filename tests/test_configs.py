@@ -115,3 +115,20 @@ def test_a_debug_config_changes_only_what_the_trainer_and_the_program_know(optio
     assert debug != plain
     assert set(debug) == set(plain) and set(debug.trainer) == set(plain.trainer)
     instantiate(debug.trainer, logger=False)
+
+
+# -- what is monitored -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sweep", ["optuna_pareto", "ray_asha"])
+def test_the_best_checkpoint_and_sweeps_look_at_the_val_metric_in_the_direction_of_mode(sweep, config):
+    cfg = config(f"sweep={sweep}", "metric=test/mse", "val_metric=val/mse", "mode=min")
+    assert (cfg.callbacks.best.monitor, cfg.callbacks.best.mode, cfg.sweep.monitor) == ("val/mse", "min", "val/mse")
+    assert cfg.sweep.objectives.metric == "min"
+
+
+@pytest.mark.parametrize("own", [["callbacks.best.monitor=val/mse"], ["callbacks.best.mode=max"], ["callbacks=[]"]])
+def test_mode_alone_may_be_turned_round_where_nothing_looks_at_the_val_metric_with_it(own, config):
+    assert config("metric=test/mse", "mode=min", *own).val_metric == "val/acc"
+    with pytest.raises(UserError, match="val_metric=val/acc: mode=min is said of it, too"):
+        config("metric=test/mse", "mode=min")

@@ -204,6 +204,16 @@ def test_data_that_lie_elsewhere_now_are_named_to_verify(run, capfd):
     assert "data.on_devic=true: the run's data has no 'on_devic'; did you mean 'on_device'?" in words(capfd)
 
 
+def test_a_run_from_before_its_config_had_a_val_metric_is_exported_and_verified(run, tmp_path):
+    old = shutil.copytree(run, tmp_path / "old")
+    path = old / ".hydra" / "config.yaml"
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("val_metric:")]
+    path.write_text("\n".join(lines).replace("${val_metric}", "val/acc"))
+    assert "val_metric" not in path.read_text()
+    assert main(["export", str(old), "target=packed", f"out={tmp_path / 'packed'}"]) == 0
+    assert main(["verify", str(old)]) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "text", "said", "command"),
     [

@@ -227,7 +227,14 @@ def test_wandb_offline_holds_layers_results_and_the_exported_files(tmp_path, mon
 
 def test_another_module_metric_and_scale_lr_reach_their_place(tmp_path):
     assert (
-        _train(tmp_path / "run", "metric=test/loss", "mode=min", "quant.scale_lr=0", "export.max_metric_change=0.1")
+        _train(
+            tmp_path / "run",
+            "metric=test/loss",
+            "val_metric=val/loss",
+            "mode=min",
+            "quant.scale_lr=0",
+            "export.max_metric_change=0.1",
+        )
         == 0
     )
     report = _report(tmp_path / "run")
@@ -321,6 +328,17 @@ def in_an_empty_folder(tmp_path, monkeypatch) -> Path:
             ["metric=test/accuracy"],
             "metric=test/accuracy: MLP.test_step logs no such value; did you mean 'test/acc'",
             id="metric",
+        ),
+        pytest.param(
+            ["val_metric=val/precision"],
+            "error: val_metric=val/precision: MLP.validation_step logs no such value; choose from val/loss, ",
+            id="val-metric",
+        ),
+        pytest.param(
+            ["metric=test/loss", "mode=min"],
+            "error: val_metric=val/acc: mode=min is said of it, too; name what the module logs in validation for "
+            "metric=test/loss, such as val_metric=val/loss",
+            id="mode-of-the-metric-alone",
         ),
         pytest.param(
             ["callbacks.best.monitor=val/precision"],

@@ -25,6 +25,7 @@ TYPES: dict[str, Any] = {
     "float_ckpt": str | None,
     "cache_dir": str | None,
     "metric": str,
+    "val_metric": str,
     "mode": Literal["max", "min"],
     "float_epochs": int,
     "float_model": dict | None,
@@ -37,6 +38,8 @@ DIVISORS = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_int
 """Settings that Lightning's trainer divides by without a check."""
 REQUIRED = ("data", "model", "quant", "trainer")
 """Groups without which there is no run."""
+REFERRED = ("val_metric",)
+"""Keys that others take their value from, so that the config of a run is whole without: those of before lack them."""
 OTHER_KEYS = ("calibration_samples", "scale_lr", "module", "predicted")
 """Keys of `quant` that are no settings of the policy."""
 
@@ -151,6 +154,7 @@ def finish(cfg: DictConfig, run_dir: Path) -> None:
         raise UserError(f"config key '{missing[0]}' needs a value: {missing[0]}=...")
     for key, hint in TYPES.items():
         check_type(key, hint, OmegaConf.select(cfg, key))
+    _check_direction(cfg)
     scale_lr = cfg.quant.get("scale_lr")
     for key, fits, expected in (
         ("seed", 0 <= cfg.seed < 2**32, f"between 0 and {2**32 - 1}"),
@@ -161,6 +165,18 @@ def finish(cfg: DictConfig, run_dir: Path) -> None:
     ):  # fmt: skip
         if not fits:
             raise UserError(f"{key}={OmegaConf.select(cfg, key)}: must be {expected}")
+
+
+def _check_direction(cfg: DictConfig) -> None:
+    """Raises where `mode` was turned round for the metric alone: the worst checkpoint would pass for the best."""
+    default = _main()
+    readers = [node for node in [*(cfg.callbacks or {}).values(), cfg.sweep] if isinstance(node, DictConfig)]
+    read = any(node.get("monitor") == cfg.val_metric and node.get("mode", cfg.mode) == cfg.mode for node in readers)
+    if read and cfg.mode != default["mode"] and cfg.val_metric == default["val_metric"]:
+        raise UserError(
+            f"val_metric={cfg.val_metric}: mode={cfg.mode} is said of it, too; name what the module logs in validation "
+            f"for metric={cfg.metric}, such as val_metric=val/{cfg.metric.rpartition('/')[2]}"
+        )
 
 
 def _divides(value: Any) -> bool:
@@ -187,7 +203,7 @@ def read_config(path: Path) -> DictConfig:
     """
     cfg, groups = read_yaml(path), _groups()
     for key in known_keys():
-        whole = isinstance(cfg, DictConfig) and (key in groups or key in cfg)
+        whole = isinstance(cfg, DictConfig) and (key in groups or key in REFERRED or key in cfg)
         if not whole or (key in REQUIRED and not isinstance(cfg.get(key), DictConfig)):
             raise UserError(f"{path}: is damaged: lacks '{key}'")
     for group in groups:

@@ -200,8 +200,9 @@ class Workspace:
             for callback in self.callbacks
         ):
             return {}
-        found = {f"{key}.monitor": getattr(c, "monitor", None) for key, c in self._named_callbacks().items()}
-        return {key: name for key, name in found.items() if isinstance(name, str)}
+        found = {key: getattr(callback, "monitor", None) for key, callback in self._named_callbacks().items()}
+        names = {key: name for key, name in found.items() if isinstance(name, str)}
+        return {"val_metric" if n == self.cfg.val_metric else f"{key}.monitor": n for key, n in names.items()}
 
     def _named_callbacks(self) -> dict[str, Callback]:
         """The callbacks by config key; none where they are left out."""
