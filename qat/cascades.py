@@ -19,8 +19,9 @@ from qat.quantizers import Quantizer
 MARGIN = 1e-4
 """How far from a tie a value should be, in codes: a product of two float32 and a zero point of 128 are off by up to
 3e-5."""
-WIDEST = 8
-"""A finer first grid has so many codes that some are always near a tie, and each of them is the code of few values."""
+UNTIED_BITS = 8
+"""Most bits of a first grid whose ties are looked for. A finer one has so many codes that some are always near a tie,
+and each of them is the code of few values."""
 TRIES = 500
 
 
@@ -44,7 +45,7 @@ def cascades(model: nn.Module) -> Iterator[tuple[Quantizer, Quantizer]]:
     """Pairs of grids in a row of which the second's scale depends on the first's."""
     for chain in [module for module in model.modules() if isinstance(module, nn.Sequential)]:
         for first, second in itertools.pairwise(chain):
-            if _ties(first) and _ties(second) and first.spec.width <= WIDEST:
+            if _ties(first) and _ties(second) and first.spec.width <= UNTIED_BITS:
                 yield first, second
 
 

@@ -18,7 +18,7 @@ from qat.errors import UserError
 from qat.formats import FLOATS, round_midrise
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, integer_tensor, storage_bits
 from qat.layers import QuantizedLayer, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for
-from qat.layers.accumulator import WIDEST, bias_codes, folded, input_grid, per_output
+from qat.layers.accumulator import accumulator_scale, bias_codes, folded
 from qat.layers.adapted import adapted
 from qat.layers.computed import settle
 from qat.planning.plan import Plan
@@ -119,10 +119,8 @@ def convert(model: nn.Module, plan: Plan, holds: Holds = INTEGERS) -> nn.Module:
 
 def _install(name: str, module: Any, weight: IntegerTensor, norm: nn.Module | None) -> None:
     """Puts codes in the place of a layer's weight, and of its bias where its accumulator has one scale."""
-    bias, scale = getattr(module, "bias", None), None
+    bias, scale = getattr(module, "bias", None), accumulator_scale(module)
     module.computes_in = module.weight.dtype
-    if weight.group_size is None and module.inputs == 1:
-        scale = per_output(module, weight.scale).double()
     if norm is not None:
         factor, bias = folded(norm, bias)  # pyright: ignore[reportArgumentType]
         kept = _fold(name, module, weight, factor)
@@ -130,15 +128,11 @@ def _install(name: str, module: Any, weight: IntegerTensor, norm: nn.Module | No
         _vanish(norm)
     if is_computed(module):
         settle(module, mixin_for(module))  # pyright: ignore[reportArgumentType]
-    width = module.weight_quantizer.spec.width
     del module.weight_quantizer
     module.release()
     module.integer_weight, module.integer_bias = weight, None
     module.bias = None if bias is None else nn.Parameter(bias.detach().to(module.computes_in), requires_grad=False)
-    grid = None if module.round_bias == "never" or weight.number else input_grid(module.input_quantizer)
-    accumulates = grid is not None and grid.static and grid.spec.integer and max(width, grid.spec.width) <= WIDEST
-    if bias is not None and scale is not None and grid is not None and accumulates:
-        scale = grid.step().double() * scale
+    if bias is not None and scale is not None:
         codes, axis = bias_codes(bias, scale).to(torch.int32), None if len(scale) == 1 else 0
         module.integer_bias = IntegerTensor(codes, scale.float(), torch.zeros_like(scale), 32, axis)
         module.bias = None

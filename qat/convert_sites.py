@@ -9,6 +9,7 @@ from torch import nn
 
 from qat.integer import IntegerLayer, IntegerTensor, integer_tensor
 from qat.layers import Site, become_twin
+from qat.layers.chain import in_turn
 from qat.planning.functions import PROBABILITIES
 from qat.planning.plan import Plan, SiteOperand, kind_of
 from qat.quantizers import Quantizer
@@ -50,8 +51,7 @@ def _operand(
     """A parameter that a site reads as any other tensor, and its codes, unless its grid is off or not of one scale."""
     path, _, leaf = operand.parameter.rpartition(".")
     parameter: Any = modules[path]._parameters[leaf]
-    chain: Any = modules[name]._modules[f"input_quantizer_{operand.index}"]
-    *finer, last = chain if isinstance(chain, nn.Sequential) else [chain]
+    *finer, last = in_turn(modules[name]._modules[f"input_quantizer_{operand.index}"])
     assert isinstance(last, Quantizer)
     if not (last.enabled and last.static and last.spec.granularity == "tensor"):
         return parameter, None

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat import quantizers
 from qat.errors import UserError, nearest
-from qat.insert_sites import chain, insert_sites
+from qat.insert_sites import insert_sites
 from qat.layers import (
     FUSED,
     Composite,
@@ -32,6 +32,7 @@ from qat.layers import (
     mixin_for,
     rounds_within,
 )  # fmt: skip
+from qat.layers.chain import chain, in_turn
 from qat.layers.experts import QuantExperts, rows
 from qat.planning.addressable import check_shapes_known, has_weight
 from qat.planning.plan import Plan
@@ -70,9 +71,10 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
             become_twin(module, mixin)
         if is_computed(module):
             become_twin(module, ComputedWeight)
-        module.register_module("input_quantizer", chain(layer.input, activations))
+        first, *others = (chain([activations[label] for label in labels]) for labels in layer.inputs)
+        module.register_module("input_quantizer", first)
         for index in range(1, mixin.inputs):
-            module.register_module(f"input_quantizer_{index}", chain(layer.inputs[index], activations))
+            module.register_module(f"input_quantizer_{index}", others[index - 1])
         module.register_module("weight_quantizer", None if layer.weight is None else weights[layer.weight])
         if plan.round_bias != mixin.round_bias:
             module.round_bias = plan.round_bias  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
@@ -109,8 +111,7 @@ def adopt_modes(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, TwinMixin):
             for child in module.children():
-                inserted = child[0] if isinstance(child, nn.Sequential) and len(child) else child
-                if isinstance(inserted, Quantizer | Site | Part):
+                if isinstance(next(iter(in_turn(child)), None), Quantizer | Site | Part):
                     child.train(module.training)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from qat.layers import Site, become_twin, owner_mixin
+from qat.layers.chain import chain
 from qat.layers.experts import QuantExperts
 from qat.planning.functions import EXPERTS, PROBABILITIES
 from qat.planning.plan import OUTPUTS, Plan, kind_of, owner_of
@@ -37,13 +38,6 @@ def insert_sites(
         modules[owner_of(name)].add_module(name.rpartition(".")[2], _site(name, plan, modules, activations, weights))
 
 
-def chain(labels: list[str], activations: dict[str, Quantizer]) -> nn.Module | None:
-    """The grids that an operand passes in turn, as one module."""
-    if not labels:
-        return None
-    return activations[labels[0]] if len(labels) == 1 else nn.Sequential(*(activations[label] for label in labels))
-
-
 def _site(
     name: str,
     plan: Plan,
@@ -55,9 +49,9 @@ def _site(
     holder = _holder(modules, weight.parameter) if weight else None
     float_operands = [[]] * (2 if weight else 3)  # only its weight, or only its probabilities are quantized
     return Site(
-        [chain(labels, activations) for labels in plan.sites.get(name, float_operands)],
+        [chain([activations[label] for label in labels]) for labels in plan.sites.get(name, float_operands)],
         output=kind_of(name) in OUTPUTS,
-        probabilities=chain(between, activations),
+        probabilities=chain([activations[label] for label in between]),
         weight=weights[weight.weight] if weight and weight.weight is not None else None,
         parameter=holder,
         stacked=weight.stacked if weight else None,

@@ -20,9 +20,10 @@ from qat.cost import code_bytes, trit_bytes
 from qat.formats import round_midrise
 from qat.integer import storage_bits
 from qat.layers import mixin_for
-from qat.layers.accumulator import WIDEST
+from qat.layers.accumulator import accumulates
 from qat.planning.audit import AuditRow
 from qat.planning.plan import Plan, operand_spec
+from qat.quantizers import find
 from qat.spec import QuantSpec
 
 FLOAT_BYTES = 4
@@ -107,10 +108,12 @@ def stored_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int
 def _bias_bytes(layer: Any, plan: Plan, name: str, channels: int, scales: int, spec: QuantSpec) -> int:
     if name not in plan.batch_norms and not isinstance(getattr(layer, "bias", None), Tensor):
         return 0
+    mixin: Any = mixin_for(layer)
     inputs = [plan.activations[label] for label in plan.layers[name].input]
-    integer = bool(inputs) and inputs[-1].integer and spec.integer and spec.granularity != "group"
-    integer = integer and max(spec.width, inputs[-1].width) <= WIDEST
-    return 4 * channels + 8 * scales if integer else FLOAT_BYTES * channels
+    if not inputs or plan.round_bias == "never" or mixin.inputs > 1:
+        return FLOAT_BYTES * channels
+    static = find(inputs[-1].quantizer).static and find(spec.quantizer).static
+    return 4 * channels + 8 * scales if accumulates(inputs[-1], spec, static) else FLOAT_BYTES * channels
 
 
 def _channels(layer: Any) -> int:

@@ -81,6 +81,34 @@ def test_the_bytes_of_the_layers_are_those_of_the_file_but_for_header_and_activa
     assert sum(row.bytes for row in rows) == stored - grids
 
 
+class Two(nn.Module):
+    """A layer with a bias, and one of two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Bilinear(8, 8, 4)
+
+    def forward(self, x):
+        return self.b(self.a(x), x)
+
+
+@pytest.mark.parametrize(
+    ("settings", "float_biases"),
+    [
+        pytest.param({}, 4, id="two-inputs"),
+        pytest.param({"round_bias": "never"}, 12, id="never-rounded"),
+        pytest.param({"act": {"bits": 8, "quantizer": "dynamic", "granularity": "token"}}, 12, id="measured-inputs"),
+    ],
+)
+def test_a_bias_that_no_accumulator_of_one_scale_takes_costs_a_float(settings, float_biases, tmp_path):
+    torch.manual_seed(0)
+    model, x = Two(), torch.randn(3, 8)
+    plan, rows = _rows(model, x, {"weight": CHANNEL, "act": {"bits": 8}, **settings})
+    stored, grids = _stored(model, plan, x, tmp_path)
+    codes = (64 + 256) // 2 + 5 * 12
+    assert sum(row.bytes for row in rows) == stored - grids == codes + 4 * float_biases + 12 * (12 - float_biases)
+
+
 def test_negative_gammas_cost_full_range_codes_a_bit(tmp_path):
     torch.manual_seed(0)
     model = lived(Drawn(Shape()))

@@ -22,7 +22,8 @@ from torch import nn
 from qat.errors import UserError
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor
 from qat.layers import Part, Site, original_class
-from qat.layers.accumulator import WIDEST
+from qat.layers.accumulator import ACCUMULATED_BITS
+from qat.layers.chain import last_grid
 from qat.layers.weights import weight_readers
 from qat.planning.plan import kind_of
 
@@ -152,7 +153,7 @@ def _is_integer_layer(module: nn.Module) -> bool:
         and issubclass(original_class(module), nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Part)
         and module.integer_weight.group_size is None
         and module.integer_weight.number is None
-        and module.integer_weight.bits <= WIDEST
+        and module.integer_weight.bits <= ACCUMULATED_BITS
         and _is_codes(module.input_quantizer)  # pyright: ignore[reportAttributeAccessIssue]
     )
 
@@ -171,8 +172,8 @@ def _site_products(name: str, site: Site) -> int:
 
 
 def _is_codes(grid: Any) -> bool:
-    last = grid[-1] if isinstance(grid, nn.Sequential) else grid
-    return isinstance(last, IntegerActivation) and last.spec.integer and last.spec.width <= WIDEST
+    last = last_grid(grid)
+    return isinstance(last, IntegerActivation) and last.spec.integer and last.spec.width <= ACCUMULATED_BITS
 
 
 def weight_codes(prepared: nn.Module) -> dict[str, np.ndarray]:

@@ -17,21 +17,34 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.functional import levels
+from qat.layers.chain import last_grid
 from qat.layers.twin import TwinMixin, held, ours
 from qat.modes import recomputing
 from qat.quantizers import Quantizer
+from qat.spec import QuantSpec
 
 INT32_MAX = 2**31 - 1
-WIDEST = 8
-"""Bits of codes whose products int32 adds up. At 16 bits the accumulator's scale is so fine that int32 could not hold a
-bias of usual size; engines have wider ones there.
+ACCUMULATED_BITS = 8
+"""Most bits of codes whose products int32 adds up. At 16 bits the accumulator's scale is so fine that int32 could not
+hold a bias of usual size; engines have wider ones there.
 """
 
 
 def input_grid(input_quantizer: nn.Module | None) -> Quantizer | None:
     """The grid that a layer's multiplications see (the last, where its input passes several), if it is on."""
-    last = input_quantizer[-1] if isinstance(input_quantizer, nn.Sequential) else input_quantizer
+    last = last_grid(input_quantizer)
     return last if isinstance(last, Quantizer) and last.on else None
+
+
+def accumulates(input: QuantSpec, weight: QuantSpec, static: bool) -> bool:
+    """Whether the products of their codes add up in one int32 accumulator for each output channel, of one scale.
+
+    Args:
+        input, weight: The two grids.
+        static: Whether neither is measured on each tensor (`Quantizer.static`).
+    """
+    integers = all(spec.integer and spec.width <= ACCUMULATED_BITS for spec in (input, weight))
+    return static and integers and weight.granularity != "group"
 
 
 def accumulator_scale(layer: Any) -> Tensor | None:
@@ -41,9 +54,9 @@ def accumulator_scale(layer: Any) -> Tensor | None:
     if layer.round_bias == "never":
         return None
     grid, weight = input_grid(layer.input_quantizer), layer.weight_quantizer
-    if grid is None or weight is None or not weight.on or weight.spec.granularity == "group" or layer.inputs > 1:
+    if grid is None or weight is None or not weight.on or layer.inputs > 1:
         return None
-    if not all(q.static and q.spec.integer and q.spec.width <= WIDEST for q in (grid, weight)):
+    if not accumulates(grid.spec, weight.spec, static=grid.static and weight.static):
         return None
     return grid.step().double() * per_output(layer, weight.step()).double()
 
@@ -58,8 +71,7 @@ def per_output(layer: Any, scale: Tensor) -> Tensor:
 
 def grids(layer: Any) -> tuple[Quantizer | None, Quantizer | None]:
     """The grids that `accumulator_scale(layer)` is made of; a converted layer's are frozen, and none of them."""
-    last, weight = layer._modules["input_quantizer"], layer._modules["weight_quantizer"]
-    last = last[-1] if isinstance(last, nn.Sequential) else last
+    last, weight = last_grid(layer._modules["input_quantizer"]), layer._modules["weight_quantizer"]
     return last if isinstance(last, Quantizer) else None, weight if isinstance(weight, Quantizer) else None
 
 

@@ -86,7 +86,7 @@ class Quantizer(Switch):
         self._make_zero_point(torch.zeros(scale_shape, dtype=torch.int32))
         self._constants: dict[str, float] = {}
         self._set_constants(lowest=self.quant_min, highest=self.quant_max)
-        self.reshapes = spec.granularity == "group" or type(self).transform is not Quantizer.transform
+        self.reshapes = spec.granularity == "group" or self.transforms
         self.dithers = spec.rounding_mode == "stochastic"
         self.follows = type(self).follow is not Quantizer.follow
         self._spread_shape: tuple[int, ...] | None = None
@@ -150,6 +150,11 @@ class Quantizer(Switch):
     def transform(self, x: Tensor) -> Tensor:
         """The tensor that is rounded: `x` itself, but for quantizers that reshape it first."""
         return x
+
+    @property
+    def transforms(self) -> bool:
+        """Whether `transform` does anything, so that a value need not be near the grid point that it is rounded to."""
+        return type(self).transform is not Quantizer.transform
 
     @torch.no_grad()
     def levels(self, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from qat.errors import UserError
 from qat.insert import named_quantizers
+from qat.layers.chain import last_grid
 from qat.quantizers import Quantizer
 from qat.search.fractional import FractionalGrid, Width, check_learnable, first_scales
 from qat.search.space import Space
@@ -27,8 +28,7 @@ def quantizers_at(space: Space, model: nn.Module, tensor: str) -> list[Quantizer
     found: list[Quantizer] = []
     for name in space.tensors[tensor]:
         layer: Any = model.get_submodule(name)
-        quantizer = layer.weight_quantizer if tensor.endswith(".weight") else layer.input_quantizer
-        quantizer: Any = quantizer[-1] if isinstance(quantizer, nn.Sequential) else quantizer
+        quantizer = layer.weight_quantizer if tensor.endswith(".weight") else last_grid(layer.input_quantizer)
         if quantizer not in found:
             found.append(quantizer)
     return found

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from qat.calibrate import calibrated
 from qat.errors import UserError
 from qat.insert import named_quantizers
+from qat.layers.chain import last_grid
 from qat.modes import evaluating
-from qat.quantizers import Quantizer
 from qat.search.hessian import traces
 from qat.search.measured import Measured
 from qat.search.space import Space
@@ -118,7 +118,7 @@ def _measure_width(
 def _measure_one(space: Space, model: nn.Module, tensor: str, float_loss: float, losses: Losses) -> dict[str, Any]:
     layer: Any = model.get_submodule(space.tensors[tensor][0])
     is_weight = tensor.endswith(".weight")
-    quantizer, noise = layer.weight_quantizer if is_weight else _last(layer.input_quantizer), _Noise()
+    quantizer, noise = layer.weight_quantizer if is_weight else last_grid(layer.input_quantizer), _Noise()
     quantizer.enable()
     watching = None
     if is_weight:
@@ -137,8 +137,3 @@ def _measure_one(space: Space, model: nn.Module, tensor: str, float_loss: float,
         "mse": noise.noise / max(1, noise.count),
         "sqnr_db": decibels(noise.signal, noise.noise),
     }
-
-
-def _last(quantizer: Any) -> Quantizer:
-    """The layer's own grid, where its input passes a finer one first."""
-    return quantizer[-1] if isinstance(quantizer, nn.Sequential) else quantizer  # pyright: ignore[reportReturnType]

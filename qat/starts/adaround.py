@@ -187,7 +187,7 @@ def _layers(modules: dict[str, nn.Module], plan: Plan) -> list[str]:
     for name in plan.weights:
         layer: Any = modules[name]
         quantizer = layer.weight_quantizer
-        plain = type(quantizer).transform is Quantizer.transform and quantizer.static and quantizer.on
+        plain = not quantizer.transforms and quantizer.static and quantizer.on
         if quantizer.spec.format != "int" or not plain or isinstance(layer, nn.Embedding):
             continue
         if is_computed(layer) or getattr(layer, "stacked", None) == "in_out":

@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
 from qat.errors import UserError
+from qat.layers.chain import in_turn
 from qat.layers.weights import quantized_weights
 from qat.lightning.averages import averages
 from qat.lightning.early import Early
@@ -168,12 +169,12 @@ def current_plan(module: pl.LightningModule) -> Plan:
     assert isinstance(plan, Plan)
     specs = {}
     for name, layer in plan.layers.items():
-        twin = module.get_submodule(name)
-        specs |= zip(layer.input, _chain(twin.input_quantizer), strict=True)
-        specs |= zip(layer.input_1 or [], _chain(getattr(twin, "input_quantizer_1", None)), strict=True)
+        twin: Any = module.get_submodule(name)
+        specs |= zip(layer.input, in_turn(twin.input_quantizer), strict=True)
+        specs |= zip(layer.input_1 or [], in_turn(getattr(twin, "input_quantizer_1", None)), strict=True)
     for site, inputs in plan.sites.items():
         for i, labels in enumerate(inputs):
-            specs |= zip(labels, _chain(getattr(module.get_submodule(site), f"input_quantizer_{i}")), strict=True)
+            specs |= zip(labels, in_turn(getattr(module.get_submodule(site), f"input_quantizer_{i}")), strict=True)
     weights = {name: module.get_submodule(name).weight_quantizer.spec for name in plan.weights}  # pyright: ignore[reportAttributeAccessIssue]
     return dataclasses.replace(
         plan, weights=weights, activations={label: specs[label].spec for label in plan.activations}
@@ -182,8 +183,3 @@ def current_plan(module: pl.LightningModule) -> Plan:
 
 def _shapes(quantizer: Quantizer) -> dict[str, Any]:
     return {key: value.shape for key, value in quantizer.state_dict().items()}
-
-
-def _chain(quantizers: Any) -> list[Quantizer]:
-    """The grids that an input passes in turn."""
-    return [m for m in quantizers.modules() if isinstance(m, Quantizer)] if isinstance(quantizers, nn.Module) else []

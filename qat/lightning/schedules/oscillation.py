@@ -119,7 +119,7 @@ def check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, max_bits: 
             raise UserError(f"{reason}; no other weight has a grid of at most max_bits={max_bits}")
         rank_zero_warn(reason)
     for weight in found:
-        if weight.writable and type(weight.quantizer).transform is not Quantizer.transform:
+        if weight.writable and weight.quantizer.transforms:
             raise UserError(
                 f"{who}: the weight of '{weight.name}' is transformed before it is rounded (quantizer="
                 f"{weight.quantizer.spec.quantizer}), so its values are not near its grid; give it another quantizer"
