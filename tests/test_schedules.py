@@ -317,6 +317,24 @@ def test_both_inputs_of_a_layer_are_annealed(tmp_path):
     assert bits == [8] * 8 + [4] * 8
 
 
+def test_probabilities_and_outputs_of_functions_are_annealed(tmp_path):
+    class Attends(Net):
+        def forward(self, x):
+            y = self.stem(x)[:, None]
+            return F.softmax(self.head(F.scaled_dot_product_attention(y, y, y)[:, 0]), -1)
+
+    names = ("attention_0.probabilities", "softmax_0.output")
+    rules = {"between": {"match": ["*.probabilities", "softmax_0"], "act": {"bits": 4}}}
+    bits = watched(
+        tmp_path,
+        lambda m: [m.quantization_plan.activations[name].bits for name in names],
+        AnnealBits({0: 8, 2: 4}),
+        model=net(cls=Attends),
+        policy=LSQ | {"kinds": ["attention", "softmax"], "rules": rules},
+    )
+    assert bits == [[8, 8]] * 8 + [[4, 4]] * 8
+
+
 def test_a_checkpoint_of_the_middle_loads_with_the_bits_of_the_middle(tmp_path):
     run = trainer(tmp_path, AnnealBits({0: 8, 2: 4}), max_epochs=3)
     state = {}

@@ -23,6 +23,7 @@ from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.schedules.which import quantizers_of, select
 from qat.lightning.stateful import Stateful
 from qat.lightning.steps import Source, trainer_source
+from qat.planning.functions import PROBABILITIES
 from qat.planning.plan import Plan
 from qat.quantizers import Quantizer, create
 
@@ -173,12 +174,20 @@ def current_plan(module: pl.LightningModule) -> Plan:
         specs |= zip(layer.input, in_turn(twin.input_quantizer), strict=True)
         specs |= zip(layer.input_1 or [], in_turn(getattr(twin, "input_quantizer_1", None)), strict=True)
     for site, inputs in plan.sites.items():
-        for i, labels in enumerate(inputs):
-            specs |= zip(labels, in_turn(getattr(module.get_submodule(site), f"input_quantizer_{i}")), strict=True)
+        for labels, grids in zip(inputs, _grids_of(site, module), strict=True):
+            specs |= zip(labels, in_turn(grids), strict=True)
     weights = {name: module.get_submodule(name).weight_quantizer.spec for name in plan.weights}  # pyright: ignore[reportAttributeAccessIssue]
     return dataclasses.replace(
         plan, weights=weights, activations={label: specs[label].spec for label in plan.activations}
     )
+
+
+def _grids_of(site: str, module: nn.Module) -> list[nn.Module | None]:
+    """What a functional site reads each operand through, or puts its output or its probabilities on."""
+    found: Any = module.get_submodule(site.removesuffix(f".{PROBABILITIES}"))
+    if site.endswith(f".{PROBABILITIES}"):
+        return [found.probability_quantizer]
+    return [getattr(found, name) for name in found.operands or ["output_quantizer"]]
 
 
 def _shapes(quantizer: Quantizer) -> dict[str, Any]:
