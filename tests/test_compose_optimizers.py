@@ -284,6 +284,27 @@ def test_layers_that_join_late_have_their_scales_in_a_group_of_their_own(policy,
     assert len(pickle.loads(pickle.dumps(copy.deepcopy(optimizer))).param_groups) == len(optimizer.param_groups)
 
 
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_head_that_joins_late_leaves_a_shared_scale_to_the_optimizer_that_trains_it(late, tmp_path):
+    class ThawHead(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                pl_module.optimizers()[late].add_param_group({"params": pl_module.right.parameters(), "lr": 0.02})
+
+    def optimizers(net: nn.Module) -> list[torch.optim.Optimizer]:
+        layers = [net.left, net.body] if late else [net.body, net.left]
+        return [torch.optim.SGD(layer.parameters(), lr=0.01, momentum=0.9) for layer in layers]
+
+    net = Heads(optimizers)
+    fitted = trainer(tmp_path, ThawHead(), max_epochs=2)
+    fitted.fit(net, loader())
+    listed = [[id(p) for group in o.param_groups for p in group["params"]] for o in fitted.optimizers]
+    assert net.left.input_quantizer is net.right.input_quantizer
+    assert id(net.left.input_quantizer.scale) in set(listed[1 - late]) - set(listed[late])
+    assert len({*listed[0], *listed[1]}) == len(listed[0]) + len(listed[1])
+    assert {id(net.right.weight_quantizer.scale), id(net.right.weight)} <= set(listed[late])
+
+
 def test_scales_of_layers_that_joined_are_watched_when_training_resumes(tmp_path):
     def fit(epochs: int, ckpt: Any = None) -> pl.Trainer:
         net = Configured(lambda m: torch.optim.AdamW(m.net.head.parameters(), lr=0.01))

@@ -95,13 +95,17 @@ def own_groups(model: nn.Module, factors: Mapping[str, float | None] = MappingPr
 def late_groups(
     model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], factors: Mapping[str, float | None]
 ) -> Iterator[None]:
-    """`own_groups` for optimizers that train already: what joins them brings all that its quantizers learn."""
+    """`own_groups` for optimizers that train already: what joins them brings all that its quantizers learn, but for
+    what another trains.
+    """
     with own_groups(model, factors):
         add: Callable[..., None] = torch.optim.Optimizer.add_param_group
 
         def add_param_group(self: torch.optim.Optimizer, group: dict[str, Any]) -> None:
             add(self, group)
-            if any(self.param_groups is optimizer.param_groups for optimizer in optimizers):  # it, or Lightning's of it
+            others = [o for o in optimizers if o.param_groups is not self.param_groups]
+            if len(others) < len(optimizers):  # it is one of them, or Lightning's of it
+                _leave_to(others, self, learned_by(model))
                 _join_sites(model, optimizers)
 
         with patch.object(torch.optim.Optimizer, "add_param_group", add_param_group):
@@ -125,19 +129,22 @@ def settle(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Non
     their groups are put in without a call.
     """
     owned = learned_by(model)
-    ids = [_members(optimizer) for optimizer in optimizers]
     for later, optimizer in enumerate(optimizers):
-        apart = [own for own in ids[:later] if own & ids[later] <= owned]
-        twice = set[int]().union(*apart) & ids[later]
-        for group in optimizer.param_groups if twice else ():
-            keep = [id(p) not in twice for p in group["params"]]
-            for key in {"params", "param_names"} & group.keys():
-                group[key] = list(itertools.compress(group[key], keep))
-        ids[later] -= twice
+        _leave_to(optimizers[:later], optimizer, owned)
     _join_sites(model, optimizers)
     for optimizer in optimizers:  # one with scales is watched already, or wraps another that is
         if not any(FACTOR in group for group in optimizer.param_groups):
             _watch(optimizer)
+
+
+def _leave_to(others: Sequence[torch.optim.Optimizer], optimizer: torch.optim.Optimizer, owned: set[int]) -> None:
+    """Takes what quantizers learn (`owned`) out of an optimizer where one of the others has it, and no weight of it."""
+    own = _members(optimizer)
+    twice = set[int]().union(*(shared for other in others if (shared := _members(other) & own) <= owned))
+    for group in optimizer.param_groups if twice else ():
+        keep = [id(p) not in twice for p in group["params"]]
+        for key in {"params", "param_names"} & group.keys():
+            group[key] = list(itertools.compress(group[key], keep))
 
 
 def _join_sites(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
