@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, Sto
 from tiny_module import MINMAX, POLICY, Tiny, images, loader, quantizer_state, same, trainer
 
 from qat.insert import named_quantizers
-from qat.lightning import AnnealBits, FreezeRanges, LearnBits, load_from_checkpoint
+from qat.lightning import AnnealBits, GradualEnable, LearnBits, load_from_checkpoint
 
 AVERAGES = [
     pytest.param(lambda: EMAWeightAveraging(decay=0.5), id="ema"),
@@ -106,11 +106,11 @@ def test_a_flag_that_changed_is_changed_in_the_average(tmp_path):
 
     class Look(pl.Callback):
         def on_train_end(self, trainer, pl_module):  # the average has taken the module's place
-            flags.extend(bool(q.tracking) for _, q in named_quantizers(pl_module))
+            flags.extend(bool(q.enabled) for _, q in named_quantizers(pl_module))
 
-    net, callbacks = Tiny(), [FreezeRanges(at=1), EMAWeightAveraging(decay=0.9), Look()]
+    net, callbacks = Tiny(), [GradualEnable(1, 1), EMAWeightAveraging(decay=0.9), Look()]
     trainer(tmp_path, *callbacks, policy=MINMAX, max_epochs=2).fit(net, loader(), loader())
-    assert flags and not any(flags) and all(q.tracking for _, q in named_quantizers(net))
+    assert flags and all(flags)
 
 
 @pytest.mark.parametrize("average", AVERAGES)

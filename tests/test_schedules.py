@@ -102,6 +102,21 @@ def watched(tmp_path, look, *callbacks, model=None, **settings) -> list:
     return watch.seen
 
 
+def _range(model: Net) -> torch.Tensor:
+    return model.stem.input_quantizer.running_high
+
+
+class Save(pl.Callback):
+    """Writes a checkpoint at the end of an epoch."""
+
+    def __init__(self, epoch: int, path) -> None:
+        self.epoch, self.path = epoch, path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == self.epoch:
+            trainer.save_checkpoint(self.path)
+
+
 def changes(values: list) -> list[bool]:
     """Whether each step changed the tensor before it."""
     return [not torch.equal(a, b) for a, b in pairwise(values)]
@@ -114,6 +129,17 @@ def changes(values: list) -> list[bool]:
 def test_ranges_follow_the_data_until_they_are_frozen(at, tmp_path):
     ranges = watched(tmp_path, lambda m: m.stem.input_quantizer.running_high, FreezeRanges(at), policy=MINMAX)
     assert changes(ranges) == [True] * 7 + [False] * 8  # 4 epochs of 4 batches
+
+
+@pytest.mark.parametrize("later", [(), (FreezeRanges(7),)], ids=["without", "not-yet"])
+def test_ranges_move_again_in_a_fit_that_goes_on_from_where_they_were_frozen(later, tmp_path):
+    first, again, watch = trainer(tmp_path, FreezeRanges(0.5), policy=MINMAX), net(), Watch(_range)
+    first.callbacks.append(Save(3, tmp_path / "frozen.ckpt"))
+    first.fit(net(), data())
+    settings = {"policy": MINMAX, "max_epochs": 8}
+    trainer(tmp_path, *later, watch, **settings).fit(again, data(), ckpt_path=tmp_path / "frozen.ckpt")
+    moves = changes(watch.seen)
+    assert moves == ([True] * 11 + [False] * 4 if later else [True] * 15)
 
 
 @pytest.mark.parametrize("scales", [True, False], ids=["stop", "go-on"])
@@ -412,15 +438,10 @@ RESUMED = [
 @pytest.mark.parametrize("epoch", [0, 1, 2])
 @pytest.mark.parametrize(("make", "policy"), RESUMED)
 def test_a_resumed_run_ends_like_an_uninterrupted_one(make, policy, epoch, tmp_path):
-    class Save(pl.Callback):
-        def on_train_epoch_end(self, trainer, pl_module):
-            if trainer.current_epoch == epoch:
-                trainer.save_checkpoint(tmp_path / "middle.ckpt")
-
     whole, resumed = net(), net(seed=1)
     callbacks = make()
     first = trainer(tmp_path, *callbacks, policy=policy)
-    first.callbacks.append(Save())
+    first.callbacks.append(Save(epoch, tmp_path / "middle.ckpt"))
     first.fit(whole, data())
     again = make()
     trainer(tmp_path, *again, policy=policy).fit(resumed, data(), ckpt_path=tmp_path / "middle.ckpt", weights_only=True)

@@ -71,8 +71,8 @@ class FreezeRanges(Early):
     ) -> None:
         if self._trackers and reached(trainer, self.at):
             for quantizer in self._trackers:
-                quantizer.tracking.fill_(False)
-            self._frozen, self._trackers = self._trackers, []  # once is enough: it is a buffer
+                quantizer.tracking = False
+            self._frozen, self._trackers = self._trackers, []
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -81,15 +81,15 @@ class FreezeRanges(Early):
             for parameter in self._learned:
                 parameter.grad = None  # requires_grad=False would let DDP wait for its gradient
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()  # behind averages, which put the flags of their copy in the place of the module's
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._release()
 
     def _release(self) -> None:
         for quantizer in self._frozen:
-            quantizer.tracking.fill_(True)
+            quantizer.tracking = True
         self._frozen = []
 
 
