@@ -111,6 +111,21 @@ def test_ragged_blocks_name_the_layers_and_the_rule_before_anything_is_inserted(
     assert list(plan.activations) == ["1.input"]
 
 
+@pytest.mark.parametrize("widths", [(4, 3), (3, 4)], ids=["second-operand", "first-operand"])
+def test_ragged_blocks_of_any_operand_of_a_site_are_found_before_anything_is_inserted(widths):
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Linear(4, width) for width in widths)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.first(x), self.second(x)], 1)
+
+    model, x = Joined(), torch.randn(2, 4)
+    with pytest.raises(UserError, match=r"'cat_0': group_size=2 does not divide axis -1 of its input \[2, 3\]"):
+        make_plan(model, QuantPolicy.from_dict({"weight": MX["weight"], "act": MX["act"]}), lambda: model(x))
+
+
 @pytest.mark.parametrize(("make", "dimensions"), LAYERS)
 def test_on_fine_grids_the_twin_is_the_float_layer(make, dimensions):
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ the tensor, as an integer engine does, which stores it once.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -28,7 +28,7 @@ from qat.planning.addressable import (
 )
 from qat.planning.edges import activation_grids
 from qat.planning.functions import ELEMENTWISE, EXPERTS, FUNCTIONS
-from qat.planning.plan import OUTPUTS, Plan, PlannedLayer, SiteOperand, SiteWeight, kind_of, owner_of
+from qat.planning.plan import Plan, PlannedLayer, SiteOperand, SiteWeight, kind_of, owner_of
 from qat.planning.probe import Call, Recording, record
 
 
@@ -65,7 +65,7 @@ def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple
             layer.input, layer.input_1 = operands if len(operands) == 2 else (operands[0], None)
         else:
             plan.sites[name] = operands
-    _check_groups(plan, calls)
+    _check_groups(plan, recording, calls)
     plan.operands = _parameter_operands(plan, recording, calls)
     _plan_owners(plan, model, recording)
     if not plan.weights and not plan.activations:
@@ -152,16 +152,16 @@ def _plan_weights(
             layer.read = bool(owner) and recording.read_by_functions(weight, f"{name}.weight")
 
 
-def _check_groups(plan: Plan, calls: dict[str, list[Call]]) -> None:
-    """Raises before anything is trained if groups of the input of a layer would not come out even."""
+def _check_groups(plan: Plan, recording: Recording, calls: dict[str, list[Call]]) -> None:
+    """Raises before anything is trained if groups of what a layer or a site reads would not come out even."""
     ragged: dict[str, str] = {}
-    for name, (call, *_) in calls.items():
-        labels = plan.layers[name].input if name in plan.layers else plan.sites.get(name, [[]])[0]
-        shape = call.shape if call.kind in OUTPUTS else call.input_shape
-        for spec in [plan.activations[label] for label in labels]:
+    for name, operand, chain in _chains(plan):
+        for spec in [plan.activations[label] for label in chain]:
             axis = spec.group_axis or -1
-            if spec.group_size and len(shape) >= -axis and shape[axis] % spec.group_size:
-                ragged[name] = f"group_size={spec.group_size} does not divide axis {axis} of its input {list(shape)}"
+            for shape in [recording.shapes.get(call.operands[operand], ()) for call in calls[name]]:
+                if spec.group_size and len(shape) >= -axis and shape[axis] % spec.group_size:
+                    problem = f"does not divide axis {axis} of its input {list(shape)}"
+                    ragged.setdefault(name, f"group_size={spec.group_size} {problem}")
     if ragged:
         name, problem = next(iter(ragged.items()))
         matched = f"'{name}'" if len(ragged) == 1 else f"[{', '.join(f'{each!r}' for each in ragged)}]"
@@ -169,6 +169,12 @@ def _check_groups(plan: Plan, calls: dict[str, list[Call]]) -> None:
             f"'{name}': {problem}, so the last group would be ragged; leave it float with a rule such as "
             f"{{match: {matched}, weight: off, act: off}}"
         )
+
+
+def _chains(plan: Plan) -> Iterator[tuple[str, int, list[str]]]:
+    """Every operand with grids: of what, which one, and the grids it passes in turn."""
+    operands = {name: layer.inputs for name, layer in plan.layers.items()} | plan.sites
+    return ((name, i, chain) for name, chains in operands.items() for i, chain in enumerate(chains) if chain)
 
 
 def _place(planned: PlannedLayer, name: str, layer: nn.Module) -> None:

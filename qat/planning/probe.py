@@ -68,6 +68,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool], inside_of: "InsideOf | None") -> None:
         super().__init__()
         self.alive: list[Any] = []  # ids are unique only among living objects
+        self.recording = Recording()
         # By id: metrics hash by their state, which changes.
         self.names = {id(module): name for name, module in root.named_modules() if not _is_metric(module)}
         self.parameters = {id(parameter): name for name, parameter in root.named_parameters()}
@@ -76,7 +77,6 @@ class _Recorder(TorchFunctionMode):
         self.root = root
         self.is_leaf = is_leaf
         self.inside_of = inside_of
-        self.recording = Recording()
         self.stack: list[_Frame] = []
 
     @property
@@ -90,7 +90,9 @@ class _Recorder(TorchFunctionMode):
     def key(self, value: Tensor) -> Key:
         self.alive.append(value)
         # A tensor that was made in inference mode (a metric's state, say) has no version.
-        return id(value), 0 if value.is_inference() else value._version
+        key = id(value), 0 if value.is_inference() else value._version
+        self.recording.shapes[key] = tuple(value.shape)
+        return key
 
     def keys(self, values: Any) -> list[Key]:
         found = [v for v in values if isinstance(v, Tensor) and not is_lazy(v) and v.is_floating_point()]

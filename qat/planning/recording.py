@@ -64,6 +64,7 @@ class Recording:
         modules, functions, order: Calls of layers, of functions that are sites or compute, and both, as they came.
         source: For a tensor that only rearranges another's values, that other.
         nonnegative: Tensors known to be >= 0.
+        shapes: Of the tensors that were there when they were read; none of what only a fused kernel sees.
         readers: How often each tensor was read.
         joins: For each concatenation, its output and what it joins.
         empty: Tensors without elements, such as a cache of keys before the first token.
@@ -76,6 +77,7 @@ class Recording:
     functions: list[Call] = field(default_factory=list)
     source: dict[Key, Key] = field(default_factory=dict)
     nonnegative: set[Key] = field(default_factory=set)
+    shapes: dict[Key, tuple[int, ...]] = field(default_factory=dict)
     readers: dict[Key, int] = field(default_factory=dict)
     order: list[Call] = field(default_factory=list)
     joins: list[tuple[Key, list[Key]]] = field(default_factory=list)
