@@ -281,11 +281,29 @@ def test_what_a_reentrant_checkpoint_hides_from_the_gradient_is_named(settings):
         def forward(self, x):
             return checkpoint(self.net, x.requires_grad_(), use_reentrant=self.reentrant)
 
-    with pytest.raises(UserError, match=r"'net\.1' has no gradient.*use_reentrant=True"):
+    with pytest.raises(UserError, match=r"'net\.1' ran without gradients.*use_reentrant=True"):
         trainer(Distill(**settings), max_steps=1).fit(Checkpointed(), data())
     module = Checkpointed()
     module.reentrant = False
     trainer(Distill(model=Plain(), **settings), max_steps=1).fit(module, data())
+
+
+@pytest.mark.parametrize("thawed", [True, False])
+def test_a_feature_that_is_frozen_at_first_is_learned_once_it_is_not(thawed, recwarn):
+    class Thaw(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.net[0].requires_grad_(thawed and batch_idx >= 2)
+
+    class Frozen(Plain):
+        on_before_optimizer_step = pl.LightningModule.on_before_optimizer_step
+
+    modules = Frozen(), Frozen()
+    modules[1].load_state_dict(modules[0].state_dict())
+    for module, weight in zip(modules, (1.0, 0.0), strict=True):
+        trainer(Distill(model=Plain(), features="net.0", feature_weight=weight), Thaw()).fit(module, data())
+    assert torch.equal(modules[0].net[0].weight, modules[1].net[0].weight) != thawed
+    told = [str(w.message) for w in recwarn if "the teacher had no effect: net.0" in str(w.message)]
+    assert bool(told) != thawed
 
 
 def test_a_look_without_gradient_beside_the_step_s_own_is_allowed():

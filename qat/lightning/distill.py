@@ -23,6 +23,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from qat.copies import copied
@@ -86,6 +87,7 @@ class Distill(Callback):
         self._teacher: nn.Module | None = None
         self._student: pl.LightningModule | None = None
         self._fingerprint: str | None = None
+        self._learns: dict[str, bool] = {}
 
     @property
     def teacher(self) -> nn.Module:
@@ -170,6 +172,7 @@ class Distill(Callback):
         trainer.precision_plugin.convert_module(teacher)
         teacher.to(pl_module.device)
         taps = self._taps(pl_module, teacher)
+        self._learns = {}
         step: Callable[..., Any] = pl_module.training_step
 
         @functools.wraps(step)
@@ -184,6 +187,8 @@ class Distill(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         pl_module.__dict__.pop("training_step", None)
+        if frozen := [name for name, learns in self._learns.items() if not learns]:
+            rank_zero_warn(f"Distill: frozen in all of training, so the teacher had no effect: {', '.join(frozen)}")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         pl_module.__dict__.pop("training_step", None)
@@ -199,26 +204,36 @@ class Distill(Callback):
                 "name the module it calls with output_of"
             )
         with torch.no_grad(), teacher:
-            for args, kwargs, _ in calls:
-                teacher.module(self.output_of)(*args, **kwargs)
+            for call in calls:
+                teacher.module(self.output_of)(*call.args, **call.kwargs)
         task = output["loss"] if isinstance(output, Mapping) else output
         loss, logged = (1 - self.alpha) * task, {}
         pairs = list(zip(calls, teacher.calls[self.output_of], strict=True))
         if self.alpha:
-            _check_learns(self.output_of or "self(x)", calls)
-            terms = [self._compare(answer(ours[2]), answer(theirs[2])) for ours, theirs in pairs]
+            self._note_learning(self.output_of or "self(x)", calls)
+            terms = [self._compare(answer(ours.output), answer(theirs.output)) for ours, theirs in pairs]
             logged["distill/output"] = sum(terms) / len(terms)
             loss = loss + self.alpha * logged["distill/output"]
         if self.patterns:
             logged["distill/features"] = self._features(student, teacher)
             loss = loss + self.feature_weight * logged["distill/features"]
-        size = len(answer(calls[0][2]))
+        size = len(answer(calls[0].output))
         pl_module.log_dict(
             {k: v.detach() for k, v in logged.items()}, on_step=False, on_epoch=True, sync_dist=True, batch_size=size
         )
         student.clear()
         teacher.clear()
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
+
+    def _note_learning(self, name: str, calls: Sequence[Call]) -> None:
+        """Sees whether gradients reach a module: one that is frozen may be set free later."""
+        learns = any(answer(call.output).requires_grad for call in calls)
+        self._learns[name] = learns or self._learns.get(name, False)
+        if not any(call.recorded for call in calls):
+            raise UserError(
+                f"Distill: '{name}' ran without gradients, so it cannot learn from the teacher: it is in a "
+                "torch.no_grad(), or inside a torch.utils.checkpoint with use_reentrant=True (False works)"
+            )
 
     def _compare(self, ours: Tensor, theirs: Tensor) -> Tensor:
         if ours.shape != theirs.shape:
@@ -242,21 +257,13 @@ class Distill(Callback):
                     f"Distill: features: '{name}' ran {len(student.calls[name])} times, the teacher's "
                     f"{len(teacher.calls[name])}"
                 )
-            _check_learns(name, student.calls[name])
-            for (*_, ours), (*_, theirs) in zip(student.calls[name], teacher.calls[name], strict=True):
-                a, b = answer(ours).float(), answer(theirs).float()
+            self._note_learning(name, student.calls[name])
+            for ours, theirs in zip(student.calls[name], teacher.calls[name], strict=True):
+                a, b = answer(ours.output).float(), answer(theirs.output).float()
                 if a.shape != b.shape:
                     raise UserError(f"Distill: features: '{name}' is {list(a.shape)}, the teacher's {list(b.shape)}")
                 terms.append(F.mse_loss(a, b) / b.square().mean().clamp_min(torch.finfo(torch.float32).tiny))
         return torch.stack(terms).mean()
-
-
-def _check_learns(name: str, calls: Sequence[Call]) -> None:
-    if not any(answer(output).requires_grad for *_, output in calls):
-        raise UserError(
-            f"Distill: '{name}' has no gradient, so it cannot learn from the teacher: it is frozen, or inside a "
-            "torch.utils.checkpoint with use_reentrant=True (False works)"
-        )
 
 
 def _check_automatic(pl_module: pl.LightningModule) -> None:

@@ -3,7 +3,7 @@
 import fnmatch
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from qat.errors import UserError, nearest
 from qat.planning.functions import first_tensor
 
-Call = tuple[tuple[Any, ...], dict[str, Any], Any]
-"""(args, kwargs, output)."""
+
+class Call(NamedTuple):
+    """One call of a module; `recorded` says whether torch followed it for a backward pass."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    recorded: bool
 
 
 class Taps:
@@ -63,7 +69,7 @@ class Taps:
 
 def _noting(calls: list[Call]) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append((args, kwargs, output))
+        calls.append(Call(args, kwargs, output, torch.is_grad_enabled()))
 
     return hook
 
