@@ -4,6 +4,8 @@ stages measured, so that a run that was killed resumes (`ckpt=last`) where it st
 CONFIG = ".hydra/config.yaml"
 OVERRIDES = ".hydra/overrides.yaml"
 PROGRESS = "progress.json"
+FLOAT_CHECKPOINT = "float/last.ckpt"
+"""The state of float training after its last epoch."""
 FLOAT_WEIGHTS = "float.safetensors"
 FLOAT_ONNX = "float.onnx"
 """The float model that the run started from; there is no ONNX file if it has no such form."""

@@ -406,7 +406,7 @@ def test_what_the_users_own_callbacks_log_may_be_monitored(own_parts):
 def test_a_run_is_not_written_over_another(finished, capfd):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file() and path.suffix != ".log"}
     assert _train(finished, "seed=5") == 2
-    assert f"{finished} holds a run: ckpt=last goes on with it" in capfd.readouterr().err
+    assert f"{finished} holds a run: qat train ckpt=last run_dir={finished} goes on with it" in capfd.readouterr().err
     after = {path: path.stat().st_mtime_ns for path in before if ".hydra" not in path.parts}
     assert after == {path: at for path, at in before.items() if path in after}
 
@@ -468,6 +468,7 @@ def test_a_model_with_nothing_to_quantize_is_refused_before_training(in_an_empty
 
 
 OWN = """
+import os
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader
@@ -495,6 +496,10 @@ class Stops(Callback):
     def on_train_start(self, trainer, pl_module):
         if self.when:
             raise UserError("when=True: never")
+class Breaks(MLP):
+    def training_step(self, batch, batch_idx):
+        assert not self.training or os.path.exists("corrected"), "no such loss"
+        return super().training_step(batch, batch_idx)
 class Tied(MLP):
     def __init__(self, in_features: int = 64, num_classes: int = 10, width: int = 16):
         super().__init__(in_features, num_classes, width)
@@ -579,6 +584,17 @@ def test_a_run_that_a_mistake_stops_before_its_first_step_goes_on_corrected(own_
     assert main(["train", "ckpt=last", "run_dir=run", "quant=w8a8", "callbacks.stops.when=false"]) == 0
     after = _report(Path("run"))["stages"]
     assert list(after) == ["float", "ptq", "qat"] and after["float"] == before["float"]
+
+
+def test_a_run_that_fails_in_its_first_step_starts_over_by_the_same_command(own_parts, capfd):
+    same = ["model._target_=own_parts_of_run.Breaks", "export=none"]
+    with pytest.raises(AssertionError, match="no such loss") as failed:
+        _train(Path("run"), *same)
+    assert "goes on with: qat train ckpt=last run_dir=" in failed.value.__notes__[0]
+    Path("corrected").touch()
+    capfd.readouterr()
+    assert _train(Path("run"), *same) == 0
+    assert list(_report(Path("run"))["stages"]) == ["float", "ptq", "qat"] and capfd.readouterr().err == ""
 
 
 def test_ptq_alone_is_a_run_without_a_stage_of_training(tmp_path, capfd):

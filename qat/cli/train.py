@@ -65,12 +65,23 @@ class _Task:
                 raise
             discard(run_dir)
             self.error = mistake
-            if run_dir.absolute() in NoteNewDirs.made and (run_dir / PROGRESS).is_file():
-                print(f"qat: corrected, it goes on with: qat train ckpt=last run_dir={run_dir} ...", file=sys.stderr)
+            if hint := _corrected(run_dir):
+                print(hint, file=sys.stderr)
+        except Exception as error:  # of the user's own code, perhaps
+            if hint := _corrected(run_dir):
+                error.add_note(hint)
+            raise
         except (KeyboardInterrupt, SystemExit) as stop:
             if interrupted(stop) and (run_dir / PROGRESS).is_file():
                 print(f"qat: it goes on with: qat train ckpt=last run_dir={run_dir}", file=sys.stderr)
             raise
+
+
+def _corrected(run_dir: Path) -> str | None:
+    """How a run goes on that a mistake has stopped, if this command began it."""
+    if run_dir.absolute() not in NoteNewDirs.made or not (run_dir / PROGRESS).is_file():
+        return None
+    return f"qat: corrected, it goes on with: qat train ckpt=last run_dir={run_dir} ..."
 
 
 def main(argv: list[str]) -> int:

@@ -14,7 +14,7 @@ from qat.lightning.export_stage import export_float
 from qat.lightning.resume import SeedEpochs
 from qat.lightning.weights import load_weights
 from qat.lightning.workspace import Workspace
-from qat.run_files import FLOAT_WEIGHTS
+from qat.run_files import FLOAT_CHECKPOINT, FLOAT_WEIGHTS
 
 
 def float_stage(this: Workspace) -> None:
@@ -42,7 +42,7 @@ def float_stage(this: Workspace) -> None:
 def _train(this: Workspace) -> None:
     checkpoint = ModelCheckpoint(this.folder / "float", filename="last", enable_version_counter=False)
     logger = CSVLogger(this.folder, "float", "")
-    last = this.resume_from(this.folder / "float" / "last.ckpt", logger)
+    last = this.resume_from(this.folder / FLOAT_CHECKPOINT, logger)
     callbacks = [SeedEpochs(this.cfg.seed), checkpoint]
     trainer = this.trainer(
         max_epochs=this.cfg.float_epochs, callbacks=callbacks, logger=logger, enable_checkpointing=True

@@ -47,7 +47,7 @@ from qat.lightning.weights import load_weights, read_checkpoint
 from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.planning.audit import AuditRow, audit, check_coverage
 from qat.planning.plan import Plan
-from qat.run_files import LAST_CHECKPOINT, PROGRESS
+from qat.run_files import FLOAT_CHECKPOINT, LAST_CHECKPOINT, PROGRESS
 from qat.starts import Start
 from qat.storage import with_bytes
 
@@ -80,9 +80,10 @@ class Workspace:
         self.progress: dict[str, Any] = {"start": cfg.ckpt, "settings": settled(cfg), "stages": {}, "seconds": {}}
         if self.resuming:
             self._recall()
-        elif self.main and self._remembered.is_file():
+        elif self.main and self._begun():
             raise UserError(
-                f"{folder} holds a run: ckpt=last goes on with it; give another a folder of its own with run_dir=..."
+                f"{folder} holds a run: qat train ckpt=last run_dir={folder} goes on with it; give another a folder of "
+                "its own with run_dir=..."
             )
         self.target: Target | None = build(cfg, "export", Target) if cfg.export else None
         self.policy = self._policy()
@@ -127,6 +128,12 @@ class Workspace:
                 "of float training; leave one out"
             )
         load_weights(self.float_module, path)
+
+    def _begun(self) -> bool:
+        """Whether an earlier command has trained or measured something here, and did not end before it could."""
+        if not self._remembered.is_file():
+            return False
+        return bool(read_object(self._remembered, "stages")["stages"]) or (self.folder / FLOAT_CHECKPOINT).is_file()
 
     def _recall(self) -> None:
         if not self._remembered.is_file():
