@@ -597,6 +597,15 @@ def test_a_run_that_fails_in_its_first_step_starts_over_by_the_same_command(own_
     assert list(_report(Path("run"))["stages"]) == ["float", "ptq", "qat"] and capfd.readouterr().err == ""
 
 
+def test_training_on_no_batch_is_ptq_alone(finished, tmp_path, capfd):
+    start = [f"ckpt={finished / 'float.safetensors'}", "export=none"]
+    assert _train(tmp_path / "run", "trainer.limit_train_batches=0", *start) == 0
+    assert "Quantization-aware training" not in capfd.readouterr().out
+    assert list(_report(tmp_path / "run")["stages"]) == ["float", "ptq"]
+    assert main(["train", "ckpt=last", f"run_dir={tmp_path / 'run'}", "trainer.limit_train_batches=2"]) == 0
+    assert list(_report(tmp_path / "run")["stages"]) == ["float", "ptq", "qat"]
+
+
 def test_ptq_alone_is_a_run_without_a_stage_of_training(tmp_path, capfd):
     run_dir = tmp_path / "run"
     assert _train(run_dir, "trainer.max_epochs=0", "export=packed", "callbacks=anneal") == 0

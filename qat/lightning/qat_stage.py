@@ -18,8 +18,8 @@ from qat.planning.plan import Plan
 from qat.report import audit_table
 from qat.run_files import AUDIT, LAST_CHECKPOINT, TRAINED
 
-LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time")
-"""Settings of the trainer that say when training ends."""
+LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "limit_train_batches")
+"""Settings of the trainer that say how long training takes."""
 
 
 def ptq_stage(this: Workspace) -> None:

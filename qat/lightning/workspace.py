@@ -219,7 +219,7 @@ class Workspace:
     @property
     def trains(self) -> bool:
         """Whether there is quantization-aware training; else the run is PTQ alone."""
-        return 0 not in (self.cfg.trainer.get("max_epochs"), self.cfg.trainer.get("max_steps"))
+        return 0 not in [self.cfg.trainer.get(key) for key in ("max_epochs", "max_steps", "limit_train_batches")]
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
