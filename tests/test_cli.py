@@ -63,6 +63,12 @@ def test_train_calls_run_with_the_resolved_config_and_hydras_output_directory(ru
     assert "mlp" in cfg.model._target_.lower()
 
 
+def test_a_folder_that_takes_no_log_file_is_one_line(runs, capfd):
+    Path("run/train.log").mkdir(parents=True)
+    assert _error(capfd, "train", "run_dir=run") == f"{Path('run/train.log').absolute()}: Is a directory"
+    assert not runs
+
+
 def test_runs_and_sweeps_go_below_logs_and_the_name(runs, points):
     assert main(["train", "name=mine"]) == 0
     assert main(["train", "-m", "name=mine", "seed=1,2"]) == 0

@@ -487,6 +487,9 @@ class Fixed(MLP):
 class Nothing(Digits):
     def train_dataloader(self):
         return DataLoader([])
+class Untested(Digits):
+    def test_dataloader(self):
+        return DataLoader([])
 class Logs(Callback):
     def on_validation_end(self, trainer, pl_module):
         trainer.callback_metrics["val/mine"] = torch.tensor(1.0)
@@ -564,6 +567,7 @@ def test_what_needs_no_graph_takes_a_forward_that_has_none(export, rows, own_par
             id="fixed-batch",
         ),
         pytest.param("data._target_=own_parts_of_run.Nothing", "the train_dataloader is empty", id="no-training-data"),
+        pytest.param("data._target_=own_parts_of_run.Untested", "the test_dataloader is empty", id="no-test-data"),
     ],
 )
 def test_what_cannot_be_exported_or_trained_is_refused_before_training(override, said, own_parts, capfd):

@@ -115,6 +115,11 @@ def main(argv: list[str]) -> int:
         if isinstance(error, FileNotFoundError) and not task.started:  # all that Hydra makes by then
             raise unmakeable("run_dir", error) from error
         raise
+    except ValueError as error:
+        if task.started or not isinstance(error.__cause__, OSError):
+            raise
+        discard_all()
+        raise error.__cause__ from error  # of a log file that cannot be opened
     return 0
 
 

@@ -60,7 +60,10 @@ def test_metric(trainer: pl.Trainer, module: pl.LightningModule, data: pl.Lightn
     with full_precision():
         loaders = trainer.test(module, datamodule=data, verbose=False)
     if not loaders:
-        raise UserError(f"metric={metric}: there is no test batch to measure it on; is trainer.limit_test_batches 0?")
+        raise UserError(
+            f"metric={metric}: there is no test batch to measure it on: the test_dataloader is empty, or "
+            "trainer.limit_test_batches is 0"
+        )
     results = {name: value for loader in loaders for name, value in loader.items()}
     if metric not in results:
         raise UserError(
