@@ -40,3 +40,10 @@ def without_fast_path() -> Iterator[None]:
 def recomputing() -> bool:
     """Whether autograd is at work, and so a forward can only be gradient checkpointing's second one."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def only_looking() -> bool:
+    """Whether tensors made now are of `torch.inference_mode`, which nothing that trains may keep; compiled code cannot
+    ask.
+    """
+    return not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()

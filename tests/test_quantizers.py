@@ -535,6 +535,15 @@ def test_a_quantizer_trains_in_a_float64_model_and_its_stored_scale_is_the_one_t
     assert torch.equal(scale, scale.float())
 
 
+def test_a_look_in_inference_mode_does_not_anneal_and_leaves_what_trains():
+    quantizer, x = ready("dsq", "w8-tensor")
+    with torch.inference_mode():
+        quantizer.train()(x)
+    assert quantizer.sharpness.item() == 1.0
+    quantizer(x.clone().requires_grad_()).sum().backward()
+    assert quantizer.scale.grad is not None and quantizer.sharpness.item() > 1.0
+
+
 def test_sharpness_is_annealed_in_a_half_precision_model(default_dtype):
     quantizer, x = make("dsq", "w8-tensor"), numbers()
     quantizer.calibrate(x)

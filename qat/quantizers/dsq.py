@@ -21,7 +21,7 @@ from qat.errors import UserError
 from qat.formats import Rounding
 from qat.functional import masks, ratio, sum_to, wide
 from qat.kernels.gradient import Gradient, Grads, gradient
-from qat.modes import recomputing
+from qat.modes import only_looking, recomputing
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
 from qat.spec import QuantSpec
@@ -88,6 +88,6 @@ class DSQ(LSQ):
         y = super().fake_quantize(x, scale, low, high, gradient)
         if again:
             self.sharpness = now
-        elif self.training:  # not in place: this pass's backward has yet to read it
+        elif self.training and not only_looking():  # not in place: this pass's backward has yet to read it
             self._used, self.sharpness = now, (now * self.growth).clamp(max=self.end)
         return y
