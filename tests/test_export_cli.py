@@ -17,6 +17,7 @@ from torch import nn
 
 from qat.cli import main
 from qat.cli.bench import Opener
+from qat.config.configs import configs_dir
 from qat.config.exports import build
 from qat.errors import UserError
 from qat.export.bench import Measured, Timing
@@ -242,6 +243,33 @@ def test_a_run_that_left_groups_out_is_verified(run, tmp_path, capfd):
     OmegaConf.save(config, copied / ".hydra" / "config.yaml")
     assert main(["verify", str(copied)]) == 0
     assert "model.safetensors: verified" in words(capfd)
+
+
+@pytest.mark.parametrize(
+    ("written", "named"),
+    [
+        pytest.param("qat.export.onnx_files.OnnxTarget", True, id="a-file-of-the-run"),
+        pytest.param("qat.export.onnx_files.OnnxTarget", False, id="all-that-the-run-wrote"),
+        pytest.param("gone.Exporter", True, id="a-file-and-a-class-that-is-gone"),
+    ],
+)
+def test_a_run_is_verified_whose_exporter_has_another_path_now(written, named, run, tmp_path, capfd):
+    copied = shutil.copytree(run, tmp_path / "copied")
+    config = OmegaConf.load(copied / ".hydra" / "config.yaml")
+    config.export._target_ = written
+    OmegaConf.save(config, copied / ".hydra" / "config.yaml")
+    assert main(["verify", *([str(copied / "model.onnx")] if named else []), str(copied)]) == 0
+    assert "verified" in words(capfd)
+
+
+def test_manifests_name_targets_as_older_files_do():
+    now = {path.stem: OmegaConf.load(path).get("_target_", "") for path in (configs_dir() / "export").glob("*.yaml")}
+    assert {name: path.rpartition(".")[2] for name, path in now.items() if path} == {
+        "compressed_tensors": "CompressedTensorsTarget", "executorch": "ExecuTorchTarget", "gguf": "GgufTarget",
+        "litert": "LiteRtTarget", "onnx": "OnnxTarget", "onnx_openvino": "OpenVinoOnnx", "onnx_qnn": "QnnOnnx",
+        "onnx_tensorrt": "TensorRtOnnx", "openvino": "OpenVinoTarget", "packed": "PackedTarget",
+        "torch": "TorchTarget", "torch_inductor": "InductorTarget",
+    }  # fmt: skip
 
 
 def scale_up(tensors) -> None:

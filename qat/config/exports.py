@@ -74,3 +74,11 @@ def of_file(path: Path, settings: dict[str, str]) -> Any:
         return build(next((name for name in owners if classes[name].__name__ == maker), owners[0]), settings)
     known = ", ".join(dict.fromkeys(cls.file for cls in classes.values()))  # pyright: ignore[reportAttributeAccessIssue]
     raise UserError(f"{path}: no target writes such a file (they write {known})")
+
+
+def moved(path: str) -> str:
+    """Where the class of a target is now, whose module may have been another when `path` was written down. It keeps its
+    name, by which manifests have it, too.
+    """
+    now = {written.rpartition(".")[2]: written for written in (cfg["_target_"] for cfg in _configs().values())}
+    return now.get(path.rpartition(".")[2], path) if path.startswith("qat.") else path

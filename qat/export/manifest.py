@@ -29,7 +29,7 @@ def write_manifest(path: Path, target: str, files: Sequence[Path], names: Mappin
 
     Args:
         path: The manifest to write.
-        target: The class that made them.
+        target: Name of the class that made them, without its module, which may move.
         files: The files, and folders of files, as they are.
         names: The name that each is going to have.
     """

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from qat.config.configs import read_config
-from qat.config.exports import parsed
+from qat.config.exports import moved, parsed
 from qat.errors import UserError, nearest
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
@@ -166,6 +166,10 @@ def verify(
         if path.is_dir() and not (path / TRAINED).is_file():
             raise UserError(f"{folder} was run with quant=off; there is no file to verify")
         trained = restore(path, data)
+        if target is not None:  # that of the file, whatever wrote the run's own
+            trained.cfg.export = None
+        elif isinstance(written := (trained.cfg.export or {}).get("_target_"), str):
+            trained.cfg.export._target_ = moved(written)
         this = Workspace(trained.cfg, folder)
         this.module = trained.module
         if trained.checkpoint.name != TRAINED:
