@@ -276,6 +276,7 @@ def test_executorch_computes_what_was_trained_on_integers_from_the_same_codes(tm
     comparison = case.compared(runner)  # 32 samples, in parts of 8
     assert comparison.mean_steps <= 0.01 and comparison.agreement == 1
     assert runner(case.x[:3].numpy()).shape == (3, 5)
+    assert runner(case.x[:0].numpy()).shape == (0, 5), "of which XNNPACK would end the process"
     assert "does not show ('head')" in first_divergence(case.converted, runner, case.x.numpy())
     load = f"from qat.export.executorch.target import *; ExecuTorchRunner(Path({str(path)!r}))"
     subprocess.run([sys.executable, "-c", load], check=True)  # a fresh process, where nothing was exported

@@ -86,7 +86,9 @@ class ExecuTorchRunner:
             raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
 
     def _outputs(self, method: Any, x: np.ndarray) -> list[np.ndarray]:
-        """All that a method returns; it takes batches of a size."""
+        """All that a method returns; it takes batches of a size, and of none XNNPACK ends the process."""
+        if not len(x):
+            return [each[:0] for each in self._outputs(method, np.zeros((1, *x.shape[1:]), x.dtype))]
         parts = np.split(x, range(self.max_batch, len(x), self.max_batch))
         # What the method returns is its own memory, which the next call overwrites.
         found = [[each.numpy().copy() for each in method.execute([torch.tensor(part)])] for part in parts]
