@@ -26,9 +26,10 @@ def refused(error: OSError) -> UserError | None:
     return UserError(f"{error.filename}: {error.strerror}")
 
 
-def unmakeable(key: str, error: OSError) -> UserError:
-    """The error for a folder that a config key names and the file system would not make."""
-    return UserError(f"{key}={error.filename}: there is no such folder, and none can be made ({error.strerror})")
+def unmakeable(error: OSError, key: str | None = None) -> UserError:
+    """The error for a folder that the file system would not make; `key` is the config key that names it, if one does."""
+    where = error.filename if key is None else f"{key}={error.filename}"
+    return UserError(f"{where}: there is no such folder, and none can be made ({error.strerror})")
 
 
 def nearest(name: str, options: Iterable[str], *, shown: int = 8) -> str:

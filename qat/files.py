@@ -14,7 +14,23 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from qat.errors import UserError
+from qat.errors import UserError, unmakeable
+
+
+def make_folder(folder: Path, key: str | None = None) -> None:
+    """Makes a folder, and those above it.
+
+    Args:
+        folder: The folder; it may be there.
+        key: The setting that names it, for messages.
+
+    Raises:
+        UserError: if none can be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unmakeable(error, key) from error
 
 
 @contextmanager
@@ -22,7 +38,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path to write to; it takes the place of `path` if the block succeeds, and vanishes if it does
     not."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary

@@ -159,6 +159,7 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
         ),
         pytest.param(["train", "~quant.scale_lr"], "is null already, and stays", id="deletion-of-null"),
         pytest.param(["train", "run_dir=/dev/null/x"], "/dev/null/x: Not a directory", id="run-dir-below-a-file"),
+        pytest.param(["train", f"run_dir={'n' * 300}"], "nnn: File name too long", id="long-run-dir"),
         pytest.param(["train", "run_dir=/proc/x"], "run_dir=/proc/x: there is no such folder, and none", id="proc"),
         pytest.param(
             ["train", "-m", "seed=1,2", "sweep.dir=/proc/x"], "sweep.dir=/proc/x: there is no such", id="sweep-in-proc"

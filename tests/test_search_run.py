@@ -160,6 +160,10 @@ def test_latency_is_measured_on_the_runtime_once(measured, search):
         pytest.param(["packed=-5kB"], "packed=-5kB: must be above zero", id="below-zero"),
         pytest.param(["avg_bits=4", "quant=off", "search.dir=nowhere"], "quant=off leaves everything float", id="off"),
         pytest.param(["avg_bits=4", "search.output=x.yaml"], "must be a .yaml in a folder named quant", id="where"),
+        pytest.param(
+            ["avg_bits=4", "search.output=/proc/quant/x.yaml"], "search.output=/proc/quant: there is", id="proc"
+        ),
+        pytest.param(["avg_bits=4", "search.dir=/proc/x"], "error: /proc/x: there is no such folder", id="dir-in-proc"),
         pytest.param(["avg_bits=4", "quant.weight.bits=3"], "holds what was measured of another model", id="folder"),
         pytest.param(["avg_bits=4", "search.by=los"], "search.by='los'", id="by"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 from qat.cli.arguments import Parser
 from qat.config.exports import of_file, split
 from qat.errors import UserError, nearest
+from qat.files import make_folder
 from qat.run_files import FLOAT_ONNX
 
 DEFAULTS = {"threads": "1,2", "batch": "1,16", "seconds": "2", "out": "bench.png", "run": ""}
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> int:
     if not (run_dir / FLOAT_ONNX).is_file():
         raise UserError(f"{run_dir} holds no {FLOAT_ONNX} to compare with; name the run with run=DIR")
     chart = _chart(settings["out"])
-    chart.parent.mkdir(parents=True, exist_ok=True)  # what cannot be written to shows before anything is measured
+    make_folder(chart.parent, "out")  # what cannot be written to shows before anything is measured
     measured = _measure(Opener(run_dir), {"float": run_dir / FLOAT_ONNX} | files, threads, batches, float(seconds))
     from rich.console import Console
 

@@ -30,7 +30,8 @@ class NoteNewDirs(Callback):
     def _note(self, where: DictConfig) -> None:
         self.made.clear()
         self.before.clear()
-        with suppress(OmegaConfBaseException):  # an interpolation without a target: Hydra is about to say so itself
+        # An interpolation without a target, a name that is too long: Hydra is about to say so itself.
+        with suppress(OmegaConfBaseException, OSError):
             directory = Path(where.dir).absolute()
             self.made.extend(path for path in (directory, *directory.parents) if not path.exists())
             self.before.update({path: path.read_bytes() for path in (directory / ".hydra").glob("*.yaml")})

@@ -113,7 +113,7 @@ def main(argv: list[str]) -> int:
     except (UserError, OSError) as error:
         discard_all()
         if isinstance(error, FileNotFoundError) and not task.started:  # all that Hydra makes by then
-            raise unmakeable("run_dir", error) from error
+            raise unmakeable(error, "run_dir") from error
         raise
     except ValueError as error:
         if task.started or not isinstance(error.__cause__, OSError):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from qat.errors import UserError
 from qat.files import atomic
 
 Tensors = dict[str, Tensor]
@@ -41,7 +42,7 @@ def cached(folder: Path | None, sources: Sequence[Path], options: object, make: 
     try:
         with atomic(path) as temporary:
             save_file(tensors, temporary)
-    except (OSError, SafetensorError) as error:
+    except (OSError, UserError, SafetensorError) as error:
         warnings.warn(f"data.cache_dir={folder}: the decoded images could not be kept there ({error})", stacklevel=2)
     return tensors
 

@@ -231,7 +231,11 @@ class Target:
             raise UserError(f"{path}: is {'a' if main.suffix else 'no'} folder already; choose another name")
         self.check_place(path)  # before the work; what stands beside it is known only after
         there = next(parent for parent in path.absolute().parents if parent.exists())
-        with tempfile.TemporaryDirectory(dir=there, prefix=f".{path.stem}.") as temporary:
+        try:
+            beside = tempfile.TemporaryDirectory(dir=there, prefix=f".{path.stem}.")
+        except OSError as error:
+            raise UserError(f"{path}: nothing can be written into {there} ({error.strerror})") from error
+        with beside as temporary:
             folder = Path(temporary)
             self.write(model, plan, example, folder)  # pyright: ignore[reportArgumentType]
             stem = main.stem, path.stem if main.suffix else path.name

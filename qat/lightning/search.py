@@ -20,7 +20,7 @@ from qat.config.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
 from qat.export.onnx.export import export_onnx
-from qat.files import atomic, read_object
+from qat.files import atomic, make_folder, read_object
 from qat.lightning.cache import float_key
 from qat.lightning.calm import calm
 from qat.lightning.float_stage import float_stage
@@ -212,6 +212,8 @@ def search(cfg: DictConfig, folder: Path, command: str, only_measure: bool = Fal
         this.check()
         this.space()  # a pattern that matches nothing is found before the float model is trained
         mean_loss(this.module, BatchLosses(this.data.train_dataloader, samples=1))  # and so is a step without a loss
+        if this.settings.output is not None:
+            make_folder(Path(this.settings.output).parent, "search.output")
         this.remember()
         float_stage(this)
         losses = BatchLosses(this.data.train_dataloader, this.settings.samples)

@@ -26,12 +26,12 @@ from rich.console import Console
 from qat.config.configs import policy_settings
 from qat.config.instantiate import build, under
 from qat.copies import copied
-from qat.errors import UserError, unmakeable
+from qat.errors import UserError
 from qat.export.onnx.export import traceable
 from qat.export.onnx.trace import check_trace
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
-from qat.files import atomic, read_object
+from qat.files import atomic, make_folder, read_object
 from qat.insert import apply_plan, make_plan
 from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
@@ -144,10 +144,7 @@ class Workspace:
     def check(self) -> None:
         """Tries policy, metric and teacher on copies of the module: mistakes would else show after float training."""
         if (cache := self.cfg.cache_dir) is not None:
-            try:
-                Path(cache).mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise unmakeable("cache_dir", error) from error
+            make_folder(Path(cache), "cache_dir")
         for target in (self.target, PackedTarget()):
             if target is not None:
                 target.check_place(self.folder / target.file)

@@ -15,8 +15,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from qat.errors import UserError, unmakeable
-from qat.files import atomic, claimed, read_object
+from qat.errors import UserError
+from qat.files import atomic, claimed, make_folder, read_object
 from qat.sweep.point import Outcome, Point
 from qat.sweep.results import DEFINITION, POINTS, read_point
 from qat.sweep.space import Interval, Space
@@ -67,10 +67,7 @@ class Task:
         Raises:
             UserError: if another sweep was run there, or with other config files, or this one is running.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unmakeable("sweep.dir", error) from error
+        make_folder(self.folder, "sweep.dir")
         with claimed(self.folder / LOCK, f"{self.folder}: a sweep is running in this folder"):
             self._check_same(self.definition(kind))
             yield
