@@ -153,10 +153,10 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
         pytest.param(["inspect", "a", "--jsn"], "unknown option '--jsn'; did you mean '--json'", id="inspects-option"),
         pytest.param(["report"], "write qat report SWEEP_DIR", id="report-of-nothing"),
         pytest.param(["bench"], "write qat bench FILE...", id="bench-of-nothing"),
-        pytest.param(["bench", "a.onnx", "seconds=1,2"], "seconds=1,2: must be one whole number", id="two-durations"),
-        pytest.param(
-            ["bench", "a.onnx", "seconds=ab"], "seconds=ab: must be one whole number, seconds=2", id="duration"
-        ),
+        pytest.param(["bench", "a.onnx", "seconds=1,2"], "seconds=1,2: must be one number", id="two-durations"),
+        pytest.param(["bench", "a.onnx", "seconds=ab"], "seconds=ab: must be one number, seconds=2", id="duration"),
+        pytest.param(["bench", "a.onnx", "seconds=0"], "seconds=0: must be above 0", id="no-duration"),
+        pytest.param(["bench", "a.onnx", "seconds=nan"], "seconds=nan: must be above 0", id="nan-seconds"),
         pytest.param(["train", "~quant.scale_lr"], "is null already, and stays", id="deletion-of-null"),
         pytest.param(["train", "run_dir=/dev/null/x"], "/dev/null/x: Not a directory", id="run-dir-below-a-file"),
         pytest.param(["train", f"run_dir={'n' * 300}"], "nnn: File name too long", id="long-run-dir"),

@@ -511,7 +511,7 @@ def test_bench_measures_every_file_against_float_in_a_table_and_a_chart(run, tmp
         pytest.param(["{run}/model.onnx", "out={run}/quantized.ckpt"], "ckpt: is for the chart, a", id="chart"),
         pytest.param(["nowhere.onnx", "out={run}/CHART.JPEG"], "nowhere.onnx", id="a-chart-but-no-file"),
         pytest.param(["{run}/model.onnx", "out={run}/model.onnx"], "onnx: is for the chart, a .png", id="itself"),
-        pytest.param(["{run}/model.onnx", "run=/"], "holds no float.onnx to compare with", id="no-float"),
+        pytest.param(["{run}/model.onnx", "run=/"], "/ is not the folder of the run that the files", id="no-run"),
     ],
 )
 def test_a_mistake_in_bench_is_one_line_with_status_2(arguments, said, run, capfd):
@@ -525,6 +525,17 @@ def test_a_chart_has_the_format_of_its_name(suffix, begins, tmp_path):
     base = Measured("float", 100, timings=[Timing(1, 1, 1.0, 2.0, 1000)])
     save_bench_plot([base, base], tmp_path / f"x{suffix}")
     assert (tmp_path / f"x{suffix}").read_bytes().startswith(begins)
+
+
+def test_bench_goes_without_a_float_file_and_for_less_than_a_second(run, tmp_path, monkeypatch, capfd):
+    copied = shutil.copytree(run, tmp_path / "copied")
+    (copied / "float.onnx").unlink()
+    monkeypatch.setattr("qat.export.bench.peak_memory", lambda arguments: None)
+    arguments = [f"out={tmp_path / 'bench.png'}", "seconds=0.01", "threads=1", "batch=1"]
+    assert main(["bench", str(copied / "model.onnx"), *arguments]) == 0
+    said = words(capfd)
+    assert "p50 ms" in said and "of float" not in said and "speed" not in said
+    assert (tmp_path / "bench.png").is_file()
 
 
 def test_a_slower_file_is_warned_of_with_its_float_layers_and_a_faster_one_is_not():

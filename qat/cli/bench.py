@@ -1,9 +1,11 @@
 """`qat bench FILE...`: latency, throughput, memory and size of exported files against the float one.
 
-Each FILE is one that `qat train` or `qat export` wrote; all of one run, whose float.onnx they are compared with.
+Each FILE is one that `qat train` or `qat export` wrote; all of one run, with whose float.onnx they are compared, if it
+has one.
 `run=DIR` names the run for files that lie elsewhere. More settings: threads=1,2 batch=1,16 seconds=2 out=bench.png
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from qat.cli.arguments import Parser
 from qat.config.exports import of_file, split
 from qat.errors import UserError, nearest
 from qat.files import make_folder
-from qat.run_files import FLOAT_ONNX
+from qat.run_files import CONFIG, FLOAT_ONNX
 
 DEFAULTS = {"threads": "1,2", "batch": "1,16", "seconds": "2", "out": "bench.png", "run": ""}
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".svg", ".pdf")
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"qat bench has no setting '{unknown[0]}'{nearest(unknown[0], DEFAULTS)}")
     settings = DEFAULTS | settings
     threads, batches = numbers("threads", settings["threads"]), numbers("batch", settings["batch"])
-    [seconds] = numbers("seconds", settings["seconds"], several=False)
+    seconds = duration("seconds", settings["seconds"])
     files = {name: Path(name).absolute() for name in names}
     if not files:
         raise UserError(f"write {USAGE}")
@@ -72,14 +74,17 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{file}: no such file")
         of_file(file, {})
     run_dir = Path(settings["run"] or next(iter(files.values())).parent).absolute()
-    if not (run_dir / FLOAT_ONNX).is_file():
-        raise UserError(f"{run_dir} holds no {FLOAT_ONNX} to compare with; name the run with run=DIR")
+    if not (run_dir / CONFIG).is_file():
+        raise UserError(f"{run_dir} is not the folder of the run that the files are of; name it with run=DIR")
     chart = _chart(settings["out"])
     make_folder(chart.parent, "out")  # what cannot be written to shows before anything is measured
-    measured = _measure(Opener(run_dir), {"float": run_dir / FLOAT_ONNX} | files, threads, batches, float(seconds))
     from rich.console import Console
 
+    from qat.export.bench import FLOAT
     from qat.report.bench import bench_table, save_bench_plot, warnings
+
+    reference = {FLOAT: run_dir / FLOAT_ONNX} if (run_dir / FLOAT_ONNX).is_file() else {}
+    measured = _measure(Opener(run_dir), reference | files, threads, batches, seconds)
 
     console = Console()
     console.print(bench_table(measured))
@@ -100,14 +105,24 @@ def _chart(out: str) -> Path:
     return path
 
 
-def numbers(key: str, text: str, several: bool = True) -> list[int]:
+def duration(key: str, text: str) -> float:
+    """Seconds, above zero."""
+    try:
+        found = float(text)
+    except ValueError:
+        raise UserError(f"{key}={text}: must be one number, {key}=2") from None
+    if not 0 < found < math.inf:
+        raise UserError(f"{key}={text}: must be above 0")
+    return found
+
+
+def numbers(key: str, text: str) -> list[int]:
     """`1,2` as whole numbers, each at least 1, in rising order: Inductor fills a batch up to a larger one that it has
     compiled already."""
     try:
-        found = [int(part) for part in (text.split(",") if several else [text])]
+        found = [int(part) for part in text.split(",")]
     except ValueError:
-        wanted = f"whole numbers, {key}=1,2" if several else f"one whole number, {key}=2"
-        raise UserError(f"{key}={text}: must be {wanted}") from None
+        raise UserError(f"{key}={text}: must be whole numbers, {key}=1,2") from None
     if min(found) < 1:
         raise UserError(f"{key}={text}: must be at least 1")
     return sorted(set(found))

@@ -16,6 +16,8 @@ import numpy as np
 from qat.errors import UserError
 from qat.export.target import Runner
 
+FLOAT = "float"
+"""What the float file is called."""
 WARM_UP = 0.1
 """Share of the rounds that are run before any is counted."""
 
@@ -41,7 +43,7 @@ class Measured:
     """All of one file.
 
     Attributes:
-        name: Path of the file as the user wrote it; `float` for the float file beside it.
+        name: Path of the file as the user wrote it; `FLOAT` for the float file beside it.
         bytes: Size on disk with companions.
         peak_memory: Bytes above what the process had before it opened the file; `None` where it cannot be measured.
         timings: One per batch size and number of threads.
@@ -112,6 +114,11 @@ def high_water() -> int | None:
         return None
     line = next((text for text in status.read_text().splitlines() if text.startswith("VmHWM")), None)
     return None if line is None else int(line.split()[1]) * 1024
+
+
+def float_of(measured: Sequence[Measured]) -> Measured | None:
+    """The float file among them, which comes first; `None` if there is none to compare with."""
+    return measured[0] if measured[0].name == FLOAT else None
 
 
 def slower(measured: Measured, reference: Measured) -> list[Timing]:

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
-from qat.export.bench import Measured, slower
+from qat.export.bench import Measured, float_of, slower
 from qat.report.format import count, size
 from qat.report.picture import save
 from qat.report.plot import ACT, DPI, INK, MUTED, RULE, WEIGHT
@@ -18,22 +18,25 @@ OTHERS = (WEIGHT, ACT, "#2f855a", "#805ad5", "#c53030", "#319795")
 
 
 def bench_table(measured: Sequence[Measured]) -> RenderableType:
-    """Size and memory of each file, and below them its speed at each batch size and number of threads; relative to the
-    first file.
-    """
-    reference = measured[0]
-    takes = _table("file", "size", "of float", "peak memory")
-    gives = _table("file", "threads", "batch", "p50 ms", "p99 ms", "samples/s", "speed")
+    """What each file takes, and below it what it gives at each batch size and number of threads; relative to the float
+    file, if that is there."""
+    reference = float_of(measured)
+    takes = _table("file", "size", "peak memory", *(["of float"] if reference else []))
+    gives = _table("file", "threads", "batch", "p50 ms", "p99 ms", "samples/s", *(["speed"] if reference else []))
     for each in measured:
-        name = escape(Path(each.name).name)
-        takes.add_row(name, size(each.bytes), f"{each.bytes / reference.bytes:.2f}x", size(each.peak_memory))
-    for i, base in enumerate(reference.timings):
+        name, share = escape(Path(each.name).name), [f"{each.bytes / reference.bytes:.2f}x"] if reference else []
+        takes.add_row(name, size(each.bytes), size(each.peak_memory), *share)
+    for i in range(len(measured[0].timings)):
         for each in measured:
-            t = each.timings[i]
-            numbers = (f"{t.p50:.3g}", f"{t.p99:.3g}", count(round(t.throughput)), f"{base.p50 / t.p50:.2f}x")
+            t, speed = each.timings[i], [_speed(each, reference, i)] if reference else []
+            numbers = (f"{t.p50:.3g}", f"{t.p99:.3g}", count(round(t.throughput)), *speed)
             gives.add_row(escape(Path(each.name).name), str(t.threads), str(t.batch), *numbers)
         gives.add_section()
     return Group(takes, gives)
+
+
+def _speed(measured: Measured, reference: Measured, i: int) -> str:
+    return f"{reference.timings[i].p50 / measured.timings[i].p50:.2f}x"
 
 
 def _table(*headers: str) -> Table:
@@ -45,7 +48,9 @@ def _table(*headers: str) -> Table:
 
 def warnings(measured: Sequence[Measured]) -> list[str]:
     """Warnings about quantized files that are slower than the float one, with what they compute in float."""
-    reference, lines = measured[0], []
+    reference, lines = float_of(measured), []
+    if reference is None:
+        return lines
     for each in measured[1:]:
         late = slower(each, reference)
         if not late:
@@ -71,20 +76,20 @@ def save_bench_plot(measured: Sequence[Measured], path: Path) -> None:
     """Draws median latencies as bars, up to p99 as a line, one panel per batch size and number of threads.
 
     Args:
-        measured: The float file first.
+        measured: The float file first, if it is there.
         path: The picture, in the format of its suffix; it appears complete or not at all.
     """
     settings = [(t.batch, t.threads) for t in measured[0].timings]
-    rows = len(measured)
+    rows, reference = len(measured), float_of(measured)
     figure = Figure(figsize=(11, (0.9 + 0.32 * rows) * len(settings) + 0.4), dpi=DPI, facecolor="white")
     for i, (batch, threads) in enumerate(settings):
         axes = figure.add_subplot(len(settings), 1, i + 1)
         timings = [each.timings[i] for each in measured]
-        colors = [MUTED, *(OTHERS[k % len(OTHERS)] for k in range(rows - 1))]
-        axes.barh(range(rows), [t.p50 for t in timings], color=colors, height=0.62)
-        for row, t in enumerate(timings):
+        colors = [MUTED] * (reference is not None) + [OTHERS[k % len(OTHERS)] for k in range(rows)]
+        axes.barh(range(rows), [t.p50 for t in timings], color=colors[:rows], height=0.62)
+        for row, (each, t) in enumerate(zip(measured, timings, strict=True)):
             axes.plot([t.p50, t.p99], [row, row], color=INK, linewidth=1)
-            speed = "" if row == 0 else f"  {timings[0].p50 / t.p50:.2f}x"
+            speed = "" if reference is None or each is reference else f"  {_speed(each, reference, i)}"
             axes.annotate(
                 f"{t.p50:.3g} ms{speed}", (t.p99, row), (5, 0), textcoords="offset points", va="center",
                 fontsize=8.5, color=INK,
