@@ -1,10 +1,11 @@
 """Parts of a converted model: codes and frozen grids, and the two operations on them.
 
 A converted model runs anywhere torch does (its operations compute in float what the codes stand for), and it is the
-one thing that exporters consume: they set `emitter` to an object that writes their format's operations instead, and
-trace the model.
+one thing that exporters consume: by `emitting`, an object of theirs writes their format's operations instead while
+they trace the model.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
@@ -70,7 +71,7 @@ class IntegerTensor(nn.Module):
         return per_scale.view([-1 if d == self.axis else 1 for d in range(self.codes.ndim)])
 
     def forward(self) -> Tensor:
-        return emitter.dequantize(self)
+        return _here.emitter.dequantize(self)
 
     def extra_repr(self) -> str:
         return f"{'x'.join(map(str, self.codes.shape))} codes of {self.bits} bits"
@@ -112,7 +113,7 @@ class IntegerActivation(nn.Module):
         self.register_buffer("zero_point", quantizer.zero_point.detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        return emitter.quantize_dequantize(x, self)
+        return _here.emitter.quantize_dequantize(x, self)
 
     def extra_repr(self) -> str:
         return self.spec.short
@@ -148,18 +149,23 @@ class Eager:
         return values(levels(x, grid.scale, low, high, grid.spec.rounding), grid.scale, x.dtype)
 
 
-emitter: Emitter = Eager()
+class _Here(threading.local):
+    """Who carries them out in this thread."""
+
+    emitter: Emitter = Eager()
+
+
+_here = _Here()
 
 
 @contextmanager
 def emitting(other: Emitter) -> Iterator[None]:
-    """Carries out the operations of converted models with `other` meanwhile."""
-    global emitter
-    previous, emitter = emitter, other
+    """Carries out the operations of converted models with `other` meanwhile, in this thread alone."""
+    previous, _here.emitter = _here.emitter, other
     try:
         yield
     finally:
-        emitter = previous
+        _here.emitter = previous
 
 
 class IntegerLayer(TwinMixin):

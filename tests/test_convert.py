@@ -2,6 +2,7 @@
 evaluation."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from qat.convert import convert
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan
-from qat.integer import IntegerTensor
+from qat.integer import Eager, IntegerTensor, emitting
 from qat.policy import QuantPolicy
 from qat.quantizers import Quantizer
 
@@ -273,3 +274,21 @@ def test_a_float_embedding_keeps_its_weight_where_a_quantized_product_reads_it_t
     fake, converted = both(model, x, policy)
     assert torch.equal(converted.tokens.weight, model.tokens.weight)
     torch.testing.assert_close(converted(x), fake(x), rtol=0, atol=1e-6)
+
+
+class Written(Eager):
+    """An export's arithmetic, which says so in every value."""
+
+    def dequantize(self, tensor: IntegerTensor) -> Tensor:
+        return super().dequantize(tensor) * 0
+
+
+def test_a_converted_model_computes_in_a_thread_while_another_one_is_exported_elsewhere():
+    model, x = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(8, 4)
+    _, converted = both(model, x, {"weight": NARROW, "act": {"bits": 8}})
+    with ThreadPoolExecutor(1) as elsewhere, torch.no_grad():
+        expected = converted(x)
+        with emitting(Written()):
+            assert not torch.equal(converted(x), expected)
+            assert torch.equal(elsewhere.submit(converted, x).result(), expected)
+        assert torch.equal(converted(x), expected)
