@@ -72,7 +72,7 @@ class Oscillation:
 
     def freeze(self, threshold: float, quantizer: Quantizer) -> None:
         """Fixes the weights that flip more often than `threshold` to the level nearest to their average."""
-        fresh = (self.frequency > threshold) & ~self.frozen
+        fresh = self.frequency > threshold  # that of frozen ones is 0
         nearest = quantizer.spec.rounding(self.average.clone())  # an average of levels is within their range
         self.previous = torch.where(fresh, nearest, self.previous)
         self.frequency = self.frequency.masked_fill(fresh, 0)  # it has come to rest
