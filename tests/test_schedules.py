@@ -293,6 +293,18 @@ def test_a_symmetric_step_is_rescaled_by_the_ratio_of_the_highest_codes():
     assert (quantizer.quant_min, quantizer.quant_max) == (-8, 7) == (quantizer.lowest, quantizer.highest)
 
 
+@pytest.mark.parametrize("signed", [pytest.param(True, id="signed"), pytest.param(False, id="unsigned")])
+def test_an_affine_grid_of_other_bits_has_its_ends_where_they_were(signed):
+    quantizer = create(QuantSpec(bits=8, signed=signed, symmetric=False, narrow=False, quantizer="fixed"))
+    quantizer.calibrate(torch.linspace(-1, 3, 101))
+    before = quantizer.scale.item()
+    quantizer.change_bits(3)
+    step, zero = quantizer.scale.item(), quantizer.zero_point.item()
+    assert step == pytest.approx(before * 255 / 7)
+    low, high = ((code - zero) * step for code in (quantizer.quant_min, quantizer.quant_max))
+    assert abs(low + 1) <= 0.51 * step and abs(high - 3) <= 0.51 * step  # zero is a code: both move by up to a half
+
+
 def test_bits_go_down_by_the_schedule_and_end_at_the_policy(tmp_path):
     model = net()
     final = {}

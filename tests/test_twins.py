@@ -243,6 +243,19 @@ def test_the_quantized_weight_follows_every_change(change, net):
 
 
 @torch.no_grad()
+def test_the_quantized_weight_follows_the_zero_of_its_grid():
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(4, 8)
+    affine = {"bits": 4, "signed": False, "symmetric": False, "quantizer": "fixed"}
+    plan, _ = make_plan(model, QuantPolicy.from_dict({**POLICY, "weight": affine, "rules": {}}), lambda: model(x))
+    apply_plan(model, plan)
+    calibrate(model, lambda: model(x))
+    layer = model.eval()[0]
+    layer.quantized_weight()
+    layer.weight_quantizer.zero_point.add_(3)
+    assert torch.equal(layer.quantized_weight(), layer.weight_quantizer(layer.weight))
+
+
+@torch.no_grad()
 def test_another_tensor_at_the_same_address_is_another_weight():
     x = torch.randn(4, 64)
     model = nn.Sequential(nn.Linear(64, 64))
