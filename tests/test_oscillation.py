@@ -1,6 +1,7 @@
 """Oscillations are counted, dampened and frozen by the paper's formulas; a weight between grid points comes to rest."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -9,11 +10,14 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
+from qat.calibrate import calibrate
 from qat.convert import convert
+from qat.insert import apply_plan, make_plan
 from qat.lightning import QATCallback
 from qat.lightning.schedules import DampenOscillations, FreezeOscillations, TrackOscillations
 from qat.lightning.schedules.dampen import pull
 from qat.lightning.schedules.oscillation import Oscillation, on_grid
+from qat.policy import QuantPolicy
 from qat.quantizers import create
 from qat.spec import QuantSpec
 
@@ -219,3 +223,16 @@ def test_dampening_is_added_once_per_optimizer_step_at_the_strength_of_the_momen
 
     toy_run(tmp_path, Around(1.5), max_steps=8, max_epochs=-1, accumulate_grad_batches=2)
     assert seen == [False] + [True] * 7
+
+
+def test_dampening_is_for_the_weights_that_the_optimizer_moves():
+    x = torch.randn(4, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    plan, _ = make_plan(model, QuantPolicy.from_dict({"weight": {"bits": 3}}), lambda: model(x))
+    apply_plan(model, plan)
+    calibrate(model, lambda: model(x))
+    for layer in model:
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    now = SimpleNamespace(max_epochs=None, max_steps=2, global_step=1)
+    DampenOscillations().on_before_optimizer_step(now, model, SGD(model[0].parameters(), lr=0.1))
+    assert model[0].weight.grad.any() and not model[1].weight.grad.any()

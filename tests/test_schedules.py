@@ -403,6 +403,13 @@ def test_training_that_stops_before_the_last_bits_says_so(tmp_path):
 # -- enabling ----------------------------------------------------------------------------------------------------------
 
 
+def test_a_schedule_that_was_cut_off_begins_anew_with_another_module(tmp_path):
+    anneal = AnnealBits({0: 8, 2: 4})
+    trainer(tmp_path, anneal, max_epochs=3, max_steps=4).fit(net(), data())
+    seen = watched(tmp_path, lambda m: m.stem.weight_quantizer.spec.bits, anneal, max_epochs=3)
+    assert seen == [8] * 8 + [4] * 4
+
+
 def test_weights_are_quantized_first_and_activations_later(tmp_path):
     def on(m):
         return tuple({q.on for _, q in named_quantizers(m) if q.is_weight is weight}.pop() for weight in (True, False))
