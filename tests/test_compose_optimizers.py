@@ -232,18 +232,21 @@ def test_optimizers_that_take_turns_both_have_the_scales(tmp_path):
         assert {id(p) for group in optimizer.param_groups for p in group["params"]} == everything
 
 
-def test_scales_that_have_a_rate_of_their_own_keep_it(tmp_path):
+@pytest.mark.parametrize(
+    ("own", "lr"), [pytest.param({"lr": 0.003}, 0.003, id="own-rate"), pytest.param({}, 0.01, id="own-group")]
+)
+def test_scales_in_a_group_of_their_own_keep_its_rate_or_have_their_share_of_the_optimizer_s(own, lr, tmp_path):
     def configure(net: nn.Module) -> Any:
         named = dict(net.named_parameters())
         inputs = [p for n, p in named.items() if "input_quantizer" in n]  # of sites, too
         others = [p for n, p in named.items() if "input_quantizer" not in n]
-        optimizer = torch.optim.SGD([{"params": others}, {"params": inputs, "lr": 0.003}], lr=0.1)
+        optimizer = torch.optim.SGD([{"params": others}, {"params": inputs, **own}], lr=0.1)
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda e: 0.5, lambda e: 1.0])]
 
     fitted = trainer(tmp_path)
     fitted.fit(Configured(configure), loader())
     assert [len(group["params"]) for group in fitted.optimizers[0].param_groups] == [8, 3, 5]
-    assert [group["lr"] for group in fitted.optimizers[0].param_groups] == pytest.approx([0.05, 0.005, 0.003])
+    assert [group["lr"] for group in fitted.optimizers[0].param_groups] == pytest.approx([0.05, 0.005, lr])
 
 
 class Thaw(BaseFinetuning):

@@ -214,6 +214,7 @@ def test_the_teacher_stays_out_of_optimizer_and_checkpoint_and_nothing_is_left_o
     assert [list(v) for k, v in saved["callbacks"].items() if k.startswith("Distill")] == [["teacher"]]
     for name, value in distill._teacher.net.state_dict().items():
         assert torch.equal(value, float_weights[name]), "the teacher never learns"
+    assert not any(part.training for part in distill._teacher.modules())
     assert "training_step" not in module.__dict__ and "configure_model" not in module.__dict__
     assert not module._forward_hooks and not module.net[0]._forward_hooks
 
@@ -316,6 +317,18 @@ def test_a_look_without_gradient_beside_the_step_s_own_is_allowed():
     module = Twice()
     trainer(Distill(features="net.0"), max_steps=1).fit(module, data())
     assert len(module.losses) == 1
+
+
+def test_a_step_without_gradient_is_the_task_s_alone():
+    losses = []
+
+    class Look(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            with torch.no_grad():
+                losses.append((pl_module.training_step(batch, 0), F.cross_entropy(pl_module(batch[0]), batch[1])))
+
+    trainer(Distill(), Look(), max_steps=1).fit(Plain(), data())
+    assert losses and torch.equal(*losses[0])
 
 
 @pytest.mark.parametrize(

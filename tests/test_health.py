@@ -94,6 +94,14 @@ def test_the_numbers_are_what_their_names_say(tmp_path):
     assert moved > 0 and row.drift == pytest.approx(moved)
 
 
+def test_a_code_oscillates_if_one_step_changes_it_and_the_next_changes_it_back():
+    health = QuantizerHealth()
+    health._levels = {
+        "fc": [torch.tensor(codes) for codes in ([0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0, 1.0, 2.0, 1.0])]
+    }
+    assert health._oscillation("fc.weight_quantizer") == 1 / 4
+
+
 def _tiny_scale(found, module):
     found["fc1.weight_quantizer"].scale.mul_(1e-12)
 

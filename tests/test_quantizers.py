@@ -370,6 +370,14 @@ def test_a_channel_of_one_element(name, grid):
     assert all(t.isfinite().all() for t in (y, grad, *learned.values()))
 
 
+@each([case for case in CASES if make(*case).follows])
+def test_a_tensor_may_be_read_twice_before_backward_though_its_range_moves(name, grid):
+    quantizer, x = ready(name, grid)
+    x = x.requires_grad_()
+    (quantizer(x) + quantizer(x)).sum().backward()
+    assert x.grad.any()
+
+
 @each(CASES)
 def test_nan_shows_in_training_and_has_no_code(name, grid):
     quantizer, x = ready(name, grid)
