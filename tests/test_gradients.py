@@ -325,6 +325,12 @@ def test_n2uq_learns_thresholds(signed):
     np.testing.assert_allclose(learned["widths"], (g * 0.5 * along).sum((1, 2, 3)) * gs, rtol=1e-4, atol=1e-6)
 
 
+def test_a_value_on_a_threshold_of_n2uq_belongs_to_the_level_above_it():
+    quantizer = quantizers.create(QuantSpec(bits=3, quantizer="n2uq", signed=False, narrow=False))
+    quantizer.calibrate(torch.ones(4))
+    assert quantizer.levels(quantizer.scale * torch.tensor([0.5, 1.5, 2.5, 6.5])).tolist() == [1, 2, 3, 7]
+
+
 def test_n2uq_is_lsq_at_the_start():
     x, g = np.random.default_rng(0).uniform(-4, 5, (2, *SHAPE))
     results = []

@@ -1,5 +1,6 @@
 """Health of quantizers: what is logged while training, what a checkpoint remembers, and what `qat inspect` says."""
 
+import csv
 import io
 import json
 import re
@@ -20,11 +21,14 @@ from torch.utils.data import DataLoader
 from qat import QATCallback
 from qat.cli import main
 from qat.errors import UserError
+from qat.functional import SCALE_FLOOR
 from qat.health import Health, from_checkpoint, worst_first
 from qat.insert import named_quantizers
 from qat.lightning import QuantizerHealth
 from qat.models import MLP
+from qat.quantizers import create
 from qat.report.health import health_table
+from qat.spec import QuantSpec
 
 POLICY = {"weight": {"bits": 2, "granularity": "channel"}, "act": {"bits": 4}}
 
@@ -64,6 +68,20 @@ def test_every_measure_of_every_quantizer_is_in_the_log(tmp_path):
     for name, quantizer in named_quantizers(module):
         for what in ("sqnr_db", "clip_rate", "drift", "grad_norm", *["oscillation"] * quantizer.is_weight):
             assert f"health/{what}/{name}" in header
+
+
+def test_a_measurement_is_logged_at_the_last_step_it_looked_at(tmp_path):
+    fit(tmp_path, QuantizerHealth(), max_steps=2)
+    rows = csv.DictReader((tmp_path / "csv" / "metrics.csv").read_text().splitlines())
+    assert [row["step"] for row in rows if row.get("health/drift/fc1.weight_quantizer")] == ["1"]
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan], ids=str)
+def test_a_batch_that_is_not_finite_is_left_out(value):
+    health, quantizer = QuantizerHealth(), create(QuantSpec(4, signed=True, narrow=True))
+    quantizer.calibrate(torch.ones(4))
+    health._watch("act")(quantizer, (torch.tensor([1.0, value]),))
+    assert not health._tallies
 
 
 def test_the_numbers_are_what_their_names_say(tmp_path):
@@ -293,3 +311,9 @@ def test_a_step_is_too_few_for_oscillation():
 @pytest.mark.parametrize(("bits", "said"), [(1, []), (2, ["75% of its values are clipped"])], ids=["one-bit", "two"])
 def test_a_grid_of_one_bit_has_nothing_but_ends_to_clip_to(bits, said):
     assert Health("q", "l", "weight", f"int{bits}", bits, 2, 0.1, 3.0, 0.75).findings() == said
+
+
+@pytest.mark.parametrize(("times", "count"), [(1, 1), (2, 0)], ids=["at", "above"])
+def test_a_scale_at_its_floor_has_collapsed(times, count):
+    row = Health("q", "l", "weight", "int2", 2, 2, SCALE_FLOOR * times, 3.0, 0.0)
+    assert len(row.findings()) == count

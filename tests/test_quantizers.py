@@ -495,6 +495,18 @@ def test_a_subclass_of_lsq_chooses_the_scale_of_its_gradient():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize(
+    ("shape", "share"), [pytest.param((4, 8), 1.0, id="weight"), pytest.param(None, 0.25, id="activation")]
+)
+def test_a_range_follows_weights_at_once_and_activations_by_a_moving_average(shape, share):
+    spec = QuantSpec(8, signed=True, narrow=True, quantizer="minmax", options={"momentum": 0.25})
+    quantizer, x = quantizers.create(spec, shape and torch.Size(shape)), numbers((4, 8))
+    quantizer.calibrate(x)
+    before = quantizer.scale.clone()
+    quantizer(3 * x)
+    torch.testing.assert_close(quantizer.scale, torch.lerp(before, 3 * before, share))
+
+
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan], ids=str)
 @pytest.mark.parametrize("symmetric", [False, True], ids=["affine", "symmetric"])
 def test_a_range_that_follows_the_data_passes_by_a_batch_that_is_not_finite(symmetric, value):

@@ -124,6 +124,14 @@ def test_a_microscaling_scale_is_set_by_the_largest_magnitude_of_either_sign(spe
     assert snap(scale, spec).item() == 2.0**exponent
 
 
+def test_an_affine_grid_s_zero_is_where_the_scale_that_is_stored_puts_it():
+    scale, zero_point = ranges.scale_and_zero_point(
+        torch.tensor([-1.0]), torch.tensor([2.0]), GRIDS["uint8-affine-pow2"]
+    )
+    stored = snap(scale, GRIDS["uint8-affine-pow2"])
+    assert stored.item() != scale.item() and zero_point.item() == round(1 / stored.item())
+
+
 def test_rows_of_zeros_take_the_largest_scale_of_the_others_or_one():
     x = torch.tensor([[0.0, 0.0], [1.0, -127.0], [3.0, 2.0]])
     scale, _ = ranges.scale_and_zero_point(*ranges.minmax(x, GRIDS["int4-narrow"]), GRIDS["int4-narrow"])
@@ -180,7 +188,7 @@ def test_mse_clips_outliers_where_codes_are_few_and_does_not_where_they_are_many
 
 @each_grid
 def test_lsq_starts_at_twice_the_mean_magnitude_over_the_root_of_the_highest_code(spec):
-    x = numbers(4, 50)
+    x = numbers(4, 50) + 1
     scale, _ = ranges.scale_and_zero_point(*ranges.lsq(x, spec), spec)
     if spec.symmetric and spec.scale != "e8m0":
         torch.testing.assert_close(scale, 2 * x.abs().mean(1) / spec.quant_max**0.5)
@@ -217,6 +225,15 @@ def test_kl_finds_the_threshold_of_entropy_calibration():
     best = min(expected, key=expected.__getitem__) / ranges.BINS * 16
     assert ranges.kl(x, spec)[1].item() == pytest.approx(best, rel=0.15)
     assert best < 8  # the outliers are clipped
+
+
+def test_kl_counts_outliers_at_the_end_of_what_is_kept_and_not_in_what_the_grid_leaves_of_it(monkeypatch):
+    monkeypatch.setattr(ranges, "BINS", 4)
+    counts, centres = torch.tensor([[4.0, 2.0, 1.0, 3.0]]), torch.tensor([[0.5, 1.5, 2.5, 3.5]])
+    found = ranges._divergence(
+        counts, centres, *torch.tensor([1.0, 0.0, 1.0]).view(3, 1, 1), QuantSpec(1, signed=False)
+    )
+    assert found.item() == pytest.approx(sum(p * math.log(p / q) for p, q in ((4 / 10, 4 / 6), (6 / 10, 2 / 6))))
 
 
 def test_kl_ignores_zeros_and_treats_rows_alone(monkeypatch):

@@ -162,6 +162,15 @@ def test_finding_pairs_leaves_every_weight_as_it_was_to_the_last_bit():
         assert torch.equal(value, before[name]), name
 
 
+@torch.no_grad()
+def test_a_pair_that_was_divided_for_a_while_has_been_divided_by_nothing():
+    net = lived(Net())
+    pair = find_pairs(net, lambda: net(_input(4)))[0]
+    with pair.divided(torch.full_like(pair.total, 2.0)):
+        assert (pair.total == 2).all()
+    assert (pair.total == 1).all()
+
+
 def test_equalizing_helps_a_scale_per_tensor():
     def error(start):
         torch.manual_seed(0)
@@ -264,6 +273,7 @@ def test_learned_rounding_beats_nearest_on_data_it_has_not_seen(blocks):
     AdaRound(blocks, steps=300, lr=0.03).refine(net, lambda: net(x), plan)
     after = F.mse_loss(net(unseen), expected).item()
     assert after < 0.7 * before
+    assert all(parameter.grad is None for parameter in net.parameters())
     layers = [m for m in net.modules() if isinstance(m, nn.Linear)]
     for old, layer in zip(codes, layers, strict=True):
         moved = (layer.weight_quantizer.quantize(layer.weight).int() - old.int()).abs()
@@ -535,3 +545,14 @@ def test_what_decides_joins_after_a_fifth_of_the_steps_and_sharpens_from_then_on
     monkeypatch.setattr(SoftRounding, "undecided", lambda soft, b: seen.append(b) or undecided(soft, b))
     AdaRound(steps=10).refine(net, lambda: net(x), plan)
     assert seen == pytest.approx([20 - 18 * step / 8 for step in range(8)])
+
+
+def test_while_a_layer_learns_its_rounding_all_others_are_in_evaluation(monkeypatch):
+    net, x, seen = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(8, 4), []
+    plan = quantized(net, x, POLICY)
+    undecided = SoftRounding.undecided
+    monkeypatch.setattr(
+        SoftRounding, "undecided", lambda soft, b: seen.append([m.training for m in net]) or undecided(soft, b)
+    )
+    AdaRound(steps=2).refine(net, lambda: net(x), plan)
+    assert seen == [[True, False, False], [False, False, True]]
