@@ -3,7 +3,8 @@
 For every quantizer, over all values `x` of one pass and what the grid makes of them, `fq(x)`:
 
     sqnr_db      10 log10(sum x^2 / sum (x - fq(x))^2): about 6 dB per bit put to use
-    clip_rate    share of values that lie more than half a step outside the grid: many mean that the range is too tight
+    clip_rate    share of values that lie more than half of its last step outside the grid: many mean that the range is
+                 too tight
     used_codes   share of the grid's codes that occur: few mean that the range is too wide, or that fewer bits would do
 
 Activations are seen by hooks on their quantizers while the model runs (the second of two grids in a row sees what the
@@ -20,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.functional import levels
+from qat.formats import round_midrise
+from qat.functional import ratio
 from qat.insert import named_quantizers
 from qat.layers.weights import quantized_weights
 from qat.modes import evaluating
 from qat.quantizers import Quantizer
+from qat.spec import QuantSpec
 
 READER = re.compile(r"\.?(?:input|weight)_quantizer(?:_\d+)?(?:\.\d+)?$")
 """Suffix that turns a quantizer's name into that of the layer or site that reads it: `.weight_quantizer`,
@@ -93,10 +96,17 @@ class Tally:
 
 
 def _clipped(quantizer: Quantizer, x: Tensor) -> int:
-    """How many values round to a level beyond the grid's last, which is one more than clipping lets through."""
+    """How many values lie more than half of the grid's last step outside it."""
     scale, low, high = quantizer.grid(x)
-    level = levels(quantizer.partition.grouped(quantizer.transform(x)), scale, low - 1, high + 1)
-    return int(((level < low) | (level > high)).sum())
+    v, half = ratio(quantizer.partition.grouped(quantizer.transform(x)), scale), _last_step(quantizer.spec) / 2
+    return int(((v < low - half) | (v > high + half)).sum())
+
+
+def _last_step(spec: QuantSpec) -> float:
+    """From the highest level to the one below it."""
+    if spec.float_format is not None:
+        return spec.float_format.magnitudes[-1] - spec.float_format.magnitudes[-2]
+    return 2.0 if spec.rounding is round_midrise else 1.0
 
 
 @torch.no_grad()

@@ -10,7 +10,9 @@ from qat.calibrate import calibrate
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan
 from qat.policy import QuantPolicy
-from qat.stats import QuantizerStats, quantizer_stats, weight_stats
+from qat.quantizers import create
+from qat.spec import QuantSpec
+from qat.stats import QuantizerStats, Tally, quantizer_stats, weight_stats
 
 
 class Fork(nn.Module):
@@ -86,6 +88,17 @@ def test_clip_rate_counts_values_that_round_beyond_the_grid(symmetric):
     outside[0, :3] = torch.tensor([2.0, -2.0, 1.5])
     stats = by_name(quantizer_stats(model, lambda: model(outside)))
     assert stats["0.input_quantizer"].clip_rate == 3 / 64
+
+
+@pytest.mark.parametrize(
+    ("format", "end"), [("int", 7.5), ("midrise", 16.0), ("e2m1", 7.0)], ids=["int", "midrise", "e2m1"]
+)
+def test_a_value_is_clipped_from_half_of_the_last_step_on(format, end):
+    quantizer = create(QuantSpec(4 if format != "e2m1" else None, format, signed=True, quantizer="fixed"))
+    quantizer.calibrate(torch.ones(4))
+    tally = Tally()
+    tally.add("x", quantizer, quantizer.scale * torch.tensor([end - 0.1, end + 0.1, 0.0]))
+    assert tally.clipped == 1
 
 
 @pytest.mark.parametrize(
