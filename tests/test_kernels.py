@@ -141,6 +141,15 @@ def test_modes_that_see_each_operation_see_those_of_a_quantizer():
         assert quantizer(torch.randn(32, 4096)).shape == (32, 4096)
 
 
+def test_a_second_derivative_goes_through_operations_that_torch_can_differentiate(monkeypatch):
+    quantizer, x = lsq(), torch.linspace(-0.9, 0.9, 4096).requires_grad_()
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizer.gradient.backward, "large", lambda *_: pytest.fail("that may be compiled"))
+        (first,) = torch.autograd.grad(quantizer(x).square().sum(), x, create_graph=True)
+    first.sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2.0))  # the square's; a rounding's own is that of x itself
+
+
 def test_without_a_compiler_it_warns_once_and_computes_the_same(monkeypatch):
     monkeypatch.setattr(dispatch, "SMALL", 0)
     kernels.configure("never")

@@ -18,6 +18,7 @@ from qat.insert import named_quantizers
 from qat.modes import evaluating
 from qat.starts import AdaRound, CorrectBias, Equalize
 from qat.starts.adaround import SoftRounding
+from qat.starts.base import in_float
 from qat.starts.equalize import find_pairs
 
 POLICY = {"weight": {"bits": 3, "granularity": "channel"}, "act": {"bits": 8}}
@@ -253,6 +254,16 @@ def test_without_a_bias_or_a_batchnorm_there_is_nothing_to_correct():
     plan = quantized(net, x, POLICY)
     with pytest.raises(UserError, match="no quantized layer of Sequential has a bias"):
         CorrectBias().refine(net, lambda: net(x), plan)
+
+
+def test_what_was_off_stays_off_behind_a_pass_in_float():
+    net, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), torch.randn(8, 4)
+    quantized(net, x, POLICY)
+    net[0].weight_quantizer.enable(False)
+    before = [quantizer.on for _, quantizer in named_quantizers(net)]
+    with in_float(net):
+        assert not any(quantizer.on for _, quantizer in named_quantizers(net))
+    assert [quantizer.on for _, quantizer in named_quantizers(net)] == before
 
 
 # -- AdaRound ----------------------------------------------------------------------------------------------------------
