@@ -1,5 +1,6 @@
 """Readers of one tensor share what its quantizer made of it."""
 
+import copy
 import sys
 import threading
 
@@ -72,6 +73,15 @@ def test_a_range_that_follows_the_data_moves_once_for_each_tensor(model):
     model.train()(10 * x)
     (read,) = seen
     torch.testing.assert_close(grid.running_high, torch.lerp(before, read.max(), grid.momentum))
+
+
+def test_a_range_that_follows_the_data_moves_as_often_where_a_compiler_rounds_for_each_reader(model):
+    x = torch.randn(16, 8)
+    quantized(model, x, MINMAX)
+    again = copy.deepcopy(model).train()
+    model.train()(10 * x)
+    torch.compile(again, backend="eager")(10 * x)
+    torch.testing.assert_close(shared_grid(again).running_high, shared_grid(model).running_high)
 
 
 def test_a_tensor_that_is_written_to_between_two_readers_is_rounded_again():

@@ -299,6 +299,12 @@ def test_another_infinity_than_the_model_s_is_none_of_its_outputs(actual) -> Non
     assert comparison.mean_steps == comparison.deviation_steps == np.inf
 
 
+def test_steps_are_those_of_the_model_s_outputs_however_far_the_file_s_reach() -> None:
+    comparison, expected = Comparison(), np.linspace(-1, 1, 30, dtype=np.float32).reshape(10, 3)
+    comparison.update(expected, 100 * expected)
+    assert comparison.deviation_steps == pytest.approx(99 * 255 / 2)
+
+
 def test_one_sample_has_the_range_of_all_its_outputs() -> None:
     comparison, expected = Comparison(), np.array([[-1, 0, 1]], np.float32)
     comparison.update(expected, expected + np.float32(2 / 255))
