@@ -7,9 +7,9 @@ import time
 import pytest
 
 from qat.errors import UserError
-from qat.search.allocate import Cost, Problem, smallest, solve
+from qat.search.allocate import Cost, Problem, _Limit, smallest, solve
 from qat.search.budget import amount
-from qat.search.front import front
+from qat.search.front import _undominated, front
 from qat.search.space import Layer
 
 
@@ -152,6 +152,28 @@ def test_a_budget_is_met_to_the_last_byte():
     for factor in (1, 1.1, 1.37, 2):
         limit = int(cost.total(smallest(problem, "packed")) * factor)
         assert cost.total(solve(problem, {"packed": limit})) <= limit
+
+
+def test_a_cut_forbids_nothing_that_is_within_the_budget():
+    options = [(width, None) for width in (2, 4, 8)]
+    excess = {(name, pair): float(cost) for name in "abc" for pair, cost in zip(options, range(3), strict=True)}
+    for room in range(6):
+        limit = _Limit(excess, room)
+        choices = [dict(zip("abc", pairs, strict=True)) for pairs in itertools.product(options, repeat=3)]
+        for broken in [choice for choice in choices if limit.over(choice) > 0]:
+            items, most = limit.cover(broken)
+            assert len(items & broken.items()) > most
+            assert all(len(items & choice.items()) <= most for choice in choices if limit.over(choice) <= 0)
+
+
+def test_what_costs_more_and_does_no_less_harm_is_not_on_the_front():
+    pairs = [(2, None), (4, None), (8, None)]
+    harm, cost = (
+        {("l", pair): value for pair, value in zip(pairs, of, strict=True)} for of in ((1, 1, 0.5), (2, 4, 8))
+    )
+    problem = Problem([Layer("l", "l.weight", None, tuple(pairs))], harm, {"packed": Cost(cost)})
+    kept = _undominated(problem, problem.costs["packed"], [{"l": pair} for pair in pairs])
+    assert kept == [{"l": (2, None)}, {"l": (8, None)}]
 
 
 def test_a_budget_that_cannot_be_met_names_the_smallest_feasible_which_can():

@@ -221,7 +221,7 @@ def _equalities(problem: Problem, columns: list[tuple[str, Pair]]) -> tuple[Any,
         rows.append(dict.fromkeys(indices, 1.0))
         right.append(1.0)
     for first, other, part in _links(problem):
-        for value in dict.fromkeys(part(columns[i][1]) for i in of[first] + of[other]):
+        for value in dict.fromkeys(part(columns[i][1]) for i in of[first]):  # the first's one is the other's one
             row = {i: 1.0 for i in of[first] if part(columns[i][1]) == value}
             row |= {i: -1.0 for i in of[other] if part(columns[i][1]) == value}
             rows.append(row)
