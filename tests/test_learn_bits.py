@@ -99,6 +99,10 @@ def test_the_scale_s_gradient_is_that_of_both_grids_each_in_its_own_unit():
     torch.testing.assert_close(grid.quantizer.scale.grad, whole, rtol=1e-4, atol=1e-5)
 
 
+def test_in_the_middle_of_two_widths_the_wider_is_the_nearest():
+    assert [Width([2, 4, 8], at).nearest for at in (2.9, 3.0, 5.9, 6.0)] == [2, 4, 4, 8]
+
+
 def test_evaluation_has_the_nearest_width_on_its_own_calibrated_grid():
     grid, weight = _grid(at=2.4)
     grid.quantizer.eval()

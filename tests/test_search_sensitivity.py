@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +16,12 @@ from qat.planning.audit import audit, bops
 from qat.planning.planner import make_plan
 from qat.policy import QuantPolicy
 from qat.search import Search
-from qat.search.costs import Files, make_costs
+from qat.search.costs import Files, make_costs, make_harms
 from qat.search.emit import write
 from qat.search.hessian import traces
 from qat.search.measured import Measured
-from qat.search.sensitivity import measure, missing
-from qat.search.space import make_space, with_bits
+from qat.search.sensitivity import mean_loss, measure, missing
+from qat.search.space import Layer, make_space, with_bits
 
 POLICY = QuantPolicy.from_dict({"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 8}})
 
@@ -135,17 +136,23 @@ def test_one_grid_at_a_time_and_the_model_stays_as_it_is(tmp_path):
     losses = _cross_entropy(model)
     measure(space, measured, losses, probes=0)
     assert type(model.stem) is nn.Conv2d and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    weight = model.stem.weight.detach()
     by_hand = copy.deepcopy(model)
     from qat.insert import apply_plan, named_quantizers
 
     apply_plan(by_hand, space.plans[2])
-    quantizer = dict(named_quantizers(by_hand))["stem.weight_quantizer"]
-    quantizer.calibrate(weight)
-    rounded = copy.deepcopy(model)
-    rounded.stem.weight.data = quantizer(weight).detach()
-    expected = sum(loss.item() for loss, _ in losses(rounded)) / 2 - sum(loss.item() for loss, _ in losses(model)) / 2
-    assert measured.tensors["stem.weight"]["bits"]["2"]["loss_increase"] == pytest.approx(expected, abs=1e-6)
+    for name in ("stem", "head"):  # the first to be measured, and one behind others
+        weight = model.get_parameter(f"{name}.weight").detach()
+        quantizer = dict(named_quantizers(by_hand))[f"{name}.weight_quantizer"]
+        quantizer.calibrate(weight)
+        rounded = copy.deepcopy(model)
+        rounded.get_parameter(f"{name}.weight").data = quantizer(weight).detach()
+        pairs = zip(losses(rounded), losses(model), strict=True)
+        expected = sum(noisy.item() - exact.item() for (noisy, _), (exact, _) in pairs) / 2
+        assert measured.tensors[f"{name}.weight"]["bits"]["2"]["loss_increase"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_mean_loss_is_that_of_all_samples():
+    assert mean_loss(nn.Identity(), lambda _: iter([(torch.tensor(1.0), 3), (torch.tensor(5.0), 1)])) == 2
 
 
 def test_what_was_measured_before_a_kill_is_not_measured_again(tmp_path):
@@ -206,6 +213,21 @@ def test_layers_that_read_one_tensor_share_a_grid_and_layers_of_one_weight_share
     layers = {layer.name: layer for layer in space.layers}
     assert layers["body"].act == layers["down"].act and layers["body"].weight != layers["down"].weight
     assert space.tensors[layers["body"].act or ""] == ["body", "down"]
+
+
+def test_a_grid_harms_once_however_many_layers_have_it():
+    grids = {"first": ("w", "x"), "same-weight": ("w", "x"), "same-input": ("v", "x")}
+    layers = [Layer(name, weight, act, ((4, 8),)) for name, (weight, act) in grids.items()]
+    harms = make_harms(SimpleNamespace(layers=layers), lambda *of: {("w", 4): 1.0, ("v", 4): 2.0, ("x", 8): 4.0}[of])
+    assert list(harms.values()) == [5, 0, 2]
+
+
+def test_no_allocation_of_one_width_is_predicted_smaller_than_the_file_that_was_made_of_it():
+    model = Drawn(Shape())
+    space, sizes = _space(model, model.example(2)), {2: 10_000, 8: 10_001}
+    cost = make_costs(space, Files(packed=sizes))["packed"]
+    widths = {width: {layer.name: (width, 8) for layer in space.layers} for width in sizes}
+    assert min(cost.total(widths[width]) - size for width, size in sizes.items()) == 0
 
 
 def test_costs_of_an_encoder_are_those_that_its_audit_shows():
