@@ -235,6 +235,13 @@ def test_biases_are_whole_steps_of_the_accumulator() -> None:
     assert (error.abs() <= bias.scale / 2 * (1 + 1e-6)).all()
 
 
+@pytest.mark.parametrize(("weight", "act"), [(12, 8), (8, 12)], ids=["weight", "input"])
+def test_a_bias_stays_float_where_codes_have_more_bits_than_int32_adds_up(weight, act) -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(8, 4)
+    _, converted = both(model, x, {"weight": {"bits": weight}, "act": {"bits": act}})
+    assert converted[0].integer_bias is None and torch.equal(converted[0].bias, model[0].bias)
+
+
 def test_a_bias_beyond_int32_ends_where_int32_does() -> None:
     model, x = nn.Sequential(nn.Linear(4, 2)), torch.randn(8, 4)
     model[0].bias.data = torch.tensor([1e12, -1e12])

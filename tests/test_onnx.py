@@ -206,6 +206,22 @@ def test_an_empty_batch_gives_no_outputs(tmp_path) -> None:
         assert OnnxRunner(path, optimize=optimize)(x[:0].numpy()).shape == (0, 5)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        pytest.param(lambda m, x: m.a(x).mean((1, 2)), id="mean-over-channels-and-rows"),
+        pytest.param(
+            lambda m, x: torch.cat([m.b(y := F.max_pool2d(F.relu(m.a(x)), 2)), y], 1), id="pooled-relu-that-two-read"
+        ),
+    ],
+)
+def test_what_only_looks_like_a_pattern_keeps_its_values(tmp_path, call) -> None:
+    x, path = torch.randn(8, 4, 6, 6), tmp_path / "model.onnx"
+    model = Calls(call, a=nn.Conv2d(4, 8, 3), b=nn.Conv2d(8, 8, 1))
+    fake, _ = exported(model, x, {"weight": W8, "act": A8, "sites": "off"}, path)
+    assert deviations(path, fake, x, False).max() <= 1e-5
+
+
 def test_a_residual_addition_is_an_integer_kernel(tmp_path) -> None:
     model, path = lived(Drawn(Shape(kind="strided"))), tmp_path / "model.onnx"
     exported(model, model.example(4), POLICY, path)

@@ -222,6 +222,13 @@ def test_a_grid_harms_once_however_many_layers_have_it():
     assert list(harms.values()) == [5, 0, 2]
 
 
+def test_codes_of_a_tied_weight_are_in_an_exported_file_once():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    model[2].weight = model[0].weight
+    table = make_costs(_space(model, torch.randn(2, 8)), Files(size={2: 1000}))["size"].table
+    assert [table[name, (4, 8)] for name in ("0", "2")] == [32, 0]
+
+
 def test_no_allocation_of_one_width_is_predicted_smaller_than_the_file_that_was_made_of_it():
     model = Drawn(Shape())
     space, sizes = _space(model, model.example(2)), {2: 10_000, 8: 10_001}
