@@ -242,3 +242,14 @@ def test_what_falls_short_by_little_never_looks_like_enough():
     rows = [AuditRow("a", "Linear", macs=99_999), AuditRow("b", "Linear", macs=1, reason="policy leaves it float")]
     with pytest.raises(UserError, match=r"require_coverage=1.0: 99\.99% of"):
         check_coverage(rows, {"": 1.0})
+
+
+def test_the_largest_gaps_are_named_first():
+    rows = [AuditRow("small", "Linear", macs=10, reason="why"), AuditRow("large", "Linear", macs=90, reason="why")]
+    with pytest.raises(UserError, match=r"float are 'large' 90\.0% \(why\); 'small' 10\.0%"):
+        check_coverage(rows, {"": 1.0})
+
+
+def test_a_weight_without_a_grid_counts_as_float_beside_its_input():
+    assert AuditRow("a", "Linear", act_bits=8, macs=10, reason="policy leaves it float").bops == 10 * 32 * 8
+    assert AuditRow("a", "matmul", act_bits=8, macs=10).bops == 10 * 8 * 8

@@ -222,6 +222,13 @@ def test_what_only_looks_like_a_pattern_keeps_its_values(tmp_path, call) -> None
     assert deviations(path, fake, x, False).max() <= 1e-5
 
 
+def test_a_relu_leaves_the_limits_of_the_grid_behind_it(tmp_path) -> None:
+    x, path = torch.randn(8, 16), tmp_path / "model.onnx"
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    fake, _ = exported(model, x, {"weight": W8, "act": {"bits": 4}}, path)
+    assert deviations(path, fake, 8 * x, False).max() <= 1e-5  # beyond all limits
+
+
 def test_a_residual_addition_is_an_integer_kernel(tmp_path) -> None:
     model, path = lived(Drawn(Shape(kind="strided"))), tmp_path / "model.onnx"
     exported(model, model.example(4), POLICY, path)
