@@ -20,7 +20,8 @@ from qat.spec import QuantSpec
 
 
 class MinMax(Fixed):
-    """Tracked range. `tracking` says whether it moves; checkpoints do not carry it, as what stops it goes on elsewhere.
+    """Tracked range; `tracking` (a buffer, so that compiled code asks for it) freezes it. Checkpoints do not hold that:
+    the callback that froze a range may not be there in the fit that goes on.
 
     Use it for weights in blocks (MX, NVFP4), whose scale is defined by the largest magnitude, and to do as torch's and
     TensorFlow's own QAT does.
@@ -32,6 +33,7 @@ class MinMax(Fixed):
 
     running_low: Tensor
     running_high: Tensor
+    tracking: Tensor
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0, momentum: float = 0.01) -> None:
         if not 0 < momentum <= 1:
@@ -42,16 +44,16 @@ class MinMax(Fixed):
             self.gradient = gradient(forward, dynamic.backward, spec.rounding)
         self.register_buffer("running_low", torch.zeros_like(self.scale))
         self.register_buffer("running_high", torch.zeros_like(self.scale))
-        self.tracking = True
+        self.register_buffer("tracking", torch.ones(1, dtype=torch.bool), persistent=False)
 
     @torch.no_grad()
     def follow(self, x: Tensor) -> None:
-        if not self.tracking or not x.numel() or recomputing():
+        if not x.numel() or recomputing():
             return
         running, rows = self.running_low, self.partition.rows(x.float())
         low, high = (r.view_as(running).to(running.dtype) for r in minmax(rows, self.spec))
         # A non-finite batch (an exploded step) must not poison the range for ever.
-        step = (low.isfinite() * high.isfinite()).to(running.dtype) * self.momentum
+        step = (self.tracking * low.isfinite() * high.isfinite()).to(running.dtype) * self.momentum
         self._set_range(
             torch.lerp(self.running_low, low.nan_to_num(), step).flatten(),
             torch.lerp(self.running_high, high.nan_to_num(), step).flatten(),

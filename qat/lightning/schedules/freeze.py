@@ -71,7 +71,7 @@ class FreezeRanges(Early):
     ) -> None:
         if self._trackers and reached(trainer, self.at):
             for quantizer in self._trackers:
-                quantizer.tracking = False
+                quantizer.tracking.fill_(False)
             self._frozen, self._trackers = self._trackers, []
 
     def on_before_optimizer_step(
@@ -81,15 +81,15 @@ class FreezeRanges(Early):
             for parameter in self._learned:
                 parameter.grad = None  # requires_grad=False would let DDP wait for its gradient
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._release()  # behind averages, which put the buffers of their copy in the place of the module's
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._release()
 
     def _release(self) -> None:
         for quantizer in self._frozen:
-            quantizer.tracking = True
+            quantizer.tracking.fill_(True)
         self._frozen = []
 
 
