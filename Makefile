@@ -26,11 +26,11 @@ size:
 # The stamps make a second call reuse the environment until pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "$(TORCH)"
-	$(PIP) install -e .
+	$(PIP) install --no-compile "$(TORCH)"
+	$(PIP) install --no-compile -e .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install "$(TORCH)" -e ".[dev]"
+	$(PIP) install --no-compile "$(TORCH)" -e ".[dev]"
 	touch $(VENV)/.installed $@

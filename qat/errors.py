@@ -27,7 +27,7 @@ def refused(error: OSError) -> UserError | None:
 
 
 def unmakeable(error: OSError, key: str | None = None) -> UserError:
-    """The error for a folder that the file system would not make; `key` is the config key that names it, if one does."""
+    """The error for a folder that the file system would not make; `key` is the config key that names it, if any."""
     where = error.filename if key is None else f"{key}={error.filename}"
     return UserError(f"{where}: there is no such folder, and none can be made ({error.strerror})")
 
