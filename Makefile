@@ -23,6 +23,7 @@ test: $(VENV)/.installed-dev
 size:
 	@$(PYTHON) benchmarks/size.py
 
+# --no-compile: Python compiles what is imported when it first is; most of what dependencies install never is.
 # The stamps make a second call reuse the environment until pyproject.toml changes.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

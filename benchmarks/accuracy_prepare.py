@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan, named_quantizers
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 from qat.starts import AdaRound, Start
 
 FIRST, LAST = "conv1", "linear"

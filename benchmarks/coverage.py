@@ -23,7 +23,7 @@ from qat.files import atomic
 from qat.insert import apply_plan, make_plan
 from qat.planning.audit import AuditRow, audit, coverage
 from qat.planning.plan import Plan
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 POLICY = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}, "kinds": "all"}
 """Of configs/quant/integer_only.yaml: every layer, and every function between them."""

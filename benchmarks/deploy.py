@@ -45,7 +45,7 @@ from qat.files import atomic
 from qat.insert import apply_plan, make_plan
 from qat.models import GPT, MobileNetV2, ResNet
 from qat.planning.plan import Plan
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 CALIBRATION, BATCH = 256, 64
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

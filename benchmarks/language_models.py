@@ -23,7 +23,7 @@ from qat.calibrate import calibrate
 from qat.config.configs import configs_dir
 from qat.insert import apply_plan, make_plan
 from qat.lightning.scale_groups import own_groups
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 LENGTH, BATCH = 64, 16
 

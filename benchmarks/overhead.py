@@ -32,7 +32,10 @@ COLUMNS = (
     "", "Python calls", "modules", "eval x float: 4 Linears", "GPT", "ResNet-20", "insertion s", "+ calibration s",
     "import s",
 )  # fmt: skip
-SOURCES = {"qat": "qat, qat.policy, qat.insert, qat.calibrate", **{name: peer.module for name, peer in PEERS.items()}}
+SOURCES = {
+    "qat": "qat, qat.policies.policy, qat.insert, qat.calibrate",
+    **{name: peer.module for name, peer in PEERS.items()},
+}
 
 
 def python_calls(model: nn.Module, x: Tensor) -> int:

@@ -6,7 +6,7 @@ from hydra import compose, initialize_config_dir
 
 from qat.config.configs import configs_dir, policy_settings
 from qat.config.instantiate import VERSION
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 
 def settings(*overrides: str) -> dict[str, Any]:

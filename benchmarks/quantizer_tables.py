@@ -18,10 +18,10 @@ from pages import DOCS, between, put
 
 from qat import quantizers
 from qat.errors import UserError
-from qat.formats import FLOATS
+from qat.grid.formats import FLOATS
+from qat.grid.ranges import ESTIMATORS
+from qat.grid.spec import FIXED_BITS, QuantSpec
 from qat.quantizers import Quantizer
-from qat.ranges import ESTIMATORS
-from qat.spec import FIXED_BITS, QuantSpec
 
 PAGE = "quantizers.md"
 FORMATS = ("int", "midrise", *FIXED_BITS)

@@ -20,9 +20,9 @@ from timing import bytes_saved_for_backward, interleave
 from torch import Tensor, nn
 
 from qat import kernels
+from qat.grid.spec import QuantSpec
 from qat.kernels.memory import keep_freed
 from qat.quantizers import create
-from qat.spec import QuantSpec
 
 WEIGHT_ROWS = 64
 

@@ -28,7 +28,7 @@ from qat import kernels
 from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan
 from qat.kernels.memory import keep_freed
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 COLUMNS = (
     "model", "", "CPU ms", "wall ms", "x float", "both compiled x float", "saved for backward x float",

@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qat.adapters import merge_adapters
     from qat.errors import UserError
+    from qat.grid.spec import QuantSpec
     from qat.insert import remove
     from qat.lightning.callback import QATCallback
     from qat.lightning.module import load_from_checkpoint
     from qat.lightning.weights import load_weights
-    from qat.policy import QuantPolicy
+    from qat.policies.policy import QuantPolicy
     from qat.quantizers.base import Quantizer
-    from qat.spec import QuantSpec
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it; the TYPE_CHECKING block above tells editors and pyright the same.
 _HOME = {
     "QATCallback": "qat.lightning.callback",
-    "QuantPolicy": "qat.policy",
-    "QuantSpec": "qat.spec",
+    "QuantPolicy": "qat.policies.policy",
+    "QuantSpec": "qat.grid.spec",
     "Quantizer": "qat.quantizers.base",
     "UserError": "qat.errors",
     "load_from_checkpoint": "qat.lightning.module",

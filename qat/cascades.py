@@ -13,7 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from qat.formats import round_int
+from qat.grid.formats import round_int
 from qat.quantizers import Quantizer
 
 MARGIN = 1e-4

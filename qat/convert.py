@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qat.convert_sites import convert_sites, give_up_parameters
 from qat.copies import copied
 from qat.errors import UserError
-from qat.formats import FLOATS, round_midrise
+from qat.grid.formats import FLOATS, round_midrise
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, integer_tensor, storage_bits
 from qat.layers import QuantizedLayer, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for
 from qat.layers.accumulator import accumulator_scale, bias_codes, folded

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat import quantizers
 from qat.errors import UserError, nearest
+from qat.grid.spec import QuantSpec
 from qat.insert_sites import insert_sites
 from qat.layers import (
     FUSED,
@@ -38,7 +39,6 @@ from qat.planning.addressable import check_shapes_known, has_weight
 from qat.planning.plan import Plan
 from qat.planning.planner import make_plan
 from qat.quantizers import Quantizer
-from qat.spec import QuantSpec
 
 __all__ = ["adopt_modes", "apply_plan", "make_plan", "named_quantizers", "remove"]
 

@@ -13,12 +13,12 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from qat.formats import Float, round_midrise
-from qat.functional import levels, values
+from qat.grid.formats import Float, round_midrise
+from qat.grid.functional import levels, values
+from qat.grid.spec import QuantSpec
 from qat.layers.site import Site
 from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
-from qat.spec import QuantSpec
 
 
 class IntegerTensor(nn.Module):

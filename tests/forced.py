@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import INTEGER_KERNELS, OnnxRunner, float_convolutions, weight_codes
 from qat.export.verify import Verdict, check_codes, expected_integer_nodes
-from qat.formats import round_int
+from qat.grid.formats import round_int
 from qat.integer import Eager, IntegerActivation, emitting
 from qat.quantizers import Quantizer
 

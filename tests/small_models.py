@@ -12,7 +12,7 @@ from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.insert import apply_plan, make_plan
 from qat.planning.plan import Plan
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 POLICY: dict[str, Any] = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 8}}
 

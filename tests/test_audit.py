@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan
 from qat.planning.audit import AuditRow, audit, check_coverage, coverage, to_dict
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 from qat.quantizers import Quantizer
 
 POLICY = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}, "sites": {"bits": 8}}

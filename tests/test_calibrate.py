@@ -13,11 +13,11 @@ from torchmetrics import MeanMetric
 
 from qat.calibrate import calibrate, needs_calibration
 from qat.errors import UserError
+from qat.grid.sample import SAMPLES_PER_BATCH, spread_out
+from qat.grid.spec import QuantSpec
 from qat.insert import apply_plan, make_plan, named_quantizers
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 from qat.quantizers import create
-from qat.sample import SAMPLES_PER_BATCH, spread_out
-from qat.spec import QuantSpec
 
 
 class Net(nn.Module):

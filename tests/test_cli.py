@@ -41,9 +41,9 @@ def points(monkeypatch):
 
 
 def _replace_run(monkeypatch, run) -> None:
-    fake = types.ModuleType("qat.lightning.run")
+    fake = types.ModuleType("qat.lightning.runs.run")
     fake.run = run  # pyright: ignore
-    monkeypatch.setitem(sys.modules, "qat.lightning.run", fake)
+    monkeypatch.setitem(sys.modules, "qat.lightning.runs.run", fake)
 
 
 def _error(capfd, *argv: str) -> str:

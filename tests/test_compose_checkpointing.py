@@ -14,7 +14,7 @@ from qat.calibrate import calibrate
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan
 from qat.lightning import TrackOscillations
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 WAYS = [
     pytest.param(None, id="without"),

@@ -34,7 +34,7 @@ from qat.lightning import (
 )
 from qat.lightning.losses import BatchLosses
 from qat.lightning.steps import trainer_source
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 # -- traced ------------------------------------------------------------------------------------------------------------
 

@@ -15,12 +15,12 @@ from tiny_module import MINMAX, POLICY, Tiny, loader, quantizer_state, same, tra
 from torch import nn
 
 from qat.errors import UserError
+from qat.grid.spec import QuantSpec
 from qat.insert import named_quantizers
 from qat.lightning import QATCallback, load_from_checkpoint
 from qat.lightning.scale_groups import own_groups
 from qat.lightning.scale_steps import FACTOR, in_proportion
 from qat.quantizers import create
-from qat.spec import QuantSpec
 
 
 class ByHand(Tiny):

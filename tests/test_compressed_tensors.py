@@ -17,7 +17,7 @@ from qat.export.compressed_tensors.target import CompressedTensorsTarget
 from qat.export.verify import Verdict, check_codes
 from qat.insert import apply_plan, make_plan
 from qat.models import CausalLM
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 torch.set_num_threads(1)
 LLAMA = {

@@ -8,9 +8,9 @@ from hydra import compose, initialize_config_dir
 from qat.config.configs import configs_dir, finish, policy_settings
 from qat.config.instantiate import VERSION, _check, instantiate
 from qat.errors import UserError
-from qat.lightning.workspace import Workspace
-from qat.policy import QuantPolicy
-from qat.ranges import ESTIMATORS
+from qat.grid.ranges import ESTIMATORS
+from qat.lightning.runs.workspace import Workspace
+from qat.policies.policy import QuantPolicy
 
 
 def _options(group: str) -> list[str]:
@@ -61,7 +61,7 @@ def test_every_config_begins_with_what_it_is_for(path):
 
 
 def test_the_default_quant_names_every_range_estimator():
-    named = re.search(r"qat/ranges\.py: (.*)", (configs_dir() / "quant/w8a8.yaml").read_text())
+    named = re.search(r"qat/grid/ranges\.py: (.*)", (configs_dir() / "quant/w8a8.yaml").read_text())
     assert named and named[1].split(", ") == list(ESTIMATORS)
 
 

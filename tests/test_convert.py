@@ -17,7 +17,7 @@ from qat.convert import convert
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan
 from qat.integer import Eager, IntegerTensor, emitting
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 from qat.quantizers import Quantizer
 
 NARROW = {"bits": 4, "granularity": "channel"}

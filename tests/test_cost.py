@@ -10,16 +10,16 @@ from torch import nn
 
 from qat.calibrate import calibrate
 from qat.convert import EVERYTHING, convert
-from qat.cost import average_bits, bit_operations
 from qat.export.packed import WEIGHTS, save_packed
 from qat.insert import apply_plan, make_plan
+from qat.measure.cost import average_bits, bit_operations
+from qat.measure.storage import with_bytes
 from qat.models import ResNet
 from qat.planning.audit import audit, bops
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 from qat.search import Search
 from qat.search.costs import Files, make_costs
 from qat.search.space import make_space
-from qat.storage import with_bytes
 
 CIFAR_RESNET20 = (
     16 * 3 * 9 * 32**2 + 6 * 16 * 16 * 9 * 32**2 + (16 + 5 * 32) * 32 * 9 * 16**2 + (32 + 5 * 64) * 64 * 9 * 64

@@ -13,11 +13,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from qat import kernels
 from qat.cli import main
 from qat.convert import convert
+from qat.grid.spec import QuantSpec
 from qat.lightning import Compile, QATCallback
-from qat.lightning.evaluate import full_precision
+from qat.lightning.runs.evaluate import full_precision
 from qat.models import ResNet
 from qat.quantizers import create
-from qat.spec import QuantSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

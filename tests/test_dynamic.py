@@ -10,10 +10,10 @@ from qat.calibrate import calibrate
 from qat.config.configs import configs_dir
 from qat.config.instantiate import VERSION
 from qat.errors import UserError
+from qat.grid.spec import QuantSpec
 from qat.insert import apply_plan, make_plan, named_quantizers
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 from qat.quantizers import create
-from qat.spec import QuantSpec
 
 
 def dynamic(shape=None, nonnegative=False, **settings):

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qat.formats import FLOATS, round_int, round_midrise
-from qat.functional import levels
+from qat.grid.formats import FLOATS, round_int, round_midrise
+from qat.grid.functional import levels
+from qat.grid.spec import QuantSpec
 from qat.quantizers import create
-from qat.spec import QuantSpec
 
 REFERENCE = {
     "e4m3": ml_dtypes.float8_e4m3fn,

@@ -16,12 +16,12 @@ from torch._inductor.utils import fresh_cache
 
 from qat import kernels
 from qat.calibrate import calibrate
+from qat.grid.spec import QuantSpec
 from qat.insert import apply_plan, make_plan
 from qat.kernels import dispatch
 from qat.kernels.dispatch import Kernel
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 from qat.quantizers.fixed import forward
-from qat.spec import QuantSpec
 
 WIDTH = 64
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qat import quantizers
-from qat.spec import QuantSpec
+from qat.grid.spec import QuantSpec
 
 SHAPE = (4, 6, 8)
 

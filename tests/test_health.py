@@ -21,14 +21,14 @@ from torch.utils.data import DataLoader
 from qat import QATCallback
 from qat.cli import main
 from qat.errors import UserError
-from qat.functional import SCALE_FLOOR
-from qat.health import Health, from_checkpoint, worst_first
+from qat.grid.functional import SCALE_FLOOR
+from qat.grid.spec import QuantSpec
 from qat.insert import named_quantizers
 from qat.lightning import QuantizerHealth
+from qat.measure.health import Health, from_checkpoint, worst_first
 from qat.models import MLP
 from qat.quantizers import create
 from qat.report.health import health_table
-from qat.spec import QuantSpec
 
 POLICY = {"weight": {"bits": 2, "granularity": "channel"}, "act": {"bits": 4}}
 

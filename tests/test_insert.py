@@ -17,7 +17,7 @@ from qat.insert import apply_plan, make_plan, named_quantizers, remove
 from qat.models.resnet import BasicBlock
 from qat.planning.audit import audit
 from qat.planning.plan import Plan
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 W4A4 = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}}
 IMAGE = (4, 3, 8, 8)

@@ -15,10 +15,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qat import kernels
+from qat.grid.spec import QuantSpec
 from qat.kernels import dispatch
 from qat.kernels.gradient import gradient
 from qat.quantizers import create
-from qat.spec import QuantSpec
 
 pytestmark = pytest.mark.usefixtures("kernel_settings")
 
@@ -266,7 +266,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from qat import kernels
 from qat.quantizers import create
-from qat.spec import QuantSpec
+from qat.grid.spec import QuantSpec
 kernels.configure("always")
 quantizer = create(QuantSpec(bits=8, range="minmax").resolved(nonnegative=False, weight=False))
 x = torch.linspace(-1, 1, 1 << 17, requires_grad=True)

@@ -21,7 +21,7 @@ from qat.convert import convert
 from qat.insert import make_plan, named_quantizers
 from qat.lightning import load_from_checkpoint
 from qat.planning.audit import audit
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

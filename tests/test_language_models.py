@@ -16,7 +16,7 @@ import language_models as lm
 import qat
 from qat.errors import UserError
 from qat.insert import make_plan, named_quantizers
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 TEXT = Path(__file__).parents[2] / "shared/data/text/tinyshakespeare.txt"
 PRESETS = {  # the most by which calibration alone may raise the perplexity of a model that has hardly learned

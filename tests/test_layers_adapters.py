@@ -13,7 +13,7 @@ from qat.errors import UserError
 from qat.export.packed import load_packed, save_packed
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.planning.audit import audit
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 peft = pytest.importorskip("peft", reason="peft is not installed")
 LSQ = {"weight": {"bits": 4, "granularity": "channel", "quantizer": "lsq"}, "act": {"bits": 8, "quantizer": "lsq"}}

@@ -15,7 +15,7 @@ from qat.convert import convert
 from qat.export.packed import load_packed, save_packed
 from qat.insert import apply_plan, make_plan, named_quantizers, remove
 from qat.planning.audit import audit, coverage
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}
 WEIGHTS_ONLY = {"weight": {"bits": 16, "granularity": "channel"}}

@@ -13,7 +13,7 @@ from qat.errors import UserError
 from qat.export.packed import load_packed, save_packed
 from qat.insert import apply_plan, make_plan, remove
 from qat.planning.plan import Plan
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 
 def model(wrap) -> nn.Sequential:

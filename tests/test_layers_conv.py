@@ -18,7 +18,7 @@ from qat.export.packed import load_packed, save_packed
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.planning.audit import audit
 from qat.planning.plan import PlannedLayer
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}
 TENSOR = {"weight": {"bits": 4}, "act": {"bits": 8}}

@@ -13,7 +13,7 @@ from qat.errors import UserError
 from qat.insert import apply_plan, make_plan
 from qat.kernels import dispatch
 from qat.layers import modules
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 CONVOLUTIONS = {
     "strided": (lambda: nn.Conv2d(3, 8, 7, 2, 3), (4, 3, 20, 20)),

@@ -17,7 +17,7 @@ from qat.insert import apply_plan, make_plan, named_quantizers, remove
 from qat.layers import Part
 from qat.planning.audit import audit
 from qat.planning.plan import Plan
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}
 WEIGHTS_ONLY = {"weight": {"bits": 16, "granularity": "channel"}}

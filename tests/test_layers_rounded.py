@@ -10,11 +10,11 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.prune import l1_unstructured
 
 from qat.convert import convert
+from qat.grid.spec import QuantSpec
 from qat.insert import fold_again
 from qat.layers import FoldingNorm, rounded
 from qat.quantizers import create
 from qat.quantizers.lsq import LSQ
-from qat.spec import QuantSpec
 
 
 def grid(x: Tensor, **spec) -> nn.Module:

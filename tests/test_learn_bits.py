@@ -13,16 +13,16 @@ from torch import nn
 from qat.calibrate import calibrate
 from qat.cli import main
 from qat.errors import UserError
+from qat.grid.spec import QuantSpec
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.lightning import AnnealBits, LearnBits, QATCallback, load_from_checkpoint
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 from qat.quantizers import create
 from qat.search import Search
 from qat.search.costs import Files, make_costs
 from qat.search.fractional import FractionalGrid, RelaxedCost, Width, all_pairs, check_learnable, first_scales
 from qat.search.learned import check_grids, fractional_grids, shared_widths
 from qat.search.space import make_space
-from qat.spec import QuantSpec
 
 POLICY = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}, "sites": {"bits": 8}}
 WIDTHS = [2, 3, 4, 8]

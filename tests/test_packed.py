@@ -30,7 +30,7 @@ from qat.export.packed import (
     unpack_trits,
 )
 from qat.export.verify import Verdict, check_codes
-from qat.formats import FLOATS
+from qat.grid.formats import FLOATS
 
 
 @settings(deadline=None)

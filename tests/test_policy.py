@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qat.errors import UserError
-from qat.networks import NetworkPolicies, policy_of
-from qat.policy import QuantPolicy, Target
+from qat.policies.networks import NetworkPolicies, policy_of
+from qat.policies.policy import QuantPolicy, Target
 
 TARGETS = [
     Target("conv1", "Conv2d", True),

@@ -20,7 +20,7 @@ from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.kernels import dispatch, onednn
 from qat.kernels.gradient import Made
 from qat.layers import products_evaluation, products_training
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 from qat.quantizers.lsq import LSQ
 
 pytestmark = pytest.mark.skipif(not onednn.exact(), reason="needs a processor with VNNI and torch with oneDNN")

@@ -22,8 +22,8 @@ from qat.lightning import AnnealBits, DampenOscillations, FreezeOscillations, Qu
 from qat.lightning.schedules.dampen import pull
 from qat.lightning.schedules.oscillation import on_grid
 from qat.lightning.schedules.when import cosine, progress
-from qat.policy import QuantPolicy
-from qat.stats import quantizer_stats, weight_stats
+from qat.measure.stats import quantizer_stats, weight_stats
+from qat.policies.policy import QuantPolicy
 
 W, POLICY = 8, {"weight": {"bits": 4, "granularity": "channel", "quantizer": "lsq"}, "act": {"bits": 4}}
 

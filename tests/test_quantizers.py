@@ -12,9 +12,9 @@ import torch
 
 from qat import kernels, quantizers
 from qat.errors import UserError
+from qat.grid.spec import QuantSpec
 from qat.kernels import dispatch
 from qat.quantizers.lsq import LSQ
-from qat.spec import QuantSpec
 
 SHAPE = torch.Size((4, 8, 8))
 GRIDS = {  # id: (role, axis, spec)

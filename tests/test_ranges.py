@@ -8,10 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qat import ranges
-from qat.functional import SCALE_FLOOR, levels, values
-from qat.scales import snap
-from qat.spec import QuantSpec
+from qat.grid import ranges
+from qat.grid.functional import SCALE_FLOOR, levels, values
+from qat.grid.scales import snap
+from qat.grid.spec import QuantSpec
 
 INT8 = QuantSpec(8, signed=True, narrow=False)
 UINT8 = QuantSpec(8, signed=False)

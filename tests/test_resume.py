@@ -20,7 +20,7 @@ from qat.cli import main
 from qat.errors import UserError
 from qat.lightning import read_checkpoint
 from qat.lightning.resume import SeedEpochs
-from qat.lightning.settled import check_settled, settled
+from qat.lightning.runs.resume_settings import check_settled, settled
 
 ROOT = Path(__file__).parents[1]
 MODULE = '''

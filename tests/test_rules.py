@@ -11,11 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from qat.config.exports import build, of_file
 from qat.convert import convert
-from qat.engines import ENGINES, Engine
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, remove
 from qat.planning.plan import Plan
-from qat.policy import QuantPolicy
+from qat.policies.engines import ENGINES, Engine
+from qat.policies.policy import QuantPolicy
 
 torch.set_num_threads(1)
 

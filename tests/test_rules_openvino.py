@@ -54,7 +54,7 @@ def mean_steps(shortcut: bool, target: str, folder: Path) -> float:
 @pytest.mark.parametrize("shortcut", [pytest.param(False, id="identity"), pytest.param(True, id="convolution")])
 def test_openvino_forgets_the_grid_between_a_convolution_and_an_addition(shortcut, tmp_path):
     assert mean_steps(shortcut, "openvino", tmp_path) < 1e-3
-    assert mean_steps(shortcut, "ort", tmp_path) > 0.02, "if it keeps the grid by now, the rule in qat.engines can go"
+    assert mean_steps(shortcut, "ort", tmp_path) > 0.02, "if it keeps the grid, the rule in qat.policies.engines can go"
 
 
 class Attentive(nn.Module):

@@ -640,7 +640,7 @@ def test_a_callback_without_a_target_is_refused_before_anything_is_trained(tmp_p
 
 FULL_PRECISION = """
 import os, sys, torch
-from qat.lightning.evaluate import full_precision
+from qat.lightning.runs.evaluate import full_precision
 for setting in sys.argv[1:]:
     child = os.fork()  # settings belong to a process; importing takes seconds
     if child:

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat.errors import UserError
-from qat.functional import TINY
+from qat.grid.functional import TINY
+from qat.grid.scales import POW2_FLOOR, SnapSTE, binade, power_of_two, snap
+from qat.grid.spec import QuantSpec
 from qat.quantizers import create
-from qat.scales import POW2_FLOOR, SnapSTE, binade, power_of_two, snap
-from qat.spec import QuantSpec
 
 MX = {  # format: (settings, ml_dtypes element, emax of table 1, code units per element unit)
     "e4m3": ({"bits": None, "format": "e4m3"}, ml_dtypes.float8_e4m3fn, 8),

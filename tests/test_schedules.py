@@ -17,6 +17,7 @@ from qat.config.configs import configs_dir, finish
 from qat.config.instantiate import VERSION, instantiate
 from qat.convert import convert
 from qat.errors import UserError
+from qat.grid.spec import QuantSpec
 from qat.insert import named_quantizers
 from qat.lightning import QATCallback, load_from_checkpoint
 from qat.lightning.schedules import (
@@ -32,7 +33,6 @@ from qat.lightning.schedules import (
 from qat.lightning.schedules.when import cosine
 from qat.planning.plan import Plan
 from qat.quantizers import create
-from qat.spec import QuantSpec
 
 LSQ = {"weight": {"bits": 4}, "act": {"bits": 4}}
 MINMAX = {"weight": {"bits": 4, "quantizer": "minmax"}, "act": {"bits": 4, "quantizer": "minmax", "symmetric": False}}

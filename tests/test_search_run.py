@@ -197,7 +197,7 @@ def test_a_mistake_leaves_no_folder(tmp_path, capsys):
 )
 def test_a_step_without_a_loss_is_found_before_anything_is_trained(name, value, said, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(f"qat.models.MLP.{name}", value)
-    monkeypatch.setattr("qat.lightning.search.float_stage", lambda this: pytest.fail("trained"))
+    monkeypatch.setattr("qat.lightning.runs.search.float_stage", lambda this: pytest.fail("trained"))
     assert main(["sensitivity", *TINY, f"search.dir={tmp_path / 'new'}"]) == 2
     error = capsys.readouterr().err
     assert "MLP: its training_step must return the loss" in error and said in error

@@ -11,10 +11,10 @@ from small_models import Drawn, Shape
 from torch import nn
 
 from qat.errors import UserError
-from qat.networks import NetworkPolicies, policy_of
 from qat.planning.audit import audit, bops
 from qat.planning.planner import make_plan
-from qat.policy import QuantPolicy
+from qat.policies.networks import NetworkPolicies, policy_of
+from qat.policies.policy import QuantPolicy
 from qat.search import Search
 from qat.search.costs import Files, make_costs, make_harms
 from qat.search.emit import write

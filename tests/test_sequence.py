@@ -23,7 +23,7 @@ from qat.kernels.rectified import RECTIFIERS
 from qat.layers import QuantSequential, original_class, sequence
 from qat.models import MobileNetV2
 from qat.planning.plan import Plan
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 
 @pytest.fixture(autouse=True)

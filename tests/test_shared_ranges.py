@@ -13,7 +13,7 @@ from qat.errors import UserError
 from qat.insert import apply_plan, make_plan
 from qat.lightning import QATCallback
 from qat.lightning.shared_ranges import RangeCache
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 from qat.starts import CorrectBias
 
 FLOAT = Tiny().eval()

@@ -15,7 +15,7 @@ from qat.export.onnx.runtime import OnnxRunner
 from qat.insert import apply_plan, make_plan
 from qat.planning.audit import audit
 from qat.planning.plan import Plan
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 
 class Cached(nn.Module):

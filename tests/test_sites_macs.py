@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qat.insert import make_plan
 from qat.planning.audit import audit
 from qat.planning.macs import einsum_macs
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 N, T, C = 3, 5, 8
 

@@ -14,7 +14,7 @@ from qat.errors import UserError
 from qat.insert import make_plan, named_quantizers
 from qat.models.resnet import ResNet
 from qat.planning.audit import audit, bops, check_coverage, coverage
-from qat.policy import ALL_KINDS, DEFAULT_KINDS, QuantPolicy
+from qat.policies.policy import ALL_KINDS, DEFAULT_KINDS, QuantPolicy
 
 X = (4, 6, 8)
 

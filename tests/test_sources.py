@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.kernels import dispatch
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qat.errors import UserError
-from qat.formats import FLOATS
-from qat.spec import FIXED_BITS, QuantSpec
+from qat.grid.formats import FLOATS
+from qat.grid.spec import FIXED_BITS, QuantSpec
 
 BLOCK = {"granularity": "group", "group_size": 32}
 

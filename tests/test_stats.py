@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 from qat.calibrate import calibrate
 from qat.errors import UserError
+from qat.grid.spec import QuantSpec
 from qat.insert import apply_plan, make_plan
-from qat.policy import QuantPolicy
+from qat.measure.stats import QuantizerStats, Tally, quantizer_stats, weight_stats
+from qat.policies.policy import QuantPolicy
 from qat.quantizers import create
-from qat.spec import QuantSpec
-from qat.stats import QuantizerStats, Tally, quantizer_stats, weight_stats
 
 
 class Fork(nn.Module):

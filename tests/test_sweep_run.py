@@ -73,7 +73,7 @@ def test_points_share_one_float_model_of_the_same_parts_only(tmp_path):
 
     from qat.config.configs import configs_dir, finish
     from qat.config.instantiate import VERSION
-    from qat.lightning.cache import FloatCache, float_key
+    from qat.lightning.runs.float_cache import FloatCache, float_key
 
     def config(*overrides: str):
         with initialize_config_dir(str(configs_dir()), **VERSION):
@@ -115,8 +115,6 @@ MODEL = "from edited_base import Base\nclass Own(Base): pass\ndef make(width: in
 @pytest.mark.parametrize("name", ["Own", "make"])
 def test_a_float_model_of_other_code_is_another_one(name, tmp_path, monkeypatch):
     from omegaconf import OmegaConf
-
-    from qat.lightning import cache
 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("QAT_TARGETS", "edited_model,edited_base")

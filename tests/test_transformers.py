@@ -16,9 +16,9 @@ import zoo
 from scale_gradients import scale_gradients
 
 from qat.errors import UserError
-from qat.health import from_checkpoint
 from qat.insert import apply_plan, named_quantizers, remove
 from qat.layers import original_class
+from qat.measure.health import from_checkpoint
 
 MODELS = list(zoo.MODELS)
 STILL = {

@@ -16,7 +16,7 @@ from qat.insert import apply_plan, make_plan, named_quantizers, remove
 from qat.layers import QuantizedLayer, become_twin, drop_mixins, original_class
 from qat.layers.modules import QuantLinear
 from qat.models.resnet import BasicBlock
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 POLICY = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}, "sites": {"bits": 8}}
 

@@ -20,7 +20,7 @@ from qat.insert import apply_plan, make_plan, named_quantizers, remove
 from qat.planning.audit import audit
 from qat.planning.functions import flat
 from qat.planning.plan import Plan
-from qat.policy import QuantPolicy
+from qat.policies.policy import QuantPolicy
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from qat.export.verify import (
     count_kernels,
     weight_codes,
 )
-from qat.lightning.evaluate import verify_file
+from qat.lightning.runs.evaluate import verify_file
 from qat.planning.plan import Plan
 from qat.report.format import verdict as outcome
 

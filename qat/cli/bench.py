@@ -28,7 +28,7 @@ class Opener:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        from qat.lightning.deploy import restore
+        from qat.lightning.runs.deploy import restore
 
         self.trained = restore(run_dir)
         self.run_dir = run_dir

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     out = settings.pop("out", None)
     target = build(settings.pop("target"), settings)
     from qat.export.manifest import files_bytes  # these import torch: only once there is something to do
-    from qat.lightning.deploy import export
+    from qat.lightning.runs.deploy import export
     from qat.report.format import size
 
     if out is not None:

@@ -16,14 +16,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object per quantizer instead of a table")
     args = parser.parse_args(argv)
     path = _checkpoint(args.path)
-    from qat.health import from_checkpoint, worst_first  # imports torch: only once there is something to read
     from qat.lightning.weights import read_checkpoint
+    from qat.measure.health import from_checkpoint, worst_first  # imports torch: only once there is something to read
 
     rows, why, left_out = from_checkpoint(read_checkpoint(path), path)
     if left_out:
         print(
             f"qat: left out, as the checkpoint alone does not tell the weight: {', '.join(left_out)}; "
-            "qat.stats.weight_stats measures it in the loaded model",
+            "qat.measure.stats.weight_stats measures it in the loaded model",
             file=sys.stderr,
         )
     rows = worst_first(rows)

@@ -47,7 +47,7 @@ def main(argv: list[str], command: str = "search") -> int:
         raise UserError(
             f"config group 'search' is left out, and there is no `qat {command}` without it: search=default"
         )
-    from qat.lightning.search import folder_of, search  # imports torch
+    from qat.lightning.runs.search import folder_of, search  # imports torch
 
     folder = folder_of(cfg)
     OmegaConf.update(cfg, "run_dir", str(folder))

@@ -175,7 +175,7 @@ class _Line:
 
 
 def _check_policies(settings: list[dict[str, Any]]) -> None:
-    from qat.networks import policy_of  # imports torch: only once all configs are there
+    from qat.policies.networks import policy_of  # imports torch: only once all configs are there
 
     for each in settings:
         policy_of(each)

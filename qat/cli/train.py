@@ -1,4 +1,4 @@
-"""`qat train [key=value ...]`: composes the config, and hands it to `qat.lightning.run.run`.
+"""`qat train [key=value ...]`: composes the config, and hands it to `qat.lightning.runs.run.run`.
 
 Hydra does what it is good at (composition, run directories, `--cfg`, shell completion). Around it: mistakes
 are one line with the nearest right thing, and leave nothing on the disk. Torch and Lightning are imported by the
@@ -56,7 +56,7 @@ class _Task:
         try:
             _prepare(cfg, run_dir)
             self.started = True
-            from qat.lightning.run import run
+            from qat.lightning.runs.run import run
 
             return run(cfg, run_dir)
         except (UserError, OSError) as error:

@@ -32,6 +32,6 @@ def main(argv: list[str]) -> int:
     else:
         file = Path(paths[0]).absolute()
         target = of_file(file, settings)
-    from qat.lightning.deploy import verify  # imports torch: only once there is something to verify
+    from qat.lightning.runs.deploy import verify  # imports torch: only once there is something to verify
 
     return 0 if verify(run_dir, target, file, data) else 1

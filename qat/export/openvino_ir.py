@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
-from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.layers import shared_weights
@@ -24,6 +23,7 @@ from qat.export.target import INPUT, Target
 from qat.export.verify import Verdict, count_kernels
 from qat.planning.addressable import type_of
 from qat.planning.plan import Plan, kind_of
+from qat.policies.engines import engine_of
 
 CARRIERS = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose")
 """Operations that may stand between a weight and the operation that computes with it."""

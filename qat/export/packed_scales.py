@@ -10,7 +10,7 @@ What cannot be given back to the last bit, such as a scale that a BatchNorm was 
 import torch
 from torch import Tensor
 
-from qat.formats import FLOATS
+from qat.grid.formats import FLOATS
 
 E4M3 = FLOATS["e4m3"]
 

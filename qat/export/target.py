@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from qat.convert import INTEGERS, Holds, convert, inconvertible, what_holds
 from qat.copies import copied
-from qat.engines import engine_of
 from qat.errors import UserError
 from qat.export.manifest import check_manifest, check_unclaimed, made_by, stated, write_manifest
 from qat.files import replace
 from qat.integer import IntegerLayer, storage_bits
 from qat.planning.plan import Plan
+from qat.policies.engines import engine_of
 
 INPUT, OUTPUT = "input", "output"
 
@@ -92,8 +92,8 @@ class Target:
         min_agreement: Smallest share of test samples with the same prediction as the fake-quantized model.
         max_metric_change: Largest difference between the metric computed from the file and the trained one.
         max_mean_steps: Largest mean deviation of the outputs, in steps of an 8-bit grid over their range.
-        engine: Name of the engine whose arithmetic the file is for (`qat.engines`); `None` if it computes whatever is
-            asked.
+        engine: Name of the engine whose arithmetic the file is for (`qat.policies.engines`); `None` if it computes
+            whatever is asked.
         max_bits: The widest codes that the format has.
         graph: Kind of graph (`onnx`, `torch`) that the file holds of the model's forward, which then takes one tensor
             `[N, ...]` and returns one; `None` for tensors alone, which torch runs in the model's class, whatever its

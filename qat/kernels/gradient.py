@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qat.formats import Rounding
+from qat.grid.formats import Rounding
 from qat.kernels import dispatch
 from qat.kernels.dispatch import Kernel
 from qat.kernels.launch import PLAIN

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.formats import Rounding
+from qat.grid.formats import Rounding
 from qat.kernels.gradient import Gradient, Grads
 
 

@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat.functional import levels
+from qat.grid.functional import levels
+from qat.grid.spec import QuantSpec
 from qat.layers.chain import last_grid
 from qat.layers.twin import TwinMixin, held, ours
 from qat.modes import recomputing
 from qat.quantizers import Quantizer
-from qat.spec import QuantSpec
 
 INT32_MAX = 2**31 - 1
 ACCUMULATED_BITS = 8

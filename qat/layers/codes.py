@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from qat.formats import Rounding
-from qat.functional import levels, positive, values
+from qat.grid.formats import Rounding
+from qat.grid.functional import levels, positive, values
 from qat.kernels import dispatch, onednn
 from qat.kernels.dispatch import Kernel
 from qat.kernels.gradient import Recipe

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.formats import Rounding
-from qat.functional import wide
+from qat.grid.formats import Rounding
+from qat.grid.functional import wide
 from qat.kernels.dispatch import Kernel
 from qat.layers.hooks import looked_at
 from qat.layers.sources import innermost_hooks

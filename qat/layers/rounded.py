@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as modules
 
-from qat.functional import fake_quantized
+from qat.grid.functional import fake_quantized
 from qat.kernels.dispatch import SMALL_FORWARD
 from qat.quantizers import Quantizer
 from qat.quantizers.fixed import Fixed

@@ -21,16 +21,16 @@ from qat.kernels.memory import keep_freed
 from qat.layers.twin import become_twin, original_class
 from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion, follow_widths
 from qat.lightning.compiled import eagerly, uncompiled
+from qat.lightning.fsdp import average_gradients
 from qat.lightning.module import QuantizedModule, insert_plan
 from qat.lightning.scale_groups import late_groups
-from qat.lightning.sharded import average_gradients
 from qat.lightning.shared_ranges import RangeCache
-from qat.lightning.spawned import tell_left_behind
+from qat.lightning.spawn import tell_left_behind
 from qat.lightning.steps import at_home, described_input, run_steps, trainer_source
-from qat.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.planning.audit import audit, check_coverage
 from qat.planning.plan import Plan
-from qat.policy import differences
+from qat.policies.networks import KEY, NetworkPolicies, Policy, policy_of
+from qat.policies.policy import differences
 from qat.shards import is_shard
 from qat.starts import Start
 

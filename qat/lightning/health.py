@@ -10,19 +10,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qat.errors import UserError
-from qat.health import Health
 from qat.layers.weights import quantized_weights
 from qat.lightning.schedules.which import quantizers_of
 from qat.lightning.stateful import Stateful
+from qat.measure.health import Health
+from qat.measure.stats import Tally, readers_of, summarize
 from qat.quantizers import Quantizer
-from qat.stats import Tally, readers_of, summarize
 
 
 class QuantizerHealth(Stateful):
     """Every so many optimizer steps, measures all quantizers on the batches of one step, as training sees them.
 
-    Logs `health/<sqnr_db|clip_rate|drift|oscillation|grad_norm>/<quantizer>` (`qat.health` defines them), warns once
-    for each quantizer that has collapsed, and keeps the last measurement for `qat inspect CKPT`. Other steps cost
+    Logs `health/<sqnr_db|clip_rate|drift|oscillation|grad_norm>/<quantizer>` (`qat.measure.health` defines them), warns
+    once for each quantizer that has collapsed, and keeps the last measurement for `qat inspect CKPT`. Other steps cost
     nothing; batches with NaN or infinity are left out.
 
     Args:

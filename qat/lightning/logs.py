@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import WandbLogger
 
 from qat.errors import UserError
 from qat.insert import named_quantizers
-from qat.stats import weight_stats
+from qat.measure.stats import weight_stats
 
 
 class LogQuantizers(Callback):

@@ -26,7 +26,7 @@ from qat.layers.twin import TwinMixin, become_twin, twin_of
 from qat.lightning.scale_groups import own_groups, settle
 from qat.lightning.weights import CHECKPOINT_KEY, join_state, read_checkpoint, split_state
 from qat.planning.plan import Plan
-from qat.policy import differences
+from qat.policies.policy import differences
 from qat.quantizers import Quantizer
 
 INPUT_KEY, SCALE_LR_KEY = "qat_input", "qat_scale_lr"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.functional import TINY
+from qat.grid.functional import TINY
 
 FACTOR = "scale_lr_factor"
 """Key under which a group of scales keeps its factor; checkpoints carry it."""

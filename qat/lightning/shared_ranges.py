@@ -19,8 +19,8 @@ from torch import nn
 from qat.cascades import cascades
 from qat.files import atomic
 from qat.insert import named_quantizers
+from qat.measure.stats import readers_of
 from qat.quantizers import Quantizer
-from qat.stats import readers_of
 
 
 class RangeCache:

@@ -12,7 +12,7 @@ from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_
 from qat.layers.adapted import inside_adapters
 from qat.planning.functions import ELEMENTWISE, FUNCTIONS, KV_CACHE, MEAN, PROBABILITIES
 from qat.planning.probe import Call, Recording
-from qat.policy import Target
+from qat.policies.policy import Target
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

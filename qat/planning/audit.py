@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.cost import bit_operations
 from qat.errors import UserError
 from qat.layers import BoundPart, Part
 from qat.layers.parts import part_parameters
+from qat.measure.cost import bit_operations
 from qat.planning.functions import PROBABILITIES
 from qat.planning.plan import OUTPUTS, Plan, grids_of
 from qat.planning.probe import Call, Recording
@@ -36,7 +36,7 @@ class AuditRow:
         macs: Multiply-accumulates for one sample; 0 where the recording can't tell (a layer without a twin). Those of
             an attention are in two rows: query with key, and below it `.probabilities` with value.
         params: Weights and biases, counted where they appear first.
-        bytes: What a packed file stores of them; 0 until `qat.storage.with_bytes` fills it in, as runs do.
+        bytes: What a packed file stores of them; 0 until `qat.measure.storage.with_bytes` fills it in, as runs do.
         reason: Why it is not integer throughout, or runs on floats even so; `None` if it is integer.
         integer_weight: Whether the codes of the weight's grid are integers.
     """

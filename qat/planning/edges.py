@@ -10,10 +10,10 @@ import dataclasses
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+from qat.grid.spec import QuantSpec
 from qat.planning.addressable import summed_axis
 from qat.planning.functions import FUNCTIONS, KV_CACHE, PROBABILITIES
 from qat.planning.probe import Call, Key, Recording
-from qat.spec import QuantSpec
 
 Chains = dict[str, list[list[str]]]
 """For each layer or site, for each operand: labels of the grids it passes in turn."""

@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from qat.grid.spec import QuantSpec
 from qat.planning.functions import FUNCTIONS, PROBABILITIES
-from qat.spec import QuantSpec
 
 OUTPUTS = {function.kind for function in FUNCTIONS.values() if function.output}
 """Kinds of sites that quantize what they return."""

@@ -11,10 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from qat.engines import engine_of
 from qat.errors import UserError
 from qat.layers import BoundPart, is_computed, mixin_for, sites_changed
-from qat.networks import Policy
 from qat.planning.addressable import (
     CONVOLUTIONS,
     check_shapes_known,
@@ -30,6 +28,8 @@ from qat.planning.edges import activation_grids
 from qat.planning.functions import ELEMENTWISE, EXPERTS, FUNCTIONS
 from qat.planning.plan import Plan, PlannedLayer, SiteOperand, SiteWeight, kind_of, owner_of
 from qat.planning.probe import Call, Recording, record
+from qat.policies.engines import engine_of
+from qat.policies.networks import Policy
 
 
 def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple[Plan, Recording]:

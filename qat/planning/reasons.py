@@ -6,10 +6,10 @@ from torch import nn
 
 from qat.layers import MIXINS, Composite, Site, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
-from qat.networks import policy_of
 from qat.planning.addressable import computed, described, has_weight, is_complex, is_norm, targets, type_of
 from qat.planning.plan import Plan, grids_of
 from qat.planning.probe import Call, Recording
+from qat.policies.networks import policy_of
 from qat.quantizers import Quantizer, learned_by
 
 FOLDS = "folds into "

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from qat.errors import UserError, nearest
+from qat.grid.spec import QuantSpec
 from qat.quantizers.base import Quantizer
-from qat.spec import QuantSpec
 
 
 def names() -> list[str]:

@@ -1,6 +1,6 @@
 """`Quantizer`: one tensor's grid as a module. It knows no layer, no policy and no Lightning.
 
-A quantizer is in one of three states (`qat.switch`):
+A quantizer is in one of three states (`qat.grid.switch`):
 
     observing   collects a sample of what passes and returns it untouched; `calibrate` turns the sample into scale and
                 zero_point
@@ -9,7 +9,7 @@ A quantizer is in one of three states (`qat.switch`):
                 alone), with a straight-through gradient
 
 A new quantizer is one file in this folder that subclasses `Quantizer` and defines `fake_quantize`; `find` knows it by
-the file's name. Shapes: `x` is any tensor; grids broadcast against its *grouped* view (`qat.partition`).
+the file's name. Shapes: `x` is any tensor; grids broadcast against its *grouped* view (`qat.grid.partition`).
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from qat import ranges
 from qat.errors import UserError
-from qat.functional import dither, levels, values
+from qat.grid import ranges
+from qat.grid.functional import dither, levels, values
+from qat.grid.partition import Partition
+from qat.grid.sample import sample
+from qat.grid.scales import acting, snap
+from qat.grid.spec import QuantSpec
+from qat.grid.switch import Switch
 from qat.kernels.rectified import made_by
-from qat.partition import Partition
-from qat.sample import sample
-from qat.scales import acting, snap
-from qat.spec import QuantSpec
-from qat.switch import Switch
 
 Grid = tuple[Tensor, Tensor, Tensor]
 """(scale, low, high): scale and the limits in units of it, broadcasting against the grouped view."""

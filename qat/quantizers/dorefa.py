@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.formats import Rounding
+from qat.grid.formats import Rounding
+from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Grads, gradient
 from qat.quantizers import fixed
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
-from qat.spec import QuantSpec
 
 
 def backward(rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Grads:

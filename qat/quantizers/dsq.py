@@ -18,13 +18,13 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.formats import Rounding
-from qat.functional import masks, ratio, sum_to, wide
+from qat.grid.formats import Rounding
+from qat.grid.functional import masks, ratio, sum_to, wide
+from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Gradient, Grads, gradient
 from qat.modes import only_looking, recomputing
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
-from qat.spec import QuantSpec
 
 
 def backward(

@@ -23,15 +23,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qat import ranges
 from qat.errors import UserError
-from qat.formats import FLOATS, Rounding
-from qat.functional import TINY, over, ratio
+from qat.grid import ranges
+from qat.grid.formats import FLOATS, Rounding
+from qat.grid.functional import TINY, over, ratio
+from qat.grid.scales import snap, two_level
+from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Grads, gradient
 from qat.quantizers.base import Grid, Quantizer
 from qat.quantizers.fixed import forward
-from qat.scales import snap, two_level
-from qat.spec import QuantSpec
 
 E4M3 = FLOATS["e4m3"]
 

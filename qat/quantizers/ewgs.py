@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.formats import Rounding
-from qat.functional import masks, ratio, sum_to, wide
+from qat.grid.formats import Rounding
+from qat.grid.functional import masks, ratio, sum_to, wide
+from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Grads, gradient
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
-from qat.spec import QuantSpec
 
 
 def backward(

@@ -7,11 +7,11 @@ arXiv 1308.3432, section 4).
 import torch
 from torch import Tensor
 
-from qat.formats import Rounding
-from qat.functional import narrowed, ratio
+from qat.grid.formats import Rounding
+from qat.grid.functional import narrowed, ratio
+from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Gradient, Grads, gradient
 from qat.quantizers.base import Quantizer
-from qat.spec import QuantSpec
 
 
 def forward(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, *_: Tensor) -> Tensor:

@@ -17,12 +17,12 @@ on a limit counts as inside, as clipped straight-through estimators have it, whe
 import torch
 from torch import Tensor, nn
 
-from qat.formats import Rounding
-from qat.functional import masks, ratio, sum_to
+from qat.grid.formats import Rounding
+from qat.grid.functional import masks, ratio, sum_to
+from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Gradient, Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
-from qat.spec import QuantSpec
 
 
 def slopes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat import ranges
 from qat.errors import UserError
-from qat.formats import Rounding
-from qat.functional import SCALE_FLOOR, masks, ratio, sum_to, wide
+from qat.grid import ranges
+from qat.grid.formats import Rounding
+from qat.grid.functional import SCALE_FLOOR, masks, ratio, sum_to, wide
+from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Grads, gradient
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
-from qat.spec import QuantSpec
 
 
 def backward(

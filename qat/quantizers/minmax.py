@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
+from qat.grid.ranges import minmax
+from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Gradient, gradient
 from qat.modes import recomputing
 from qat.quantizers import dynamic
 from qat.quantizers.fixed import Fixed, forward
-from qat.ranges import minmax
-from qat.spec import QuantSpec
 
 
 class MinMax(Fixed):

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.formats import Rounding
-from qat.functional import ratio, sum_to, values, wide
+from qat.grid.formats import Rounding
+from qat.grid.functional import ratio, sum_to, values, wide
+from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Grads, gradient
 from qat.quantizers.lsq import LSQ
-from qat.spec import QuantSpec
 
 MAX_BITS = 8
 

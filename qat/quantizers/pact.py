@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.formats import Rounding
-from qat.functional import ratio, sum_to, wide
+from qat.grid.formats import Rounding
+from qat.grid.functional import ratio, sum_to, wide
+from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Grads, gradient
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
-from qat.spec import QuantSpec
 
 
 def backward(
@@ -29,7 +29,7 @@ def backward(
 ) -> Grads:
     v = ratio(x, scale)
     inside = (v >= low) & (v < high)
-    again = (low <= v) & (high > v) if torch.compiler.is_compiling() else inside  # see `qat.functional.masks`
+    again = (low <= v) & (high > v) if torch.compiler.is_compiling() else inside  # see `qat.grid.functional.masks`
     grad = wide(grad)
     grad_scale = sum_to(grad * v.clamp_min(low).clamp_max_(high).masked_fill_(inside, 0), scale)
     return (grad * again).to(x.dtype), grad_scale + decay * scale * high.square(), None

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.formats import Rounding
-from qat.functional import ratio, sum_to, wide
+from qat.grid.formats import Rounding
+from qat.grid.functional import ratio, sum_to, wide
+from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Grads, gradient
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
-from qat.spec import QuantSpec
 
 REACH = {"ternary": 1.485, "midrise": 3.96}
 """Where the gradient ends, in units of the scale: at 99 hundredths of the outermost cell's end."""
@@ -39,7 +39,7 @@ def backward(
     v = ratio(x, scale)
     grad = wide(grad)
     inside = v.abs() < reach
-    again = reach > v.abs() if torch.compiler.is_compiling() else inside  # see `qat.functional.masks`
+    again = reach > v.abs() if torch.compiler.is_compiling() else inside  # see `qat.grid.functional.masks`
     partial = grad * (torch.where(inside, -v, 0) + rounding(v.clamp_min(low).clamp_max_(high)))
     return (grad * again).to(x.dtype), sum_to(partial, scale), None
 

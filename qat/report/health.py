@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from qat.health import Health
+from qat.measure.health import Health
 from qat.report.format import NONE
 
 COLUMNS = ("SQNR\ndB", "clipped", "codes", "drift", "flips", "scale\ngrad")
@@ -22,7 +22,7 @@ def health_table(rows: Sequence[Health], why: str | None) -> Group:
     for long ones.
 
     Args:
-        rows: See `qat.health`.
+        rows: See `qat.measure.health`.
         why: Why there are weights alone; `None` if training recorded everything.
     """
     note = None if why is None else f"weights alone: {why}"

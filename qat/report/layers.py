@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any
 
+from qat.measure.stats import QuantizerStats
 from qat.planning.audit import AuditRow
-from qat.stats import QuantizerStats
 
 
 def layer_rows(audit_rows: Iterable[AuditRow], stats: Iterable[QuantizerStats]) -> list[dict[str, Any]]:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qat.cost import bit_operations, code_bytes
+from qat.grid.spec import QuantSpec
+from qat.measure.cost import bit_operations, code_bytes
+from qat.measure.storage import layer_bytes, stored_bits
 from qat.search.allocate import Cost, Problem, Table
 from qat.search.measured import Measure, Measured
 from qat.search.space import Layer, Pair, Space
-from qat.spec import QuantSpec
-from qat.storage import layer_bytes, stored_bits
 
 
 @dataclass

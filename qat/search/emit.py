@@ -8,7 +8,7 @@ import yaml
 
 from qat.errors import UserError
 from qat.files import atomic
-from qat.networks import Policy
+from qat.policies.networks import Policy
 from qat.search.space import Pair, with_bit_rules
 
 

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
+from qat.grid.scales import acting
+from qat.grid.spec import QuantSpec
 from qat.quantizers import Quantizer, create
 from qat.quantizers.dsq import DSQ
-from qat.scales import acting
 from qat.search.allocate import Cost
 from qat.search.space import Layer, Pair
-from qat.spec import QuantSpec
 
 
 class Width:

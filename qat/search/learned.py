@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
+from qat.grid.spec import QuantSpec
 from qat.insert import named_quantizers
 from qat.layers.chain import last_grid
+from qat.measure.stats import readers_of
 from qat.quantizers import Quantizer
 from qat.search.fractional import FractionalGrid, Width, check_learnable, first_scales
 from qat.search.space import Space
-from qat.spec import QuantSpec
-from qat.stats import readers_of
 
 Starts = dict[str, list[dict[int, Tensor]]]
 """Tensor -> for each of its quantizers, the first scale of each width."""

@@ -22,11 +22,11 @@ from qat.calibrate import calibrated
 from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.layers.chain import last_grid
+from qat.measure.stats import decibels
 from qat.modes import evaluating
 from qat.search.hessian import traces
 from qat.search.measured import Measured
 from qat.search.space import Space
-from qat.stats import decibels
 
 LARGEST = 1e9
 """Stands for a loss that is not finite: a width that is out of the question."""

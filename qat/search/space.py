@@ -15,13 +15,13 @@ from typing import Any
 from torch import nn
 
 from qat.errors import UserError, nearest
-from qat.networks import KEY, Policy, policy_of
+from qat.measure.storage import is_layer, with_bytes
 from qat.planning.addressable import has_weight
 from qat.planning.audit import AuditRow, audit
 from qat.planning.plan import Plan
 from qat.planning.planner import make_plan
+from qat.policies.networks import KEY, Policy, policy_of
 from qat.search.settings import Search
-from qat.storage import is_layer, with_bytes
 
 Pair = tuple[int, int | None]
 """(weight bits, input bits); `None` for an input that stays as the policy has it."""

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from qat.errors import UserError, nearest
-from qat.functional import ratio
+from qat.grid.functional import ratio
 from qat.layers import is_computed, original_class
 from qat.modes import evaluating
 from qat.planning.functions import first_tensor

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qat.cost import average_bits
 from qat.errors import UserError
 from qat.files import read_object
+from qat.measure.cost import average_bits
 from qat.run_files import OVERRIDES, REPORT
 from qat.sweep.objectives import front
 from qat.sweep.point import RECORD

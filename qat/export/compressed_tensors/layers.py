@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.export.compressed_tensors.schemes import SCALE_TYPES, Args
-from qat.formats import FLOATS
-from qat.functional import TINY
+from qat.grid.formats import FLOATS
+from qat.grid.functional import TINY
 from qat.quantizers import Quantizer
 
 LARGEST = FLOATS["e4m3"].largest

@@ -20,10 +20,10 @@ saturate (`range: even`).
 from typing import Any
 
 from qat.errors import UserError
+from qat.grid.spec import QuantSpec
 from qat.integer import storage_bits
 from qat.planning.plan import Plan, kind_of
 from qat.quantizers import find
-from qat.spec import QuantSpec
 
 Args = dict[str, Any]
 BLOCKS = {("e2m1", 16, "e4m3"): "NVFP4", ("e2m1", 32, "e8m0"): "MXFP4", ("e4m3", 32, "e8m0"): "MXFP8"}

@@ -34,7 +34,7 @@ from qat.export.onnx.placement import ORT, Placement
 from qat.export.onnx.slim import slim
 from qat.export.onnx.trace import trace
 from qat.files import atomic
-from qat.formats import FLOATS
+from qat.grid.formats import FLOATS
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting, reads_elementwise
 
 SHIFTED = "codes_plus_half"

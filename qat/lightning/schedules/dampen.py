@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from qat.errors import UserError
-from qat.functional import levels
+from qat.grid.functional import levels
 from qat.lightning.early import Early
 from qat.lightning.schedules.oscillation import check_weights, few_bit_weights
 from qat.lightning.schedules.when import check_ends, cosine, progress

@@ -27,17 +27,17 @@ from qat.export.packed import MANIFEST, WEIGHTS
 from qat.export.verify import Verdict
 from qat.files import claimed
 from qat.kernels.memory import keep_freed
-from qat.lightning.calm import calm
-from qat.lightning.export_stage import export_stage
-from qat.lightning.float_stage import float_stage
 from qat.lightning.logs import finish, log_results
-from qat.lightning.qat_stage import audit_trained, ptq_stage, qat_stage
+from qat.lightning.runs.export_stage import export_stage
+from qat.lightning.runs.float_stage import float_stage
+from qat.lightning.runs.qat_stage import audit_trained, ptq_stage, qat_stage
+from qat.lightning.runs.quiet import calm
+from qat.lightning.runs.workspace import Workspace
 from qat.lightning.steps import run_steps
-from qat.lightning.workspace import Workspace
+from qat.measure.stats import quantizer_stats
 from qat.planning.audit import bops, coverage, to_dict
 from qat.report import audit_table, layer_rows, report_table, save_plot
 from qat.run_files import AUDIT, REPORT, REPORT_PICTURE
-from qat.stats import quantizer_stats
 
 STATISTICS_SAMPLES = 256
 

@@ -16,15 +16,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.cost import code_bytes, trit_bytes
-from qat.formats import round_midrise
+from qat.grid.formats import round_midrise
+from qat.grid.spec import QuantSpec
 from qat.integer import storage_bits
 from qat.layers import mixin_for
 from qat.layers.accumulator import accumulates
+from qat.measure.cost import code_bytes, trit_bytes
 from qat.planning.audit import AuditRow
 from qat.planning.plan import Plan, operand_spec
 from qat.quantizers import find
-from qat.spec import QuantSpec
 
 FLOAT_BYTES = 4
 SCALE_BYTES = {"float16": 2, "pow2": 1, "e8m0": 1, "e4m3": 1}

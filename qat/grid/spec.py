@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from qat.annotations import accepts
 from qat.errors import UserError, nearest
-from qat.formats import FLOATS, Float, Rounding, round_int, round_midrise
+from qat.grid.formats import FLOATS, Float, Rounding, round_int, round_midrise
 
 MAX_BITS = 16
 FIXED_BITS = {"binary": 1, "ternary": 2, **{name: f.bits for name, f in FLOATS.items()}}
@@ -28,7 +28,7 @@ class QuantSpec:
     Attributes:
         bits: Width of a code: 1 to 16 for `int` and `midrise`; other formats bring their own, and `null` is as good.
         format: `int`; `binary` (+1, -1), `ternary` (+1, 0, -1), `midrise` (odd numbers: no zero); or a floating-point
-            format of `qat.formats.FLOATS` (`e4m3`, `e5m2`, `e3m2`, `e2m3`, `e2m1`).
+            format of `qat.grid.formats.FLOATS` (`e4m3`, `e5m2`, `e3m2`, `e2m3`, `e2m1`).
         signed: Whether codes may be negative. `None` decides at insertion: unsigned for tensors that are known to be >=
             0 (after ReLU and the like) and for affine grids, else signed.
         symmetric: `zero_point == 0`. An affine grid places it by the calibrated range.
@@ -45,7 +45,7 @@ class QuantSpec:
             (hardware shifts); `e8m0`, the power of two of the OCP Microscaling formats; `e4m3`, fp8 scales under one
             float32 scale per tensor (NVFP4).
         quantizer: Name of a file in `qat/quantizers`: how the grid is trained.
-        range: One of `qat.ranges.ESTIMATORS`: how calibration finds the first scale.
+        range: One of `qat.grid.ranges.ESTIMATORS`: how calibration finds the first scale.
         rounding_mode: `nearest`; or `stochastic`: in training, up or down at random, right on average. Codes are always
             the nearest.
         options: Settings of that quantizer, by the names of its constructor; `None` for its own defaults.

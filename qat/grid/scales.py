@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.formats import FLOATS
-from qat.functional import TINY, over, positive
-from qat.spec import QuantSpec
+from qat.grid.formats import FLOATS
+from qat.grid.functional import TINY, over, positive
+from qat.grid.spec import QuantSpec
 
 HUGE = 2.0**127
 POW2_FLOOR = 2.0**-26
@@ -48,7 +48,7 @@ def microscaling(scale: Tensor) -> Tensor:
     here elements are codes and emax is 6, which is the same grid.
 
     Args:
-        scale: The largest magnitude divided by 2 ** emax (exactly: see `qat.ranges.scale_and_zero_point`).
+        scale: The largest magnitude divided by 2 ** emax (exactly: see `qat.grid.ranges.scale_and_zero_point`).
     """
     return binade(scale)
 

@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from qat.files import atomic
-from qat.lightning.cache import FloatCache
-from qat.lightning.export_stage import export_float
 from qat.lightning.resume import SeedEpochs
+from qat.lightning.runs.export_stage import export_float
+from qat.lightning.runs.float_cache import FloatCache
+from qat.lightning.runs.workspace import Workspace
 from qat.lightning.weights import load_weights
-from qat.lightning.workspace import Workspace
 from qat.run_files import FLOAT_CHECKPOINT, FLOAT_WEIGHTS
 
 

@@ -20,7 +20,7 @@ winning, like a style sheet:
 (residual additions, matrix products, pooling) whose kind is one of `kinds` (`all` for every kind). Rules reach the
 other kinds only where they name them: by `type: mul`, or by a pattern that ends in such a name (`*.mul_*`).
 `concat: shared` gives all that a concatenation joins one grid. `target` names the engine whose rules hold
-(`qat.engines`), and `round_bias` says when biases are whole accumulator steps, if not as that engine wants.
+(`qat.policies.engines`), and `round_bias` says when biases are whole accumulator steps, if not as that engine wants.
 `require_coverage` is the least share of multiply-accumulates on integers; less is an error.
 
 `match` is a glob over module paths (`*` crosses dots), or `@first` / `@last`, the first and last layer with weights in
@@ -33,12 +33,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qat import quantizers
-from qat.engines import ROUND_BIAS, engine_of
 from qat.errors import UserError, nearest
+from qat.grid.ranges import ESTIMATORS
+from qat.grid.spec import QuantSpec
 from qat.planning.functions import KINDS, KV_CACHE, PROBABILITIES, WEIGHTED
-from qat.ranges import ESTIMATORS
-from qat.rules import ROLES, Rule, Target, merge, read_role
-from qat.spec import QuantSpec
+from qat.policies.engines import ROUND_BIAS, engine_of
+from qat.policies.rules import ROLES, Rule, Target, merge, read_role
 
 __all__ = ["QuantPolicy", "Rule", "Target"]
 

@@ -15,9 +15,9 @@ from qat.export.onnx.runtime import OnnxRunner, latency_ms
 from qat.export.packed import WEIGHTS, save_packed
 from qat.export.target import Runner, Target
 from qat.export.verify import Verdict
-from qat.lightning.evaluate import verify_file
+from qat.lightning.runs.evaluate import verify_file
+from qat.lightning.runs.workspace import ON_THE_CPU, Workspace
 from qat.lightning.steps import example_input
-from qat.lightning.workspace import ON_THE_CPU, Workspace
 from qat.planning.plan import Plan
 from qat.run_files import FLOAT_ONNX
 

@@ -2,7 +2,7 @@
 
 bit operations     MACs x weight bits x input bits, where float counts 32 (a W8A8 MAC has 64)
 average bits       of a weight: biases count with their layer
-bytes              `qat.storage`
+bytes              `qat.measure.storage`
 """
 
 import math

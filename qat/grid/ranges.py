@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qat.functional import SCALE_FLOOR, TINY, levels, over, ratio, values
-from qat.scales import binade, snap
-from qat.spec import QuantSpec
+from qat.grid.functional import SCALE_FLOOR, TINY, levels, over, ratio, values
+from qat.grid.scales import binade, snap
+from qat.grid.spec import QuantSpec
 
 Range = tuple[Tensor, Tensor]
 
@@ -152,7 +152,7 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
     """The grid that covers `low .. high` (each `[R]`).
 
     For `scale: e8m0` it is the scale that block formats are defined by: the largest magnitude divided by the power of
-    two in `quant_max` (see `qat.scales.microscaling`), so that the largest magnitude saturates by a little.
+    two in `quant_max` (see `qat.grid.scales.microscaling`), so that the largest magnitude saturates by a little.
 
     Returns:
         scale `[R]` > 0 in float32 and zero_point `[R]` as int32 (zero if symmetric). A row of zeros takes the largest

@@ -21,12 +21,12 @@ from qat.convert import inconvertible
 from qat.errors import UserError
 from qat.export.onnx.export import export_onnx
 from qat.files import atomic, make_folder, read_object
-from qat.lightning.cache import float_key
-from qat.lightning.calm import calm
-from qat.lightning.float_stage import float_stage
 from qat.lightning.losses import BatchLosses
+from qat.lightning.runs.float_cache import float_key
+from qat.lightning.runs.float_stage import float_stage
+from qat.lightning.runs.quiet import calm
+from qat.lightning.runs.workspace import Workspace
 from qat.lightning.steps import example_input, run_steps
-from qat.lightning.workspace import Workspace
 from qat.modes import evaluating
 from qat.planning.plan import Plan
 from qat.planning.planner import make_plan

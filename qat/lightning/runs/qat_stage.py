@@ -11,8 +11,8 @@ from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 from qat.errors import UserError
 from qat.lightning.module import insert_plan
 from qat.lightning.resume import SeedEpochs
+from qat.lightning.runs.workspace import Workspace
 from qat.lightning.weights import CHECKPOINT_KEY, read_checkpoint
-from qat.lightning.workspace import Workspace
 from qat.planning.audit import coverage, to_dict
 from qat.planning.plan import Plan
 from qat.report import audit_table

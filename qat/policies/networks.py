@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from qat.errors import UserError, nearest
-from qat.policy import ROLES, QuantPolicy, Target
-from qat.spec import QuantSpec
+from qat.grid.spec import QuantSpec
+from qat.policies.policy import ROLES, QuantPolicy, Target
 
 KEY = "modules"
 """The only key of its settings: `{modules: {generator: {weight: ..., act: ...}}}`."""

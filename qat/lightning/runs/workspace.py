@@ -33,23 +33,23 @@ from qat.export.packed import PackedTarget
 from qat.export.target import Target
 from qat.files import atomic, make_folder, read_object
 from qat.insert import apply_plan, make_plan
-from qat.lightning.cache import FloatCache
 from qat.lightning.callback import QATCallback
 from qat.lightning.distill import Distill
 from qat.lightning.early import Early
-from qat.lightning.evaluate import check_monitors, test_metric
 from qat.lightning.resume import continue_csv
-from qat.lightning.settled import check_settled, settled
+from qat.lightning.runs.evaluate import check_monitors, test_metric
+from qat.lightning.runs.float_cache import FloatCache
+from qat.lightning.runs.resume_settings import check_settled, settled
 from qat.lightning.shared_ranges import RangeCache
-from qat.lightning.spawned import is_spawning
+from qat.lightning.spawn import is_spawning
 from qat.lightning.steps import example_input, run_steps
 from qat.lightning.weights import load_weights, read_checkpoint
-from qat.networks import KEY, NetworkPolicies, Policy, policy_of
+from qat.measure.storage import with_bytes
 from qat.planning.audit import AuditRow, audit, check_coverage
 from qat.planning.plan import Plan
+from qat.policies.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.run_files import FLOAT_CHECKPOINT, LAST_CHECKPOINT, PROGRESS
 from qat.starts import Start
-from qat.storage import with_bytes
 
 ON_THE_CPU = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
 """How a run's trainer goes on where it need not be as it trained."""

@@ -1,4 +1,4 @@
-"""The named rules of a policy, and what they match; `qat.policy` applies them."""
+"""The named rules of a policy, and what they match; `qat.policies.policy` applies them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -22,11 +22,11 @@ from qat.export.packed import PackedTarget
 from qat.export.target import Target
 from qat.export.verify import Verdict
 from qat.files import read_object
-from qat.lightning.calm import calm
-from qat.lightning.export_stage import float_model_of, verdict_on
 from qat.lightning.module import INPUT_KEY, insert_plan
+from qat.lightning.runs.export_stage import float_model_of, verdict_on
+from qat.lightning.runs.quiet import calm
+from qat.lightning.runs.workspace import ON_THE_CPU, Workspace, unmixed
 from qat.lightning.weights import CHECKPOINT_KEY, read_checkpoint
-from qat.lightning.workspace import ON_THE_CPU, Workspace, unmixed
 from qat.planning.plan import Plan
 from qat.report import report_table
 from qat.report.format import verdict as outcome

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.formats import round_midrise
-from qat.functional import ratio
+from qat.grid.formats import round_midrise
+from qat.grid.functional import ratio
+from qat.grid.spec import QuantSpec
 from qat.insert import named_quantizers
 from qat.layers.weights import quantized_weights
 from qat.modes import evaluating
 from qat.quantizers import Quantizer
-from qat.spec import QuantSpec
 
 READER = re.compile(r"\.?(?:input|weight)_quantizer(?:_\d+)?(?:\.\d+)?$")
 """Suffix that turns a quantizer's name into that of the layer or site that reads it: `.weight_quantizer`,

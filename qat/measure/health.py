@@ -1,6 +1,6 @@
 """How well a quantized layer is doing while it trains, and when something is wrong with it.
 
-Beside the fit of each grid (`qat.stats`: SQNR, clip rate, used codes), training shows
+Beside the fit of each grid (`qat.measure.stats`: SQNR, clip rate, used codes), training shows
 
     drift         mean over its scales of |log2(scale / scale at the start)|: 1 means that they doubled or halved
     oscillation   share of a weight's codes that one optimizer step changes and the next changes back
@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.functional import SCALE_FLOOR
+from qat.grid.functional import SCALE_FLOOR
 from qat.layers.experts import rows as experts
+from qat.measure.stats import QuantizerStats, Tally, summarize
 from qat.planning.plan import Plan, SiteWeight
 from qat.quantizers import create
-from qat.stats import QuantizerStats, Tally, summarize
 
 MAX_CLIP_RATE = 0.2
 
@@ -38,7 +38,7 @@ class Health:
         bits: Width of its codes.
         codes: How many different codes occurred.
         scale: The smallest of its scales.
-        sqnr_db, clip_rate: See `qat.stats`.
+        sqnr_db, clip_rate: See `qat.measure.stats`.
         drift, oscillation, grad_norm: See the module's docstring.
     """
 

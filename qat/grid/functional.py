@@ -13,7 +13,7 @@ come in float32 or wider and with at least one axis, so the ratio is as wide.
 import torch
 from torch import Tensor
 
-from qat.formats import Rounding, round_int
+from qat.grid.formats import Rounding, round_int
 
 SCALE_FLOOR = 1e-8
 """The smallest scale that calibration sets."""

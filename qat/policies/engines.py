@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qat.errors import UserError, nearest
-from qat.spec import QuantSpec
+from qat.grid.spec import QuantSpec
 
 Biases = Literal["eval", "train", "never"]
 """When biases are whole accumulator steps."""

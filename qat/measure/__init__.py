@@ -1,0 +1,1 @@
+"""What quantization costs and what it does: counts and bytes, and statistics of every grid."""
