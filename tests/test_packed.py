@@ -136,6 +136,7 @@ def test_every_grid_comes_back_bit_for_bit_from_its_true_number_of_bits(weight, 
         stored, loaded = load_file(Path(folder) / WEIGHTS), load_packed(Two(), folder)
     for key, value in converted.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
+    assert loaded.first.integer_weight.bits == converted.first.integer_weight.bits
     with torch.no_grad():
         assert torch.equal(loaded(x), converted(x))
         assert torch.equal(loaded.first.quantized_weight(), model.first.weight_quantizer(model.first.weight))
