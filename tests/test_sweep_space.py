@@ -338,6 +338,16 @@ def test_two_searches_with_one_storage_have_a_study_each_and_go_on_with_it(tmp_p
     assert said.count("2 points, 0 of them finished") == said.count("2 points, 2 of them finished") == 2
 
 
+def test_a_search_proposes_a_point_that_failed_again(tmp_path, program, console):
+    pytest.importorskip("optuna", reason="needs the extra `sweep`")
+    task = Task((), {"a": ["1"]}, {"metric": "max"}, "acc", "max", 0, tmp_path / "sweep", console)
+    for script in ("exit 1", 'echo "{\\"stages\\": {\\"qat\\": {\\"metric\\": 0.5}}}" > "$1/report.json"'):
+        program(script)
+        with task.claimed("optuna"):
+            OptunaSweep({}, n_trials=1).run(task)
+    assert read_sweep(task.folder).results[-1].state == "done"
+
+
 def test_optunas_pruners_do_not_rank_several_objectives(task):
     optuna = pytest.importorskip("optuna", reason="needs the extra `sweep`")
     several = replace(task, objectives={"metric": "max", "packed": "min"})
