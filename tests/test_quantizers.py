@@ -370,6 +370,14 @@ def test_a_channel_of_one_element(name, grid):
     assert all(t.isfinite().all() for t in (y, grad, *learned.values()))
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "channel"])
+def test_a_weight_without_elements_keeps_a_scale(granularity):
+    x = torch.zeros(4, 0)
+    quantizer = quantizers.create(QuantSpec(4, signed=True, narrow=True, granularity=granularity), x.shape)
+    quantizer.calibrate(x)
+    assert (quantizer.step() > 0).all() and quantizer(x).shape == x.shape
+
+
 @each([case for case in CASES if make(*case).follows])
 def test_a_tensor_may_be_read_twice_before_backward_though_its_range_moves(name, grid):
     quantizer, x = ready(name, grid)
