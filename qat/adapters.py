@@ -15,21 +15,22 @@ import torch
 from torch import nn
 
 from qat.errors import UserError
+from qat.insert import plan_of, remember
 from qat.layers import QuantizedLayer
 from qat.layers.adapted import adapted
 from qat.planning.plan import Plan, PlannedLayer
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module, plan: Plan) -> Plan:
+def merge_adapters(model: nn.Module, plan: Plan | None = None) -> Plan:
     """Adds every adapter to its base weight in place, and puts the base layer where peft's stood.
 
     Args:
         model: A quantized model with adapters of peft.
-        plan: The plan its quantizers were made from.
+        plan: The plan its quantizers were made from; by default the one that it remembers.
 
     Returns:
-        The plan of the model as it is now: `fc.base_layer` has become `fc`.
+        The plan of the model as it is now, which it remembers: `fc.base_layer` has become `fc`.
 
     Raises:
         UserError: if there is no adapter, or one that has no merged form.
@@ -37,6 +38,7 @@ def merge_adapters(model: nn.Module, plan: Plan) -> Plan:
     found = adapted(model)
     if not found:
         raise UserError(f"{type(model).__name__} has no adapters of peft to merge")
+    plan = plan or plan_of(model)
     for name, layer in found.items():
         if not hasattr(layer, "merge"):
             raise UserError(f"'{name}' ({type(layer).__name__}) cannot be merged: peft has no merged form of it")
@@ -46,7 +48,9 @@ def merge_adapters(model: nn.Module, plan: Plan) -> Plan:
         if isinstance(base, QuantizedLayer) and base.weight_quantizer is not None:
             base.weight_quantizer.calibrate(base.weight)
         setattr(model.get_submodule(owner), leaf, base)
-    return _renamed(plan, set(found))
+    merged = _renamed(plan, set(found))
+    remember(model, merged)
+    return merged
 
 
 def _renamed(plan: Plan, merged: set[str]) -> Plan:

@@ -17,7 +17,7 @@ from qat.copies import copied
 from qat.errors import UserError
 from qat.grid.formats import FLOATS, round_midrise
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, integer_tensor, storage_bits
-from qat.layers import QuantizedLayer, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for
+from qat.layers import QuantizedLayer, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for, original_class
 from qat.layers.accumulator import accumulator_scale, bias_codes, folded
 from qat.layers.adapted import adapted
 from qat.layers.computed import settle
@@ -69,6 +69,11 @@ def what_holds(plan: Plan) -> str:
     return "packed" if inconvertible(plan, EVERYTHING) is None else "none"
 
 
+def is_converted(model: nn.Module) -> bool:
+    """Whether a model holds integers already."""
+    return any(isinstance(m, IntegerTensor | IntegerActivation) for m in model.modules())
+
+
 @torch.no_grad()
 def convert(model: nn.Module, plan: Plan, holds: Holds = INTEGERS) -> nn.Module:
     """Returns the integer form of a calibrated model; the model itself is left as it is.
@@ -83,15 +88,17 @@ def convert(model: nn.Module, plan: Plan, holds: Holds = INTEGERS) -> nn.Module:
         grids frozen.
 
     Raises:
-        UserError: if a grid was never calibrated, adapters are not merged, or a full-range 8-bit weight cannot be
-            mirrored for a negative gamma.
+        UserError: if it is converted already, a grid was never calibrated, adapters are not merged, or a full-range
+            8-bit weight cannot be mirrored for a negative gamma.
     """
     if reason := inconvertible(plan, holds):
         raise UserError(f"there is no integer form of it: {reason}; use export={what_holds(plan)}")
+    if is_converted(model):
+        raise UserError(f"{original_class(model).__name__} is converted already: its weights are integers")
     if name := next(iter(adapted(model)), None):
         raise UserError(
             f"'{name}' holds an adapter that trains in float beside its quantized layer: merge first, with "
-            "plan = qat.merge_adapters(model, plan)"
+            "qat.merge_adapters(model)"
         )
     for name, module in model.named_modules():
         if isinstance(module, Quantizer) and module.enabled and not module.initialised:

@@ -1,7 +1,8 @@
 """Insertion: a plan becomes quantizers in the model, and back.
 
 `apply_plan` turns layers into twins in place (see `qat.layers.twin`): float parameters, keys, hooks and ties stay where
-they are. `remove` turns them back.
+they are. `remove` turns them back. In between the model remembers its plan, as a plain attribute: copies and pickles
+have it, a state_dict does not.
 """
 
 from collections import Counter
@@ -31,6 +32,7 @@ from qat.layers import (
     drop_mixins,
     is_computed,
     mixin_for,
+    original_class,
     rounds_within,
 )  # fmt: skip
 from qat.layers.chain import chain, in_turn
@@ -40,11 +42,37 @@ from qat.planning.plan import Plan
 from qat.planning.planner import make_plan
 from qat.quantizers import Quantizer
 
-__all__ = ["adopt_modes", "apply_plan", "make_plan", "named_quantizers", "remove"]
+__all__ = ["adopt_modes", "apply_plan", "make_plan", "named_quantizers", "plan_of", "remove"]
+
+PLAN = "quantization_plan"
+"""The attribute of a quantized model that is its plan."""
+
+
+def remember(model: nn.Module, plan: Plan) -> None:
+    vars(model)[PLAN] = plan
+
+
+def remembered(model: nn.Module) -> Plan | None:
+    """The plan of a model; `None` if it holds no quantizers."""
+    return vars(model).get(PLAN)
+
+
+def plan_of(model: nn.Module) -> Plan:
+    """The plan that a model's quantizers were made from: which tensor has which grid.
+
+    Raises:
+        UserError: if it has none, naming the module in it that does.
+    """
+    if (plan := remembered(model)) is not None:
+        return plan
+    inside = next((f"; '{name}' in it has one" for name, module in model.named_modules() if remembered(module)), "")
+    raise UserError(
+        f"{original_class(model).__name__} has no quantization plan{inside or ': qat.quantize makes and inserts one'}"
+    )
 
 
 def apply_plan(model: nn.Module, plan: Plan) -> None:
-    """Inserts the plan's quantizers in place: layers become twins, float keys stay as they are.
+    """Inserts the plan's quantizers in place: layers become twins, float keys stay as they are. See `plan_of`.
 
     Raises:
         UserError: if the model has quantizers already, or lacks a module that the plan names.
@@ -87,6 +115,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     for module in [m for m in model.modules() if rounds_within(m)]:
         become_twin(module, QuantSequential)
     adopt_modes(model)
+    remember(model, plan)
 
 
 def _fold(norm: nn.Module, layer: nn.Module) -> None:
@@ -173,6 +202,7 @@ def _weight_quantizer(
 def remove(model: nn.Module) -> None:
     """Takes the quantizers out: the model is what it was before, with the weights it has now."""
     for module in list(model.modules()):
+        vars(module).pop(PLAN, None)
         if isinstance(module, TwinMixin):
             for child in [n for n, m in module.named_children() if isinstance(m, Site | Part)]:
                 delattr(module, child)

@@ -11,7 +11,7 @@ from qat.adapters import merge_adapters
 from qat.convert import convert
 from qat.errors import UserError
 from qat.export.packed import load_packed, save_packed
-from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.insert import apply_plan, make_plan, named_quantizers, plan_of
 from qat.planning.audit import audit
 from qat.policies.policy import QuantPolicy
 
@@ -65,18 +65,19 @@ def test_the_audit_names_adapters():
 def test_conversion_before_merging_says_what_to_do():
     model, x = adapted(), batch()
     plan = quantized(model, x)
-    with pytest.raises(UserError, match=rf"'{FC1}' holds an adapter .* qat.merge_adapters\(model, plan\)"):
+    with pytest.raises(UserError, match=rf"'{FC1}' holds an adapter .* qat.merge_adapters\(model\)"):
         convert(model, plan)
 
 
 def test_the_merged_weight_is_the_sum_on_a_grid_of_its_own(tmp_path):
     model, x = adapted(), batch()
-    plan = quantized(model, x, POLICY | {"weight": {"bits": 8, "granularity": "channel"}})
+    quantized(model, x, POLICY | {"weight": {"bits": 8, "granularity": "channel"}})
     base, layer = model.base_model.model.fc1.base_layer.weight.clone(), model.base_model.model.fc1
     whole = base + layer.get_delta_weight("default")
     with torch.no_grad():
         before = model(x)
-    plan = merge_adapters(model, plan)
+    plan = merge_adapters(model)
+    assert plan_of(model) == plan
     fc1 = model.base_model.model.fc1
     assert set(plan.weights) == {FC1, "base_model.model.fc2"} and isinstance(fc1, nn.Linear)
     torch.testing.assert_close(fc1.weight, whole)
@@ -93,6 +94,6 @@ def test_the_merged_weight_is_the_sum_on_a_grid_of_its_own(tmp_path):
 
 def test_a_model_without_adapters_has_nothing_to_merge():
     model = Net()
-    plan = quantized(model, batch())
+    quantized(model, batch())
     with pytest.raises(UserError, match="Net has no adapters of peft"):
-        merge_adapters(model, plan)
+        merge_adapters(model)

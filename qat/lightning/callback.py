@@ -16,7 +16,7 @@ from pytorch_lightning.callbacks import BatchSizeFinder, Callback, LearningRateF
 
 from qat.calibrate import calibrate, needs_calibration
 from qat.errors import UserError, nearest
-from qat.insert import adopt_modes, fold_again, make_plan, named_quantizers
+from qat.insert import adopt_modes, fold_again, named_quantizers, plan_of, remembered
 from qat.kernels.memory import keep_freed
 from qat.layers.twin import become_twin, original_class
 from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion, follow_widths
@@ -27,7 +27,7 @@ from qat.lightning.scale_groups import late_groups
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.spawn import tell_left_behind
 from qat.lightning.steps import at_home, described_input, run_steps, trainer_source
-from qat.planning.audit import audit, check_coverage
+from qat.planning.audit import checked_plan
 from qat.planning.plan import Plan
 from qat.policies.networks import KEY, NetworkPolicies, Policy, policy_of
 from qat.policies.policy import differences
@@ -99,10 +99,9 @@ class QATCallback(Callback):
         pl_module.scale_lr_factors = factors  # pyright: ignore[reportArgumentType]
         if stage != "fit":
             return
-        self._before = pl_module.quantization_plan
+        self._before = plan = remembered(pl_module)
         keep_freed()
         follow_insertion(trainer, pl_module)
-        plan: Any = pl_module.quantization_plan
         if plan is not None:
             policy = joint_policy(callbacks, pl_module).settings
             if changed := differences(policy, plan.policy):
@@ -146,7 +145,7 @@ class QATCallback(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._late.close()
         if stage == "fit" and self is _callbacks(trainer)[0]:
-            tell_left_behind(trainer, pl_module, self._before)  # pyright: ignore[reportArgumentType]
+            tell_left_behind(trainer, pl_module, self._before)
         # Lightning puts modules back into training after an evaluation, but not those that it did not find before.
         adopt_modes(pl_module)
         _fold_again(pl_module)
@@ -154,13 +153,10 @@ class QATCallback(Callback):
     def plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
         """The plan for all `QATCallback`s of the trainer, from one probe batch; the module is left as it is."""
         policy = joint_policy(_callbacks(trainer) or [self], pl_module)
-        plan, recording = make_plan(pl_module, policy, run_steps(pl_module, trainer_source(trainer), samples=1))
-        if any(policy.required_coverage.values()):
-            check_coverage(audit(pl_module, plan, recording), policy.required_coverage)
-        return plan
+        return checked_plan(pl_module, policy, run_steps(pl_module, trainer_source(trainer), samples=1))
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if pl_module.quantization_plan is None:
+        if remembered(pl_module) is None:
             with described_input(pl_module) as described, uncompiled(pl_module), at_home(pl_module):
                 for start in [start for callback in _callbacks(trainer) or [self] for start in callback.starts]:
                     with eagerly():  # they call parts of the module themselves, and watch
@@ -193,8 +189,7 @@ class QATCallback(Callback):
                 for start in [start for callback in callbacks for start in callback.starts]:
                     run = run_steps(pl_module, trainer_source(trainer), samples)
                     with eagerly():
-                        plan = pl_module.quantization_plan
-                        start.refine(pl_module, run, plan)  # pyright: ignore[reportArgumentType]
+                        start.refine(pl_module, run, plan_of(pl_module))
                 if trainer.world_size > 1:
                     _agree(pl_module, started=any(callback.starts for callback in callbacks))
                 follow_calibration(trainer, pl_module)
@@ -214,8 +209,8 @@ def _callbacks(trainer: pl.Trainer) -> list[QATCallback]:
 
 
 def _fold_again(pl_module: pl.LightningModule) -> None:
-    if pl_module.quantization_plan is not None:
-        fold_again(pl_module.quantization_plan, pl_module)  # pyright: ignore[reportArgumentType]
+    if (plan := remembered(pl_module)) is not None:
+        fold_again(plan, pl_module)
 
 
 def _before_tuners(trainer: pl.Trainer, callbacks: list[QATCallback]) -> None:

@@ -28,7 +28,7 @@ from torch.optim import Adam, Optimizer
 
 from qat.copies import copied
 from qat.errors import UserError
-from qat.insert import remove
+from qat.insert import remember, remove
 from qat.lightning.averages import averages
 from qat.lightning.callback import QATCallback, joint_policy
 from qat.lightning.early import Early
@@ -125,7 +125,7 @@ class LearnBits(Early, Stateful):
         self._restore()
         for grid in self._all():
             grid.attach()
-        pl_module.quantization_plan = current_plan(pl_module)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        remember(pl_module, current_plan(pl_module))
 
     def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
         check_reached(trainer, "LearnBits: until", self.until)
@@ -242,7 +242,7 @@ class LearnBits(Early, Stateful):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.choice is None and any([grid.become(grid.width.nearest) for grid in self._all()]):
-            pl_module.quantization_plan = current_plan(pl_module)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+            remember(pl_module, current_plan(pl_module))
 
     def _become_whole(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.choice = self._nearest({tensor: width.at for tensor, width in self.widths.items()})
@@ -252,7 +252,7 @@ class LearnBits(Early, Stateful):
                 for grid in self.grids.get(tensor or "", ()):
                     grid.detach()
                     grid.become(bits or 0)
-        pl_module.quantization_plan = current_plan(pl_module)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        remember(pl_module, current_plan(pl_module))
         predicted = predict(Problem(self.space.layers, {}, self.costs), self.choice)
         rank_zero_info("LearnBits: " + ", ".join(f"{k} {shown(k, v)}" for k, v in predicted.items()))
         if self.output is not None and trainer.is_global_zero:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from qat.errors import UserError
-from qat.insert import apply_plan, remove
+from qat.insert import apply_plan, remembered, remove
 from qat.layers.twin import TwinMixin, become_twin, twin_of
 from qat.lightning.scale_groups import own_groups, settle
 from qat.lightning.weights import CHECKPOINT_KEY, join_state, read_checkpoint, split_state
@@ -37,7 +37,7 @@ class QuantizedModule(TwinMixin):
     """Mixed in front of a LightningModule's class by `QATCallback`.
 
     Attributes:
-        quantization_plan: The plan that its quantizers were made from; `None` before insertion.
+        quantization_plan: The plan that its quantizers were made from (`qat.insert`); `None` before insertion.
         scale_lr_factors: Learning rates of scales, relative to the group they were split from, by path of the
             submodule that they are in (`""`: all); `None` lets the optimizer decide (see `groups`).
         input_described: `shape` (of one sample) and `dtype` of what forward takes; `None` if that is no one tensor.
@@ -113,12 +113,11 @@ class QuantizedModule(TwinMixin):
 def insert_plan(module: pl.LightningModule, plan: Plan) -> None:
     """Gives `module` the quantizers of `plan`, in place of any others it has."""
     become_twin(module, QuantizedModule)
-    if module.quantization_plan == plan:
+    if remembered(module) == plan:
         return
-    if module.quantization_plan is not None:
+    if remembered(module) is not None:
         remove(module)
     apply_plan(module, plan)
-    module.quantization_plan = plan  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
 def load_from_checkpoint(cls: type[Module], path: str | Path, **kwargs: Any) -> Module:

@@ -8,6 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.strategies.launchers import _MultiProcessingLauncher
 from pytorch_lightning.utilities import rank_zero_warn
 
+from qat.insert import remembered
 from qat.layers.twin import original_class
 from qat.planning.plan import Plan
 
@@ -25,7 +26,7 @@ def tell_left_behind(trainer: pl.Trainer, module: pl.LightningModule, before: Pl
         module: What it trained.
         before: The plan that the module had when it came from the calling process.
     """
-    if not is_spawning(trainer) or module.quantization_plan == before:
+    if not is_spawning(trainer) or remembered(module) == before:
         return
     name, file = original_class(module).__name__, getattr(trainer.checkpoint_callback, "best_model_path", "")
     rank_zero_warn(

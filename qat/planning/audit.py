@@ -5,7 +5,7 @@ other function that computes (`attn.matmul_0`) and each parameter that is in no 
 reshaping and max-pooling are not listed: they have no parameters, and an integer engine runs them on codes as they are.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,8 +17,10 @@ from qat.layers.parts import part_parameters
 from qat.measure.cost import bit_operations
 from qat.planning.functions import PROBABILITIES
 from qat.planning.plan import OUTPUTS, Plan, grids_of
+from qat.planning.planner import make_plan
 from qat.planning.probe import Call, Recording
 from qat.planning.reasons import FLOAT_CODES, FOLDS, Reasons, layers, type_name
+from qat.policies.networks import Policy
 
 SHOWN_GAPS = 5
 
@@ -114,6 +116,14 @@ def check_coverage(rows: Sequence[AuditRow], required: Mapping[str, float]) -> N
     """
     for part, share in required.items():
         _check_part([row for row in rows if f"{row.name}.".startswith(f"{part}." if part else "")], share)
+
+
+def checked_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> Plan:
+    """`make_plan`, which fails where less is on integers than the policy asks for."""
+    plan, recording = make_plan(model, policy, run)
+    if any(policy.required_coverage.values()):
+        check_coverage(audit(model, plan, recording), policy.required_coverage)
+    return plan
 
 
 def _check_part(rows: Sequence[AuditRow], required: float) -> None:

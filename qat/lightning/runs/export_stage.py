@@ -15,18 +15,17 @@ from qat.export.onnx.runtime import OnnxRunner, latency_ms
 from qat.export.packed import WEIGHTS, save_packed
 from qat.export.target import Runner, Target
 from qat.export.verify import Verdict
+from qat.insert import plan_of
 from qat.lightning.runs.evaluate import verify_file
 from qat.lightning.runs.workspace import ON_THE_CPU, Workspace
 from qat.lightning.steps import example_input
-from qat.planning.plan import Plan
 from qat.run_files import FLOAT_ONNX
 
 
 def export_stage(this: Workspace) -> Verdict | None:
     """Converts, writes the files, verifies and measures them."""
     with this.stage("exported", "Exported") as values:
-        plan = this.module.quantization_plan
-        assert isinstance(plan, Plan)
+        plan = plan_of(this.module)
         if not inconvertible(plan, EVERYTHING):
             save_packed(convert(this.module, plan, EVERYTHING), plan, this.folder)
             this.progress["packed_bytes"] = (this.folder / WEIGHTS).stat().st_size

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
 
 from qat.errors import UserError
+from qat.insert import plan_of
 from qat.lightning.module import insert_plan
 from qat.lightning.resume import SeedEpochs
 from qat.lightning.runs.workspace import Workspace
@@ -61,8 +62,7 @@ def qat_stage(this: Workspace) -> None:
 
 def audit_trained(this: Workspace) -> None:
     """Accounts for the model once more if training has changed bits for good (`LearnBits`)."""
-    plan = this.module.quantization_plan
-    assert isinstance(plan, Plan)
+    plan = plan_of(this.module)
     rows = this.audit(plan)
     if rows != this.audit_rows:
         this.audit_rows = rows
@@ -98,8 +98,7 @@ def _best(this: Workspace) -> float | None:
     if best is None or not (this.folder / best).is_file():
         return None
     checkpoint = read_checkpoint(this.folder / best)
-    plan = this.module.quantization_plan
-    assert isinstance(plan, Plan)
+    plan = plan_of(this.module)
     if Plan.from_dict(checkpoint[CHECKPOINT_KEY]) != plan:
         return None
     last = {key: value.clone() for key, value in this.module.state_dict().items()}

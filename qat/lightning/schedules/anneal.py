@@ -15,6 +15,7 @@ from pytorch_lightning.utilities import rank_zero_warn
 from torch import nn
 
 from qat.errors import UserError
+from qat.insert import plan_of, remember
 from qat.layers.chain import in_turn
 from qat.layers.weights import quantized_weights
 from qat.lightning.averages import averages
@@ -147,7 +148,7 @@ class AnnealBits(Early, Stateful):
             for quantizer in self._quantizers(module).values():
                 if quantizer.spec.bits != bits:
                     quantizer.change_bits(bits)
-        pl_module.quantization_plan = current_plan(pl_module)  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
+        remember(pl_module, current_plan(pl_module))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         wide = [name for name, q in self._quantizers(pl_module).items() if q.spec.bits != self._final[name]]
@@ -166,8 +167,7 @@ class AnnealBits(Early, Stateful):
 
 def current_plan(module: pl.LightningModule) -> Plan:
     """The module's plan, with the specs that its quantizers have now."""
-    plan = module.quantization_plan
-    assert isinstance(plan, Plan)
+    plan = plan_of(module)
     specs = {}
     for name, layer in plan.layers.items():
         twin: Any = module.get_submodule(name)
