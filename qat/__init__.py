@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qat.adapters import merge_adapters
+    from qat.by_hand import export_model, quantize, to_integers
     from qat.errors import UserError
     from qat.grid.spec import QuantSpec
-    from qat.insert import remove
+    from qat.insert import plan_of, remove
     from qat.lightning.callback import QATCallback
     from qat.lightning.module import load_from_checkpoint
+    from qat.lightning.scale_groups import own_groups
     from qat.lightning.weights import load_weights
+    from qat.measure.stats import quantizer_stats
     from qat.policies.policy import QuantPolicy
     from qat.quantizers.base import Quantizer
 
@@ -27,10 +30,16 @@ _HOME = {
     "QuantSpec": "qat.grid.spec",
     "Quantizer": "qat.quantizers.base",
     "UserError": "qat.errors",
+    "export_model": "qat.by_hand",
     "load_from_checkpoint": "qat.lightning.module",
     "load_weights": "qat.lightning.weights",
     "merge_adapters": "qat.adapters",
+    "own_groups": "qat.lightning.scale_groups",
+    "plan_of": "qat.insert",
+    "quantize": "qat.by_hand",
+    "quantizer_stats": "qat.measure.stats",
     "remove": "qat.insert",
+    "to_integers": "qat.by_hand",
 }
 
 __all__ = [
@@ -40,10 +49,16 @@ __all__ = [
     "Quantizer",
     "UserError",
     "__version__",
+    "export_model",
     "load_from_checkpoint",
     "load_weights",
     "merge_adapters",
+    "own_groups",
+    "plan_of",
+    "quantize",
+    "quantizer_stats",
     "remove",
+    "to_integers",
 ]
 
 

@@ -16,6 +16,8 @@ from torch.optim.lr_scheduler import ConstantLR, CyclicLR, LambdaLR, OneCycleLR,
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+import qat
+from qat.calibrate import needs_calibration
 from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.lightning import QATCallback, load_from_checkpoint
@@ -412,6 +414,25 @@ def test_resuming_under_another_rate_of_scales_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"scale_lr_factor=0\.5: the checkpoint was trained with None"):
         other.fit(Net(), _loader(), ckpt_path=path)
     other.test(Net(), _loader(), ckpt_path=path, verbose=False)
+
+
+def test_a_module_without_its_quantizers_is_quantized_anew_under_any_policy(tmp_path):
+    _, net = _fitted(tmp_path)
+    qat.remove(net)
+    assert net.quantization_plan is None
+    wider = {"weight": {"bits": 8}, "act": SPEC}
+    _trainer(tmp_path, policy=wider, max_epochs=1).fit(net, _loader(), _loader())
+    assert qat.plan_of(net).policy == wider and not needs_calibration(net)
+
+
+def test_a_module_that_was_quantized_by_hand_trains_on_and_keeps_its_plan_in_checkpoints(tmp_path):
+    net = Net()
+    plan = qat.quantize(net, POLICY, next(iter(_loader()))[0])
+    trainer = _trainer(tmp_path, max_epochs=1)
+    trainer.fit(net, _loader(), _loader())
+    assert net.quantization_plan == plan
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert qat.load_from_checkpoint(Net, tmp_path / "last.ckpt").quantization_plan == plan
 
 
 def test_a_quantized_module_does_not_take_another_policy_in_silence(tmp_path):
