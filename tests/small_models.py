@@ -8,21 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.calibrate import calibrate
+import qat
 from qat.convert import convert
-from qat.insert import apply_plan, make_plan
 from qat.planning.plan import Plan
-from qat.policies.policy import QuantPolicy
 
 POLICY: dict[str, Any] = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 8}}
 
 
 def quantized(model: nn.Module, x: Tensor, policy: dict[str, Any] | None = None) -> Plan:
     """Inserts quantizers into `model` and calibrates them on `x`; the model is in evaluation mode afterwards."""
-    plan, _ = make_plan(model.eval(), QuantPolicy.from_dict(POLICY if policy is None else policy), lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
-    return plan
+    return qat.quantize(model.eval(), POLICY if policy is None else policy, x)
 
 
 def both(model: nn.Module, x: Tensor, policy: dict[str, Any] | None = None) -> tuple[nn.Module, nn.Module]:

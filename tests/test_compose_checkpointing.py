@@ -10,11 +10,9 @@ from tiny_module import MINMAX, POLICY, Tiny, loader, quantizer_state, same, tra
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qat.calibrate import calibrate
+import qat
 from qat.errors import UserError
-from qat.insert import apply_plan, make_plan
 from qat.lightning import TrackOscillations
-from qat.policies.policy import QuantPolicy
 
 WAYS = [
     pytest.param(None, id="without"),
@@ -96,9 +94,7 @@ class Partly(nn.Module):
 
 def test_a_reentrant_checkpoint_around_a_site_of_the_forward_it_is_in_is_refused():
     model, x = Partly(), torch.randn(8, 4)
-    plan, _ = make_plan(model, QuantPolicy.from_dict({"weight": {"bits": 8}, "act": {"bits": 8}}), lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
+    qat.quantize(model, {"weight": {"bits": 8}, "act": {"bits": 8}}, x)
     with torch.no_grad():
         model(x)
     with pytest.raises(UserError, match=r"add_0' lies in a part .* set use_reentrant=False"):

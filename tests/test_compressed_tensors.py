@@ -11,13 +11,11 @@ import torch
 pytest.importorskip("transformers", reason="needs the extra `transformers`")
 pytest.importorskip("compressed_tensors", reason="needs the extra `compressed-tensors`")
 
-from qat.calibrate import calibrate
+import qat
 from qat.errors import UserError
 from qat.export.compressed_tensors.target import CompressedTensorsTarget
 from qat.export.verify import Verdict, check_codes
-from qat.insert import apply_plan, make_plan
 from qat.models import CausalLM
-from qat.policies.policy import QuantPolicy
 
 torch.set_num_threads(1)
 LLAMA = {
@@ -45,10 +43,7 @@ class Case:
         self.fake = CausalLM(LLAMA | architecture).eval()
         self.x = torch.randint(40, (3, 12))
         settings = {"weight": weight, "act": act, "sites": "off", "rules": FLOAT_ENDS if rules is None else rules}
-        policy = QuantPolicy.from_dict(settings)
-        self.plan, _ = make_plan(self.fake, policy, lambda: self.fake(self.x))
-        apply_plan(self.fake, self.plan)
-        calibrate(self.fake, lambda: [self.fake(self.x)])
+        self.plan = qat.quantize(self.fake, settings, self.x)
         self.target = CompressedTensorsTarget()
 
     def export(self, path: Path) -> Path:

@@ -2,17 +2,12 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import nn
 
-from qat.calibrate import calibrate
-from qat.config.configs import configs_dir
-from qat.config.instantiate import VERSION
+import qat
 from qat.errors import UserError
 from qat.grid.spec import QuantSpec
-from qat.insert import apply_plan, make_plan, named_quantizers
-from qat.policies.policy import QuantPolicy
+from qat.insert import named_quantizers
 from qat.quantizers import create
 
 
@@ -201,16 +196,8 @@ def test_biases_stay_float_where_the_accumulators_scale_is_not_known_beforehand(
         "weight": {"granularity": "channel"},
         "act": {"quantizer": "dynamic", "granularity": "token", "range": "minmax"},
     }
-    plan, _ = make_plan(model, QuantPolicy.from_dict(policy), lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
+    qat.quantize(model, policy, x)
     assert torch.equal(model[0].quantized_bias(), model[0].bias)
-
-
-def quant_settings(name):
-    with initialize_config_dir(str(configs_dir()), **VERSION):
-        settings = OmegaConf.to_container(compose("train", overrides=[f"quant={name}"]).quant)
-    return {k: v for k, v in settings.items() if k in ("weight", "act", "sites", "rules")}
 
 
 CONFIGS = ["mxfp8", "mxfp4", "mxint8", "nvfp4", "fp8", "dynamic"]
@@ -220,10 +207,7 @@ CONFIGS = ["mxfp8", "mxfp4", "mxint8", "nvfp4", "fp8", "dynamic"]
 def test_every_config_trains_one_batch(name):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)), numbers(8, 64)
-    settings = quant_settings(name)
-    plan, _ = make_plan(model, QuantPolicy.from_dict(settings), lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
+    qat.quantize(model, name, x)
     assert len(list(named_quantizers(model))) == 4
     for layer in (model[0], model[2]):
         # A fp4 block whose largest magnitude is just below 8 saturates at 6.

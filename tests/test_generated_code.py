@@ -14,13 +14,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import fresh_cache
 
+import qat
 from qat import kernels
-from qat.calibrate import calibrate
 from qat.grid.spec import QuantSpec
-from qat.insert import apply_plan, make_plan
 from qat.kernels import dispatch
 from qat.kernels.dispatch import Kernel
-from qat.policies.policy import QuantPolicy
 from qat.quantizers.fixed import forward
 
 WIDTH = 64
@@ -73,11 +71,8 @@ def products_of_floats():
 
 def quantized(model: nn.Module, x: Tensor, settings: dict[str, Any] | None = None) -> nn.Module:
     torch.manual_seed(1)
-    default = {"weight": {"bits": 8}, "act": {"bits": 8}, "kinds": ["attention"], "rules": {}}
-    policy = QuantPolicy.from_dict(default | (settings or {}))
-    plan, _ = make_plan(model, policy, lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
+    default = {"weight": {"bits": 8}, "act": {"bits": 8}, "kinds": ["attention"]}
+    qat.quantize(model, default | (settings or {}), x)
     return model.train()
 
 

@@ -8,12 +8,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qat.calibrate import calibrate
+import qat
 from qat.errors import UserError
-from qat.insert import apply_plan, make_plan
 from qat.kernels import dispatch
 from qat.layers import modules
-from qat.policies.policy import QuantPolicy
 
 CONVOLUTIONS = {
     "strided": (lambda: nn.Conv2d(3, 8, 7, 2, 3), (4, 3, 20, 20)),
@@ -28,10 +26,7 @@ CONVOLUTIONS = {
 
 def quantized(layer: nn.Module, x: torch.Tensor, **settings: object) -> nn.Sequential:
     model = nn.Sequential(layer)
-    policy = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 4}, "rules": {}, **settings}
-    plan, _ = make_plan(model, QuantPolicy.from_dict(policy), lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
+    qat.quantize(model, {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 4}, **settings}, x)
     return model.train()
 
 

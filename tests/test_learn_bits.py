@@ -10,11 +10,11 @@ from pytorch_lightning.plugins import MixedPrecision
 from tiny_module import Tiny, loader, trainer
 from torch import nn
 
-from qat.calibrate import calibrate
+import qat
 from qat.cli import main
 from qat.errors import UserError
 from qat.grid.spec import QuantSpec
-from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.insert import named_quantizers
 from qat.lightning import AnnealBits, LearnBits, QATCallback, load_from_checkpoint
 from qat.policies.policy import QuantPolicy
 from qat.quantizers import create
@@ -123,8 +123,7 @@ def _space(policy=POLICY, **settings):
     search = Search(**{"weight_bits": WIDTHS, "act_bits": WIDTHS, **settings})
     space = make_space(model, QuantPolicy.from_dict(policy), search, lambda: model(x))
     quantized = Tiny().eval()
-    apply_plan(quantized, make_plan(quantized, QuantPolicy.from_dict(policy), lambda: quantized(x))[0])
-    calibrate(quantized, lambda: quantized(x))
+    qat.quantize(quantized, policy, x)
     return space, quantized, lambda: quantized(x)
 
 

@@ -13,14 +13,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd.graph import saved_tensors_hooks
 
+import qat
 from qat import kernels
-from qat.calibrate import calibrate
 from qat.errors import UserError
-from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.insert import named_quantizers
 from qat.kernels import dispatch, onednn
 from qat.kernels.gradient import Made
 from qat.layers import products_evaluation, products_training
-from qat.policies.policy import QuantPolicy
 from qat.quantizers.lsq import LSQ
 
 pytestmark = pytest.mark.skipif(not onednn.exact(), reason="needs a processor with VNNI and torch with oneDNN")
@@ -55,9 +54,7 @@ def used(monkeypatch) -> list[str]:
 def quantized(model: nn.Module, x: torch.Tensor, weight: dict | None = None, act: dict | None = None) -> nn.Module:
     torch.manual_seed(1)
     policy = {"weight": {"bits": 8, "granularity": "channel", **(weight or {})}, "act": {"bits": 8, **(act or {})}}
-    plan, _ = make_plan(model, QuantPolicy.from_dict({**policy, "rules": {}}), lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
+    qat.quantize(model, policy, x)
     return model.train()
 
 
@@ -182,9 +179,7 @@ def test_other_grids_multiply_floats(weight, act, used):
         "act": act if act == "off" else {"bits": 8, **act},
     }
     model = nn.Sequential(nn.Linear(24, 10))
-    plan, _ = make_plan(model, QuantPolicy.from_dict({**policy, "rules": {}}), lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
+    qat.quantize(model, policy, x)
     model.train()(x).sum().backward()
     assert not used
 

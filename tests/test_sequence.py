@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
+import qat
 from qat import kernels
 from qat.calibrate import calibrate
 from qat.convert import convert
@@ -48,16 +49,18 @@ def rounding(monkeypatch):
     return counted
 
 
+def policy(**settings) -> dict[str, Any]:
+    return {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}, **settings}
+
+
 def inserted(model: nn.Module, x: torch.Tensor, **settings) -> tuple[nn.Module, Plan]:
-    policy = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}, "rules": {}, **settings}
-    plan, _ = make_plan(model, QuantPolicy.from_dict(policy), lambda: model(x))
+    plan, _ = make_plan(model, QuantPolicy.from_dict(policy(**settings)), lambda: model(x))
     apply_plan(model, plan)
     return model, plan
 
 
 def quantized(model: nn.Module, x: torch.Tensor, **settings) -> Any:
-    model, _ = inserted(model, x, **settings)
-    calibrate(model, lambda: model(x))
+    qat.quantize(model, policy(**settings), x)
     return model.train()
 
 

@@ -3,13 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from test_insert import Model, conv, inserted, planned
 from torch import nn
 
-from qat.config.configs import configs_dir
-from qat.config.instantiate import VERSION
+from qat.config.presets import preset
 from qat.errors import UserError
 from qat.insert import make_plan, named_quantizers
 from qat.models.resnet import ResNet
@@ -90,12 +87,6 @@ def test_residual_networks_have_the_sites_they_always_had():
 
 
 # -- presets -----------------------------------------------------------------------------------------------------------
-
-
-def preset(name: str) -> dict:
-    with initialize_config_dir(str(configs_dir()), **VERSION):
-        settings = OmegaConf.to_container(compose("train", overrides=[f"quant={name}"]).quant)
-    return {k: v for k, v in settings.items() if k not in ("calibration_samples", "scale_lr", "module")}
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from small_models import lived, quantized
-from test_sites_policy import preset
 from test_targets import target_of
 
+from qat.config.presets import preset
 from qat.convert import convert
 from qat.export.manifest import companions
 from qat.export.onnx.export import export_onnx

@@ -9,10 +9,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from qat.calibrate import calibrate
-from qat.insert import apply_plan, make_plan, named_quantizers
+import qat
+from qat.insert import named_quantizers
 from qat.kernels import dispatch
-from qat.policies.policy import QuantPolicy
 
 
 @pytest.fixture(autouse=True)
@@ -22,10 +21,7 @@ def everything_is_large(monkeypatch):
 
 
 def quantized(model: nn.Module, x: torch.Tensor) -> nn.Module:
-    policy = QuantPolicy.from_dict({"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}, "rules": {}})
-    plan, _ = make_plan(model, policy, lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
+    qat.quantize(model, {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}}, x)
     return model.train()
 
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qat.calibrate import calibrate
+import qat
 from qat.errors import UserError
 from qat.grid.spec import QuantSpec
 from qat.insert import apply_plan, make_plan
 from qat.measure.stats import QuantizerStats, Tally, quantizer_stats, weight_stats
 from qat.policies.policy import QuantPolicy
 from qat.quantizers import create
+
+POLICY = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 8}}
 
 
 class Fork(nn.Module):
@@ -27,12 +29,8 @@ class Fork(nn.Module):
         return self.left(x) + self.right(x)
 
 
-def quantized(model: nn.Module, x: Tensor, calibrated: bool = True, **policy) -> nn.Module:
-    settings = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 8}, **policy}
-    plan, _ = make_plan(model, QuantPolicy.from_dict(settings), lambda: model(x))
-    apply_plan(model, plan)
-    if calibrated:
-        calibrate(model, lambda: model(x))
+def quantized(model: nn.Module, x: Tensor, **policy) -> nn.Module:
+    qat.quantize(model, {**POLICY, **policy}, x)
     return model
 
 
@@ -179,7 +177,8 @@ def test_values_without_a_code_are_an_error_that_names_the_quantizer(bad):
 
 def test_an_uncalibrated_model_is_an_error():
     x = torch.randn(4, 8)
-    model = quantized(Fork(), x, calibrated=False)
+    model = Fork()
+    apply_plan(model, make_plan(model, QuantPolicy.from_dict(POLICY), lambda: model(x))[0])
     with pytest.raises(UserError, match=r"'left\.weight_quantizer'.*calibrate"):
         weight_stats(model)
     with pytest.raises(UserError, match=r"qat\.calibrate\.calibrate\(model, run\)"):

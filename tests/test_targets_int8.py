@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from small_models import POLICY, Shape, both, lived, quantized
-from test_sites_policy import preset
 from test_targets import TENSOR, W8A8, Case, target_of
 from torch import nn
 
 from qat.config.exports import build, of_file
+from qat.config.presets import preset
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
 from qat.export.executorch.file import PteFile

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.calibrate import calibrate
+import qat
 from qat.convert import convert
-from qat.insert import apply_plan, make_plan, named_quantizers, remove
+from qat.insert import named_quantizers, remove
 from qat.layers import QuantizedLayer, become_twin, drop_mixins, original_class
 from qat.layers.modules import QuantLinear
 from qat.models.resnet import BasicBlock
@@ -76,10 +76,7 @@ def net(x: Tensor) -> Net:
 
 
 def quantized(model, x: Tensor, **policy):
-    plan, _ = make_plan(model, QuantPolicy.from_dict({**POLICY, **policy}), lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
-    model.plan = plan
+    model.plan = qat.quantize(model, {**POLICY, **policy}, x)
     return model.eval()
 
 
@@ -259,10 +256,7 @@ def test_the_quantized_weight_follows_the_zero_of_its_grid():
 def test_another_tensor_at_the_same_address_is_another_weight():
     x = torch.randn(4, 64)
     model = nn.Sequential(nn.Linear(64, 64))
-    plan, _ = make_plan(model, QuantPolicy.from_dict({**POLICY, "rules": {}}), lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
-    model.eval()
+    quantized(model, x, rules={})
     for name in ("weight", "weight_quantizer.scale"):
         plain = model[0].get_parameter(name)
         for i in range(20):

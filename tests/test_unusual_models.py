@@ -12,7 +12,7 @@ from small_models import POLICY
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from qat.calibrate import calibrate
+import qat
 from qat.convert import convert
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import OnnxRunner
@@ -185,9 +185,7 @@ def test_it_trains_reloads_converts_and_is_given_back(
 ):
     model, given = make().eval(), call()
     fresh, plain = copy.deepcopy(model), outputs(model, given)
-    plan, _ = make_plan(model, QuantPolicy.from_dict(POLICY), lambda: outputs(model, given))
-    apply_plan(model, plan)
-    calibrate(model, lambda: outputs(model, given))
+    plan = qat.quantize(model, POLICY, lambda: outputs(model, given))
     outputs(model.train(), given)[0].float().square().sum().backward()
     learned = {n: q.scale.grad for n, q in named_quantizers(model) if isinstance(q.scale, nn.Parameter)}
     assert learned and all(grad is not None and grad.any() for grad in learned.values())
