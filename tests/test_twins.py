@@ -16,7 +16,6 @@ from qat.insert import named_quantizers, remove
 from qat.layers import QuantizedLayer, become_twin, drop_mixins, original_class
 from qat.layers.modules import QuantLinear
 from qat.models.resnet import BasicBlock
-from qat.policies.policy import QuantPolicy
 
 POLICY = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}, "sites": {"bits": 8}}
 
@@ -243,9 +242,7 @@ def test_the_quantized_weight_follows_every_change(change, net):
 def test_the_quantized_weight_follows_the_zero_of_its_grid():
     model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(4, 8)
     affine = {"bits": 4, "signed": False, "symmetric": False, "quantizer": "fixed"}
-    plan, _ = make_plan(model, QuantPolicy.from_dict({**POLICY, "weight": affine, "rules": {}}), lambda: model(x))
-    apply_plan(model, plan)
-    calibrate(model, lambda: model(x))
+    qat.quantize(model, {**POLICY, "weight": affine, "rules": {}}, x)
     layer = model.eval()[0]
     layer.quantized_weight()
     layer.weight_quantizer.zero_point.add_(3)
