@@ -16,6 +16,7 @@ from qat import QATCallback
 from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.modes import evaluating
+from qat.quantizers import names
 from qat.starts import AdaRound, CorrectBias, Equalize
 from qat.starts.adaround import SoftRounding
 from qat.starts.base import in_float
@@ -518,6 +519,27 @@ def test_training_begins_with_exactly_what_was_measured_and_resumes_without_doin
     resumed.fit(again, datamodule=Data(), ckpt_path=tmp_path / "one.ckpt", weights_only=True)
     assert torch.equal(look.output, trained)
     assert all(q.initialised for _, q in named_quantizers(again))
+
+
+GRANULARITIES = [{"granularity": "tensor"}, {"granularity": "channel"}, {"granularity": "group", "group_size": 4}]
+OWN = {"dorefa": {"format": "midrise"}, "seq": {"format": "midrise", "bits": 2}}
+WEIGHTED = [name for name in names() if name not in ("n2uq", "pact")]
+
+
+@pytest.mark.parametrize("range_", ["mse", "percentile", "even"])
+@pytest.mark.parametrize("grid", GRANULARITIES, ids=lambda grid: grid["granularity"])
+@pytest.mark.parametrize("quantizer", WEIGHTED)
+def test_the_first_training_forward_rounds_weights_as_they_were_measured(quantizer, grid, range_):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(8, 8)).bfloat16(), torch.randn(32, 8).bfloat16()
+    weight = {"bits": 4, **grid, "quantizer": quantizer, "range": range_, **OWN.get(quantizer, {})}
+    if range_ == "even" and grid["granularity"] == "group":
+        weight["scale"] = "e8m0"
+    quantized(net, x, {"weight": weight, "act": {"bits": 8}})
+    measured = net.eval()[0].quantized_weight()
+    net.train()(x)
+    assert torch.equal(net[0].quantized_weight(), measured)
+    assert torch.equal(net.eval()[0].quantized_weight(), measured)
 
 
 @pytest.mark.parametrize("starts", STARTS.values(), ids=STARTS)

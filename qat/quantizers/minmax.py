@@ -4,14 +4,16 @@
 
 Ranges move in training only, and only while `tracking`; validation, sanity checks and prediction read them. The
 gradient is the clipped straight-through estimator, for weights with half a step of room: the largest define the scale,
-and its rounding must not cost them their gradient.
+and its rounding must not cost them their gradient. Calibration gives weights the range that training follows, their
+extremes, whatever `spec.range` says (`even` and `centred` make another scale of them, at both times), so that training
+begins with the grid that was measured.
 """
 
 import torch
 from torch import Tensor
 
 from qat.errors import UserError
-from qat.grid.ranges import minmax
+from qat.grid.ranges import Range, even, minmax
 from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Gradient, gradient
 from qat.modes import recomputing
@@ -51,13 +53,22 @@ class MinMax(Fixed):
         if not x.numel() or recomputing():
             return
         running, rows = self.running_low, self.partition.rows(x.float())
-        low, high = (r.view_as(running).to(running.dtype) for r in minmax(rows, self.spec))
+        low, high = (r.view_as(running).to(running.dtype) for r in self._extremes(rows))
         # A non-finite batch (an exploded step) must not poison the range for ever.
         step = (self.tracking * low.isfinite() * high.isfinite()).to(running.dtype) * self.momentum
         self._set_range(
             torch.lerp(self.running_low, low.nan_to_num(), step).flatten(),
             torch.lerp(self.running_high, high.nan_to_num(), step).flatten(),
         )
+
+    def _extremes(self, rows: Tensor) -> Range:
+        return (even if self.spec.range == "even" else minmax)(rows, self.spec)
+
+    def _fit(self, rows: Tensor) -> None:
+        if self.is_weight:
+            self._set_range(*self._extremes(rows))
+        else:
+            super()._fit(rows)
 
     @torch.no_grad()
     def _set_range(self, low: Tensor, high: Tensor) -> None:
