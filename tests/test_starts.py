@@ -307,6 +307,47 @@ def test_what_it_writes_rounds_to_what_it_learned_and_is_no_further_from_the_flo
     assert ((hard - weight).abs() <= (level * quantizer.step()[:, None] - weight).abs() + 1e-6).all()
 
 
+@pytest.mark.parametrize(
+    "grid", [{"granularity": "tensor"}, {"granularity": "channel"}, {"granularity": "group", "group_size": 8}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", [3, 8])
+def test_what_it_writes_rounds_to_what_it_learned_in_types_of_few_digits_too(bits, dtype, grid):
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(64, 64)).to(dtype), torch.randn(32, 64, dtype=dtype)
+    quantized(net, x, {"weight": {"bits": bits, **grid}})
+    quantizer, weight = net[0].weight_quantizer, net[0].weight.detach()
+    soft = SoftRounding(quantizer, weight)
+    with torch.no_grad():
+        soft.up.copy_(torch.randn_like(soft.up) * 8)
+    level = (soft.floor + (soft.h() >= 0.5)).clamp(soft.low, soft.high).view_as(weight)
+    assert torch.equal(quantizer.levels(soft.hardened(weight).to(dtype)), level)
+
+
+def test_a_layer_whose_type_cannot_hold_what_was_learned_is_named():
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Linear(16, 8)).bfloat16(), torch.randn(32, 16, dtype=torch.bfloat16)
+    plan = quantized(net, x, {"weight": {"bits": 12, "granularity": "channel"}})
+    with pytest.warns(UserWarning, match=r"'0': \d+ of 128 weights have other levels than were learned, for which bfl"):
+        AdaRound(steps=20, lr=1.0).refine(net, lambda: net(x), plan)
+
+
+def test_what_stays_rounded_to_nearest_is_named_with_the_reason():
+    def refined(rules):
+        net, x = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3))), torch.randn(16, 8)
+        plan = quantized(net, x, POLICY | {"rules": {"r": rules}})
+        AdaRound(steps=2).refine(net, lambda: net(x), plan)
+
+    ternary = {"bits": None, "format": "ternary"}
+    with pytest.warns(UserWarning, match="'0' is rounded to nearest and 1 more, too: format=ternary has no equal step"):
+        refined({"match": ["0", "2"], "weight": ternary})
+    with pytest.warns(UserWarning, match="'1' is rounded to nearest: quantizer=minmax finds its grid in the weight"):
+        refined({"match": "1", "weight": {"quantizer": "minmax"}})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refined({"match": "1", "weight": "off"})
+
+
 def test_wrong_blocks_and_grids_are_named():
     net, x = nn.Sequential(nn.Linear(4, 4)), torch.randn(8, 4)
     plan = quantized(net, x, POLICY)

@@ -45,8 +45,8 @@ class QuantSpec:
             (hardware shifts); `e8m0`, the power of two of the OCP Microscaling formats; `e4m3`, fp8 scales under one
             float32 scale per tensor (NVFP4).
         quantizer: Name of a file in `qat/quantizers`: how the grid is trained.
-        range: One of `qat.grid.ranges.ESTIMATORS`: how calibration finds the first scale. Those who define their first scale
-            (`seq`, `dorefa`, weights of `lsq_plus` and `minmax`) do not ask.
+        range: One of `qat.grid.ranges.ESTIMATORS`: how calibration finds the first scale. Quantizers that define it
+            themselves (`seq`, `dorefa`, weights of `lsq_plus` and `minmax`) do not ask.
         rounding_mode: `nearest`; or `stochastic`: in training, up or down at random, right on average. Codes are always
             the nearest.
         options: Settings of that quantizer, by the names of its constructor; `None` for its own defaults.

@@ -12,7 +12,11 @@ Units are done in the order of execution: each gets the input that the quantized
 the output of the float model (the asymmetric reconstruction of section 3.3).
 
 The result is written into the weights, w = scale * level + clip(w - scale * level, -0.49 scale, 0.49 scale): rounding
-to nearest then gives these levels, so that training starts with them, as near to the float weights as that allows.
+to nearest then gives these levels, so that training starts with them, as near to the float weights as that allows. A
+type of few digits (bfloat16) that has no number there gets the level itself.
+
+Weights whose grid follows them (`minmax`, `dynamic`) are left out, and named: what is written would move it. So are
+those without equal steps.
 """
 
 import fnmatch
@@ -26,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from qat.errors import UserError, nearest
-from qat.grid.functional import ratio
+from qat.grid.functional import levels, ratio, values
 from qat.layers import is_computed, original_class
 from qat.modes import evaluating
 from qat.planning.functions import first_tensor
@@ -60,11 +64,20 @@ class SoftRounding(nn.Module):
         return (1 - (2 * self.h() - 1).abs().pow(b)).sum()
 
     @torch.no_grad()
+    def level(self) -> Tensor:
+        """The levels that were learned, of the grouped weight's shape."""
+        return (self.floor + (self.h() >= 0.5)).clamp(self.low, self.high)
+
+    @torch.no_grad()
     def hardened(self, weight: Tensor) -> Tensor:
-        """The latent weight that rounds to what was learned."""
-        centre = ((self.floor + (self.h() >= 0.5)).clamp(self.low, self.high) * self.scale).view(self.shape)
-        reach = (0.49 * self.scale).expand(self.floor.shape).reshape(self.shape)
-        return centre + torch.minimum(torch.maximum(weight - centre, -reach), reach)
+        """The latent weight that rounds to what was learned, wherever its type has such a number: the level itself
+        where the type has none as near to the border as the reach.
+        """
+        level, x = self.level(), weight.reshape(self.floor.shape)
+        centre, reach = values(level, self.scale, torch.promote_types(x.dtype, torch.float32)), 0.49 * self.scale
+        near = (centre + (x - centre).clamp(-reach, reach)).to(weight.dtype)
+        kept = levels(near, self.scale, self.low, self.high) == level
+        return torch.where(kept, near, values(level, self.scale, weight.dtype)).view(self.shape)
 
 
 class AdaRound(Start):
@@ -102,7 +115,7 @@ class AdaRound(Start):
         modules = dict(model.named_modules())
         layers = _layers(modules, plan)
         if not layers:
-            what = "has a grid of equal steps (int) and can be written to"
+            what = "has a grid of equal steps (int) that does not follow it, and can be written to"
             raise UserError(f"AdaRound: no weight of {original_class(model).__name__} {what}")
         units = self._units(modules, layers)
         with evaluating(model), torch.no_grad():
@@ -122,7 +135,7 @@ class AdaRound(Start):
                 calls = [(args, kwargs, y) for (args, kwargs, _), (*_, y) in zip(given, wanted, strict=True)]
                 del given, wanted
                 with torch.enable_grad():
-                    self._learn(unit, [modules[layer] for layer in units[name]], calls, rows)
+                    self._learn(unit, {layer: modules[layer] for layer in units[name]}, calls, rows)
 
     def _units(self, modules: dict[str, nn.Module], layers: list[str]) -> dict[str, list[str]]:
         """The layers to be rounded, by the unit they are in."""
@@ -150,7 +163,8 @@ class AdaRound(Start):
         at = torch.randint(count, (min(self.batch_size, count),), generator=generator).to(call[2].device)
         return tree_map_only(Tensor, lambda t: t[at], call)
 
-    def _learn(self, unit: Any, layers: list[Any], calls: list[Call], rows: bool) -> None:
+    def _learn(self, unit: Any, named: dict[str, Any], calls: list[Call], rows: bool) -> None:
+        layers = list(named.values())
         quantizers = [layer.weight_quantizer for layer in layers]
         soft = [SoftRounding(q, layer.weight) for q, layer in zip(quantizers, layers, strict=True)]
         calls = joined(calls) if rows else calls
@@ -177,24 +191,52 @@ class AdaRound(Start):
             for layer, quantizer in zip(layers, quantizers, strict=True):
                 layer._modules["weight_quantizer"], layer.training = quantizer, False
         with torch.no_grad():
-            for layer, one in zip(layers, soft, strict=True):
+            for (name, layer), one in zip(named.items(), soft, strict=True):
                 layer.weight.copy_(one.hardened(layer.weight))
+                _check_written(name, layer, one.level().view(one.shape))
+
+
+def _check_written(name: str, layer: Any, level: Tensor) -> None:
+    """Warns where the weight's type has no number that rounds to the level that was learned."""
+    lost = int((layer.weight_quantizer.levels(layer.weight) != level).sum())
+    if lost:
+        kind = str(layer.weight.dtype).removeprefix("torch.")
+        _warn(
+            f"'{name}': {lost} of {level.numel()} weights have other levels than were learned, for which {kind} has "
+            "too few digits; keep weights in float32, or take fewer bits"
+        )
 
 
 def _layers(modules: dict[str, nn.Module], plan: Plan) -> list[str]:
-    """The layers with a weight that can be rounded up or down."""
-    found = []
+    """The layers with a weight that can be rounded up or down. An embedding is none: its output is its weight, for
+    which rounding to nearest is best.
+    """
+    found, left = [], {}
     for name in plan.weights:
         layer: Any = modules[name]
-        quantizer = layer.weight_quantizer
-        plain = not quantizer.transforms and quantizer.static and quantizer.on
-        if quantizer.spec.format != "int" or not plain or isinstance(layer, nn.Embedding):
+        if isinstance(layer, nn.Embedding) or not layer.weight_quantizer.on:
             continue
-        if is_computed(layer) or getattr(layer, "stacked", None) == "in_out":
-            _warn(f"'{name}' is rounded to nearest: its weight is computed, so nothing can be written into it")
-        else:
+        why = _unfit(layer)
+        if why is None:
             found.append(name)
+        else:
+            left.setdefault(why, []).append(name)
+    for why, names in left.items() if found else ():
+        more = f" and {len(names) - 1} more, too" if names[1:] else ""
+        _warn(f"'{names[0]}' is rounded to nearest{more}: {why}")
     return found
+
+
+def _unfit(layer: Any) -> str | None:
+    """The reason why the weight of a layer cannot be rounded up or down at will, if there is one."""
+    quantizer = layer.weight_quantizer
+    if quantizer.spec.format != "int":
+        return f"format={quantizer.spec.format} has no equal steps with a zero"
+    if quantizer.follows or not quantizer.static or type(quantizer).transform is not Quantizer.transform:
+        return f"quantizer={quantizer.spec.quantizer} finds its grid in the weight, and would find another"
+    if is_computed(layer) or getattr(layer, "stacked", None) == "in_out":
+        return "its weight is computed, so nothing can be written into it"
+    return None
 
 
 def _warn(message: str) -> None:

@@ -5,7 +5,8 @@
 
 Layer by layer in the order of execution, each with those before it corrected. Where a BatchNorm folds into a layer, its
 running mean takes the correction, as the folded bias would: it acts in evaluation and in the file, and training, which
-normalizes by the batch, finds its own. Layers without either keep their shift.
+normalizes by the batch, finds its own. Layers without either keep their shift, as do functions that multiply by a
+parameter (`F.linear(x, self.w, self.b)`, experts): their bias, if any, is an argument that they may share.
 """
 
 from typing import Any
