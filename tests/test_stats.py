@@ -15,6 +15,9 @@ from qat.policies.policy import QuantPolicy
 from qat.quantizers import create
 
 POLICY = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 8}}
+from qat.grid.formats import FLOATS
+from qat.measure.health import Health
+from qat.measure.stats import summarize
 
 
 class Fork(nn.Module):
@@ -89,14 +92,59 @@ def test_clip_rate_counts_values_that_round_beyond_the_grid(symmetric):
 
 
 @pytest.mark.parametrize(
-    ("format", "end"), [("int", 7.5), ("midrise", 16.0), ("e2m1", 7.0)], ids=["int", "midrise", "e2m1"]
+    ("format", "bits", "within", "beyond"),
+    [  # just short of half the last step, and just beyond it
+        pytest.param("int", 4, 7.49, 7.51, id="int4"),
+        pytest.param("midrise", 2, 3.99, 4.01, id="midrise2"),
+        pytest.param("ternary", None, 1.49, 1.51, id="ternary"),
+        pytest.param("e4m3", None, 463, 465, id="e4m3"),
+        pytest.param("e5m2", None, 61400, 61500, id="e5m2"),
+        pytest.param("e2m3", None, 7.74, 7.76, id="e2m3"),
+        pytest.param("e2m1", None, 6.99, 7.01, id="e2m1"),
+    ],
 )
-def test_a_value_is_clipped_from_half_of_the_last_step_on(format, end):
-    quantizer = create(QuantSpec(4 if format != "e2m1" else None, format, signed=True, quantizer="fixed"))
-    quantizer.calibrate(torch.ones(4))
-    tally = Tally()
-    tally.add("x", quantizer, quantizer.scale * torch.tensor([end - 0.1, end + 0.1, 0.0]))
-    assert tally.clipped == 1
+def test_values_are_clipped_from_half_the_last_step_on(format, bits, within, beyond):
+    spec = QuantSpec(bits=bits, format=format, quantizer="fixed").resolved(nonnegative=False, weight=True)
+    quantizer, tally = create(spec, torch.Size((8,))), Tally()
+    tally.add("w", quantizer, torch.tensor([0, 1, within, -within, beyond, -beyond, 3 * beyond, -within]))
+    assert tally.clipped == 3
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2", "e3m2", "e2m3", "e2m1"])
+def test_the_two_zeros_of_a_floating_point_format_are_one_code(format):
+    spec = QuantSpec(bits=None, format=format, quantizer="fixed").resolved(nonnegative=False, weight=True)
+    quantizer, tally = create(spec, torch.Size((4,))), Tally()
+    tally.add("w", quantizer, torch.tensor([1e-9, -1e-9, 0.0, -0.0]))
+    assert Health.of(summarize("w", quantizer, tally, ("w",)), len(tally.codes)).findings() == ["all codes are equal"]
+    magnitudes = torch.tensor(FLOATS[format].magnitudes)
+    tally.add("w", quantizer, torch.cat([magnitudes, -magnitudes]))
+    assert summarize("w", quantizer, tally, ("w",)).used_codes == 1
+
+
+@pytest.mark.parametrize("scale", ["float32", "float16", "pow2"])
+def test_a_scale_is_at_the_floor_of_its_format(scale):
+    spec = QuantSpec(scale=scale, quantizer="fixed").resolved(nonnegative=False, weight=True)
+    quantizer, tally = create(spec, torch.Size((3,))), Tally()
+    x = torch.tensor([0.0, 1e-8, 2e-8])
+
+    def findings():
+        tally.add("w", quantizer, x)
+        return Health.of(summarize("w", quantizer, tally, ("w",)), len(tally.codes)).findings()
+
+    quantizer.scale.fill_(-1)
+    assert any(finding.startswith("a scale is at its floor") for finding in findings())
+    quantizer.scale.fill_(1e-3)
+    assert not any("floor" in finding for finding in findings())
+
+
+def test_block_scales_may_be_as_small_as_blocks_are():
+    blocks = {"granularity": "group", "group_size": 4, "scale": "e8m0"}
+    spec = QuantSpec(bits=None, format="e2m1", quantizer="fixed", **blocks).resolved(nonnegative=False, weight=True)
+    quantizer, tally = create(spec, torch.Size((2, 4))), Tally()
+    x = torch.randn(2, 4) * 1e-12
+    quantizer.calibrate(x)
+    tally.add("w", quantizer, x)
+    assert not Health.of(summarize("w", quantizer, tally, ("w",)), len(tally.codes)).findings()
 
 
 @pytest.mark.parametrize(

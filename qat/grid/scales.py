@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from qat.grid.formats import FLOATS
-from qat.grid.functional import TINY, over, positive
+from qat.grid.functional import SCALE_FLOOR, TINY, over, positive
 from qat.grid.spec import QuantSpec
 
 HUGE = 2.0**127
+HALF_FLOOR = 2.0**-24
 POW2_FLOOR = 2.0**-26
 """The smallest power-of-two scale: integer engines multiply two scales and have to hold the product."""
 
@@ -37,7 +38,7 @@ def power_of_two(scale: Tensor) -> Tensor:
 
 def half(scale: Tensor) -> Tensor:
     """The nearest float16, at least its smallest subnormal."""
-    return scale.float().clamp(2.0**-24, 65504.0).half().float()
+    return scale.float().clamp(HALF_FLOOR, 65504.0).half().float()
 
 
 def microscaling(scale: Tensor) -> Tensor:
@@ -83,6 +84,11 @@ def snap(scale: Tensor, spec: QuantSpec) -> Tensor:
         case "e4m3":
             return two_level(scale)
     return positive(scale)
+
+
+def floor(spec: QuantSpec) -> float:
+    """The scale at which one that shrinks has collapsed: the smallest of its format, of float32 that of calibration."""
+    return {"float32": SCALE_FLOOR, "float16": HALF_FLOOR, "pow2": POW2_FLOOR}.get(spec.scale, TINY)
 
 
 def acting(scale: Tensor, spec: QuantSpec) -> Tensor:

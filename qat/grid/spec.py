@@ -213,6 +213,13 @@ class QuantSpec:
         return math.frexp(self.quant_max)[1] - 1
 
     @property
+    def last_step(self) -> float:
+        """Distance of the two highest levels, in units of the scale."""
+        if self.float_format is not None:
+            return self.float_format.magnitudes[-1] - self.float_format.magnitudes[-2]
+        return 2 if self.format in ("binary", "midrise") else 1
+
+    @property
     def size(self) -> int:
         """How many codes there are (of a floating-point format, with both zeros)."""
         if self.float_format is not None:

@@ -40,6 +40,7 @@ class Health:
         scale: The smallest of its scales.
         sqnr_db, clip_rate: See `qat.measure.stats`.
         drift, oscillation, grad_norm: See the module's docstring.
+        scale_floor: The smallest scale of its format.
     """
 
     name: str
@@ -54,13 +55,14 @@ class Health:
     drift: float | None = None
     oscillation: float | None = None
     grad_norm: float | None = None
+    scale_floor: float = SCALE_FLOOR
 
     @classmethod
     def of(cls, stats: QuantizerStats, codes: int, **training: float | None) -> "Health":
         """A fit, and what training shows beside it."""
         return cls(
             stats.name, stats.layer, stats.role, stats.spec, stats.bits, codes, stats.scale_min, stats.sqnr_db,
-            stats.clip_rate, **training,
+            stats.clip_rate, **training, scale_floor=stats.scale_floor,
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,7 +75,7 @@ class Health:
             found.append("all codes are equal")
         if self.clip_rate > MAX_CLIP_RATE and self.bits > 1:  # one bit has nothing but ends
             found.append(f"{self.clip_rate:.0%} of its values are clipped")
-        if self.scale <= SCALE_FLOOR:
+        if self.scale <= self.scale_floor:
             found.append(f"a scale is at its floor ({self.scale:.2g})")
         return found
 

@@ -3,9 +3,10 @@
 For every quantizer, over all values `x` of one pass and what the grid makes of them, `fq(x)`:
 
     sqnr_db      10 log10(sum x^2 / sum (x - fq(x))^2): about 6 dB per bit put to use
-    clip_rate    share of values that lie more than half of its last step outside the grid: many mean that the range is
-                 too tight
-    used_codes   share of the grid's codes that occur: few mean that the range is too wide, or that fewer bits would do
+    clip_rate    share of values that lie more than half a step (of floating-point formats, their last) outside the
+                 grid: many mean that the range is too tight
+    used_codes   share of the grid's codes that occur, two zeros being one: few mean that the range is too wide, or that
+                 fewer bits would do
 
 Activations are seen by hooks on their quantizers while the model runs (the second of two grids in a row sees what the
 first made of the tensor); weights are read where they lie, which needs no data.
@@ -21,9 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.grid.formats import round_midrise
-from qat.grid.functional import ratio
-from qat.grid.spec import QuantSpec
+from qat.grid.functional import SCALE_FLOOR, ratio
+from qat.grid.scales import floor
 from qat.insert import named_quantizers
 from qat.layers.weights import quantized_weights
 from qat.modes import evaluating
@@ -50,6 +50,7 @@ class QuantizerStats:
         sqnr_db: In decibels; `None` if the grid holds every value exactly.
         clip_rate: 0 to 1.
         used_codes: 0 to 1.
+        scale_floor: The smallest scale of its format.
     """
 
     name: str
@@ -64,6 +65,7 @@ class QuantizerStats:
     sqnr_db: float | None
     clip_rate: float
     used_codes: float
+    scale_floor: float = SCALE_FLOOR
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "readers": list(self.readers)}
@@ -90,23 +92,19 @@ class Tally:
         self.noise += (wide - quantizer.dequantize(codes, quantizer.grid(x))).square().sum(dtype=exact).item()
         self.clipped += _clipped(quantizer, x)
         self.total += x.numel()
-        first = 0 if quantizer.spec.float_format else quantizer.quant_min  # bit patterns start at 0
+        if (format := quantizer.spec.float_format) is not None:  # whose bit patterns start at 0, and have two zeros
+            codes, first = codes.where(codes != 2 ** (format.bits - 1), 0), 0
+        else:
+            first = quantizer.quant_min
         occurs = torch.bincount(codes.flatten().int() - first).nonzero().flatten()
         self.codes.update(occurs.tolist())
 
 
 def _clipped(quantizer: Quantizer, x: Tensor) -> int:
-    """How many values lie more than half of the grid's last step outside it."""
+    """How many values lie more than half a step outside the grid."""
     scale, low, high = quantizer.grid(x)
-    v, half = ratio(quantizer.partition.grouped(quantizer.transform(x)), scale), _last_step(quantizer.spec) / 2
-    return int(((v < low - half) | (v > high + half)).sum())
-
-
-def _last_step(spec: QuantSpec) -> float:
-    """From the highest level to the one below it."""
-    if spec.float_format is not None:
-        return spec.float_format.magnitudes[-1] - spec.float_format.magnitudes[-2]
-    return 2.0 if spec.rounding is round_midrise else 1.0
+    v, room = ratio(quantizer.partition.grouped(quantizer.transform(x)), scale), quantizer.spec.last_step / 2
+    return int(((v < low - room) | (v > high + room)).sum())
 
 
 @torch.no_grad()
@@ -201,5 +199,6 @@ def summarize(name: str, quantizer: Quantizer, tally: Tally, readers: tuple[str,
         scale_max=scale.max().item(),
         sqnr_db=decibels(tally.signal, tally.noise),
         clip_rate=tally.clipped / tally.total,
-        used_codes=len(tally.codes) / quantizer.spec.size,
+        used_codes=len(tally.codes) / (quantizer.spec.size - (quantizer.spec.float_format is not None)),
+        scale_floor=floor(quantizer.spec),
     )

@@ -232,7 +232,7 @@ def _unfit(layer: Any) -> str | None:
     quantizer = layer.weight_quantizer
     if quantizer.spec.format != "int":
         return f"format={quantizer.spec.format} has no equal steps with a zero"
-    if quantizer.follows or not quantizer.static or type(quantizer).transform is not Quantizer.transform:
+    if quantizer.follows or not quantizer.static or quantizer.transforms:
         return f"quantizer={quantizer.spec.quantizer} finds its grid in the weight, and would find another"
     if is_computed(layer) or getattr(layer, "stacked", None) == "in_out":
         return "its weight is computed, so nothing can be written into it"
