@@ -99,6 +99,17 @@ def test_microscaling_is_the_specifications_to_the_bit(format, role, name, kind)
     assert np.array_equal(got, microscaled(x, element, emax))
 
 
+@each_role
+@pytest.mark.parametrize("format", [format for format in MX if format != "int8"])  # whose scale is of other units
+def test_blocks_below_the_smallest_power_have_it_for_a_scale(format, role, name):
+    settings, element, emax = MX[format]
+    x = blocks("normal", 32) * np.exp2(np.linspace(-125, -100, 64, dtype=np.float32))[:, None]
+    quantizer = block_quantizer(name, 32, "e8m0", role, settings)
+    quantizer.calibrate(torch.from_numpy(x))
+    got = quantizer(torch.from_numpy(x)).detach().numpy()
+    assert np.array_equal(got, microscaled(x, element, emax)) and got[8].any()
+
+
 @each_kind
 @each_role
 def test_nvfp4_is_its_two_levels_to_the_bit(role, name, kind):

@@ -170,9 +170,10 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Te
     else:
         codes = spec.quant_max - spec.quant_min
         scale = over(high, codes) - over(low, codes)
-    # A scale below the normal numbers cannot be divided by without overflow, so such a row counts as zeros.
+    # A scale below the normal numbers cannot be divided by without overflow, so such a row counts as zeros; blocks that
+    # share a power of two take the smallest one.
     scale = scale.clamp_max(torch.finfo(scale.dtype).max)  # with one code above zero, the sum may overflow
-    usable = scale > TINY
+    usable = scale > (0 if spec.scale == "e8m0" else TINY)
     others = torch.where(usable, scale, 0).amax()
     scale = torch.where(usable, scale, torch.where(others > 0, others, 1))
     # What is stored exactly by its format needs no floor; other scales take part in integer arithmetic.
