@@ -117,6 +117,13 @@ def test_a_quantizer_suits_two_grids_at_least(name):
 
 
 @each(CASES)
+def test_in_float64_forward_is_dequantize_of_quantize_before_it_is_rounded_to_float32(name, grid):
+    quantizer, x = ready(name, grid, numbers().double())
+    y = quantizer(x)
+    assert y.dtype == torch.float64 and torch.equal(y.float(), decoded(quantizer, x))
+
+
+@each(CASES)
 def test_keys_and_shapes_are_final_from_the_start(name, grid):
     quantizer = make(name, grid)
 

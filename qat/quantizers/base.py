@@ -5,8 +5,9 @@ A quantizer is in one of three states (`qat.grid.switch`):
     observing   collects a sample of what passes and returns it untouched; `calibrate` turns the sample into scale and
                 zero_point
     off         returns its input
-    on          returns `dequantize(quantize(x))`, bit for bit (but for stochastic rounding, which is for training
-                alone), with a straight-through gradient
+    on          returns `dequantize(quantize(x))` in the type of `x`, bit for bit (but for stochastic rounding, which is
+                for training alone), with a straight-through gradient; in float64 before `dequantize` rounds it to
+                float32
 
 A new quantizer is one file in this folder that subclasses `Quantizer` and defines `fake_quantize`; `find` knows it by
 the file's name. Shapes: `x` is any tensor; grids broadcast against its *grouped* view (`qat.grid.partition`).
