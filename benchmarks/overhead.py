@@ -2,7 +2,8 @@
 
     python benchmarks/overhead.py [--peers] [--layers 1000]
 
-Calls and modules are those that quantization adds to a Linear, in training mode. Evaluation is that of the model as
+Calls and modules are those that quantization adds to a Linear, in training mode, of 8 rows and then by their number.
+Evaluation is that of the model as
 prepared for training, at batch 1, in processor time against float: four Linear(1024, 1024) on one row, where weights
 are all the work, and two networks. Insertion puts quantizers into a model of `--layers` Linears, calibration on one
 batch makes it ready to train; peers do both at once. Import is what the parts used here add to torch's own, median of
@@ -28,18 +29,24 @@ from timing import interleave
 from torch import Tensor, nn
 from train_step import inserted, quantized
 
+from qat import kernels
+
 COLUMNS = (
     "", "Python calls", "modules", "eval x float: 4 Linears", "GPT", "ResNet-20", "insertion s", "+ calibration s",
     "import s",
 )  # fmt: skip
+ROWS = (4, 64, 256, 512, 1024)
+"""Below 2,048 elements nothing is compiled, products on codes are asked after from 32,768 on, rounded tensors are made
+again in backward from 131,072 on, and codes are multiplied from 768 rows on.
+"""
 SOURCES = {
     "qat": "qat, qat.policies.policy, qat.insert, qat.calibrate",
     **{name: peer.module for name, peer in PEERS.items()},
 }
 
 
-def python_calls(model: nn.Module, x: Tensor) -> int:
-    """Python functions entered by one forward."""
+def python_calls(model: Callable[[Tensor], object], x: Tensor) -> int:
+    """Python functions entered by one forward, the second."""
     count = 0
 
     def profile(frame: FrameType, event: str, _: object) -> None:
@@ -71,6 +78,21 @@ def added(name: str, notes: list[str]) -> list[str]:
         return [twin, twin]
     calls = python_calls(twin, x) - python_calls(model, x)
     return [str(calls), str(len(list(twin.modules())) - len(list(model.modules())))]
+
+
+def calls_by_rows() -> Table:
+    """The Python calls that quantization adds to one Linear in training, before and after kernels are compiled."""
+    table = Table("rows of 256", "plain torch", "compiled", title="Python calls, by the size of the input")
+    model = nn.Sequential(nn.Linear(256, 256))
+    for rows in ROWS:
+        x = torch.randn(rows, 256)
+        cells = [str(rows)]
+        for mode in ("auto", "always"):
+            kernels.configure(mode)
+            cells.append(str(python_calls(quantized(copy.deepcopy(model), x), x) - python_calls(model, x)))
+        table.add_row(*cells)
+    kernels.configure()
+    return table
 
 
 def evaluation(names: list[str], model: nn.Module, x: Tensor, seconds: float, notes: list[str]) -> dict[str, str]:
@@ -135,6 +157,7 @@ def main() -> None:
         )  # fmt: skip
     console = Console(width=120)
     console.print(table)
+    console.print(calls_by_rows())
     for note in dict.fromkeys(notes):
         console.print(note, markup=False, highlight=False)
 

@@ -1,5 +1,6 @@
 """The measuring instruments: what they report of known cases, and that a peer which fails does not end the run."""
 
+import copy
 import sys
 from pathlib import Path
 
@@ -13,8 +14,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import break_each
 import export_fuzz
 import forced
+import overhead
 import peers
 import timing
+import train_step
 
 
 def test_peak_memory_is_the_most_that_was_alive_at_once():
@@ -32,6 +35,27 @@ def test_bytes_saved_for_backward_leave_out_the_inputs():
 
     assert timing.bytes_saved_for_backward(lambda: x * x) == 0
     assert timing.bytes_saved_for_backward(lambda: x.exp()) == 4 * 100
+
+
+def test_quantization_adds_two_modules_and_25_python_calls_to_a_small_linear():
+    calls, modules = overhead.added("qat", [])
+    assert int(calls) <= 25 and int(modules) == 2
+
+
+@pytest.mark.parametrize(("rows", "calls"), [(4, 25), (64, 25), (256, 40)])
+def test_python_calls_by_the_size_of_the_input_are_bounded(rows, calls):
+    model, x = nn.Sequential(nn.Linear(256, 256)), torch.randn(rows, 256)
+    twin = train_step.quantized(copy.deepcopy(model), x)
+    assert overhead.python_calls(twin, x) - overhead.python_calls(model, x) <= calls
+
+
+def test_the_work_of_insertion_grows_as_the_number_of_layers():
+    def calls(layers: int) -> int:
+        model, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))), torch.randn(2, 4)
+        return overhead.python_calls(lambda x: train_step.inserted(copy.deepcopy(model), x), x)
+
+    few, more, most = map(calls, (10, 20, 40))
+    assert most - more < 2.1 * (more - few)
 
 
 def test_a_word_that_no_break_has_is_an_error(monkeypatch, capsys):

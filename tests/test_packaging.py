@@ -96,6 +96,15 @@ def test_the_installed_command_trains_from_another_folder(qat_command, tmp_path)
     assert [path for path in (tmp_path / "run").rglob("*") if path.suffix == ".onnx"]
 
 
+def test_importing_the_core_loads_nothing_beside_torch_and_none_of_its_heavy_parts():
+    code = "import sys, torch; before = set(sys.modules); import qat, qat.policies.policy, qat.insert, qat.calibrate; "
+    code += "print(*set(sys.modules) - before)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = run.stdout.split()
+    assert {name.partition(".")[0] for name in loaded} - sys.stdlib_module_names <= {"qat", "torch"}
+    assert not [n for n in loaded if n.startswith(("torch._dynamo", "torch._inductor", "torch.onnx", "torch.export"))]
+
+
 def _imported(path: Path) -> set[str]:
     """The packages that a file imports, anywhere in it."""
     nodes = list(ast.walk(ast.parse(path.read_text())))

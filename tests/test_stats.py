@@ -8,16 +8,15 @@ from torch import Tensor, nn
 
 import qat
 from qat.errors import UserError
+from qat.grid.formats import FLOATS
 from qat.grid.spec import QuantSpec
 from qat.insert import apply_plan, make_plan
-from qat.measure.stats import QuantizerStats, Tally, quantizer_stats, weight_stats
+from qat.measure.health import Health
+from qat.measure.stats import QuantizerStats, Tally, quantizer_stats, summarize, weight_stats
 from qat.policies.policy import QuantPolicy
 from qat.quantizers import create
 
 POLICY = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 8}}
-from qat.grid.formats import FLOATS
-from qat.measure.health import Health
-from qat.measure.stats import summarize
 
 
 class Fork(nn.Module):
