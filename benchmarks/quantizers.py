@@ -3,9 +3,10 @@ torch's own operations.
 
     python benchmarks/quantizers.py [--sizes 1e5 1e6 1e7] [--threads 1] [--peers]
 
-Ratios are medians of interleaved rounds in one process, in processor time. `--peers` adds the frameworks of peers.py
-that are installed: their own 8-bit fake quantization of a tensor, with a learned scale where they have one (torchao,
-per channel; Brevitas), with a frozen range elsewhere (ModelOpt, quanto) or a moving one (PT2E).
+Ratios are medians of interleaved rounds in one process, in processor time; a second table has time on the clock and the
+most memory that one forward and backward holds beyond its input, as torch's own allocator counts it. `--peers` adds the
+frameworks of peers.py that are installed: their own 8-bit fake quantization of a tensor, with a learned scale where
+they have one (torchao, per channel; Brevitas), with a frozen range elsewhere (ModelOpt, quanto) or a moving one (PT2E).
 """
 
 import argparse
@@ -16,7 +17,7 @@ import torch
 from peers import PEERS, Operation, attempt, operation
 from rich.console import Console
 from rich.table import Table
-from timing import bytes_saved_for_backward, interleave
+from timing import Timing, bytes_saved_for_backward, interleave, peak_memory
 from torch import Tensor, nn
 
 from qat import kernels
@@ -102,6 +103,26 @@ def saved(x: Tensor, op: Operation) -> str:
     return f"{bytes_saved_for_backward(lambda: function(x)) / x.numel():.1f}"
 
 
+def clock_and_memory(size: int, both: list[dict[str, Timing]], steps: dict[str, Callable[[], None]]) -> Table:
+    """The table of what processor time does not show.
+
+    Args:
+        size: Number of elements.
+        both: Timings of forward, and of forward and backward, by candidate.
+        steps: Forward and backward of each candidate that has them.
+    """
+    table = Table(title=f"{size:.0e} elements: time on the clock, and memory")
+    for column in ("", "forward ns/element", "x relu", "forward+backward ns/element", "x relu", "peak B/element"):
+        table.add_column(column, justify="right" if column else "left")
+    for name in both[0]:
+        cells = [name]
+        for timings in both:
+            t, relu = timings.get(name), timings["relu"]
+            cells += [f"{t.wall / size * 1e9:.2f}", f"{t.wall / relu.wall:.2f}"] if t else ["-", "-"]
+        table.add_row(*cells, f"{peak_memory(steps[name]) / size:.1f}" if name in steps else "-")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e4, 1e5, 1e6, 1e7])
@@ -121,7 +142,7 @@ def main() -> None:
         for column in ("", "forward ns/element", "x relu", "forward+backward ns/element", "x relu", "saved B/element"):
             table.add_column(column, justify="right" if column else "left")
         found = operations(x, args.peers, missing)
-        both = []
+        both, runs = [], {}
         for backward in (False, True):
             runs = {name: timed(x, grad, op, backward) for name, op in found.items()}
             runs |= {name: uncompiled(run) for name, run in runs.items() if name.endswith("eager")}
@@ -135,6 +156,7 @@ def main() -> None:
                 cells += [f"{t.cpu / size * 1e9:.2f}", f"{t.ratio:.2f}"] if t else ["-", "-"]
             table.add_row(*cells, saved(x, found[name]) if name in found else "-")
         console.print(table)
+        console.print(clock_and_memory(size, both, runs))
     for note in missing.values():
         console.print(note, markup=False, highlight=False)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from qat import kernels
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import break_each
@@ -16,6 +18,7 @@ import export_fuzz
 import forced
 import overhead
 import peers
+import quantizers
 import timing
 import train_step
 
@@ -56,6 +59,20 @@ def test_the_work_of_insertion_grows_as_the_number_of_layers():
 
     few, more, most = map(calls, (10, 20, 40))
     assert most - more < 2.1 * (more - few)
+
+
+def test_fake_quantization_is_timed_on_the_processor_and_on_the_clock_and_its_memory_is_shown(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["quantizers.py", "--sizes", "1e3", "--seconds", "0.001"])
+    monkeypatch.setattr(quantizers, "keep_freed", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    try:
+        quantizers.main()
+    finally:
+        kernels.configure()
+    shown = capsys.readouterr().out
+    assert "time on the clock, and memory" in shown and "peak" in shown
+    rows = [line for line in shown.splitlines() if "LSQ per tensor, eager" in line]
+    assert len(rows) == 2 and float(rows[1].split("│")[-2]) > 0
 
 
 def test_a_word_that_no_break_has_is_an_error(monkeypatch, capsys):
