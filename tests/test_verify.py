@@ -169,6 +169,15 @@ def test_nan_outputs_are_named_and_so_is_their_layer(trained, tmp_path) -> None:
     assert wrong["layers"] == "the first layer that diverges is 'model.head'"
 
 
+def test_nan_that_the_trained_model_computes_itself_is_not_sought_in_the_file(trained, monkeypatch) -> None:
+    x = Drawn(SHAPE).example(40, seed=1)
+    x[20] = torch.nan
+    loader = DataLoader(TensorDataset(x, torch.arange(40) % 5), 16)
+    monkeypatch.setattr(Data, "test_dataloader", lambda self: loader)
+    wrong = failed(trained.verify(trained.path))
+    assert wrong["trained model"].startswith("its own outputs hold NaN") and "layers" not in wrong
+
+
 def test_a_wrong_scale_is_found_though_every_prediction_agrees(trained, tmp_path) -> None:
     edited(trained.path, tmp_path / "x.onnx", scaled(1.2))
     wrong = failed(trained.verify(tmp_path / "x.onnx", OnnxTarget(min_agreement=0, max_metric_change=9)))

@@ -5,6 +5,7 @@ So the metric is the one that training measured, computed from the file.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,18 @@ def check_monitors(
             raise UserError(f"{key}={name}: {kind}.validation_step logs no such value{nearest(name, logged)}")
 
 
+@dataclass
+class _Seen:
+    """The first batch that passed the module, and whether an output of its own ever held NaN."""
+
+    batch: np.ndarray | None = None
+    nan: bool = False
+
+
 @contextmanager
-def _answering(module: pl.LightningModule, runners: dict[Runner, Comparison], batches: list[Any]) -> Iterator[None]:
+def _answering(module: pl.LightningModule, runners: dict[Runner, Comparison], seen: _Seen) -> Iterator[None]:
     """While it lasts, `module(x)` returns what the first runner computes, and the answers of all are compared with the
-    module's own; the first batch is kept."""
+    module's own."""
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -112,8 +121,9 @@ def _answering(module: pl.LightningModule, runners: dict[Runner, Comparison], ba
         for comparison, actual in zip(runners.values(), answers, strict=True):
             for ours, theirs in zip(_arrays(expected), _arrays(actual), strict=True):
                 comparison.update(ours, theirs)
-        if not batches and _one_tensor(args, kwargs):
-            batches.append(args[0].detach().cpu().numpy())
+        seen.nan |= any(bool(np.isnan(ours).any()) for ours in _arrays(expected))
+        if seen.batch is None and _one_tensor(args, kwargs):
+            seen.batch = args[0].detach().cpu().numpy()
         return answers[0].to(expected) if isinstance(expected, Tensor) else answers[0]
 
     module.__dict__["forward"] = forward
@@ -173,15 +183,17 @@ def verify_file(
     runners = {optimized: Comparison()}
     if target.optimizes:
         runners[target.load(path, float_model, optimize=False)] = Comparison()
-    verdict, batches = Verdict(), []
+    verdict, seen = Verdict(), _Seen()
     check_codes(verdict, prepared, target.codes(path))
     target.check_kernels(verdict, prepared, optimized)
     structure = verdict.checks[1:]  # kernels and rules, which no value shows
-    with _answering(module, runners, batches):
+    with _answering(module, runners, seen):
         exported = test_metric(trainer, module, data, metric)
     for comparison, note in zip(runners.values(), ("", " without optimizations"), strict=False):
         check_outputs(verdict, comparison, target.min_agreement, target.max_mean_steps, note)
     check_metric(verdict, metric, trained, exported, target.max_metric_change)
-    if batches and any(not check.passed for check in verdict.checks if check not in structure):
-        verdict.add("layers", False, first_divergence(prepared, optimized, batches[0]))
+    if seen.nan:
+        verdict.add("trained model", False, "its own outputs hold NaN, whatever the file's do: look at training and data")
+    elif seen.batch is not None and any(not check.passed for check in verdict.checks if check not in structure):
+        verdict.add("layers", False, first_divergence(prepared, optimized, seen.batch))
     return verdict
