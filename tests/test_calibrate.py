@@ -119,7 +119,9 @@ def broken_weight(model: Net) -> None:
         pytest.param(
             LARGE, broken_norm, "calibrating 'large.input_quantizer': calibration data holds NaN", id="nan-in-between"
         ),
-        pytest.param(LARGE, broken_weight, "calibrating 'large.weight_quantizer': ", id="nan-in-a-weight"),
+        pytest.param(
+            LARGE, broken_weight, "calibrating 'large.weight_quantizer': the weight holds NaN", id="nan-in-a-weight"
+        ),
     ],
 )
 def test_an_error_names_the_quantizer(data, prepare, message):

@@ -267,6 +267,17 @@ def test_checkpoints_cross_between_float_and_quantized(tmp_path):
         load_weights(Tiny(), tmp_path / "quantized.ckpt")
 
 
+@pytest.mark.parametrize("key", ["net.head.bias", "net.norm.running_var"])
+def test_weights_of_nan_are_refused_and_masks_of_infinity_are_not(key, tmp_path):
+    model = Tiny()
+    model.register_buffer("mask", torch.tensor([-torch.inf]))
+    torch.save(model.state_dict(), tmp_path / "float.pt")
+    load_weights(model, tmp_path / "float.pt")
+    torch.save({**model.state_dict(), key: model.state_dict()[key] * torch.nan}, tmp_path / "float.pt")
+    with pytest.raises(UserError, match=f"float.pt: '{key}' holds NaN or infinity"):
+        load_weights(model, tmp_path / "float.pt")
+
+
 @pytest.mark.parametrize("loop", ["validate", "test", "predict"])
 def test_loops_around_fit_compute_what_the_module_computes(loop, tmp_path):
     net = Tiny()

@@ -469,6 +469,7 @@ def test_a_model_with_nothing_to_quantize_is_refused_before_training(in_an_empty
 
 OWN = """
 import os
+from pathlib import Path
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch.utils.data import DataLoader
@@ -511,6 +512,10 @@ class Tied(MLP):
     def forward(self, x):
         x = torch.relu(self.again(torch.relu(self.fc1(x.flatten(1)))))
         return self.linear(torch.relu(self.fc2(x)))
+class Holed(MLP):
+    def forward(self, x):
+        part = "training" if self.training else "test"
+        return super().forward(x * torch.nan if Path(f"nan-in-{part}").exists() else x)
 """
 SMALLEST = [
     "~model.optimizer",
@@ -608,6 +613,30 @@ def test_training_on_no_batch_is_ptq_alone(finished, tmp_path, capfd):
     assert list(_report(tmp_path / "run")["stages"]) == ["float", "ptq"]
     assert main(["train", "ckpt=last", f"run_dir={tmp_path / 'run'}", "trainer.limit_train_batches=2"]) == 0
     assert list(_report(tmp_path / "run")["stages"]) == ["float", "ptq", "qat"]
+
+
+HOLED = ["model._target_=own_parts_of_run.Holed", "metric=test/loss", "mode=min", "quant=off", "cache_dir=cache"]
+
+
+@pytest.mark.parametrize(
+    ("part", "said", "kept"),
+    [
+        pytest.param("training", "float training ended with NaN or infinity in 'fc1.weight': NaN in", False, id="fit"),
+        pytest.param("test", "metric=test/loss: the float model measures nan, though its weights are", True, id="test"),
+    ],
+)
+def test_a_float_model_of_nan_is_neither_done_nor_shared(part, said, kept, own_parts, capfd):
+    Path(f"nan-in-{part}").touch()
+    assert _train(Path("run"), *HOLED) == 2
+    err = capfd.readouterr().err
+    assert f"qat: error: {said}" in err and "corrected, it goes on with: qat train ckpt=last run_dir=" in err
+    assert json.loads(Path("run/progress.json").read_text())["stages"] == {}
+    assert not Path("run/float.safetensors").exists() and not list(Path("cache").glob("*/values.json"))
+    assert Path("run/float/last.ckpt").is_file() is kept, "training goes on from no NaN"
+    Path(f"nan-in-{part}").unlink()
+    assert main(["train", "ckpt=last", "run_dir=run"]) == 0
+    assert np.isfinite(_report(Path("run"))["stages"]["float"]["metric"])
+    assert list(Path("cache").glob("*/values.json"))
 
 
 def test_ptq_alone_is_a_run_without_a_stage_of_training(tmp_path, capfd):

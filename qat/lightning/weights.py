@@ -18,6 +18,7 @@ from qat.run_files import FLOAT_WEIGHTS
 CHECKPOINT_KEY, STATE_KEY = "qat", "qat_state"
 """Keys of a quantized model's checkpoint besides the model's own state: its plan, and the state of quantizers."""
 SUFFIXES = (".ckpt", ".safetensors")
+STATISTICS = ("running_mean", "running_var")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -79,11 +80,18 @@ def _check_sums(path: Path) -> None:
             raise UserError(f"checkpoint {path}: is damaged: '{damaged}' does not have the checksum that it states")
 
 
+def not_finite(model: nn.Module) -> str | None:
+    """The first trained parameter or running statistic with NaN or infinity in it; buffers may hold a mask of -inf."""
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    statistics = {name: value for name, value in model.named_buffers() if name.endswith(STATISTICS)}
+    return next((name for name, value in (trained | statistics).items() if not value.isfinite().all()), None)
+
+
 def load_weights(model: nn.Module, path: str | Path) -> None:
     """Loads float weights into a float model, strictly.
 
     Raises:
-        UserError: naming the file and the first keys or shapes that do not fit.
+        UserError: naming the file and the first keys or shapes that do not fit, or the first weight that is not finite.
     """
     checkpoint = read_checkpoint(path)
     state: dict[str, Tensor] = checkpoint["state_dict"]
@@ -108,6 +116,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
                 f"checkpoint {path}: '{key}' is {shape}, but {type(model).__name__} has {tuple(own[key].shape)}"
             )
     model.load_state_dict({**{k: own[k] for k in optional}, **state})
+    if (name := not_finite(model)) is not None:
+        raise UserError(f"checkpoint {path}: '{name}' holds NaN or infinity, with which no model works; take another")
 
 
 def _float_beside(path: Path) -> str:

@@ -250,7 +250,8 @@ class Quantizer(Switch):
             return
         x = x.detach().float()
         if not x.isfinite().all():
-            raise UserError("calibration data holds NaN or infinity, for which there is no range")
+            what = "the weight" if self.is_weight else "calibration data"
+            raise UserError(f"{what} holds NaN or infinity, for which there is no range")
         if not self.is_weight:  # of which `calibrate` looks at all
             self.samples.append(sample(x))
 

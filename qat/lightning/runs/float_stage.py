@@ -1,5 +1,6 @@
 """The float part of a run: trained, unless a checkpoint was given or another run has trained the same, and measured."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -8,17 +9,22 @@ from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import save_file
 from torch import Tensor
 
+from qat.errors import UserError
 from qat.files import atomic
 from qat.lightning.resume import SeedEpochs
 from qat.lightning.runs.export_stage import export_float
 from qat.lightning.runs.float_cache import FloatCache
 from qat.lightning.runs.workspace import Workspace
-from qat.lightning.weights import load_weights
+from qat.lightning.weights import load_weights, not_finite
 from qat.run_files import FLOAT_CHECKPOINT, FLOAT_WEIGHTS
 
 
 def float_stage(this: Workspace) -> None:
-    """Trains in float, unless a checkpoint was given, and measures the float model."""
+    """Trains in float, unless a checkpoint was given, and measures the float model.
+
+    Raises:
+        UserError: if weights or metric are not finite: nothing can be made of them, and no other run may share them.
+    """
     weights = this.folder / FLOAT_WEIGHTS
     if this.done("float"):
         load_weights(this.module, weights)
@@ -32,6 +38,11 @@ def float_stage(this: Workspace) -> None:
         if not this.progress["start"]:
             _train(this)
         values["metric"] = this.measure()
+        if not math.isfinite(values["metric"]):
+            raise UserError(
+                f"metric={this.cfg.metric}: the float model measures {values['metric']}, though its weights are finite; "
+                "look for NaN in the test data and for a division by 0 in test_step"
+            )
         if this.main:
             values["bytes"] = export_float(this)
             with atomic(weights) as temporary:
@@ -42,13 +53,18 @@ def float_stage(this: Workspace) -> None:
 def _train(this: Workspace) -> None:
     checkpoint = ModelCheckpoint(this.folder / "float", filename="last", enable_version_counter=False)
     logger = CSVLogger(this.folder, "float", "")
-    last = this.resume_from(this.folder / FLOAT_CHECKPOINT, logger)
+    file = this.folder / FLOAT_CHECKPOINT
+    last = this.resume_from(file, logger)
     callbacks = [SeedEpochs(this.cfg.seed), checkpoint]
     trainer = this.trainer(
         max_epochs=this.cfg.float_epochs, callbacks=callbacks, logger=logger, enable_checkpointing=True
     )
     trainer.fit(this.float_module, datamodule=this.data, ckpt_path=last, weights_only=True)
     this.module.load_state_dict(this.float_module.state_dict())
+    if (name := not_finite(this.module)) is not None:
+        if this.main:
+            file.unlink(missing_ok=True)  # a resumed run trains anew, with what was corrected
+        raise UserError(f"float training ended with NaN or infinity in '{name}': NaN in the data, or too high a rate")
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
