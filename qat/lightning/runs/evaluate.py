@@ -193,9 +193,7 @@ def verify_file(
         check_outputs(verdict, comparison, target.min_agreement, target.max_mean_steps, note)
     check_metric(verdict, metric, trained, exported, target.max_metric_change)
     if seen.nan:
-        verdict.add(
-            "trained model", False, "its own outputs hold NaN, whatever the file's do: look at training and data"
-        )
+        verdict.add("trained model", False, "its own outputs hold NaN, whatever the file: look at data and training")
     elif seen.batch is not None and any(not check.passed for check in verdict.checks if check not in structure):
         verdict.add("layers", False, first_divergence(prepared, optimized, seen.batch))
     return verdict

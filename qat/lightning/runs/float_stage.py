@@ -40,8 +40,8 @@ def float_stage(this: Workspace) -> None:
         values["metric"] = this.measure()
         if not math.isfinite(values["metric"]):
             raise UserError(
-                f"metric={this.cfg.metric}: the float model measures {values['metric']}, though its weights are finite; "
-                "look for NaN in the test data and for a division by 0 in test_step"
+                f"metric={this.cfg.metric}: the float model measures {values['metric']}, though its weights are "
+                "finite; look for NaN in the test data and for a division by 0 in test_step"
             )
         if this.main:
             values["bytes"] = export_float(this)
