@@ -3,6 +3,7 @@ stages measured, so that a run that was killed resumes (`ckpt=last`) where it st
 
 CONFIG = ".hydra/config.yaml"
 OVERRIDES = ".hydra/overrides.yaml"
+HYDRA = ".hydra/hydra.yaml"
 PROGRESS = "progress.json"
 FLOAT_CHECKPOINT = "float/last.ckpt"
 """The state of float training after its last epoch."""

@@ -1,6 +1,7 @@
 """The command line: a mistake is one line with the nearest right thing, costs no torch import, and leaves no file."""
 
 import logging
+import shlex
 import subprocess
 import sys
 import types
@@ -12,7 +13,9 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import qat
 from qat.cli import main
+from qat.config.configs import key_of, value_of, written
 from qat.errors import UserError
+from qat.sweep.point import _command
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +81,14 @@ def test_runs_and_sweeps_go_below_logs_and_the_name(runs, points):
     assert (first.folder.name, second.folder.name) == ("0", "1")
     assert first.folder.parent == second.folder.parent
     assert first.folder.parents[2] == Path("logs/mine/sweeps").absolute()
+
+
+def test_a_sweep_runs_in_a_folder_of_any_name(points, in_an_empty_folder):
+    folder = in_an_empty_folder / "joe's" / 'a "b\\'
+    assert main(["train", "-m", "seed=1,2", written("sweep.dir", str(folder)), "logger=wandb"]) == 0
+    values = {key_of(text): value_of(text) for text in _command(points[0])[3:]}
+    assert values["run_dir"] == str(folder / "points" / "0") and values["cache_dir"] == str(folder / "cache")
+    assert values["logger.group"] == folder.name
 
 
 def test_options_may_stand_among_overrides(points):
@@ -165,6 +176,7 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
             ["train", "-m", "seed=1,2", "sweep.dir=/proc/x"], "sweep.dir=/proc/x: there is no such", id="sweep-in-proc"
         ),
         pytest.param(["train", "run_dir=null"], "run_dir=null: a run writes into a folder", id="no-run-dir"),
+        pytest.param(["train", "model=größe"], "cannot read the override 'model=größe'", id="letters-of-a-group"),
         pytest.param(["train", "++run_dir=''"], "++run_dir='': a run writes into a folder", id="empty-run-dir"),
         pytest.param(["train", "model=null"], "'model' is left out, and there is no run without it", id="no-model"),
         pytest.param(["train", "~data"], "'data' is left out, and there is no run without it", id="no-data"),
@@ -293,6 +305,27 @@ def test_an_interrupted_run_says_how_to_go_on_with_it(stop, status, monkeypatch,
     _replace_run(monkeypatch, begin)
     assert main(["train", "run_dir=here"]) == status
     assert f"qat train ckpt=last run_dir={Path('here').absolute()}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["here", "joe's, a=b größe", 'a "b\\'])
+def test_the_printed_command_goes_on_with_what_the_run_was_given(folder, runs, monkeypatch, capfd, in_an_empty_folder):
+    (in_an_empty_folder / "own" / "experiment").mkdir(parents=True)
+    (in_an_empty_folder / "own" / "experiment" / "theirs.yaml").write_text("# @package _global_\nname: theirs\n")
+
+    def begin(cfg, run_dir):
+        (run_dir / "progress.json").write_text("{}")
+        raise KeyboardInterrupt
+
+    _replace_run(monkeypatch, begin)
+    given = ["--config-dir", "own", "experiment=theirs", "seed=3", "float_epochs=2"]
+    assert main(["train", *given, written("run_dir", folder)]) == 130
+    qat, *argv = shlex.split(capfd.readouterr().err.partition("it goes on with: ")[2].splitlines()[0])
+    _replace_run(monkeypatch, lambda cfg, run_dir: runs.append((cfg, run_dir)))
+    monkeypatch.chdir("/")
+    assert qat == "qat" and main([*argv, "seed=4"]) == 0
+    [(cfg, run_dir)] = runs
+    assert run_dir == in_an_empty_folder / folder
+    assert (cfg.name, cfg.seed, cfg.float_epochs, cfg.ckpt) == ("theirs", 4, 2, "last")
 
 
 def test_a_mistake_leaves_the_config_of_a_run_that_is_there_as_it_was(runs, monkeypatch, capfd):

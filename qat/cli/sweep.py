@@ -20,7 +20,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from qat.config.configs import configs_dir, finish, group_overrides, key_of, policy_settings
+from qat.config.configs import configs_dir, finish, group_overrides, key_of, policy_settings, quoted
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import instantiate
 from qat.errors import UserError
@@ -105,7 +105,7 @@ class _Line:
         objectives = check(cfg.sweep.objectives, cfg.metric, cfg.mode, exports=bool(cfg.export))
         sweep = instantiate(cfg.sweep)
         folder = Path(sweep.dir or self._folder(cfg, space, objectives)).absolute()
-        cache = [] if cfg.cache_dir else [f"cache_dir='{folder / 'cache'}'"]
+        cache = [] if cfg.cache_dir else [f"cache_dir={quoted(str(folder / 'cache'))}"]
         command = (*self._options(cfg, folder), *self.fixed, *cache, f"~{GROUP}")
         console = Console(highlight=False)
         task = Task(command, space, objectives, cfg.metric, cfg.mode, cfg.seed, folder, console, config)
@@ -121,7 +121,7 @@ class _Line:
         options = ["--config-dir", self.config_dir] if self.config_dir else []
         if "WandbLogger" in str((cfg.get("logger") or {}).get("_target_")):
             self.logger = {"project": cfg.logger.project, "offline": cfg.logger.offline, "group": folder.name}
-            options.append(f"logger.group={folder.name}")
+            options.append(f"logger.group={quoted(folder.name)}")
         return options
 
     def _folder(self, cfg: DictConfig, space: Space, objectives: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ task, after composition succeeded.
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,11 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from qat.cli import interrupted
 from qat.cli.arguments import complaint
 from qat.cli.output import NoteNewDirs, discard, discard_all
-from qat.config.configs import configs_dir, finish, group_overrides, key_of
+from qat.config.configs import configs_dir, finish, group_overrides, key_of, value_of, written
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import HYDRA_1_4, VERSION, allowed_patterns
 from qat.errors import UserError, refused, unmakeable
-from qat.run_files import OVERRIDES, PROGRESS
+from qat.run_files import HYDRA, OVERRIDES, PROGRESS
 
 # What Lightning says of every trainer: advertisements, hardware that is not used, and what the progress bar shows.
 SMALL_TALK = (
@@ -73,7 +74,7 @@ class _Task:
             raise
         except (KeyboardInterrupt, SystemExit) as stop:
             if interrupted(stop) and (run_dir / PROGRESS).is_file():
-                print(f"qat: it goes on with: qat train ckpt=last run_dir={run_dir}", file=sys.stderr)
+                print(f"qat: it goes on with: {_going_on(run_dir)}", file=sys.stderr)
             raise
 
 
@@ -81,7 +82,7 @@ def _corrected(run_dir: Path) -> str | None:
     """How a run goes on that a mistake has stopped, if this command began it."""
     if run_dir.absolute() not in NoteNewDirs.made or not (run_dir / PROGRESS).is_file():
         return None
-    return f"qat: corrected, it goes on with: qat train ckpt=last run_dir={run_dir} ..."
+    return f"qat: corrected, it goes on with: {_going_on(run_dir)} ..."
 
 
 def main(argv: list[str]) -> int:
@@ -91,15 +92,19 @@ def main(argv: list[str]) -> int:
     options = argv.copy()
     for text in args.overrides:
         options.remove(text)
+    before = _run_before(args.overrides)
+    if before is not None and args.config_dir is None and (config_dir := _config_dir(before)) is not None:
+        args.config_dir = config_dir
+        options += ["--config-dir", config_dir]
     args.overrides = group_overrides(args.overrides, args.config_dir)
     for text in args.overrides:
-        if key_of(text) == "run_dir" and text.partition("=")[2].lower() in ("null", "", "''", '""'):
+        if key_of(text) == "run_dir" and value_of(text) in (None, ""):
             raise UserError(f"{text}: a run writes into a folder; leave this out for one named after the time")
     if _sweeping(args):
         from qat.cli.sweep import main as sweep
 
         return sweep(args, VERSION)
-    overrides = _resumed(args.overrides)
+    overrides = args.overrides if before is None else _resumed(args.overrides, before)
     try:
         with _hydra_environment([*options, *overrides]):
             hydra.main(config_path=str(configs_dir()), config_name="train", **VERSION, **TRUST)(task)()
@@ -136,14 +141,28 @@ def _sweeping(args: argparse.Namespace) -> bool:
     return not shows and (args.multirun or chosen or "hydra.mode=MULTIRUN" in args.overrides)
 
 
-def _resumed(overrides: list[str]) -> list[str]:
-    """With `ckpt=last run_dir=DIR`, the overrides that DIR was run with, and then those given now."""
-    given = {key_of(text): text.partition("=")[2] for text in overrides}
-    saved = Path(given.get("run_dir", "")) / OVERRIDES
-    if given.get("ckpt") != "last" or "run_dir" not in given or not saved.is_file():
-        return overrides
-    before = [str(text) for text in OmegaConf.load(saved)]
-    return [*(text for text in before if key_of(text) not in given), *overrides]
+def _run_before(overrides: list[str]) -> Path | None:
+    """The folder of a run that these overrides go on with: `ckpt=last run_dir=DIR`."""
+    given = {key_of(text): value_of(text) for text in overrides}
+    folder = Path(str(given.get("run_dir", "")))
+    return folder if given.get("ckpt") == "last" and "run_dir" in given and (folder / OVERRIDES).is_file() else None
+
+
+def _config_dir(run: Path) -> str | None:
+    """The `--config-dir` that a run was started with."""
+    sources = OmegaConf.select(OmegaConf.load(run / HYDRA), "hydra.runtime.config_sources") or []
+    return next((source.path for source in sources if source.provider == "command-line"), None)
+
+
+def _resumed(overrides: list[str], run: Path) -> list[str]:
+    """The overrides that a run began with, and then those given now."""
+    given = [key_of(text) for text in overrides]
+    return [*(text for text in map(str, OmegaConf.load(run / OVERRIDES)) if key_of(text) not in given), *overrides]
+
+
+def _going_on(run_dir: Path) -> str:
+    """The command that goes on with a run, as one types it into a shell."""
+    return shlex.join(["qat", "train", "ckpt=last", written("run_dir", str(run_dir))])
 
 
 def _prepare(cfg: DictConfig, run_dir: Path) -> None:

@@ -114,10 +114,12 @@ def _run(point: Point, watch: Callable[[Path], None] | None, threads: int | None
 
 
 def _command(point: Point) -> list[str]:
+    from qat.config.configs import quoted  # imports Hydra
+
     overrides = [*point.command, *(f"{key}={value}" for key, value in point.params.items())]
     if (point.folder / PROGRESS).is_file():
         overrides = [*(text for text in overrides if not text.startswith("ckpt=")), "ckpt=last"]
-    return [sys.executable, "-m", "qat.cli.point", *overrides, f"run_dir='{point.folder}'"]
+    return [sys.executable, "-m", "qat.cli.point", *overrides, f"run_dir={quoted(str(point.folder))}"]
 
 
 def _environment(threads: int | None) -> dict[str, str]:
