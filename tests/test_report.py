@@ -3,6 +3,8 @@
 import copy
 import io
 import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from qat.planning.audit import AuditRow, audit, coverage
 from qat.policies.policy import QuantPolicy
 from qat.report import audit_table, layer_rows, report_table, save_plot
 from qat.report.format import count, size
+from qat.report.search import sensitivity_table
 
 REPORT = {
     "name": "resnet20_w4a4",
@@ -220,3 +223,15 @@ def test_a_failed_picture_leaves_the_old_one_and_no_half(tmp_path):
         save_plot({**REPORT, "layers": [{"type": "Linear"}]}, path)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["report.png"]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_sensitivities_are_whole_numbers_in_a_terminal_of_any_width(width):
+    bits = {str(b): {"loss_increase": -0.0007, "sqnr_db": 11.0} for b in (2, 3, 4, 5, 6, 8)}
+    space: Any = SimpleNamespace(tensors={"image.0.weight": None}, widths=lambda tensor: map(int, bits))
+    measured: Any = SimpleNamespace(loss=1.41, tensors={"image.0.weight": {"bits": bits, "trace": 1234.5}})
+    console = Console(width=width, file=io.StringIO())
+    console.print(sensitivity_table(space, measured, width), crop=False)
+    lines = [line.split() for line in console.file.getvalue().splitlines() if "11.0" in line]
+    assert [line[-8:] for line in lines] == [["-0.0007"] * 6 + ["11.0", "1.23e+03"]]
+    assert max(map(len, console.file.getvalue().splitlines())) <= max(width, 80)

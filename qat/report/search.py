@@ -20,25 +20,41 @@ from qat.search.measured import Measured
 from qat.search.space import Pair, Space
 
 DPI, WIDTH = 150, 11.0
+GRID = 6
+"""Letters of a grid's name that stay in one line of the table."""
 SMALLEST = 1e-6
 """Where the logarithmic axis of the loss begins: less is noise."""
 
 
-def sensitivity_table(space: Space, measured: Measured) -> Table:
-    """One row per grid: the loss increase at each width, and the SQNR at the narrowest."""
+def sensitivity_table(space: Space, measured: Measured, terminal: int) -> Table:
+    """One row per grid: the loss increase at each width, and the SQNR at the narrowest.
+
+    Args:
+        space: The grids and their widths.
+        measured: What was measured of them.
+        terminal: Width of the terminal. Where names cannot fold as far as that the table is wider, to be printed with
+            `crop=False`: rich would cut numbers, which then look like others.
+    """
     widths = sorted({bits for tensor in space.tensors for bits in space.widths(tensor)})
     caption = f"Increase of the loss ({measured.loss:.4f} in float) with that grid alone; SQNR in dB at its fewest bits"
     table = Table(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", padding=(0, 1, 0, 0))
-    table.add_column("grid", overflow="fold", min_width=12)
-    for title in (*(f"{bits} bit" for bits in widths), "SQNR", "trace"):
-        table.add_column(title, justify="right", no_wrap=True)
+    rows: list[list[str]] = []
     for tensor in space.tensors:
         entry = measured.tensors[tensor]
         at = [entry["bits"].get(str(bits)) for bits in widths]
         noise = next((a["sqnr_db"] for a in at if a is not None), None)
         trace = f"{entry['trace']:.3g}" if "trace" in entry else NONE
-        increases = (NONE if a is None else f"{round(a['loss_increase'], 4) + 0.0:.4f}" for a in at)
-        table.add_row(escape(tensor), *increases, NONE if noise is None else f"{noise:.1f}", trace)
+        increases = [NONE if a is None else f"{round(a['loss_increase'], 4) + 0.0:.4f}" for a in at]
+        rows.append([escape(tensor), *increases, NONE if noise is None else f"{noise:.1f}", trace])
+    table.add_column("grid", overflow="fold", min_width=GRID)
+    titles = [*(f"{bits} bit" for bits in widths), "SQNR", "trace"]
+    longest = [max(map(len, column)) for column in zip(titles, *(row[1:] for row in rows), strict=True)]
+    for title, width in zip(titles, longest, strict=True):
+        table.add_column(title, justify="right", no_wrap=True, min_width=width)
+    for row in rows:
+        table.add_row(*row)
+    needed = 1 + sum(width + 2 for width in (GRID, *longest))  # an edge, and behind each column a space and a divider
+    table.width = needed if needed > terminal else None
     return table
 
 

@@ -85,7 +85,7 @@ class SearchRun(Workspace):
         with Progress(console=self.console, transient=True, disable=not shown) as progress:
             task = progress.add_task("Measuring", total=missing(space, measured, probes))
             measure(space, measured, by_loss, probes, lambda: progress.advance(task))
-        self.console.print(sensitivity_table(space, measured))
+        self.console.print(sensitivity_table(space, measured, self.console.width), crop=False)
         if space.parts:
             self.console.print(f"Not chosen: {kept_bits(space.parts)}", highlight=False)
         save_sensitivity(space, measured, self.folder / "sensitivity.png")
