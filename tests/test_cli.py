@@ -15,6 +15,7 @@ import qat
 from qat.cli import main
 from qat.config.configs import key_of, value_of, written
 from qat.errors import UserError
+from qat.search.emit import trained_by
 from qat.sweep.point import _command
 
 
@@ -230,6 +231,19 @@ def test_a_users_own_config_folder_is_searched_for_suggestions(runs, capfd, in_a
     assert "did you mean 'theirs'?" in _error(capfd, "train", "--config-dir", "own", "experiment=thiers")
     assert main(["train", "--config-dir", "own", "experiment=theirs"]) == 0
     assert runs[0][0].name == "theirs"
+
+
+@pytest.mark.parametrize("folder", ["own", "it's another"])
+def test_the_command_that_trains_what_a_search_wrote_finds_all_configs(folder, runs, in_an_empty_folder):
+    quant = "defaults:\n  - w8a8\nweight: {bits: 3}\n"
+    for path, text in (("own/model/theirs", "_target_: qat.models.MLP\n"), (f"{folder}/quant/mine", quant)):
+        (in_an_empty_folder / path).parent.mkdir(parents=True)
+        (in_an_empty_folder / f"{path}.yaml").write_text(text)
+    command = trained_by(Path(folder, "quant", "mine.yaml"), ["model=theirs", "data.mean=[0.5]"], "own")
+    assert main([*shlex.split(command)[1:], "run_dir=run"]) == 0
+    assert main(["train", "ckpt=last", "run_dir=run"]) == 0
+    for cfg, _ in runs:
+        assert (cfg.model, cfg.quant.weight.bits, cfg.data.mean) == ({"_target_": "qat.models.MLP"}, 3, [0.5])
 
 
 def _refuse(cfg, run_dir) -> None:

@@ -4,6 +4,8 @@ Budgets are written like keys (`packed=60kB`, `avg_bits=4`); all other settings 
 `search.*` (configs/search/default.yaml).
 """
 
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,14 @@ def main(argv: list[str], command: str = "search") -> int:
         return 0
     for logger in ("pytorch_lightning", "lightning_fabric", "lightning"):  # their own handlers: Hydra makes none here
         quieten(logger)
-    search(cfg, folder, " ".join(["qat", command, *argv]), only_measure=command != "search")
+    typed = shlex.join(["qat", command, *argv])
+    search(cfg, folder, typed, _of_training(overrides), args.config_dir, only_measure=command != "search")
     return 0
+
+
+def _of_training(overrides: list[str]) -> list[str]:
+    """What a search and the training after it are both given: not its own settings, nor the `quant` that it writes."""
+    return [text for text in overrides if re.split(r"[./@]", key_of(text))[0] not in (GROUP, "quant", "run_dir")]
 
 
 def _check_names(overrides: list[str]) -> None:

@@ -157,7 +157,9 @@ def _config_dir(run: Path) -> str | None:
 def _resumed(overrides: list[str], run: Path) -> list[str]:
     """The overrides that a run began with, and then those given now."""
     given = [key_of(text) for text in overrides]
-    return [*(text for text in map(str, OmegaConf.load(run / OVERRIDES)) if key_of(text) not in given), *overrides]
+    hydras = OmegaConf.select(OmegaConf.load(run / HYDRA), "hydra.overrides.hydra") or []
+    before = [*OmegaConf.load(run / OVERRIDES), *(text for text in hydras if key_of(text) == "hydra.searchpath")]
+    return [*(text for text in before if key_of(text) not in given), *overrides]
 
 
 def _going_on(run_dir: Path) -> str:

@@ -1,11 +1,13 @@
 """The chosen bits as a YAML of named rules: a whole `quant` config that trains as it is."""
 
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qat.config.configs import quoted
 from qat.errors import UserError
 from qat.files import atomic
 from qat.policies.networks import Policy
@@ -36,10 +38,20 @@ def outputs(output: str, points: int | None, key: str = "search.output") -> list
     return paths
 
 
-def trained_by(path: Path) -> str:
-    """The command that trains what such a file says, whatever other configs there are."""
+def trained_by(path: Path, overrides: Sequence[str] = (), config_dir: str | None = None) -> str:
+    """The command that trains what such a file says, as one types it into a shell.
+
+    Args:
+        path: The file.
+        overrides: What else the run is given: model, data, ...
+        config_dir: The folder of other configs that they name, if any.
+    """
     folder = path.parent.parent if path.parent.name == "quant" else path.absolute().parents[1]
-    return f"qat train --config-dir {folder} quant={path.stem}"
+    beside = []
+    if config_dir is not None and Path(config_dir).absolute() != folder.absolute():  # there is one such option
+        beside = [f"hydra.searchpath=[{quoted(f'file://{folder.absolute()}')}]"]
+        folder = Path(config_dir)
+    return shlex.join(["qat", "train", "--config-dir", str(folder), *overrides, f"quant={path.stem}", *beside])
 
 
 def write(
@@ -49,6 +61,7 @@ def write(
     predicted: Mapping[str, float],
     other: Mapping[str, Any],
     command: str,
+    training: str | None = None,
 ) -> None:
     """Writes one allocation.
 
@@ -59,13 +72,15 @@ def write(
         predicted: Costs, which the report of a training run shows beside the actual ones.
         other: Further keys of the `quant` config that it started from.
         command: The command that made it, for the comment at the top.
+        training: The command that trains it, `None` if it is that of the run which goes on.
     """
     content = {
         **with_bit_rules(policy.settings, choice),
         **other,
         "predicted": {k: _short(v) for k, v in predicted.items()},
     }
-    head = f"# {command}\n# Train it with {trained_by(path)}; a rule of your own after these changes a layer.\n"
+    training = training or f"{trained_by(path)} ..."
+    head = f"# {command}\n# Train it with {training}; a rule of your own after these changes a layer.\n"
     with atomic(path) as temporary:
         text = yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=110, allow_unicode=True)
         temporary.write_text(head + text)

@@ -7,6 +7,7 @@ the same command finds it again and measures only what is missing.
 import hashlib
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
 
 from qat.calibrate import calibrated
-from qat.config.configs import configs_dir
 from qat.config.instantiate import instantiate
 from qat.convert import inconvertible
 from qat.errors import UserError
@@ -58,13 +58,15 @@ def folder_of(cfg: DictConfig) -> Path:
 class SearchRun(Workspace):
     """The stages, on top of a run's own float stage."""
 
-    def __init__(self, cfg: DictConfig, folder: Path, command: str) -> None:
+    def __init__(
+        self, cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str], config_dir: str | None
+    ) -> None:
         self.measured = Measured(folder / "sensitivity.json", key_of(cfg))
         if (folder / PROGRESS).is_file():
             cfg.ckpt = "last"
         super().__init__(cfg, folder)
         self.callbacks = []  # they are for training, which a search does not
-        self.command = command
+        self.command, self.overrides, self.config_dir = command, overrides, config_dir
         self.settings: Search = instantiate(cfg.search)
         if self.policy.is_off:
             raise UserError("quant=off leaves everything float: a search starts from a quant that says which grids")
@@ -185,19 +187,27 @@ class SearchRun(Workspace):
             return
         paths = outputs(settings.output, None if settings.front is None else len(choices))
         for path, choice, entry in zip(paths, choices, content, strict=True):
-            write(path, space.policy, choice, entry["costs"], other, self.command)
-            own = path.absolute().parents[1] == configs_dir()
-            command = f"qat train quant={path.stem}" if own else trained_by(path)
-            self.console.print(f"wrote {path}: {command}", highlight=False, soft_wrap=True)
+            training = trained_by(path, self.overrides, self.config_dir)
+            write(path, space.policy, choice, entry["costs"], other, self.command, training)
+            self.console.print(f"wrote {path}: {training}", highlight=False, markup=False, soft_wrap=True)
 
 
-def search(cfg: DictConfig, folder: Path, command: str, only_measure: bool = False) -> None:
+def search(
+    cfg: DictConfig,
+    folder: Path,
+    command: str,
+    overrides: Sequence[str] = (),
+    config_dir: str | None = None,
+    only_measure: bool = False,
+) -> None:
     """Measures, and chooses unless told not to.
 
     Args:
         cfg: The composed and resolved config, with its `search`.
         folder: From `folder_of`.
         command: The command line, for what is written.
+        overrides: Those in it that training takes as well.
+        config_dir: Its folder of further configs, if any.
         only_measure: Whether to stop after the sensitivities.
 
     Raises:
@@ -205,7 +215,7 @@ def search(cfg: DictConfig, folder: Path, command: str, only_measure: bool = Fal
     """
     with calm():
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
-        this = SearchRun(cfg, folder, command)
+        this = SearchRun(cfg, folder, command, overrides, config_dir)
         if not only_measure and not this.settings.costs:
             raise UserError("say what bits may cost: qat search packed=60kB (or size, avg_bits, bops, latency), "
                             "or search.front=packed")  # fmt: skip
