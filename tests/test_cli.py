@@ -124,9 +124,7 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
         pytest.param(["train", "start.equalize.rounds=3"], "no start 'equalize' is on: start=equalize", id="no-start"),
         pytest.param(["train", "max_epochs=3"], "did you mean 'trainer.max_epochs'?", id="key-without-its-parent"),
         pytest.param(["train", "trainer.max_epoch=3"], "did you mean 'trainer.max_epochs'", id="nested-key"),
-        pytest.param(
-            ["train", "trainer.zzz=3"], "'trainer.zzz'; choose from _target_, accelerator, ", id="nothing-near"
-        ),
+        pytest.param(["train", "trainer.zzz=3"], "'trainer.zzz'; choose from accelerator, ", id="nothing-near"),
         pytest.param(["train", "hydra.run.dri=x"], "did you mean 'hydra.run.dir'", id="hydra-key"),
         pytest.param(
             ["train", "callbacks=learn_bits", "callbacks.learn_bits.least={fc: 8}"],
@@ -143,6 +141,13 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
         pytest.param(["train", "~sed"], "unknown config key 'sed'; did you mean 'seed'?", id="deletion"),
         pytest.param(["train", "+sed=1"], "config key 'sed' is read by nothing; did you mean 'seed'?", id="added-key"),
         pytest.param(["train", "seed=[1"], "cannot read the override 'seed=[1'", id="syntax"),
+        pytest.param(
+            ["train", "name=größe ü"],
+            """'name=größe ü': its value needs quotes within those of the shell: 'name="größe ü"'""",
+            id="letters",
+        ),
+        pytest.param(["train", "name=a=b"], """shell: 'name="a=b"'""", id="a-second-equals-sign"),
+        pytest.param(["train", "name=a,b"], """write name=[a,b] (a list) or 'name="a,b"' (a text)""", id="a-comma"),
         pytest.param(["train", "seed=1,2"], "add -m to run each of them", id="sweep-without-m"),
         pytest.param(
             ["train", "seed=${nothing}"], "config key 'seed': Interpolation key 'nothing'", id="interpolation"
@@ -244,6 +249,28 @@ def test_the_command_that_trains_what_a_search_wrote_finds_all_configs(folder, r
     assert main(["train", "ckpt=last", "run_dir=run"]) == 0
     for cfg, _ in runs:
         assert (cfg.model, cfg.quant.weight.bits, cfg.data.mean) == ({"_target_": "qat.models.MLP"}, 3, [0.5])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        pytest.param(
+            ["data.flip=true"], "Digits takes it and the YAML does not set it: +data.flip=true", id="left-out"
+        ),
+        pytest.param(["data.flpi=true"], "did you mean '+data.flip'?", id="misspelled"),
+        pytest.param(["data.batch=1"], "did you mean 'data.batch_size'?", id="near-a-key-that-is-there"),
+        pytest.param(
+            ["data.flip=true", "data.num_workers=1", "sed=1", "modle=cnn"],
+            "Digits takes it and the YAML does not set it: +data.flip=true",
+            id="further-mistakes",
+        ),
+    ],
+)
+def test_a_setting_that_a_yaml_leaves_out_is_known_by_its_class(overrides, said, runs, capfd, in_an_empty_folder):
+    (in_an_empty_folder / "own" / "data").mkdir(parents=True)
+    (in_an_empty_folder / "own" / "data" / "theirs.yaml").write_text("_target_: qat.data.Digits\nbatch_size: 8\n")
+    error = _error(capfd, "train", "--config-dir", "own", "data=theirs", *overrides)
+    assert error == f"unknown config key '{overrides[0].partition('=')[0]}'; {said}"
 
 
 def _refuse(cfg, run_dir) -> None:

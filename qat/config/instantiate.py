@@ -141,7 +141,7 @@ def _check_call(node: DictConfig, key: str, kwargs: dict[str, Any]) -> None:
     given = [str(name) for name in node if name not in RESERVED]
     unpacked = [n for n in hints_of(target) if n not in parameters and n != "return"]
     if inspect.Parameter.VAR_KEYWORD not in kinds or unpacked:
-        known = [*named, *unpacked]
+        known = parameters_of(target)
         for name in given + list(kwargs):
             if name not in known:
                 raise UserError(f"{_join(key, name)}: {_name(target)} has no parameter '{name}'{nearest(name, known)}")
@@ -151,6 +151,16 @@ def _check_call(node: DictConfig, key: str, kwargs: dict[str, Any]) -> None:
             if parameter.default is parameter.empty and name not in (*given, *kwargs, *positional):
                 raise UserError(f"{_join(key, name)}: missing; {_name(target)} cannot do without '{name}'")
     _check_types(node, key, target, [name for name in given if name not in kwargs])
+
+
+def parameters_of(target: Callable[..., Any]) -> list[str]:
+    """Names that a class or function takes as keywords, as far as it tells."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError):
+        return []
+    named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [*named, *(n for n in hints_of(target) if n not in parameters and n != "return")]
 
 
 def _check_types(node: DictConfig, key: str, target: Callable[..., Any], names: list[str]) -> None:
