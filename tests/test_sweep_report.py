@@ -34,6 +34,15 @@ def test_the_table_marks_the_front_and_what_went_wrong(sweep, capfd, monkeypatch
     assert "metric max, packed min" in "\n".join(lines) and "float: 0.9500" in "\n".join(lines)
 
 
+def test_a_point_whose_metric_is_not_finite_is_named(tmp_path, capfd):
+    (tmp_path / "sweep.json").write_text(json.dumps({"kind": "grid", "objectives": {"metric": "max"}}))
+    write_point(tmp_path, 0, {"model.lr": "0.1"}, metric=0.8)
+    write_point(tmp_path, 1, {"model.lr": "9"}, metric=float("nan"))
+    assert main(["report", str(tmp_path)]) == 0
+    said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("point ")]
+    assert said == [f"point 1: test/acc is not finite: training diverged ({tmp_path / 'points' / '1'})"]
+
+
 def test_the_picture_is_a_png_that_grows_with_the_points(sweep, page, tmp_path):
     head = (sweep / "report.png").read_bytes()[:24]
     width, height = struct.unpack(">II", head[16:24])

@@ -348,6 +348,17 @@ def test_a_search_proposes_a_point_that_failed_again(tmp_path, program, console)
     assert read_sweep(task.folder).results[-1].state == "done"
 
 
+@pytest.mark.parametrize("name", ["plain", "a?b", "a#b", "a b'c"])
+def test_a_search_keeps_its_study_in_a_folder_of_any_name(name, tmp_path, program, console):
+    pytest.importorskip("optuna", reason="needs the extra `sweep`")
+    folder = tmp_path / name
+    folder.mkdir()
+    program('echo "{}" > "$1/report.json"')
+    task = Task((), {"seed": ["1"]}, {"metric": "max"}, "test/acc", "max", 0, folder, console)
+    OptunaSweep({}, n_trials=1).run(task)
+    assert (folder / "study.db").is_file() and [path.name for path in tmp_path.glob("a*")] in ([], [name])
+
+
 def test_optunas_pruners_do_not_rank_several_objectives(task):
     optuna = pytest.importorskip("optuna", reason="needs the extra `sweep`")
     several = replace(task, objectives={"metric": "max", "packed": "min"})

@@ -53,13 +53,18 @@ def write_report(sweep: Sweep, console: Console, of: str = "") -> None:
 
 
 def tell_bad(sweep: Sweep, console: Console) -> bool:
-    """One line for each point that failed or did not verify; whether there is one."""
-    bad = [r for r in sweep.results if r.state == "failed" or r.verified is False]
+    """One line for each point that failed, measured no finite metric or did not verify; whether there is one."""
+    bad = [r for r in sweep.results if r.state == "failed" or r.verified is False or _unmeasured(r)]
     for result in bad:
-        said = result.error or "the exported file falls short of the trained model"
+        lacking = f"{sweep.metric} is not finite: training diverged" if _unmeasured(result) else None
+        said = result.error or lacking or "the exported file falls short of the trained model"
         line = f"[red]point {result.number}: {escape(said)}[/] ({escape(str(result.folder))})"
         console.print(line, highlight=False, soft_wrap=True)
     return bool(bad)
+
+
+def _unmeasured(result: Result) -> bool:
+    return result.state == "done" and bool(result.report.get("stages")) and "metric" not in result.values
 
 
 def sweep_table(sweep: Sweep) -> Table:

@@ -88,7 +88,7 @@ class _Search:
         directions = ["maximize" if d == "max" else "minimize" for d in task.objectives.values()]
         own = None if sweep.pruner is None or isinstance(sweep.pruner, Dominated) else sweep.pruner
         self.study = optuna.create_study(
-            storage=sweep.storage or f"sqlite:///{task.folder / STORE}",
+            storage=sweep.storage or _own_storage(task.folder),
             study_name=_name(task.folder) if sweep.storage else STUDY, directions=directions,
             pruner=own or optuna.pruners.NopPruner(), load_if_exists=True,
         )  # fmt: skip
@@ -171,6 +171,13 @@ class _Search:
             if epoch not in frozen.intermediate_values:
                 trial.report(value, epoch)
         return trial.should_prune()
+
+
+def _own_storage(folder: Path) -> str:
+    """The URL of an SQLite file in a folder, in whose name `?` and `%` are letters like others."""
+    from sqlalchemy import URL  # of Optuna's own
+
+    return URL.create("sqlite", database=str(folder / STORE)).render_as_string()
 
 
 def _name(folder: Path) -> str:
