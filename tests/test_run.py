@@ -615,7 +615,14 @@ def test_training_on_no_batch_is_ptq_alone(finished, tmp_path, capfd):
     assert list(_report(tmp_path / "run")["stages"]) == ["float", "ptq", "qat"]
 
 
-HOLED = ["model._target_=own_parts_of_run.Holed", "metric=test/loss", "mode=min", "quant=off", "cache_dir=cache"]
+HOLED = [
+    "model._target_=own_parts_of_run.Holed",
+    "metric=test/loss",
+    "val_metric=val/loss",
+    "mode=min",
+    "quant=off",
+    "cache_dir=cache",
+]
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,10 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from qat.config.configs import configs_dir, finish, group_overrides, key_of, policy_settings, quoted
+from qat.config.configs import configs_dir, finish, group_overrides, key_of, policy_settings
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import instantiate
+from qat.config.overrides import quoted
 from qat.errors import UserError
 from qat.sweep.objectives import check
 from qat.sweep.results import read_sweep

@@ -8,7 +8,6 @@ task, after composition succeeded.
 import argparse
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,9 +24,10 @@ from omegaconf import DictConfig, OmegaConf
 from qat.cli import interrupted
 from qat.cli.arguments import complaint
 from qat.cli.output import NoteNewDirs, discard, discard_all
-from qat.config.configs import configs_dir, finish, group_overrides, key_of, value_of, written
+from qat.config.configs import configs_dir, finish, group_overrides, key_of
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import HYDRA_1_4, VERSION, allowed_patterns
+from qat.config.overrides import going_on, value_of
 from qat.errors import UserError, refused, unmakeable
 from qat.run_files import HYDRA, OVERRIDES, PROGRESS
 
@@ -74,7 +74,7 @@ class _Task:
             raise
         except (KeyboardInterrupt, SystemExit) as stop:
             if interrupted(stop) and (run_dir / PROGRESS).is_file():
-                print(f"qat: it goes on with: {_going_on(run_dir)}", file=sys.stderr)
+                print(f"qat: it goes on with: {going_on(run_dir)}", file=sys.stderr)
             raise
 
 
@@ -82,7 +82,7 @@ def _corrected(run_dir: Path) -> str | None:
     """How a run goes on that a mistake has stopped, if this command began it."""
     if run_dir.absolute() not in NoteNewDirs.made or not (run_dir / PROGRESS).is_file():
         return None
-    return f"qat: corrected, it goes on with: {_going_on(run_dir)} ..."
+    return f"qat: corrected, it goes on with: {going_on(run_dir)} ..."
 
 
 def main(argv: list[str]) -> int:
@@ -160,11 +160,6 @@ def _resumed(overrides: list[str], run: Path) -> list[str]:
     hydras = OmegaConf.select(OmegaConf.load(run / HYDRA), "hydra.overrides.hydra") or []
     before = [*OmegaConf.load(run / OVERRIDES), *(text for text in hydras if key_of(text) == "hydra.searchpath")]
     return [*(text for text in before if key_of(text) not in given), *overrides]
-
-
-def _going_on(run_dir: Path) -> str:
-    """The command that goes on with a run, as one types it into a shell."""
-    return shlex.join(["qat", "train", "ckpt=last", written("run_dir", str(run_dir))])
 
 
 def _prepare(cfg: DictConfig, run_dir: Path) -> None:

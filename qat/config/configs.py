@@ -4,13 +4,11 @@ A checkout keeps them in `configs/` beside the package; the wheel carries the sa
 """
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -120,27 +118,6 @@ def dotted_items(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def key_of(override: str) -> str:
     """The key of `key=value`, `+key=value` or `~key`."""
     return override.lstrip("+~").partition("=")[0]
-
-
-def value_of(override: str) -> Any:
-    """What Hydra reads behind the `=` of an override; the text as it is where it reads nothing."""
-    try:
-        return OverridesParser.create().parse_override(override).value()
-    except HydraException:
-        return override.partition("=")[2]
-
-
-def quoted(text: str, quote: Quote = Quote.single) -> str:
-    """A value that Hydra reads as this text, whatever characters are in it."""
-    return QuotedString(text, quote).with_quotes()
-
-
-def written(key: str, text: str) -> str:
-    """The override that sets a key to a text, in quotes only if it needs them; a shell may need others around it."""
-    plain = f"{key}={text}"
-    if re.fullmatch(r"[\w./-]+", text, re.ASCII) and value_of(plain) == text:
-        return plain
-    return f"{key}={quoted(text, Quote.double)}"
 
 
 def policy_settings(quant: DictConfig) -> dict[str, Any]:

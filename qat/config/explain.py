@@ -19,8 +19,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from qat.config.configs import configs_dir, dotted_items, key_of, quoted, value_of, written
+from qat.config.configs import configs_dir, dotted_items, key_of
 from qat.config.instantiate import RESERVED, locate, parameters_of
+from qat.config.overrides import quoted, value_of, written
 from qat.errors import UserError, nearest
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)

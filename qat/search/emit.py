@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from qat.config.configs import quoted
+from qat.config.overrides import quoted
 from qat.errors import UserError
 from qat.files import atomic
 from qat.policies.networks import Policy

@@ -114,7 +114,7 @@ def _run(point: Point, watch: Callable[[Path], None] | None, threads: int | None
 
 
 def _command(point: Point) -> list[str]:
-    from qat.config.configs import quoted  # imports Hydra
+    from qat.config.overrides import quoted  # imports Hydra
 
     overrides = [*point.command, *(f"{key}={value}" for key, value in point.params.items())]
     if (point.folder / PROGRESS).is_file():

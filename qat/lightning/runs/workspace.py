@@ -25,6 +25,7 @@ from rich.console import Console
 
 from qat.config.configs import policy_settings
 from qat.config.instantiate import build, under
+from qat.config.overrides import going_on
 from qat.copies import copied
 from qat.errors import UserError
 from qat.export.onnx.export import traceable
@@ -82,7 +83,7 @@ class Workspace:
             self._recall()
         elif self.main and self._begun():
             raise UserError(
-                f"{folder} holds a run: qat train ckpt=last run_dir={folder} goes on with it; give another a folder of "
+                f"{folder} holds a run: {going_on(folder)} goes on with it; give another a folder of "
                 "its own with run_dir=..."
             )
         self.target: Target | None = build(cfg, "export", Target) if cfg.export else None
