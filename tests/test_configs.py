@@ -127,7 +127,16 @@ def test_the_best_checkpoint_and_sweeps_look_at_the_val_metric_in_the_direction_
     assert cfg.sweep.objectives.metric == "min"
 
 
-@pytest.mark.parametrize("own", [["callbacks.best.monitor=val/mse"], ["callbacks.best.mode=max"], ["callbacks=[]"]])
+@pytest.mark.parametrize(
+    "own",
+    [
+        ["callbacks.best.monitor=val/mse"],
+        ["callbacks.best.mode=max"],
+        ["callbacks=[]"],
+        ["trainer.max_epochs=0"],
+        ["quant=off"],
+    ],
+)
 def test_mode_alone_may_be_turned_round_where_nothing_looks_at_the_val_metric_with_it(own, config):
     assert config("metric=test/mse", "mode=min", *own).val_metric == "val/acc"
     with pytest.raises(UserError, match="val_metric=val/acc: mode=min is said of it, too"):

@@ -126,6 +126,20 @@ def test_ragged_blocks_of_any_operand_of_a_site_are_found_before_anything_is_ins
         make_plan(model, QuantPolicy.from_dict({"weight": MX["weight"], "act": MX["act"]}), lambda: model(x))
 
 
+def test_a_number_among_the_operands_has_no_blocks_either():
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x).sum() + self.first(x).mean()
+
+    model, x = Summed(), torch.randn(2, 4)
+    with pytest.raises(UserError, match=r"'add_0': group_size=2 does not divide axis -1 of its input \[\]"):
+        make_plan(model, QuantPolicy.from_dict({"weight": MX["weight"], "act": MX["act"]}), lambda: model(x))
+
+
 @pytest.mark.parametrize(("make", "dimensions"), LAYERS)
 def test_on_fine_grids_the_twin_is_the_float_layer(make, dimensions):
     torch.manual_seed(0)

@@ -588,6 +588,18 @@ def test_sharpness_is_annealed_in_a_half_precision_model(default_dtype):
     assert quantizer.sharpness.item() == pytest.approx(quantizer.growth**3, rel=1e-6)
 
 
+def test_a_range_that_was_frozen_when_it_was_saved_moves_in_who_loads_it():
+    spec = QuantSpec(quantizer="minmax").resolved(nonnegative=False, weight=False)
+    frozen, loaded = quantizers.create(spec), quantizers.create(spec)
+    frozen.calibrate(torch.randn(8))
+    frozen.tracking.fill_(False)
+    state = frozen.state_dict()
+    loaded.load_state_dict(state, assign=True)
+    low = loaded.running_low.clone()
+    loaded.train()(torch.full((8,), -9.0))
+    assert loaded.running_low < low and not state["tracking"] and not frozen.tracking
+
+
 @pytest.mark.parametrize("assign", [False, True], ids=["to_empty", "assign"])
 @each(FEW)
 def test_a_quantizer_of_the_meta_device_is_what_was_loaded_into_it(name, grid, assign):

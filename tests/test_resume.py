@@ -144,6 +144,7 @@ def test_a_run_that_was_killed_after_training_goes_on_with_its_averaged_weights(
     assert main(["train", *OVERRIDES, "float_epochs=1", "trainer.max_epochs=2", EMA, f"run_dir={run_dir}"]) == 0
     weights, remembered = (run_dir / "model.safetensors").read_bytes(), json.loads(progress.read_text())
     measured = remembered["stages"].pop("qat")
+    del remembered["trained"]["limits"]["limit_train_batches"]  # as older versions noted them
     progress.write_text(json.dumps(remembered))
     assert main(["train", "ckpt=last", f"run_dir={run_dir}"]) == 0
     assert json.loads(progress.read_text())["stages"]["qat"] == measured and "best" in measured

@@ -618,7 +618,6 @@ def test_training_on_no_batch_is_ptq_alone(finished, tmp_path, capfd):
 HOLED = [
     "model._target_=own_parts_of_run.Holed",
     "metric=test/loss",
-    "val_metric=val/loss",
     "mode=min",
     "quant=off",
     "cache_dir=cache",

@@ -167,8 +167,15 @@ def finish(cfg: DictConfig, run_dir: Path) -> None:
             raise UserError(f"{key}={OmegaConf.select(cfg, key)}: must be {expected}")
 
 
+def trains(cfg: DictConfig) -> bool:
+    """Whether a run has any quantization-aware training; else it is PTQ alone."""
+    return 0 not in [cfg.trainer.get(key) for key in ("max_epochs", "max_steps", "limit_train_batches")]
+
+
 def _check_direction(cfg: DictConfig) -> None:
     """Raises where `mode` was turned round for the metric alone: the worst checkpoint would pass for the best."""
+    if not trains(cfg) or not any(cfg.quant.get(key) for key in ("weight", "act", "rules", "modules")):
+        return  # nothing is chosen in validation
     default = _main()
     readers = [node for node in [*(cfg.callbacks or {}).values(), cfg.sweep] if isinstance(node, DictConfig)]
     read = any(node.get("monitor") == cfg.val_metric and node.get("mode", cfg.mode) == cfg.mode for node in readers)

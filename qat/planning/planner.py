@@ -158,8 +158,9 @@ def _check_groups(plan: Plan, recording: Recording, calls: dict[str, list[Call]]
     for name, operand, chain in _chains(plan):
         for spec in [plan.activations[label] for label in chain]:
             axis = spec.group_axis or -1
-            for shape in [recording.shapes.get(call.operands[operand], ()) for call in calls[name]]:
-                if spec.group_size and len(shape) >= -axis and shape[axis] % spec.group_size:
+            known = [s for call in calls[name] if (s := recording.shapes.get(call.operands[operand])) is not None]
+            for shape in known if spec.group_size else []:
+                if len(shape) < -axis or shape[axis] % spec.group_size:
                     problem = f"does not divide axis {axis} of its input {list(shape)}"
                     ragged.setdefault(name, f"group_size={spec.group_size} {problem}")
     if ragged:

@@ -9,6 +9,8 @@ extremes, whatever `spec.range` says (`even` and `centred` make another scale of
 begins with the grid that was measured.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,8 @@ from qat.quantizers.fixed import Fixed, forward
 
 
 class MinMax(Fixed):
-    """Tracked range; `tracking` (a buffer, so that compiled code asks for it) freezes it. Checkpoints do not hold that:
-    the callback that froze a range may not be there in the fit that goes on.
+    """Tracked range; `tracking` (a buffer) freezes it. What is loaded is not frozen: the callback that froze it when it
+    was saved may not be there in the fit that goes on.
 
     Use it for weights in blocks (MX, NVFP4), whose scale is defined by the largest magnitude, and to do as torch's and
     TensorFlow's own QAT does.
@@ -46,7 +48,7 @@ class MinMax(Fixed):
             self.gradient = gradient(forward, dynamic.backward, spec.rounding)
         self.register_buffer("running_low", torch.zeros_like(self.scale))
         self.register_buffer("running_high", torch.zeros_like(self.scale))
-        self.register_buffer("tracking", torch.ones(1, dtype=torch.bool), persistent=False)
+        self.register_buffer("tracking", torch.ones(1, dtype=torch.bool))
 
     @torch.no_grad()
     def follow(self, x: Tensor) -> None:
@@ -60,6 +62,10 @@ class MinMax(Fixed):
             torch.lerp(self.running_low, low.nan_to_num(), step).flatten(),
             torch.lerp(self.running_high, high.nan_to_num(), step).flatten(),
         )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.tracking = torch.ones_like(self.tracking)  # a new one: `assign` may have put in the caller's own
 
     def _extremes(self, rows: Tensor) -> Range:
         return (even if self.spec.range == "even" else minmax)(rows, self.spec)

@@ -76,7 +76,10 @@ def _load_trained(this: Workspace, limits: Any) -> bool:
     training (averages take the place of weights then).
     """
     file = this.folder / TRAINED
-    if not this.resuming or this.progress.get("trained", {}).get("limits") != limits or not file.is_file():
+    then = this.progress.get("trained", {}).get("limits")
+    if not this.resuming or then is None or not file.is_file():
+        return False
+    if any(then.get(key) != value for key, value in limits.items()):  # an older version noted fewer
         return False
     checkpoint = read_checkpoint(file)
     insert_plan(this.module, Plan.from_dict(checkpoint[CHECKPOINT_KEY]))

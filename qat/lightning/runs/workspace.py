@@ -23,7 +23,7 @@ from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 
-from qat.config.configs import policy_settings
+from qat.config.configs import policy_settings, trains
 from qat.config.instantiate import build, under
 from qat.config.overrides import going_on
 from qat.copies import copied
@@ -217,7 +217,7 @@ class Workspace:
     @property
     def trains(self) -> bool:
         """Whether there is quantization-aware training; else the run is PTQ alone."""
-        return 0 not in [self.cfg.trainer.get(key) for key in ("max_epochs", "max_steps", "limit_train_batches")]
+        return trains(self.cfg)
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
