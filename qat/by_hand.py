@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from qat.calibrate import calibrate
 from qat.convert import convert, is_converted
@@ -63,7 +64,7 @@ def _runs(model: nn.Module, example: Any) -> list[Callable[[], Any]]:
     """The calls of the model that an example stands for, one for each batch."""
     if isinstance(example, list):
         return [run for batch in example for run in _runs(model, batch)]
-    if isinstance(example, Tensor):
+    if isinstance(example, Tensor | PackedSequence):  # which is a tuple, too
         return [lambda: model(example)]
     if isinstance(example, tuple):
         return [lambda: model(*example)]

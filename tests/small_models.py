@@ -17,7 +17,7 @@ POLICY: dict[str, Any] = {"weight": {"bits": 4, "granularity": "channel"}, "act"
 
 def quantized(model: nn.Module, x: Tensor, policy: dict[str, Any] | None = None) -> Plan:
     """Inserts quantizers into `model` and calibrates them on `x`; the model is in evaluation mode afterwards."""
-    return qat.quantize(model.eval(), POLICY if policy is None else policy, x)
+    return qat.quantize(model.eval(), POLICY if policy is None else policy, lambda: model(x))
 
 
 def both(model: nn.Module, x: Tensor, policy: dict[str, Any] | None = None) -> tuple[nn.Module, nn.Module]:

@@ -116,6 +116,8 @@ MODEL = "from edited_base import Base\nclass Own(Base): pass\ndef make(width: in
 def test_a_float_model_of_other_code_is_another_one(name, tmp_path, monkeypatch):
     from omegaconf import OmegaConf
 
+    from qat.lightning.runs import float_cache
+
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("QAT_TARGETS", "edited_model,edited_base")
     parts = dict.fromkeys(("ckpt", "float_ckpt", "float_model", "float_epochs", "seed", "metric"))
@@ -125,10 +127,10 @@ def test_a_float_model_of_other_code_is_another_one(name, tmp_path, monkeypatch)
     def key(base: str, model: str) -> str:
         (tmp_path / "edited_base.py").write_text(base)
         (tmp_path / "edited_model.py").write_text(model)
-        return cache.float_key(cfg)
+        return float_cache.float_key(cfg)
 
     def other_process(base: str, model: str) -> str:
-        cache._sources.cache_clear()
+        float_cache._sources.cache_clear()
         for module in ("edited_model", "edited_base"):
             monkeypatch.delitem(sys.modules, module, raising=False)
         return key(base, model)
