@@ -72,13 +72,31 @@ class QuantizerStats:
 
 
 @dataclass
-class Tally:
-    """Sums over the values that one quantizer has seen so far."""
+class Noise:
+    """Sums over the values that one grid has seen so far, and over what it made of them."""
 
     signal: float = 0.0
     noise: float = 0.0
-    clipped: int = 0
     total: int = 0
+
+    def compare(self, x: Tensor, rounded: Tensor) -> None:
+        exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
+        wide = x if x.dtype == torch.float64 else x.float()
+        self.signal += wide.square().sum(dtype=exact).item()
+        self.noise += (wide - rounded).square().sum(dtype=exact).item()
+        self.total += x.numel()
+
+    @property
+    def decibels(self) -> float | None:
+        """SQNR; `None` where there is no noise, or nothing to compare it with."""
+        return 10 * math.log10(self.signal / self.noise) if self.signal and self.noise else None
+
+
+@dataclass
+class Tally(Noise):
+    """With the codes that a quantizer has used, and the values outside its grid."""
+
+    clipped: int = 0
     codes: set[int] = field(default_factory=set)
 
     def add(self, name: str, quantizer: Quantizer, x: Tensor) -> None:
@@ -86,12 +104,8 @@ class Tally:
         if not x.isfinite().all():
             raise UserError(f"statistics of '{name}': the tensor it quantizes holds NaN or infinity")
         codes = quantizer.quantize(x)
-        exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        wide = x if x.dtype == torch.float64 else x.float()
-        self.signal += wide.square().sum(dtype=exact).item()
-        self.noise += (wide - quantizer.dequantize(codes, quantizer.grid(x))).square().sum(dtype=exact).item()
+        self.compare(x, quantizer.dequantize(codes, quantizer.grid(x)))
         self.clipped += _clipped(quantizer, x)
-        self.total += x.numel()
         if (format := quantizer.spec.float_format) is not None:  # whose bit patterns start at 0, and have two zeros
             codes, first = codes.where(codes != 2 ** (format.bits - 1), 0), 0
         else:
@@ -180,11 +194,6 @@ def readers_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return {quantizer: tuple(dict.fromkeys(names)) for quantizer, names in readers.items()}
 
 
-def decibels(signal: float, noise: float) -> float | None:
-    """SQNR; `None` where there is no noise, or nothing to compare it with."""
-    return 10 * math.log10(signal / noise) if signal and noise else None
-
-
 def summarize(name: str, quantizer: Quantizer, tally: Tally, readers: tuple[str, ...]) -> QuantizerStats:
     scale = quantizer.step()
     return QuantizerStats(
@@ -197,7 +206,7 @@ def summarize(name: str, quantizer: Quantizer, tally: Tally, readers: tuple[str,
         scale_min=scale.min().item(),
         scale_mean=scale.mean().item(),
         scale_max=scale.max().item(),
-        sqnr_db=decibels(tally.signal, tally.noise),
+        sqnr_db=tally.decibels,
         clip_rate=tally.clipped / tally.total,
         used_codes=len(tally.codes) / (quantizer.spec.size - (quantizer.spec.float_format is not None)),
         scale_floor=floor(quantizer.spec),

@@ -12,7 +12,6 @@ Ranges are calibrated on the same batches, by the estimator that the policy name
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from qat.calibrate import calibrated
 from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.layers.chain import last_grid
-from qat.measure.stats import decibels
+from qat.measure.stats import Noise
 from qat.modes import evaluating
 from qat.search.hessian import traces
 from qat.search.measured import Measured
@@ -33,21 +32,6 @@ LARGEST = 1e9
 
 Losses = Callable[[nn.Module], Iterator[tuple[Tensor, int]]]
 """Runs a copy of the model over the batches; for each the mean loss and the number of samples."""
-
-
-@dataclass
-class _Noise:
-    """Sums over the values that one grid has seen."""
-
-    signal: float = 0.0
-    noise: float = 0.0
-    count: int = 0
-
-    def add(self, x: Tensor, rounded: Tensor) -> None:
-        exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        self.signal += x.square().sum(dtype=exact).item()
-        self.noise += (x - rounded).square().sum(dtype=exact).item()
-        self.count += x.numel()
 
 
 def missing(space: Space, measured: Measured, probes: int) -> int:
@@ -118,14 +102,14 @@ def _measure_width(
 def _measure_one(space: Space, model: nn.Module, tensor: str, float_loss: float, losses: Losses) -> dict[str, Any]:
     layer: Any = model.get_submodule(space.tensors[tensor][0])
     is_weight = tensor.endswith(".weight")
-    quantizer, noise = layer.weight_quantizer if is_weight else last_grid(layer.input_quantizer), _Noise()
+    quantizer, noise = layer.weight_quantizer if is_weight else last_grid(layer.input_quantizer), Noise()
     quantizer.enable()
     watching = None
     if is_weight:
         weight = layer.weight
-        noise.add(weight, quantizer(weight))
+        noise.compare(weight, quantizer(weight))
     else:
-        watching = quantizer.register_forward_hook(lambda _, args, output: noise.add(args[0], output))
+        watching = quantizer.register_forward_hook(lambda _, args, output: noise.compare(args[0], output))
     try:
         loss = mean_loss(model, losses)
     finally:
@@ -134,6 +118,6 @@ def _measure_one(space: Space, model: nn.Module, tensor: str, float_loss: float,
         quantizer.enable(False)
     return {
         "loss_increase": loss - float_loss if math.isfinite(loss) else LARGEST,
-        "mse": noise.noise / max(1, noise.count),
-        "sqnr_db": decibels(noise.signal, noise.noise),
+        "mse": noise.noise / max(1, noise.total),
+        "sqnr_db": noise.decibels,
     }
