@@ -15,10 +15,10 @@ from torch import nn
 from qat.calibrate import calibrate
 from qat.insert import apply_plan, make_plan
 from qat.measure.stats import QuantizerStats, quantizer_stats
+from qat.numbers import count, size
 from qat.planning.audit import AuditRow, audit, coverage
 from qat.policies.policy import QuantPolicy
 from qat.report import audit_table, layer_rows, report_table, save_plot
-from qat.report.format import count, size
 from qat.report.search import sensitivity_table
 
 REPORT = {

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from qat.errors import UserError
+from qat.measure.cost import COSTS
 from qat.search.allocate import Cost, Problem, _Limit, smallest, solve
-from qat.search.budget import amount
 from qat.search.front import _undominated, front
 from qat.search.space import Layer
 
@@ -220,10 +220,10 @@ def _opposed(problem: Problem) -> Cost:
      ("avg_bits", 4, 4), ("latency", "300us", 0.3), ("packed", 60000, 6e4)],
 )  # fmt: skip
 def test_limits_are_read_with_their_units(name, text, value):
-    assert amount(name, text) == pytest.approx(value)
+    assert COSTS[name].amount(text) == pytest.approx(value)
 
 
 @pytest.mark.parametrize(("name", "text"), [("avg_bits", "4kB"), ("packed", "a lot"), ("bops", "-3"), ("latency", 0)])
 def test_other_limits_are_refused(name, text):
     with pytest.raises(UserError, match=f"{name}={text}: must be"):
-        amount(name, text)
+        COSTS[name].amount(text)

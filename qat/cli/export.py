@@ -12,6 +12,7 @@ from typing import Any
 from qat.cli.arguments import Parser
 from qat.config.exports import build, split
 from qat.errors import UserError
+from qat.numbers import size
 
 USAGE = "qat export RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]"
 
@@ -32,7 +33,6 @@ def main(argv: list[str]) -> int:
     target = build(settings.pop("target"), settings)
     from qat.export.manifest import files_bytes  # these import torch: only once there is something to do
     from qat.lightning.runs.deploy import export
-    from qat.report.format import size
 
     if out is not None:
         out = _file(out, target)

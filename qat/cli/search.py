@@ -18,7 +18,7 @@ from qat.config.configs import configs_dir, finish, group_overrides, key_of, kno
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import VERSION
 from qat.errors import UserError, nearest
-from qat.search.budget import BUDGETS
+from qat.measure.cost import COSTS
 
 GROUP = "search"
 USAGE = """usage: qat {command} {budget}[key=value ...]
@@ -38,7 +38,7 @@ def main(argv: list[str], command: str = "search") -> int:
         return 0
     overrides, budgets = [], []
     for text in args.overrides:
-        (budgets if key_of(text) in BUDGETS else overrides).append(text)
+        (budgets if key_of(text) in COSTS else overrides).append(text)
     if budgets and command != "search":
         raise UserError(f"{budgets[0]}: `qat {command}` only measures; budgets are for `qat search`")
     overrides += [f"++search.budget.{text}" for text in budgets]
@@ -74,8 +74,8 @@ def _check_names(overrides: list[str]) -> None:
     for text in overrides:
         key = key_of(text)
         if key.partition(".")[0].partition("/")[0] not in (*keys, "hydra"):
-            raise UserError(f"'{key}' is neither a cost nor a config key{nearest(key, [*BUDGETS, *keys])} "
-                            f"(costs: {', '.join(BUDGETS)})")  # fmt: skip
+            raise UserError(f"'{key}' is neither a cost nor a config key{nearest(key, [*COSTS, *keys])} "
+                            f"(costs: {', '.join(COSTS)})")  # fmt: skip
 
 
 def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
@@ -92,7 +92,7 @@ def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
 
 
 def _help(command: str) -> str:
-    costs = "".join(f"  {name:<10}{text}\n" for name, text in BUDGETS.items())
+    costs = "".join(f"  {name:<10}{kind.what}{kind.note}\n" for name, kind in COSTS.items())
     settings = (configs_dir() / GROUP / "default.yaml").read_text().splitlines()
     what = "How much each width of each weight and each layer's input hurts: a table, sensitivity.json and a picture."
     if command == "search":

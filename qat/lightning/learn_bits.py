@@ -36,8 +36,8 @@ from qat.lightning.schedules.anneal import AnnealBits, current_plan
 from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.stateful import Stateful
 from qat.lightning.steps import Source, run_steps, trainer_source
+from qat.measure.cost import COSTS
 from qat.search.allocate import Problem, solve
-from qat.search.budget import shown
 from qat.search.costs import Files, make_costs, make_harms, predict
 from qat.search.emit import outputs, write
 from qat.search.fractional import FractionalGrid, RelaxedCost, Width, all_pairs
@@ -46,8 +46,8 @@ from qat.search.settings import Search
 from qat.search.space import Pair, Space, kept_bits, make_space
 from qat.search.weigh import converted, packed_bytes
 
-BUDGETS = ("avg_bits", "bops", "packed")
-"""Costs that follow from shapes."""
+BUDGETS = sorted(name for name, kind in COSTS.items() if kind.needs != "file")
+"""Costs that are known at every step."""
 BETAS = (0.9, 0.95)
 """Adam's betas: low, so that it soon forgets the penalty at the start. Otherwise what the loss asks for at the limit
 would hardly count.
@@ -254,7 +254,7 @@ class LearnBits(Early, Stateful):
                     grid.become(bits or 0)
         remember(pl_module, current_plan(pl_module))
         predicted = predict(Problem(self.space.layers, {}, self.costs), self.choice)
-        rank_zero_info("LearnBits: " + ", ".join(f"{k} {shown(k, v)}" for k, v in predicted.items()))
+        rank_zero_info("LearnBits: " + ", ".join(f"{k} {COSTS[k].shown(v)}" for k, v in predicted.items()))
         if self.output is not None and trainer.is_global_zero:
             limits = " ".join(f"{name}={value:g}" for name, value in self.settings.budget.items())
             write(Path(self.output), self.space.policy, self.choice, predicted, self.other, f"LearnBits: {limits}")

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qat.export.bench import Measured, float_of, slower
-from qat.report.format import count, size
+from qat.numbers import count, size
 from qat.report.picture import save
 from qat.report.plot import ACT, DPI, INK, MUTED, RULE, WEIGHT
 

@@ -1,10 +1,11 @@
-"""Numbers as people read them, and the report's table as plain strings: terminal and picture show the same."""
+"""The report's table and verdict as plain strings: terminal and picture show the same."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from qat.numbers import NONE, metric, size
+
 STAGES = {"float": "float", "ptq": "PTQ", "qat": "QAT", "exported": "exported"}
-NONE = "-"
 
 
 class VerdictInWords(NamedTuple):
@@ -13,28 +14,6 @@ class VerdictInWords(NamedTuple):
     passed: bool
     text: str
     failures: list[str]
-
-
-def count(number: int) -> str:
-    """`40.6M`, `1.28k`, `640`."""
-    for factor, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.3g}{unit}" if number < 999.5 * factor else f"{number / factor:.0f}{unit}"
-    return str(number)
-
-
-def size(number: float | None) -> str:
-    """Bytes in decimal units: `269 kB`, `1.08 MB`."""
-    if number is None:
-        return NONE
-    return f"{number:.0f} B" if number < 1000 else f"{count(int(number))[:-1]} {count(int(number))[-1]}B"
-
-
-def metric(value: float | None, signed: bool = False) -> str:
-    if value is None:
-        return NONE
-    digits = 4 if abs(value) < 100 else 1
-    return f"{value:{'+' if signed else ''}.{digits}f}"
 
 
 def stage_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

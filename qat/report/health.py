@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qat.measure.health import Health
-from qat.report.format import NONE
+from qat.numbers import NONE
 
 COLUMNS = ("SQNR\ndB", "clipped", "codes", "drift", "flips", "scale\ngrad")
 TAIL = re.compile(r"_quantizer(?=(_\d+)?(\.\d+)?$)")

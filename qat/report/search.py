@@ -11,11 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from qat.report.format import NONE, count
+from qat.measure.cost import COSTS
+from qat.numbers import NONE, count
 from qat.report.picture import save
 from qat.report.plot import ACT, INK, LINE, MUTED, RULE, WEIGHT
 from qat.search.allocate import Problem
-from qat.search.budget import BUDGETS, shown
 from qat.search.measured import Measured
 from qat.search.space import Pair, Space
 
@@ -101,8 +101,8 @@ def search_table(space: Space, problem: Problem, choice: Mapping[str, Pair], bud
     """The bits of every layer, and below them what they come to."""
     costs = {name: cost.total(choice) for name, cost in problem.costs.items()}
     parts = [
-        f"{name} {shown(name, costs[name])}" + (f" of {shown(name, budget[name])}" if name in budget else "")
-        for name in BUDGETS
+        f"{name} {kind.shown(costs[name])}" + (f" of {kind.shown(budget[name])}" if name in budget else "")
+        for name, kind in COSTS.items()
         if name in costs
     ]
     predicted = f"predicted: {', '.join(parts)}; harm {problem.total_harm(choice):.4g}"
@@ -122,11 +122,11 @@ def search_table(space: Space, problem: Problem, choice: Mapping[str, Pair], bud
 def front_table(problem: Problem, choices: Sequence[Mapping[str, Pair]]) -> Table:
     """One row per allocation: its costs, its harm, and the mean width of the layers' weights and inputs."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    names = [name for name in BUDGETS if name in problem.costs]
+    names = [name for name in COSTS if name in problem.costs]
     for title in ("", *names, "harm", "bits of the layers' weights"):
         table.add_column(title, justify="right", no_wrap=title != "bits of the layers' weights")
     for i, choice in enumerate(choices):
-        costs = [shown(name, problem.costs[name].total(choice)) for name in names]
+        costs = [COSTS[name].shown(problem.costs[name].total(choice)) for name in names]
         bits = " ".join(str(choice[layer.name][0]) for layer in problem.layers)
         table.add_row(str(i + 1), *costs, f"{problem.total_harm(choice):.4g}", bits)
     return table
@@ -143,7 +143,7 @@ def save_front(problem: Problem, choices: Sequence[Mapping[str, Pair]], name: st
         axes.annotate(str(i + 1), (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7.5, color=MUTED)
     if min(harms, default=0) > 0:
         axes.set_yscale("log")
-    axes.set_xlabel(BUDGETS[name], color=INK, fontsize=9)
+    axes.set_xlabel(COSTS[name].what + COSTS[name].note, color=INK, fontsize=9)
     axes.set_ylabel({"loss": "loss increase", "hessian": "estimated loss increase", "sqnr": "noise to signal"}[by],
                     color=INK, fontsize=9)  # fmt: skip
     axes.grid(color=RULE, linewidth=0.8)

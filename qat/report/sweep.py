@@ -1,7 +1,7 @@
 """The report of a sweep: a table in the terminal, a page (`report.html`), a picture (`report.png`), and W&B's copy."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qat.report.format import NONE, count, metric, size
+from qat.measure.cost import COSTS
+from qat.numbers import NONE, metric
 from qat.report.page import save_page
 from qat.report.sweep_plot import float_metrics, save_sweep_plot
 from qat.run_files import REPORT
 from qat.sweep.results import Result, Sweep
 
 PAGE, PICTURE = "report.html", "report.png"
-COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "size": ("file", size),
-    "packed": ("packed", size),
-    "bops": ("BOPs", lambda value: count(round(value))),
-    "latency": ("CPU p50", lambda value: f"{value:.3g} ms"),
-    "avg_bits": ("bits", lambda value: f"{value:.2f}"),
-}
-"""How the table heads and shows each cost."""
+HEADERS = {"size": "file", "packed": "packed", "bops": "BOPs", "latency": "CPU p50", "avg_bits": "bits"}
+"""How the table heads each cost."""
 
 
 def write_reports(sweep: Sweep, console: Console) -> None:
@@ -89,7 +84,7 @@ def sweep_table(sweep: Sweep) -> Table:
 
 def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the table as plain text; the costs are those that are objectives, and the usual ones."""
-    costs = [cost for cost in COSTS if cost != "size" or cost in sweep.objectives]
+    costs = [cost for cost in HEADERS if cost != "size" or cost in sweep.objectives]
     shared = _shared(sweep)
     front = {result.number for result in sweep.front()}
     rows = []
@@ -99,9 +94,13 @@ def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
         score = metric(result.values.get("metric")) if result.state == "done" else result.state or "unfinished"
         score += " NOT VERIFIED" if result.verified is False else ""
         values = result.values if result.state == "done" else {}
-        cells = [COSTS[cost][1](values[cost]) if cost in values else NONE for cost in costs]
+        cells = [_cell(cost, values[cost]) if cost in values else NONE for cost in costs]
         rows.append([f"{'*' if result.number in front else ''}{result.number}", label, ptq, score, *cells])
-    return ["", "parameters", "PTQ", sweep.metric, *(COSTS[cost][0] for cost in costs)], rows
+    return ["", "parameters", "PTQ", sweep.metric, *(HEADERS[cost] for cost in costs)], rows
+
+
+def _cell(cost: str, value: float) -> str:
+    return f"{value:.2f}" if cost == "avg_bits" else COSTS[cost].shown(value)  # without the unit, which is its header
 
 
 def _shared(sweep: Sweep) -> dict[str, str]:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from qat.report.format import count, size
+from qat.measure.cost import COSTS
 from qat.report.picture import save
 from qat.report.plot import ACT, DPI, INK, LETTER, LINE, MUTED, RULE, WEIGHT, WIDTH
 from qat.sweep.results import Result, Sweep
@@ -51,9 +51,8 @@ def _scatter(axes: Axes, sweep: Sweep, cost: str, first: bool) -> None:
     for value in sorted(float_metrics(sweep)):
         axes.axhline(value, color=MUTED, linestyle="--", linewidth=1)
     axes.set_title(f"{sweep.metric} against {AXES[cost]}", loc="left", fontsize=9.5, fontweight="bold", color=INK)
-    text = {"packed": lambda x, _: size(x), "bops": lambda x, _: count(round(x))}.get(cost)
-    if text:
-        axes.xaxis.set_major_formatter(FuncFormatter(text))
+    if COSTS[cost].whole:
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: COSTS[cost].shown(x)))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.grid(color=RULE, linewidth=0.7)
     axes.set_axisbelow(True)

@@ -9,9 +9,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from qat.measure.cost import COSTS
+from qat.numbers import NONE, count
 from qat.planning.audit import AuditRow
-from qat.report.format import NONE, count, stage_table, verdict
-from qat.search.budget import shown
+from qat.report.format import stage_table, verdict
 from qat.sweep.results import measured
 
 
@@ -64,7 +65,7 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
 
 def _predictions(report: Mapping[str, Any]) -> list[str]:
     """Costs that a search predicted, beside those of the run."""
-    actual = measured(report)
-    pairs = [(n, value, actual[n]) for n, value in (report.get("predicted") or {}).items() if n in actual]
-    parts = [f"{name} {shown(name, now)} (predicted {shown(name, before)})" for name, before, now in pairs]
+    actual = {name: value for name, value in measured(report).items() if name in COSTS}
+    pairs = [(COSTS[n], value, actual[n]) for n, value in (report.get("predicted") or {}).items() if n in actual]
+    parts = [f"{kind.name} {kind.shown(now)} (predicted {kind.shown(before)})" for kind, before, now in pairs]
     return [", ".join(parts), ""] if parts else []

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qat.errors import UserError
-from qat.search.budget import shown
+from qat.measure.cost import COSTS
 from qat.search.space import Layer, Pair
 
 SLACK = 1e-12
@@ -100,26 +100,25 @@ def smallest(problem: Problem, name: str, budgets: Mapping[str, float] | None = 
 
 
 def _infeasible(problem: Problem, budgets: Mapping[str, float]) -> str:
+    limits = {name: f"{name}={COSTS[name].shown(limit)}" for name, limit in budgets.items()}
     each = {name: problem.costs[name].total(smallest(problem, name)) for name in budgets}
     for name, least in each.items():
         if least > budgets[name] or len(budgets) == 1:
-            return (
-                f"{name}={shown(name, budgets[name])} cannot be met: the smallest feasible is {_at_least(name, least)}"
-            )
+            return f"{limits[name]} cannot be met: the smallest feasible is {_at_least(name, least)}"
     first, *others = budgets
     rest = {name: budgets[name] for name in others}
     choice = optimum(problem, problem.costs[first].table, rest)
-    said = " and ".join(f"{name}={shown(name, budgets[name])}" for name in others)
+    said = " and ".join(limits[name] for name in others)
     if choice is None:
         return f"no allocation meets {said} together; alone, each can be met"
     least = _at_least(first, problem.costs[first].total(choice))
-    return f"{first}={shown(first, budgets[first])} cannot be met with {said}: the smallest feasible is {least}"
+    return f"{limits[first]} cannot be met with {said}: the smallest feasible is {least}"
 
 
 def _at_least(name: str, least: float) -> str:
     """With enough digits to be given as the next budget: three may lie below it."""
-    if name in ("packed", "size", "bops"):
-        return f"{least:.0f} ({shown(name, least)})"
+    if COSTS[name].whole:
+        return f"{least:.0f} ({COSTS[name].shown(least)})"
     return next(text for digits in range(6, 18) if float(text := f"{least:.{digits}g}") >= least)
 
 

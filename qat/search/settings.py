@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from qat.errors import UserError, nearest
-from qat.search.budget import BUDGETS, amount
+from qat.measure.cost import COSTS
 
 WIDTHS = range(1, 9)
 
@@ -63,11 +63,11 @@ class Search:
         if by == "hessian" and not probes:
             raise UserError("by=hessian needs probes: 1 or more")
         for name in [*(budget or ()), *([front] if front else [])]:
-            if name not in BUDGETS:
-                raise UserError(f"'{name}' is no cost{nearest(name, BUDGETS)} (all: {', '.join(BUDGETS)})")
+            if name not in COSTS:
+                raise UserError(f"'{name}' is no cost{nearest(name, COSTS)} (all: {', '.join(COSTS)})")
         self.by: Literal["loss", "hessian", "sqnr"] = by
         self.samples, self.probes, self.repeats = samples, probes, repeats
-        self.budget = {name: amount(name, value) for name, value in (budget or {}).items() if value is not None}
+        self.budget = {name: COSTS[name].amount(value) for name, value in (budget or {}).items() if value is not None}
         self.front, self.points, self.output, self.dir = front, points, output, dir
 
     @property

@@ -7,19 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qat.errors import UserError, nearest
+from qat.measure.cost import COSTS
 
 OBJECTIVES = {
     "metric": "the metric of the exported file",
-    "size": "bytes of the exported file",
-    "packed": "bytes of the packed integers",
-    "bops": "bit operations: MACs x weight bits x input bits",
-    "latency": "milliseconds of the exported file on this CPU",
-    "avg_bits": "bits of a weight, on average",
+    **{name: COSTS[name].what for name in ("size", "packed", "bops", "latency", "avg_bits")},
 }
-
-
-EXPORTED = ("size", "latency")
-"""Objectives that an exported file has."""
+"""What each of them is."""
 
 
 def check(objectives: Mapping[str, Any], metric: str, mode: str, exports: bool = True) -> dict[str, str]:
@@ -44,7 +38,7 @@ def check(objectives: Mapping[str, Any], metric: str, mode: str, exports: bool =
             )
         if direction not in ("max", "min"):
             raise UserError(f"{key}={direction}: needs a direction, max or min")
-        if name in EXPORTED and not exports:
+        if name in COSTS and COSTS[name].needs == "file" and not exports:
             raise UserError(f"{key}: with export=none there is no file to measure; packed and bops need none")
         if name == "metric" and direction != mode:
             raise UserError(f"{key}={direction} contradicts mode={mode}, which says what is better for metric={metric}")

@@ -27,6 +27,7 @@ from qat.lightning.runs.float_stage import float_stage
 from qat.lightning.runs.quiet import calm
 from qat.lightning.runs.workspace import Workspace
 from qat.lightning.steps import example_input, run_steps
+from qat.measure.cost import COSTS
 from qat.modes import evaluating
 from qat.planning.plan import Plan
 from qat.planning.planner import make_plan
@@ -97,7 +98,7 @@ class SearchRun(Workspace):
         """The integer program; files are made only for the costs that are asked for."""
         wanted, files, widths = self.settings.costs, Files(), list(space.plans)
         if reason := inconvertible(space.plans[widths[-1]]):
-            if limits := sorted(wanted & {"packed", "size", "latency"}):
+            if limits := sorted(name for name in wanted if COSTS[name].needs != "shapes"):
                 raise UserError(f"{limits[0]}: there is no integer form of this quant: {reason}; avg_bits and bops do")
         else:
             for width in {widths[0], widths[-1]}:
