@@ -16,7 +16,7 @@ from qat.convert_sites import convert_sites, give_up_parameters
 from qat.copies import copied
 from qat.errors import UserError
 from qat.grid.formats import FLOATS, round_midrise
-from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, integer_tensor, storage_bits
+from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, integer_bits, integer_tensor
 from qat.layers import QuantizedLayer, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for, original_class
 from qat.layers.accumulator import accumulator_scale, bias_codes, folded
 from qat.layers.adapted import adapted
@@ -51,7 +51,7 @@ def inconvertible(plan: Plan, holds: Holds = INTEGERS) -> str | None:
         if not spec.integer and spec.format not in holds.floats:
             elsewhere = "packed has its numbers, and export=compressed_tensors for models of transformers"
             return f"{name} is {spec.short}: format={spec.format} has no integers ({elsewhere})"
-        if storage_bits(spec) > 16:
+        if integer_bits(spec) > 16:
             return f"{name} is {spec.short}: integer files hold at most 16 bits"
         if spec.rounding is round_midrise and name.startswith("'"):
             return f"{name} is {spec.short}: runtimes round activations to whole numbers, and it has odd ones only"

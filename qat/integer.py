@@ -77,7 +77,7 @@ class IntegerTensor(nn.Module):
         return f"{'x'.join(map(str, self.codes.shape))} codes of {self.bits} bits"
 
 
-def storage_bits(spec: QuantSpec) -> int:
+def integer_bits(spec: QuantSpec) -> int:
     """Bits of the integers that engines compute with: odd numbers -(2^b - 1) .. 2^b - 1 take one more than b."""
     return spec.width + (spec.rounding is round_midrise)
 
@@ -88,7 +88,7 @@ def integer_tensor(x: Tensor, quantizer: Quantizer) -> IntegerTensor:
     axis = {"tensor": None, "channel": quantizer.axis, "group": 1 - quantizer.axis}[spec.granularity]
     zero = quantizer.zero_point.detach().clone()
     codes = quantizer.quantize(x)
-    tensor = IntegerTensor(codes, quantizer.step(), zero, storage_bits(spec), axis, spec.group_size)
+    tensor = IntegerTensor(codes, quantizer.step(), zero, integer_bits(spec), axis, spec.group_size)
     tensor.number, tensor.odd, tensor.scale_format = spec.float_format, spec.rounding is round_midrise, spec.scale
     tensor.trits = spec.trits
     return tensor

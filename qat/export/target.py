@@ -32,7 +32,7 @@ from qat.copies import copied
 from qat.errors import UserError
 from qat.export.manifest import check_manifest, check_unclaimed, made_by, stated, write_manifest
 from qat.files import replace
-from qat.integer import IntegerLayer, storage_bits
+from qat.integer import IntegerLayer, integer_bits
 from qat.planning.plan import Plan
 from qat.policies.engines import engine_of
 
@@ -135,7 +135,7 @@ class Target:
     def mismatch(self, plan: Plan) -> str | None:
         """Why its engine would not compute a model of this plan as it was trained; `None` if it does."""
         for name, spec in (*plan.weights.items(), *plan.activations.items()):
-            if storage_bits(spec) > self.max_bits:
+            if integer_bits(spec) > self.max_bits:
                 return f"'{name}' is {spec.short}: {self.file} holds at most {self.max_bits} bits"
         trained = engine_of(plan.target)
         return engine_of(self.engine).mismatch(trained, plan.weights, plan.activations, plan.residuals)

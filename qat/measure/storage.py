@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from qat.grid.formats import round_midrise
 from qat.grid.spec import QuantSpec
-from qat.integer import storage_bits
+from qat.integer import integer_bits
 from qat.layers import mixin_for
 from qat.layers.accumulator import accumulates
 from qat.measure.cost import code_bytes, trit_bytes
@@ -84,7 +84,7 @@ def _code_bytes(count: int, spec: QuantSpec, bits: int) -> int:
 
 def _zero_bytes(spec: QuantSpec) -> int:
     """Bytes of a zero point, which has the type of the codes."""
-    if not spec.integer or storage_bits(spec) <= 8:
+    if not spec.integer or integer_bits(spec) <= 8:
         return int(spec.integer)
     return 2 if spec.symmetric and spec.signed is not False else 4
 
@@ -93,16 +93,16 @@ def packed_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int
     """Bits of a packed code: those of the grid, but where a BatchNorm makes a channel constant and there is no zero."""
     norm: Any = model.get_submodule(plan.batch_norms[name]) if name in plan.batch_norms else None
     constant = norm is not None and norm.weight is not None and bool((norm.weight == 0).any())
-    return spec.width if spec.rounding is round_midrise and not constant else stored_bits(model, plan, name, spec)
+    return spec.width if spec.rounding is round_midrise and not constant else engine_bits(model, plan, name, spec)
 
 
-def stored_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int:
+def engine_bits(model: nn.Module, plan: Plan, name: str, spec: QuantSpec) -> int:
     """Bits of a code as engines store it: one more than the grid's where it has no zero, and where a negative gamma may
     mirror the lowest code of a full-range grid (see `qat.convert`)."""
     norm: Any = model.get_submodule(plan.batch_norms[name]) if name in plan.batch_norms else None
     mirrors = norm is not None and norm.weight is not None and bool((norm.weight < 0).any())
     full = spec.format == "int" and spec.signed is not False and not spec.narrow and spec.width not in (8, 16)
-    return storage_bits(spec) + (mirrors and full)
+    return integer_bits(spec) + (mirrors and full)
 
 
 def _bias_bytes(layer: Any, plan: Plan, name: str, channels: int, scales: int, spec: QuantSpec) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from qat.grid.spec import QuantSpec
 from qat.measure.cost import bit_operations, code_bytes
-from qat.measure.storage import layer_bytes, stored_bits
+from qat.measure.storage import engine_bits, layer_bytes
 from qat.search.allocate import Cost, Problem, Table
 from qat.search.measured import Measure, Measured
 from qat.search.space import Layer, Pair, Space
@@ -90,7 +90,7 @@ def _exported(space: Space, layer: Layer, pair: Pair) -> int:
     plan, spec = space.plans[pair[0]], _spec(space, layer, pair[0])
     if plan.layers[layer.name].weight != layer.name:
         return 0
-    bits = stored_bits(space.model, plan, layer.name, spec)
+    bits = engine_bits(space.model, plan, layer.name, spec)
     size = next(size for size in (2, 4, 8, 16) if bits <= size)
     module: Any = space.model.get_submodule(layer.name)
     return code_bytes(module.weight.numel(), size)

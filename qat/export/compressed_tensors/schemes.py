@@ -21,7 +21,7 @@ from typing import Any
 
 from qat.errors import UserError
 from qat.grid.spec import QuantSpec
-from qat.integer import storage_bits
+from qat.integer import integer_bits
 from qat.planning.plan import Plan, kind_of
 from qat.quantizers import find
 
@@ -50,7 +50,7 @@ def weight_args(name: str, spec: QuantSpec) -> Args:
         raise UserError(
             f"{what} is {spec.short}: zero points are those of channels or groups; set granularity: channel"
         )
-    if storage_bits(spec) > 8:
+    if integer_bits(spec) > 8:
         raise UserError(f"{what} is {spec.short}: integers have at most 8 bits; set bits: 8")
     return _args(spec, spec.granularity)
 
@@ -105,7 +105,7 @@ def _blocks(what: str, spec: QuantSpec) -> Args:
 
 def _args(spec: QuantSpec, strategy: str) -> Args:
     args: Args = {
-        "num_bits": spec.width if spec.float_format else storage_bits(spec),
+        "num_bits": spec.width if spec.float_format else integer_bits(spec),
         "type": "float" if spec.float_format else "int",
         # The format has signed codes: an unsigned grid is an affine one whose zero is the lowest code.
         "symmetric": not _affine(spec),
