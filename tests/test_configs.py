@@ -3,10 +3,9 @@
 import re
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from qat.config.configs import configs_dir, finish, policy_settings
-from qat.config.instantiate import VERSION, _check, instantiate
+from qat.config.configs import composed, configs_dir, finish, policy_settings
+from qat.config.instantiate import _check, instantiate
 from qat.errors import UserError
 from qat.grid.ranges import ESTIMATORS
 from qat.lightning.runs.workspace import Workspace
@@ -19,13 +18,12 @@ def _options(group: str) -> list[str]:
 
 @pytest.fixture
 def config(tmp_path):
-    def composed(*overrides: str):
-        with initialize_config_dir(str(configs_dir()), **VERSION):
-            cfg = compose("train", overrides=list(overrides))
+    def finished(*overrides: str):
+        cfg = composed(overrides)
         finish(cfg, tmp_path)
         return cfg
 
-    return composed
+    return finished
 
 
 TEACHER = "callbacks.distill.teacher=teacher.safetensors"

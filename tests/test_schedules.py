@@ -8,13 +8,12 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from qat.config.configs import configs_dir, finish
-from qat.config.instantiate import VERSION, instantiate
+from qat.config.configs import composed, finish
+from qat.config.instantiate import instantiate
 from qat.convert import convert
 from qat.errors import UserError
 from qat.grid.spec import QuantSpec
@@ -555,8 +554,7 @@ def test_a_cosine_begins_and_ends_where_it_says():
 
 @pytest.mark.parametrize("option", ["freeze", "anneal", "gradual", "oscillation"])
 def test_a_config_adds_callbacks_that_train(option, tmp_path):
-    with initialize_config_dir(str(configs_dir()), **VERSION):
-        cfg, default = (compose("train", overrides=[f"callbacks={name}"]) for name in (option, "default"))
+    cfg, default = (composed([f"callbacks={name}"]) for name in (option, "default"))
     finish(cfg, tmp_path)
     own = [instantiate(node) for name, node in cfg.callbacks.items() if name not in default.callbacks]
     assert own and set(default.callbacks) < set(cfg.callbacks)

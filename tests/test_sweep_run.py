@@ -69,15 +69,11 @@ def _processes_of(folder: Path) -> str:
 
 
 def test_points_share_one_float_model_of_the_same_parts_only(tmp_path):
-    from hydra import compose, initialize_config_dir
-
-    from qat.config.configs import configs_dir, finish
-    from qat.config.instantiate import VERSION
+    from qat.config.configs import composed, finish
     from qat.lightning.runs.float_cache import FloatCache, float_key
 
     def config(*overrides: str):
-        with initialize_config_dir(str(configs_dir()), **VERSION):
-            cfg = compose("train", overrides=[f"cache_dir={tmp_path / 'cache'}", *overrides])
+        cfg = composed([f"cache_dir={tmp_path / 'cache'}", *overrides])
         finish(cfg, tmp_path)
         return cfg
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
 from rich.console import Console
 from sweeps import write_point, write_sweep
 
 import qat.sweep.point as points
 from qat.cli import main
-from qat.config.configs import configs_dir, finish
-from qat.config.instantiate import VERSION, instantiate
+from qat.config.configs import composed, configs_dir, finish
+from qat.config.instantiate import instantiate
 from qat.errors import UserError
 from qat.sweep import Dominated, GridSweep, Local, OptunaSweep, Slurm
 from qat.sweep.objectives import check, dominates, front
@@ -141,8 +140,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(argv, said, capfd, tmp_path, m
 @pytest.mark.parametrize("launcher", sorted(p.stem for p in (configs_dir() / "sweep" / "launcher").glob("*.yaml")))
 def test_every_sweep_is_built_with_every_launcher(option, launcher, tmp_path):
     chosen = [] if option.startswith("ray") else [f"sweep/launcher={launcher}"]
-    with initialize_config_dir(str(configs_dir()), **VERSION):
-        cfg = compose("train", overrides=[f"sweep={option}", *chosen])
+    cfg = composed([f"sweep={option}", *chosen])
     finish(cfg, tmp_path)
     sweep = instantiate(cfg.sweep)
     assert check(cfg.sweep.objectives, cfg.metric, cfg.mode) == dict(sweep.objectives)
@@ -157,8 +155,7 @@ def test_the_wandb_sweep_varies_keys_that_exist_and_turns_into_our_command():
     args = utils.create_sweep_command_args({"args": values})["args_no_hyphens"]
     assert args and spec["command"][-1] == "${args_no_hyphens}"
     fixed = [text for text in spec["command"] if "=" in text]
-    with initialize_config_dir(str(configs_dir()), **VERSION):
-        cfg = compose("train", overrides=[*fixed, *args])
+    cfg = composed([*fixed, *args])
     assert "WandbLogger" in cfg.logger._target_ and spec["metric"]["goal"] in ("maximize", "minimize")
 
 

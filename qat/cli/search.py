@@ -7,16 +7,12 @@ Budgets are written like keys (`packed=60kB`, `avg_bits=4`); all other settings 
 import re
 import shlex
 from pathlib import Path
-from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from qat.cli.train import parse, quieten
-from qat.config.configs import configs_dir, finish, group_overrides, key_of, known_keys
+from qat.config.configs import composed, configs_dir, finish, key_of, known_keys
 from qat.config.explain import COMPOSITION_ERRORS, explain
-from qat.config.instantiate import VERSION
 from qat.errors import UserError, nearest
 from qat.measure.cost import COSTS
 
@@ -79,16 +75,11 @@ def _check_names(overrides: list[str]) -> None:
 
 
 def _compose(overrides: list[str], config_dir: str | None) -> DictConfig:
-    overrides = group_overrides(overrides, config_dir)
     chosen = [] if any(key_of(text) == GROUP for text in overrides) else [f"{GROUP}=default"]
-    path = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
-    GlobalHydra.instance().clear()
-    version: dict[str, Any] = VERSION
     try:
-        with initialize_config_dir(str(configs_dir()), **version):
-            return compose("train", overrides=[*chosen, *overrides, *path])
+        return composed([*chosen, *overrides], config_dir)
     except COMPOSITION_ERRORS as error:
-        raise explain(error, overrides, config_dir, version) from error
+        raise explain(error, overrides, config_dir) from error
 
 
 def _help(command: str) -> str:

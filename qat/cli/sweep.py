@@ -11,16 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import create_config_search_path
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from qat.config.configs import configs_dir, finish, group_overrides, key_of, policy_settings
+from qat.config.configs import composed, configs_dir, finish, key_of, policy_settings
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import instantiate
 from qat.config.overrides import quoted
@@ -37,18 +35,13 @@ HYDRAS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep", "h
 """Hydra's ways to run a sweep, which know neither resuming nor processes of their own."""
 
 
-def main(args: argparse.Namespace, version: dict[str, Any]) -> int:
-    """Runs a sweep to its end; status 1 if a point failed or did not verify.
-
-    Args:
-        args: The parsed command line.
-        version: The `version_base` argument that this Hydra wants.
-    """
+def main(args: argparse.Namespace) -> int:
+    """Runs the sweep of a command line to its end; status 1 if a point failed or did not verify."""
     try:
-        line = _Line(args, version)
+        line = _Line(args)
         sweep, task = line.sweep()
     except COMPOSITION_ERRORS as error:
-        raise explain(error, args.overrides, args.config_dir, version) from error
+        raise explain(error, args.overrides, args.config_dir) from error
     with task.claimed(sweep.kind):
         sweep.run(task)
     from qat.report.sweep import tell_bad, write_reports  # imports matplotlib
@@ -65,8 +58,7 @@ def main(args: argparse.Namespace, version: dict[str, Any]) -> int:
 class _Line:
     """The command line, taken apart: what all points share, what varies, and what is said of the sweep itself."""
 
-    def __init__(self, args: argparse.Namespace, version: dict[str, Any]) -> None:
-        self.version = version
+    def __init__(self, args: argparse.Namespace) -> None:
         self.config_dir = str(Path(args.config_dir).absolute()) if args.config_dir else None
         texts = list(args.overrides)
         for text in texts:
@@ -168,11 +160,7 @@ class _Line:
 
     def _written(self, more: Sequence[str]) -> DictConfig:
         """The config as Hydra composes it, interpolations and all."""
-        GlobalHydra.instance().clear()
-        search = [f"hydra.searchpath=[file://{self.config_dir}]"] if self.config_dir else []
-        with initialize_config_dir(str(configs_dir()), **self.version):
-            overrides = group_overrides([*self.fixed, *more], self.config_dir)
-            return compose("train", overrides=[*overrides, *search])
+        return composed([*self.fixed, *more], self.config_dir)
 
 
 def _check_policies(settings: list[dict[str, Any]]) -> None:

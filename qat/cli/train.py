@@ -103,7 +103,7 @@ def main(argv: list[str]) -> int:
     if _sweeping(args):
         from qat.cli.sweep import main as sweep
 
-        return sweep(args, VERSION)
+        return sweep(args)
     overrides = args.overrides if before is None else _resumed(args.overrides, before)
     try:
         with _hydra_environment([*options, *overrides]):
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
         if task.started:
             raise
         discard_all()
-        raise explain(error, overrides, args.config_dir, VERSION) from error
+        raise explain(error, overrides, args.config_dir) from error
     except (UserError, OSError) as error:
         discard_all()
         if isinstance(error, FileNotFoundError) and not task.started:  # all that Hydra makes by then

@@ -8,12 +8,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
+from qat.config.instantiate import VERSION
 from qat.config.typecheck import check_type
 from qat.errors import UserError, nearest
 
@@ -65,6 +68,21 @@ def _main() -> dict[str, Any]:
     main = OmegaConf.to_container(OmegaConf.load(configs_dir() / "train.yaml"), resolve=False)
     assert isinstance(main, dict)
     return {str(key): value for key, value in main.items()}
+
+
+def composed(overrides: Sequence[str], config_dir: str | None = None, with_hydra: bool = False) -> DictConfig:
+    """The config of a command line as Hydra composes it, interpolations and all; `finish` makes it final.
+
+    Args:
+        overrides: the `key=value` arguments of the command line.
+        config_dir: the user's own folder of YAML files (`--config-dir`), if any.
+        with_hydra: whether Hydra's own settings are in it, too.
+    """
+    path = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
+    overrides = [*group_overrides(overrides, config_dir), *path]
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(configs_dir()), **VERSION):
+        return compose("train", overrides=overrides, return_hydra_config=with_hydra)
 
 
 def group_overrides(overrides: Sequence[str], config_dir: str | None) -> list[str]:

@@ -12,14 +12,12 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from qat.config.configs import configs_dir, dotted_items, key_of
+from qat.config.configs import composed, configs_dir, dotted_items, key_of
 from qat.config.instantiate import RESERVED, locate, parameters_of
 from qat.config.overrides import quoted, value_of, written
 from qat.errors import UserError, nearest
@@ -28,14 +26,13 @@ COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 _INTERNAL = ("full_key:", "object_type=", "reference_type=")
 
 
-def explain(error: Exception, overrides: list[str], config_dir: str | None, version: dict[str, str]) -> UserError:
+def explain(error: Exception, overrides: list[str], config_dir: str | None) -> UserError:
     """The one-line equivalent of an error that Hydra, OmegaConf or the YAML parser raised while composing.
 
     Args:
         error: what was raised.
         overrides: the `key=value` arguments of the command line.
         config_dir: the user's own folder of YAML files (`--config-dir`), if any.
-        version: the `version_base` argument that this Hydra wants.
     """
     text = " ".join(str(error).split())
     if isinstance(error, MarkedYAMLError) and (mark := error.problem_mark) is not None:
@@ -50,7 +47,7 @@ def explain(error: Exception, overrides: list[str], config_dir: str | None, vers
         return UserError(f"no config file '{option}'{nearest(option, error.options or [])}")
     if found := re.match(r"Could not (?:override|delete from config\.) '(?P<key>[^']+)'", text):
         key = found["key"]
-        keys = _existing(key, overrides, config_dir, version)
+        keys = _existing(key, overrides, config_dir)
         if text.startswith("Could not delete") and key in keys:
             return UserError(f"config key '{key}' is null already, and stays: there is nothing to delete")
         if any(other == key or other.startswith(f"{key}.") for other in keys):
@@ -147,19 +144,16 @@ def _suggest(key: str, keys: Collection[str]) -> str:
     return nearest(key, [prefix + name for name in close]) if close else nearest(last, beside)
 
 
-def _existing(key: str, overrides: list[str], config_dir: str | None, version: dict[str, str]) -> dict[str, Any]:
+def _existing(key: str, overrides: list[str], config_dir: str | None) -> dict[str, Any]:
     """The keys of the config without an override, and what they hold; further mistakes on the same command line are
     left out, one after the other.
     """
-    search = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
     roots = [configs_dir(), *([Path(config_dir)] if config_dir else [])]
     groups = [path.name for root in roots if root.is_dir() for path in sorted(root.iterdir()) if path.is_dir()]
     left = [text for text in overrides if key_of(text) != key]
     while True:
-        GlobalHydra.instance().clear()
         try:
-            with initialize_config_dir(str(configs_dir()), **version):
-                cfg = compose("train", overrides=[*left, *search], return_hydra_config=key.startswith("hydra."))
+            cfg = composed(left, config_dir, with_hydra=key.startswith("hydra."))
         except COMPOSITION_ERRORS as error:
             if not left:
                 return {}

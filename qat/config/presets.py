@@ -2,10 +2,7 @@
 
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-
-from qat.config.configs import configs_dir, policy_settings
-from qat.config.instantiate import VERSION
+from qat.config.configs import composed, configs_dir, policy_settings
 from qat.errors import UserError, nearest
 
 
@@ -18,5 +15,4 @@ def preset(name: str) -> dict[str, Any]:
     known = [path.stem for path in sorted((configs_dir() / "quant").glob("*.yaml"))]
     if name not in known:
         raise UserError(f"quant={name}: there is no such preset{nearest(name, known)}")
-    with initialize_config_dir(str(configs_dir()), **VERSION):
-        return policy_settings(compose("train", overrides=[f"quant={name}"]).quant)
+    return policy_settings(composed([f"quant={name}"]).quant)
