@@ -1,6 +1,5 @@
 """Noting what modules are called with and what they answer, and other helpers of distillation."""
 
-import fnmatch
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from qat.errors import UserError, nearest
 from qat.planning.functions import first_tensor
+from qat.policies.patterns import matching
 
 
 class Call(NamedTuple):
@@ -91,13 +91,13 @@ def named_layers(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]
     """
     names = [name for name, _ in student.named_modules() if name]
     theirs = dict(teacher.named_modules(remove_duplicate=False))
-    hits = {pattern: fnmatch.filter(names, pattern) for pattern in patterns}
-    for pattern, found in hits.items():
-        if not found:
-            raise UserError(f"Distill: features: no module matches '{pattern}'{nearest(pattern, names)}")
+    hits: set[str] = set()
+    for pattern in patterns:
+        found = matching(pattern, names, "Distill: features", "module")
         if not theirs.keys() & set(found):
             raise _lacking(teacher, found[0], theirs)
-    return [name for name in names if name in theirs and any(name in found for found in hits.values())]
+        hits.update(found)
+    return [name for name in names if name in theirs and name in hits]
 
 
 def _lacking(root: nn.Module, name: str, modules: Iterable[str]) -> UserError:

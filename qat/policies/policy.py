@@ -28,7 +28,6 @@ execution order; `type` narrows it to a class name (`Conv2d`) or a kind of site 
 leaves that tensor float.
 """
 
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +37,7 @@ from qat.grid.ranges import ESTIMATORS
 from qat.grid.spec import QuantSpec
 from qat.planning.functions import KINDS, KV_CACHE, PROBABILITIES, WEIGHTED
 from qat.policies.engines import ROUND_BIAS, engine_of
+from qat.policies.patterns import ends, matching
 from qat.policies.rules import ROLES, Rule, Target, merge, read_role
 
 __all__ = ["QuantPolicy", "Rule", "Target"]
@@ -172,27 +172,16 @@ class QuantPolicy:
     def _matches(self, rule: Rule, targets: Sequence[Target]) -> set[str]:
         where = f"{self.where}.rules.{rule.name}"
         weighted = [t.name for t in targets if t.has_weight]
-        special = {"@first": weighted[:1], "@last": weighted[-1:]}
         typed = [t for t in targets if rule.type in (None, t.type)]
-        pool = [t.name for t in typed]
         # A rule for `layer1.*` is about layers, not about every function that happens to be called there.
-        silent = {t.name: t.type for t in typed if rule.type is None and not self._is_on(t)}
-        if not pool:
+        silent = {t.name for t in typed if rule.type is None and not self._is_on(t)}
+        if not typed:
             hint = nearest(str(rule.type), sorted({t.type for t in targets}))
             raise UserError(f"{where}.type: nothing is a '{rule.type}'{hint}")
         found: set[str] = set()
         for pattern in rule.match:
-            if pattern.startswith("@") and pattern not in special:
-                raise UserError(f"{where}.match: no selector '{pattern}'{nearest(pattern, special)}")
-            hits = [
-                n
-                for n in pool
-                if (n in special[pattern] if pattern in special else fnmatch.fnmatchcase(n, pattern))
-                and (n not in silent or _last(pattern).startswith(silent[n]))
-            ]
-            if not hits:
-                raise UserError(f"{where}.match: no layer matches '{pattern}'{_nearest_pattern(pattern, pool)}")
-            found.update(hits)
+            names = [t.name for t in typed if t.name not in silent or _last(pattern).startswith(t.type)]
+            found.update(matching(pattern, names, f"{where}.match", "layer", ends(weighted)))
         if "weight" in rule.settings and rule.settings["weight"] and not found.intersection(weighted):
             raise UserError(f"{where}.weight: nothing that it matches has a weight: {', '.join(sorted(found))}")
         return found
@@ -233,14 +222,6 @@ def _spec(values: Mapping[str, Any] | bool, where: str, role: str) -> QuantSpec 
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return spec
-
-
-def _nearest_pattern(pattern: str, names: Sequence[str]) -> str:
-    """Suggests a pattern that matches: the same wildcard behind the closest existing prefix, or else a name."""
-    if pattern.endswith(".*"):
-        prefixes = dict.fromkeys(n.rsplit(".", depth)[0] for n in names for depth in range(1, n.count(".") + 1))
-        return nearest(pattern, [f"{p}.*" for p in prefixes] or names)
-    return nearest(pattern, names)
 
 
 def _plain(value: Any) -> Any:

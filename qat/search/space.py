@@ -6,7 +6,6 @@ comes out, so that what is measured is what will be trained. Operations without 
 keep the grids that the policy gives them.
 """
 
-import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -14,13 +13,14 @@ from typing import Any
 
 from torch import nn
 
-from qat.errors import UserError, nearest
+from qat.errors import UserError
 from qat.measure.storage import is_layer, with_bytes
 from qat.planning.addressable import has_weight
 from qat.planning.audit import AuditRow, audit
 from qat.planning.plan import Plan
 from qat.planning.planner import make_plan
 from qat.policies.networks import KEY, Policy, policy_of
+from qat.policies.patterns import ends, matching
 from qat.search.settings import Search
 
 Pair = tuple[int, int | None]
@@ -119,7 +119,8 @@ def make_space(model: nn.Module, policy: Policy, search: Search, run: Callable[[
         )
         for name in weights
     ]
-    tied = [[n for n in weights if n in matching(p, "tie", weighted)] for p in search.tie]
+    ties = [matching(p, weighted, "search.tie", "layer", ends(weighted)) for p in search.tie]
+    tied = [[n for n in weights if n in tie] for tie in ties]
     return Space(model, policy, layers, tied, plan, rows, parts, plans)
 
 
@@ -161,23 +162,8 @@ def with_bit_rules(settings: Mapping[str, Any], pairs: Mapping[str, tuple[int | 
 def _least(patterns: Mapping[str, int], weighted: Sequence[str]) -> dict[str, int]:
     found: dict[str, int] = {}
     for pattern, bits in patterns.items():
-        for name in matching(pattern, "least", weighted):
+        for name in matching(pattern, weighted, "search.least", "layer", ends(weighted)):
             found[name] = max(bits, found.get(name, 0))
-    return found
-
-
-def matching(pattern: str, key: str, names: Sequence[str]) -> set[str]:
-    """The layers that a glob, `@first` or `@last` matches.
-
-    Raises:
-        UserError: if there are none, with the nearest name.
-    """
-    special = {"@first": names[:1], "@last": names[-1:]}
-    if pattern in special:
-        return set(special[pattern])
-    found = set(fnmatch.filter(names, pattern))
-    if not found:
-        raise UserError(f"search.{key}: no layer matches '{pattern}'{nearest(pattern, [*names, *special])}")
     return found
 
 

@@ -19,7 +19,6 @@ Weights whose grid follows them (`minmax`, `dynamic`) are left out, and named: w
 those without equal steps.
 """
 
-import fnmatch
 import math
 import warnings
 from collections.abc import Sequence
@@ -29,12 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from qat.errors import UserError, nearest
+from qat.errors import UserError
 from qat.grid.functional import levels, ratio, values
 from qat.layers import is_computed, original_class
 from qat.modes import evaluating
 from qat.planning.functions import first_tensor
 from qat.planning.plan import Plan
+from qat.policies.patterns import matching
 from qat.quantizers import Quantizer
 from qat.starts.base import Run, Start, in_float, replay
 from qat.starts.calls import Call, answers_rows, joined, noted
@@ -141,9 +141,7 @@ class AdaRound(Start):
         """The layers to be rounded, by the unit they are in."""
         blocks: list[str] = []
         for pattern in self.blocks:
-            hits = fnmatch.filter(modules, pattern)
-            if not hits:
-                raise UserError(f"AdaRound: blocks: no module matches '{pattern}'{nearest(pattern, modules)}")
+            hits = matching(pattern, modules, "AdaRound: blocks", "module")
             hits = [hit for hit in hits if any(f"{layer}.".startswith(f"{hit}.") for layer in layers)]
             if not hits:
                 raise UserError(f"AdaRound: blocks: '{pattern}' matches nothing with a weight to round; leave it out")

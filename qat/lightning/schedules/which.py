@@ -1,13 +1,13 @@
 """Which quantizers a schedule is for."""
 
-import fnmatch
 from collections.abc import Sequence
 
 from torch import nn
 
-from qat.errors import UserError, nearest
+from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.layers import original_class
+from qat.policies.patterns import matching
 from qat.quantizers import Quantizer
 
 
@@ -44,9 +44,5 @@ def select(model: nn.Module, match: str | Sequence[str], who: str) -> dict[str, 
     }
     chosen: set[str] = set()
     for pattern in [match] if isinstance(match, str) else match:
-        hits = roles[pattern] if pattern in roles else fnmatch.filter(found, pattern)
-        if not hits:
-            hint = nearest(pattern, roles if pattern.startswith("@") else found)
-            raise UserError(f"{who}: match: no quantizer matches '{pattern}'{hint}")
-        chosen.update(hits)
+        chosen.update(matching(pattern, found, f"{who}: match", "quantizer", roles))
     return {name: q for name, q in found.items() if name in chosen}
