@@ -115,7 +115,9 @@ def test_the_numbers_are_what_their_names_say(tmp_path):
 def test_a_code_oscillates_if_one_step_changes_it_and_the_next_changes_it_back():
     health = QuantizerHealth()
     health._levels = {
-        "fc.weight_quantizer": [torch.tensor(codes) for codes in ([0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0, 1.0, 2.0, 1.0])]
+        "fc.weight_quantizer": [
+            torch.tensor(codes) for codes in ([0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0], [0.0, 1.0, 2.0, 1.0])
+        ]
     }
     assert health._oscillation("fc.weight_quantizer") == 1 / 4
 

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from qat.copies import copied
 from qat.insert import named_quantizers
+from qat.lightning.base import callbacks_of
 from qat.quantizers import Quantizer
 
 AVERAGING = (StochasticWeightAveraging, WeightAveraging)
@@ -30,15 +31,15 @@ AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 
 def averages(trainer: pl.Trainer) -> Iterator[nn.Module]:
     """The copies of the module that averages are taken in, each like the module."""
-    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(callback, AVERAGING) and (made := callback._average_model) is not None:
+    for callback in callbacks_of(trainer, *AVERAGING):
+        if (made := callback._average_model) is not None:
             yield made.module if isinstance(made, AveragedModel) else made
 
 
 def follow_insertion(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Gives a copy that was made of the float module the module's quantizers."""
-    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        if isinstance(callback, StochasticWeightAveraging) and callback._average_model is not None:
+    for callback in callbacks_of(trainer, StochasticWeightAveraging):
+        if callback._average_model is not None:
             callback._average_model = copied(module)
 
 
@@ -61,8 +62,8 @@ def follow_widths(trainer: pl.Trainer, module: pl.LightningModule) -> None:
 
 def average_floats_alone(trainer: pl.Trainer) -> None:
     """Makes every copy take integers and flags from the model that it averages."""
-    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-        average = callback._average_model if isinstance(callback, WeightAveraging) else None
+    for callback in callbacks_of(trainer, WeightAveraging):
+        average = callback._average_model
         if average is not None and average.avg_fn is None:
             average.multi_avg_fn = _many(average.multi_avg_fn or get_swa_multi_avg_fn())
         elif average is not None and average.avg_fn is not None:

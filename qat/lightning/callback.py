@@ -20,6 +20,7 @@ from qat.insert import adopt_modes, fold_again, named_quantizers, plan_of, remem
 from qat.kernels.memory import keep_freed
 from qat.layers.twin import become_twin, original_class
 from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calibration, follow_insertion, follow_widths
+from qat.lightning.base import callbacks_of
 from qat.lightning.compiled import eagerly, uncompiled
 from qat.lightning.fsdp import average_gradients
 from qat.lightning.module import QuantizedModule, insert_plan
@@ -90,7 +91,7 @@ class QATCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_order(trainer)
-        callbacks = _callbacks(trainer)
+        callbacks = callbacks_of(trainer, QATCallback)
         if self is not callbacks[0]:  # the first one acts for all of them
             return
         _before_tuners(trainer, callbacks)
@@ -120,11 +121,11 @@ class QATCallback(Callback):
         pl_module.__dict__["configure_model"] = configure_then_insert
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self is _callbacks(trainer)[0]:
+        if self is callbacks_of(trainer, QATCallback)[0]:
             average_floats_alone(trainer)
             follow_widths(trainer, pl_module)
         self._ready(trainer, pl_module)
-        if self is _callbacks(trainer)[0]:
+        if self is callbacks_of(trainer, QATCallback)[0]:
             average_gradients(trainer, pl_module)
             self._late = ExitStack()
             factors = pl_module.scale_lr_factors  # pyright: ignore[reportAttributeAccessIssue]
@@ -144,7 +145,7 @@ class QATCallback(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._late.close()
-        if stage == "fit" and self is _callbacks(trainer)[0]:
+        if stage == "fit" and self is callbacks_of(trainer, QATCallback)[0]:
             tell_left_behind(trainer, pl_module, self._before)
         # Lightning puts modules back into training after an evaluation, but not those that it did not find before.
         adopt_modes(pl_module)
@@ -152,13 +153,14 @@ class QATCallback(Callback):
 
     def plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
         """The plan for all `QATCallback`s of the trainer, from one probe batch; the module is left as it is."""
-        policy = joint_policy(_callbacks(trainer) or [self], pl_module)
+        policy = joint_policy(callbacks_of(trainer, QATCallback) or [self], pl_module)
         return checked_plan(pl_module, policy, run_steps(pl_module, trainer_source(trainer), samples=1))
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if remembered(pl_module) is None:
             with described_input(pl_module) as described, uncompiled(pl_module), at_home(pl_module):
-                for start in [start for callback in _callbacks(trainer) or [self] for start in callback.starts]:
+                callbacks = callbacks_of(trainer, QATCallback) or [self]
+                for start in [start for callback in callbacks for start in callback.starts]:
                     with eagerly():  # they call parts of the module themselves, and watch
                         start.prepare(pl_module, run_steps(pl_module, trainer_source(trainer), samples=1))
                 insert_plan(pl_module, self.plan(trainer, pl_module))
@@ -169,7 +171,7 @@ class QATCallback(Callback):
         """Calibrates what needs it. Outside fit quantizers are inserted as late as here: a checkpoint may bring
         them.
         """
-        callbacks = _callbacks(trainer)
+        callbacks = callbacks_of(trainer, QATCallback)
         if self is not callbacks[0]:
             return
         with torch.inference_mode(False):  # what evaluation loops run in would make parameters that cannot be trained
@@ -195,17 +197,13 @@ class QATCallback(Callback):
                 follow_calibration(trainer, pl_module)
 
     def _check_order(self, trainer: pl.Trainer) -> None:
-        callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks = callbacks_of(trainer, Callback)
         for other in callbacks[: callbacks.index(self)]:
             if isinstance(other, MUST_FOLLOW):
                 raise UserError(
                     f"QATCallback must come before {type(other).__name__} in the trainer's callbacks, "
                     "which has to see the quantized model"
                 )
-
-
-def _callbacks(trainer: pl.Trainer) -> list[QATCallback]:
-    return [c for c in trainer.callbacks if isinstance(c, QATCallback)]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _fold_again(pl_module: pl.LightningModule) -> None:

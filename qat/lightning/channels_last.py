@@ -8,12 +8,10 @@ of its weight, and what follows, quantizers included, keeps the format of what i
 import pytorch_lightning as pl
 import torch
 
-from qat.errors import UserError
-from qat.lightning.early import Early
-from qat.lightning.steps import Source, trainer_source
+from qat.lightning.base import QuantizationCallback
 
 
-class ChannelsLast(Early):
+class ChannelsLast(QuantizationCallback):
     """Puts the module's four-dimensional parameters and buffers in channels-last order when fit starts.
 
     Raises:
@@ -21,12 +19,12 @@ class ChannelsLast(Early):
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check_start(trainer, pl_module, trainer_source(trainer))
+        self.check(trainer, pl_module)
         pl_module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
-    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not any(parameter.ndim == 4 for parameter in pl_module.parameters()):
-            raise UserError(
-                f"ChannelsLast: {type(pl_module).__name__} has no parameter of four dimensions (a two-dimensional "
+            raise self.refusal(
+                f"{type(pl_module).__name__} has no parameter of four dimensions (a two-dimensional "
                 "convolution's weight), so the memory format would change nothing; leave the callback out"
             )

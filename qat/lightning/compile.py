@@ -8,15 +8,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 from torch import nn
 
 from qat.kernels.launch import exact_division, own_code
+from qat.lightning.base import QuantizationCallback, callbacks_of
 from qat.lightning.distill import Distill
 from qat.lightning.steps import batch_size
 
 
-class Compile(Callback):
+class Compile(QuantizationCallback):
     """Runs training batches through `torch.compile(module)`: what the module's step computes by calling `self(...)`.
     The teacher of `Distill` is compiled alike.
 
@@ -37,7 +37,7 @@ class Compile(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         options = {"triton.cudagraphs": self.cudagraphs, **exact_division()}
-        teachers = [c.teacher for c in trainer.callbacks if isinstance(c, Distill)]  # pyright: ignore[reportAttributeAccessIssue]
+        teachers = [distill.teacher for distill in callbacks_of(trainer, Distill)]
         self._size, self._compiled = None, []
         for module in (pl_module, *teachers):
             # Code of its own, for compilers do not look whether what they have compiled before had other hooks.
@@ -58,15 +58,9 @@ class Compile(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._as_written()
+        self.release()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._as_written()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._as_written()
-
-    def _as_written(self) -> None:
+    def release(self) -> None:
         for module, *_ in self._compiled:
             _call(module, None)
 

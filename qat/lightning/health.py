@@ -11,14 +11,13 @@ from torch.optim import Optimizer
 
 from qat.errors import UserError
 from qat.layers.weights import quantized_weights
-from qat.lightning.schedules.which import quantizers_of
-from qat.lightning.stateful import Stateful
+from qat.lightning.base import QuantizationCallback
 from qat.measure.health import Health
 from qat.measure.stats import Tally, readers_of, summarize
 from qat.quantizers import Quantizer
 
 
-class QuantizerHealth(Stateful):
+class QuantizerHealth(QuantizationCallback):
     """Every so many optimizer steps, measures all quantizers on the batches of one step, as training sees them.
 
     Logs `health/<sqnr_db|clip_rate|drift|oscillation|grad_norm>/<quantizer>` (`qat.measure.health` defines them), warns
@@ -50,7 +49,7 @@ class QuantizerHealth(Stateful):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._idle()
-        found = quantizers_of(pl_module, "QuantizerHealth")
+        found = self.quantizers(pl_module)
         if not self._start:  # else a checkpoint has brought where training began
             self._start = {name: q.step().cpu() for name, q in found.items()}
         self._found, self._readers = found, readers_of(pl_module)
@@ -145,13 +144,7 @@ class QuantizerHealth(Stateful):
                 "quant.scale_lr, more bits for it, or another range may help"
             )
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._stop()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._stop()
-
-    def _stop(self) -> None:
+    def release(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._idle()

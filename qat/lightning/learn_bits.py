@@ -30,11 +30,10 @@ from qat.copies import copied
 from qat.errors import UserError
 from qat.insert import remember, remove
 from qat.lightning.averages import averages
+from qat.lightning.base import QuantizationCallback, callbacks_of
 from qat.lightning.callback import QATCallback, joint_policy
-from qat.lightning.early import Early
 from qat.lightning.schedules.anneal import AnnealBits, current_plan
 from qat.lightning.schedules.when import check_moment, check_reached, reached
-from qat.lightning.stateful import Stateful
 from qat.lightning.steps import Source, run_steps, trainer_source
 from qat.measure.cost import COSTS
 from qat.search.allocate import Problem, solve
@@ -54,7 +53,7 @@ would hardly count.
 """
 
 
-class LearnBits(Early, Stateful):
+class LearnBits(QuantizationCallback):
     """Learns the bits of weights and of the inputs of layers, of any LightningModule that `QATCallback` quantizes.
 
     Logs `bits/<grid>`, `bits/cost/<budget>` and `bits/penalty` after every epoch.
@@ -109,13 +108,12 @@ class LearnBits(Early, Stateful):
     # -- before the first step -----------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        source = trainer_source(trainer)
-        self.check_start(trainer, pl_module, source)
+        super().on_train_start(trainer, pl_module)
         if self.choice is not None:
             return
         if self.space.parts:
             rank_zero_info(f"LearnBits: not learned: {kept_bits(self.space.parts)}")
-        run = run_steps(pl_module, source, self._qat(trainer).calibration_samples)
+        run = run_steps(pl_module, trainer_source(trainer), self._qat(trainer).calibration_samples)
         known = self._saved.get("starts")
         self.grids, self._saved["starts"] = fractional_grids(
             self.space, pl_module, self.widths, run, known, list(averages(trainer))
@@ -127,26 +125,27 @@ class LearnBits(Early, Stateful):
             grid.attach()
         remember(pl_module, current_plan(pl_module))
 
-    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
-        check_reached(trainer, "LearnBits: until", self.until)
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_reached(trainer, self, "until", self.until)
         if self.choice is not None:  # a checkpoint from after they became whole has brought them
             return
         if self.output is not None and not self._saved:
             outputs(self.output, None, "LearnBits: output")
+        source = trainer_source(trainer)
         shell = self._space(self._qat(trainer), pl_module, source)
         self._check_apart(trainer, pl_module)
         self._costs(shell, source)
         self.widths = shared_widths(self.space, pl_module)
         if all(width.fixed for width in self.widths.values()):
-            raise UserError("LearnBits: every grid has one width to choose from; give more weight_bits or act_bits")
+            raise self.refusal("every grid has one width to choose from; give more weight_bits or act_bits")
         check_grids(self.space, pl_module, self.widths)
 
     def _qat(self, trainer: pl.Trainer) -> QATCallback:
-        callbacks = [c for c in trainer.callbacks if isinstance(c, QATCallback)]  # pyright: ignore[reportAttributeAccessIssue]
+        callbacks = callbacks_of(trainer, QATCallback)
         if len(callbacks) != 1:
-            raise UserError(f"LearnBits: needs one QATCallback, not {len(callbacks)}")
+            raise self.refusal(f"needs one QATCallback, not {len(callbacks)}")
         if len(trainer.optimizers) > 1:
-            raise UserError(f"LearnBits: {len(trainer.optimizers)} optimizers would each count the others' gradients")
+            raise self.refusal(f"{len(trainer.optimizers)} optimizers would each count the others' gradients")
         return callbacks[0]
 
     def _space(self, qat: QATCallback, pl_module: pl.LightningModule, source: Source) -> pl.LightningModule:
@@ -165,11 +164,10 @@ class LearnBits(Early, Stateful):
     def _check_apart(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a grid whose bits a schedule sets, too: what was learned would be gone at its next step."""
         learned = {q for tensor in self.space.tensors for q in quantizers_at(self.space, pl_module, tensor)}
-        for other in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
-            annealed = other.annealed(pl_module) if isinstance(other, AnnealBits) else {}
-            if both := [name for name, quantizer in annealed.items() if quantizer in learned]:
-                raise UserError(
-                    f"LearnBits: AnnealBits changes the bits of '{both[0]}', which are learned; leave one of the two "
+        for other in callbacks_of(trainer, AnnealBits):
+            if both := [name for name, quantizer in other.annealed(pl_module).items() if quantizer in learned]:
+                raise self.refusal(
+                    f"AnnealBits changes the bits of '{both[0]}', which are learned; leave one of the two "
                     "out, or name grids that are not learned with AnnealBits' match"
                 )
 
@@ -199,7 +197,7 @@ class LearnBits(Early, Stateful):
         try:
             return solve(Problem(self.space.layers, harms, self.costs, self.space.tied), self.settings.budget)
         except UserError as error:
-            raise UserError(f"LearnBits: budget: {error}") from None
+            raise self.refusal(f"budget: {error}") from None
 
     def _all(self) -> list[FractionalGrid]:
         return [grid for grids in self.grids.values() for grid in grids]
@@ -268,13 +266,7 @@ class LearnBits(Early, Stateful):
             logged["bits/penalty"] = self.penalty().item()
         pl_module.log_dict(logged)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._detach()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._detach()
-
-    def _detach(self) -> None:
+    def release(self) -> None:
         for grid in self._all():
             grid.detach()
 

@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.plugins.precision import DoublePrecision, HalfPrecision, Precision
+from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.data import extract_batch_size
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -163,6 +164,12 @@ def trainer_source(trainer: pl.Trainer) -> Source:
         return trainer.fit_loop._data_source.dataloader()
 
     return source
+
+
+def attach(trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule) -> None:
+    """Gives the trainer what `trainer_source` looks for, as `trainer.fit(module, data)` does."""
+    trainer.state.fn = TrainerFn.FITTING
+    trainer._data_connector.attach_datamodule(module, data)
 
 
 def batches(source: Source, samples: int) -> Iterator[Any]:

@@ -34,16 +34,16 @@ from qat.export.packed import PackedTarget
 from qat.export.target import Target
 from qat.files import atomic, make_folder, read_object
 from qat.insert import apply_plan, make_plan
+from qat.lightning.base import QuantizationCallback
 from qat.lightning.callback import QATCallback
 from qat.lightning.distill import Distill
-from qat.lightning.early import Early
 from qat.lightning.resume import continue_csv
 from qat.lightning.runs.evaluate import check_monitors, test_metric
 from qat.lightning.runs.float_cache import FloatCache
 from qat.lightning.runs.resume_settings import check_settled, settled
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.spawn import is_spawning
-from qat.lightning.steps import example_input, run_steps
+from qat.lightning.steps import attach, example_input, run_steps
 from qat.lightning.weights import load_weights, read_checkpoint
 from qat.measure.storage import with_bytes
 from qat.planning.audit import AuditRow, audit, check_coverage
@@ -174,17 +174,18 @@ class Workspace:
             self.audit_rows = self.audit(plan)
             check_coverage(self.audit_rows, self.policy.required_coverage)
             if self.trains and not (self.resuming and (self.folder / LAST_CHECKPOINT).is_file()):
-                self._check_start(shell)
+                self._check_callbacks(shell)
 
-    def _check_start(self, shell: pl.LightningModule) -> None:
+    def _check_callbacks(self, shell: pl.LightningModule) -> None:
         """Has callbacks check what they would find when training starts, on a copy of the module with quantizers."""
         callbacks = [self.qat_callback(), *self.callbacks]
         saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
         trainer = self.trainer(callbacks=callbacks, enable_checkpointing=saves)
+        attach(trainer, shell, self.data)
         for key, callback in self._named_callbacks().items():
-            if isinstance(callback, Early):
+            if isinstance(callback, QuantizationCallback):
                 with self._under(key):
-                    callback.check_start(trainer, shell, self.data.train_dataloader)
+                    callback.check(trainer, shell)
 
     @contextmanager
     def _under(self, key: str) -> Iterator[None]:

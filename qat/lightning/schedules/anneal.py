@@ -19,17 +19,15 @@ from qat.insert import plan_of, remember
 from qat.layers.chain import in_turn
 from qat.layers.weights import quantized_weights
 from qat.lightning.averages import averages
-from qat.lightning.early import Early
+from qat.lightning.base import QuantizationCallback
 from qat.lightning.schedules.when import check_moment, check_reached, reached
-from qat.lightning.schedules.which import quantizers_of, select
-from qat.lightning.stateful import Stateful
-from qat.lightning.steps import Source, trainer_source
+from qat.lightning.schedules.which import select
 from qat.planning.functions import PROBABILITIES
 from qat.planning.plan import Plan
 from qat.quantizers import Quantizer, create
 
 
-class AnnealBits(Early, Stateful):
+class AnnealBits(QuantizationCallback):
     """Changes bit-widths at the start of epochs, or after shares of training.
 
     A monitored "best" checkpoint may have the wider grids of the beginning; what training ends with has the policy's.
@@ -76,58 +74,56 @@ class AnnealBits(Early, Stateful):
         return self._generate_state_key(match=self.match)  # weights and activations may have a schedule each
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check_start(trainer, pl_module, trainer_source(trainer))
+        super().on_train_start(trainer, pl_module)
         self._now = None
 
-    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         last, bits = list(self.schedule.items())[-1]
-        check_reached(trainer, "AnnealBits: schedule", last)
+        check_reached(trainer, self, "schedule", last)
         if not self._final:  # else a checkpoint from the middle of the schedule has brought it
             self._final = self._chosen(pl_module, bits)
         for name, policy in self._final.items():
             if policy != bits:
-                raise UserError(
-                    f"AnnealBits: schedule={self.schedule} ends at {bits} bits, but the policy gives '{name}' "
+                raise self.refusal(
+                    f"schedule={self.schedule} ends at {bits} bits, but the policy gives '{name}' "
                     f"{policy}; end it there, or leave that quantizer out with match"
                 )
-        self._check(pl_module)
+        self._try(pl_module)
 
     def _chosen(self, pl_module: pl.LightningModule, last: int) -> dict[str, int]:
         """The policy's bits of every quantizer that the schedule is for."""
         if self.match is not None:
-            return {name: q.spec.width for name, q in select(pl_module, self.match, "AnnealBits").items()}
-        widths = {name: q.spec.width for name, q in quantizers_of(pl_module, "AnnealBits").items()}
+            return {name: q.spec.width for name, q in select(pl_module, self.match, self).items()}
+        widths = {name: q.spec.width for name, q in self.quantizers(pl_module).items()}
         if last not in widths.values():
             own = ", ".join(map(str, sorted(set(widths.values()))))
-            raise UserError(
-                f"AnnealBits: schedule={self.schedule} ends at {last} bits, but the policy's grids have {own}"
-            )
+            raise self.refusal(f"schedule={self.schedule} ends at {last} bits, but the policy's grids have {own}")
         return {name: width for name, width in widths.items() if width == last}
 
     def annealed(self, pl_module: pl.LightningModule) -> dict[str, Quantizer]:
         """The quantizers whose bits change, by name."""
         names = self._final or self._chosen(pl_module, list(self.schedule.values())[-1])
-        return {name: q for name, q in quantizers_of(pl_module, "AnnealBits").items() if name in names}
+        return {name: q for name, q in self.quantizers(pl_module).items() if name in names}
 
-    def _check(self, pl_module: pl.LightningModule) -> None:
+    def _try(self, pl_module: pl.LightningModule) -> None:
         """Tries every width on a new quantizer."""
         weights = quantized_weights(pl_module)
         for name, quantizer in self._quantizers(pl_module).items():
             shape = weights[quantizer].tensor.shape if quantizer.is_weight else None
             for moment, bits in self.schedule.items():
-                where = f"AnnealBits: schedule[{moment}]={bits} for '{name}'"
+                where = f"schedule[{moment}]={bits} for '{name}'"
                 try:
                     trial = create(dataclasses.replace(quantizer.spec, bits=bits), shape, quantizer.axis)
                 except UserError as error:
-                    raise UserError(f"{where}: {error}") from None
+                    raise self.refusal(f"{where}: {error}") from None
                 if _shapes(trial) != _shapes(quantizer):
-                    raise UserError(
+                    raise self.refusal(
                         f"{where}: quantizer={quantizer.spec.quantizer} learns something per level, "
                         "so its bits cannot change; leave it out with match"
                     )
 
     def _quantizers(self, pl_module: nn.Module) -> dict[str, Quantizer]:
-        return {name: q for name, q in quantizers_of(pl_module, "AnnealBits").items() if name in self._final}
+        return {name: q for name, q in self.quantizers(pl_module).items() if name in self._final}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.shares:

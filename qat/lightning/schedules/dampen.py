@@ -16,14 +16,13 @@ from torch.optim import Optimizer
 
 from qat.errors import UserError
 from qat.grid.functional import levels
-from qat.lightning.early import Early
+from qat.lightning.base import QuantizationCallback
 from qat.lightning.schedules.oscillation import check_weights, few_bit_weights
 from qat.lightning.schedules.when import check_ends, cosine, progress
-from qat.lightning.steps import Source, trainer_source
 from qat.quantizers import Quantizer
 
 
-class DampenOscillations(Early):
+class DampenOscillations(QuantizationCallback):
     """Adds the dampening loss's gradient, its strength growing along a cosine from 0.
 
     Args:
@@ -38,12 +37,9 @@ class DampenOscillations(Early):
             raise UserError(f"max_bits={max_bits}: must be at least 1")
         self.strength, self.max_bits = strength, max_bits
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check_start(trainer, pl_module, trainer_source(trainer))
-
-    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
-        check_ends(trainer, "DampenOscillations: give max_steps")
-        check_weights(trainer, pl_module, self.max_bits, "DampenOscillations", moving=True)
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_ends(trainer, self, "give max_steps")
+        check_weights(trainer, pl_module, self, self.max_bits, moving=True)
 
     @torch.no_grad()
     def on_before_optimizer_step(

@@ -10,13 +10,11 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_warn
 
-from qat.lightning.early import Early
+from qat.lightning.base import QuantizationCallback
 from qat.lightning.schedules.when import check_moment, check_reached, reached
-from qat.lightning.schedules.which import quantizers_of
-from qat.lightning.steps import Source, trainer_source
 
 
-class GradualEnable(Early):
+class GradualEnable(QuantizationCallback):
     """Switches quantizers on late: until then tensors pass as they are. Ranges are those calibrated at the start.
 
     Scales of quantizers that are off get no gradient; under DDP that needs `strategy=ddp_find_unused_parameters_true`.
@@ -35,13 +33,13 @@ class GradualEnable(Early):
         self.weights_at, self.activations_at = weights_at, activations_at
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check_start(trainer, pl_module, trainer_source(trainer))
-        self._quantizers = quantizers_of(pl_module, "GradualEnable").values()
+        super().on_train_start(trainer, pl_module)
+        self._quantizers = self.quantizers(pl_module).values()
 
-    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
-        check_reached(trainer, "GradualEnable: weights_at", self.weights_at)
-        check_reached(trainer, "GradualEnable: activations_at", self.activations_at)
-        quantizers_of(pl_module, "GradualEnable")
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_reached(trainer, self, "weights_at", self.weights_at)
+        check_reached(trainer, self, "activations_at", self.activations_at)
+        self.quantizers(pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -12,16 +12,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
-from qat.errors import UserError
 from qat.layers import original_class
-from qat.lightning.early import Early
+from qat.lightning.base import QuantizationCallback
 from qat.lightning.schedules.when import check_moment, check_reached, reached
-from qat.lightning.schedules.which import quantizers_of
-from qat.lightning.steps import Source, trainer_source
 from qat.quantizers.minmax import MinMax
 
 
-def batch_norms(model: nn.Module, who: str) -> list[_BatchNorm]:
+def batch_norms(model: nn.Module, who: QuantizationCallback) -> list[_BatchNorm]:
     """The BatchNorms that keep running statistics.
 
     Raises:
@@ -29,13 +26,13 @@ def batch_norms(model: nn.Module, who: str) -> list[_BatchNorm]:
     """
     found = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not found:
-        raise UserError(
-            f"{who}: {original_class(model).__name__} has no BatchNorm with running statistics; leave the callback out"
+        raise who.refusal(
+            f"{original_class(model).__name__} has no BatchNorm with running statistics; leave the callback out"
         )
     return found
 
 
-class FreezeRanges(Early):
+class FreezeRanges(QuantizationCallback):
     """Stops the ranges that follow the data (`minmax`) and, if asked, the learned scales, until training ends: another
     one of the module begins with ranges that move.
 
@@ -54,17 +51,17 @@ class FreezeRanges(Early):
         self._frozen: list[MinMax] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check_start(trainer, pl_module, trainer_source(trainer))
-        found = quantizers_of(pl_module, "FreezeRanges").values()
+        super().on_train_start(trainer, pl_module)
+        found = self.quantizers(pl_module).values()
         self._trackers = [q for q in found if isinstance(q, MinMax)]
         self._learned = [p for q in found for p in q.parameters()] if self.scales else []
 
-    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
-        check_reached(trainer, "FreezeRanges: at", self.at)
-        found = quantizers_of(pl_module, "FreezeRanges").values()
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_reached(trainer, self, "at", self.at)
+        found = self.quantizers(pl_module).values()
         if not any(isinstance(q, MinMax) or (self.scales and list(q.parameters())) for q in found):
             hint = "" if self.scales else "; scales: true stops those that are learned"
-            raise UserError(f"FreezeRanges: no quantizer's range follows the data, so there is nothing to stop{hint}")
+            raise self.refusal(f"no quantizer's range follows the data, so there is nothing to stop{hint}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -81,19 +78,19 @@ class FreezeRanges(Early):
             for parameter in self._learned:
                 parameter.grad = None  # requires_grad=False would let DDP wait for its gradient
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Too early: averages may still put the buffers of their copy in the place of the module's."""
+
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()  # behind averages, which put the buffers of their copy in the place of the module's
+        self.release()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    def _release(self) -> None:
+    def release(self) -> None:
         for quantizer in self._frozen:
             quantizer.tracking.fill_(True)
         self._frozen = []
 
 
-class FreezeBatchNorm(Early):
+class FreezeBatchNorm(QuantizationCallback):
     """Keeps BatchNorms in evaluation mode until training ends: they normalize by their running statistics, which no
     longer change; gamma and beta still learn.
 
@@ -116,12 +113,12 @@ class FreezeBatchNorm(Early):
         self._frozen: set[_BatchNorm] = set()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check_start(trainer, pl_module, trainer_source(trainer))
-        self._norms = batch_norms(pl_module, "FreezeBatchNorm")
+        super().on_train_start(trainer, pl_module)
+        self._norms = batch_norms(pl_module, self)
 
-    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
-        check_reached(trainer, "FreezeBatchNorm: at", self.at)
-        batch_norms(pl_module, "FreezeBatchNorm")
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_reached(trainer, self, "at", self.at)
+        batch_norms(pl_module, self)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -131,13 +128,7 @@ class FreezeBatchNorm(Early):
             for norm in self._norms:  # at every batch, because anybody may call train() in between
                 norm.eval()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._release()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    def _release(self) -> None:
+    def release(self) -> None:
         for norm in self._frozen:
             norm.train()
         self._frozen = set()

@@ -26,12 +26,9 @@ from torch import Tensor
 
 from qat.errors import UserError
 from qat.layers.weights import QuantizedWeight, quantized_weights
-from qat.lightning.early import Early
+from qat.lightning.base import QuantizationCallback, callbacks_of
 from qat.lightning.schedules.anneal import AnnealBits
 from qat.lightning.schedules.when import check_ends, cosine, progress
-from qat.lightning.schedules.which import quantizers_of
-from qat.lightning.stateful import Stateful
-from qat.lightning.steps import Source, trainer_source
 from qat.quantizers import Quantizer
 
 
@@ -95,38 +92,37 @@ def few_bit_weights(pl_module: pl.LightningModule, max_bits: int, moving: bool) 
     return [weight for weight in found if weight.writable or not moving]
 
 
-def check_weights(trainer: pl.Trainer, pl_module: pl.LightningModule, max_bits: int, who: str, moving: bool) -> None:
+def check_weights(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, who: QuantizationCallback, max_bits: int, moving: bool
+) -> None:
     """Checks what the callback `who` is given to work on.
 
     Raises:
         UserError: if no weight has at most `max_bits` bits, or (if they are to be moved) if none of these can be, or
             one is reshaped before rounding.
     """
-    quantizers_of(pl_module, who)
-    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-    annealing = any(isinstance(c, AnnealBits) for c in callbacks)  # then any grid may become narrow enough
+    who.quantizers(pl_module)
+    annealing = bool(callbacks_of(trainer, AnnealBits))  # then any grid may become narrow enough
     found = [w for w in quantized_weights(pl_module).values() if annealing or w.quantizer.spec.width <= max_bits]
     if not found:
-        raise UserError(
-            f"{who}: no weight has a grid of at most max_bits={max_bits}; weights with more hardly oscillate"
-        )
+        raise who.refusal(f"no weight has a grid of at most max_bits={max_bits}; weights with more hardly oscillate")
     if not moving:
         return
     if computed := [weight.name for weight in found if not weight.writable]:
-        left = f"{who}: leaves out '{computed[0]}'" + (f" and {len(computed) - 1} more" if computed[1:] else "")
+        left = f"leaves out '{computed[0]}'" + (f" and {len(computed) - 1} more" if computed[1:] else "")
         reason = f"{left}: a parametrization computes the weight anew each time, so it cannot be moved"
         if len(computed) == len(found):
-            raise UserError(f"{reason}; no other weight has a grid of at most max_bits={max_bits}")
-        rank_zero_warn(reason)
+            raise who.refusal(f"{reason}; no other weight has a grid of at most max_bits={max_bits}")
+        rank_zero_warn(f"{type(who).__name__}: {reason}")
     for weight in found:
         if weight.writable and weight.quantizer.transforms:
-            raise UserError(
-                f"{who}: the weight of '{weight.name}' is transformed before it is rounded (quantizer="
+            raise who.refusal(
+                f"the weight of '{weight.name}' is transformed before it is rounded (quantizer="
                 f"{weight.quantizer.spec.quantizer}), so its values are not near its grid; give it another quantizer"
             )
 
 
-class TrackOscillations(Early, Stateful):
+class TrackOscillations(QuantizationCallback):
     """Logs `oscillation/<layer>` after every epoch: the share of a weight's elements that flip more than `threshold`.
 
     Args:
@@ -151,11 +147,11 @@ class TrackOscillations(Early, Stateful):
     def forget(self) -> None:
         self.weights: dict[str, Oscillation] = {}
 
-    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
-        check_weights(trainer, pl_module, self.max_bits, type(self).__name__, self.moving)
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_weights(trainer, pl_module, self, self.max_bits, self.moving)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check_start(trainer, pl_module, trainer_source(trainer))
+        super().on_train_start(trainer, pl_module)
         self.weights = {name: state.to(pl_module.device) for name, state in self.weights.items()}
         self._step = trainer.global_step
         self._watched(pl_module)
@@ -221,9 +217,9 @@ class FreezeOscillations(TrackOscillations):
             )
         self.freeze_above = freeze_above
 
-    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
-        check_ends(trainer, "FreezeOscillations: give max_steps")
-        super().check_start(trainer, pl_module, source)
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        check_ends(trainer, self, "give max_steps")
+        super().check(trainer, pl_module)
 
     def after_update(self, trainer: pl.Trainer, state: Oscillation, weight: QuantizedWeight) -> None:
         state.freeze(cosine(*self.freeze_above, progress(trainer)), weight.quantizer)

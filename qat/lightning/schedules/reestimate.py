@@ -12,13 +12,12 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from qat.errors import UserError
-from qat.lightning.early import Early
+from qat.lightning.base import QuantizationCallback
 from qat.lightning.schedules.freeze import batch_norms
-from qat.lightning.stateful import Stateful
-from qat.lightning.steps import Source, batches, no_trace, precision, step_of, to_module, trainer_source
+from qat.lightning.steps import batches, no_trace, precision, step_of, to_module, trainer_source
 
 
-class ReestimateBatchNorm(Early, Stateful):
+class ReestimateBatchNorm(QuantizationCallback):
     """At the end of fit, replaces running statistics by the mean over training batches, of all processes, all else in
     evaluation mode.
 
@@ -49,12 +48,11 @@ class ReestimateBatchNorm(Early, Stateful):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._frozen = list(state_dict["frozen"])
 
-    def check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, source: Source) -> None:
-        batch_norms(pl_module, "ReestimateBatchNorm")
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        batch_norms(pl_module, self)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.check_start(trainer, pl_module, trainer_source(trainer))
-        self._norms = batch_norms(pl_module, "ReestimateBatchNorm")
+        self._norms = batch_norms(pl_module, self)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

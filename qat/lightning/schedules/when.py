@@ -8,6 +8,7 @@ import math
 import pytorch_lightning as pl
 
 from qat.errors import UserError
+from qat.lightning.base import QuantizationCallback
 
 
 def check_moment(name: str, at: float) -> None:
@@ -18,22 +19,22 @@ def check_moment(name: str, at: float) -> None:
         )
 
 
-def check_reached(trainer: pl.Trainer, name: str, at: float) -> None:
+def check_reached(trainer: pl.Trainer, who: QuantizationCallback, name: str, at: float) -> None:
     """Raises a `UserError` if training ends before `at`, or has no end that a share could be taken of."""
     if isinstance(at, int):
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= at:
-            raise UserError(
+            raise who.refusal(
                 f"{name}={at}: training ends before, after max_epochs={trainer.max_epochs}; give an earlier epoch, or "
                 "a share of training such as 0.5"
             )
     elif at > 0:
-        check_ends(trainer, f"{name}={at}: is a share of training; give a whole number of epochs instead")
+        check_ends(trainer, who, f"{name}={at}: is a share of training; give a whole number of epochs instead")
 
 
-def check_ends(trainer: pl.Trainer, what: str) -> None:
-    """Raises a `UserError` that begins with `what` if training goes on for ever."""
+def check_ends(trainer: pl.Trainer, who: QuantizationCallback, instead: str) -> None:
+    """Raises a `UserError` that says what to do `instead` if training goes on for ever."""
     if (trainer.max_epochs or -1) < 0 and trainer.max_steps < 0:
-        raise UserError(f"{what}, or set max_epochs: this trainer's training has no end")
+        raise who.refusal(f"{instead}, or set max_epochs: this trainer's training has no end")
 
 
 def progress(trainer: pl.Trainer) -> float:
