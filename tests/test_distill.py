@@ -168,8 +168,9 @@ class Manual(Plain):
 )
 def test_mistakes_show_before_a_float_training(module, settings, said, tmp_path):
     with pytest.raises(UserError, match=re.escape(said)):
-        Distill(**settings).check(module, tmp_path)
-    Distill(tmp_path / "float" / "made_later.safetensors").check(Plain(), tmp_path)
+        Distill(**settings).check(trainer(default_root_dir=tmp_path), module)
+    later = Distill(tmp_path / "float" / "made_later.safetensors")
+    later.check(trainer(default_root_dir=tmp_path), Plain())
 
 
 def test_a_step_that_calls_a_part_of_the_module_says_so_with_output_of():

@@ -28,14 +28,15 @@ from torch import Tensor, nn
 
 from qat.copies import copied
 from qat.errors import UserError
-from qat.insert import remove
+from qat.lightning.base import QuantizationCallback, callbacks_of
 from qat.lightning.callback import QATCallback
+from qat.lightning.module import bare
 from qat.lightning.taps import Call, Taps, answer, fingerprint, named_layers
 from qat.lightning.weights import load_weights
 from qat.starts import Equalize
 
 
-class Distill(Callback):
+class Distill(QuantizationCallback):
     """Adds a teacher's answers to the loss of any LightningModule that optimizes automatically.
 
     Args:
@@ -84,10 +85,12 @@ class Distill(Callback):
         self.file, self.model = teacher, model
         self.alpha, self.temperature, self.loss, self.class_axis = alpha, temperature, loss, class_axis
         self.output_of, self.patterns, self.feature_weight = output_of, patterns, feature_weight
-        self._teacher: nn.Module | None = None
-        self._student: pl.LightningModule | None = None
-        self._fingerprint: str | None = None
         self._learns: dict[str, bool] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        self._teacher: nn.Module | None = None
+        self._fingerprint: str | None = None
 
     @property
     def teacher(self) -> nn.Module:
@@ -98,26 +101,36 @@ class Distill(Callback):
     # -- the teacher ---------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage != "fit" or self._student is pl_module:
+        super().setup(trainer, pl_module, stage)
+        if stage != "fit" or self._teacher is not None:
             return
-        _check_automatic(pl_module)
-        self.check_features(trainer.callbacks)  # pyright: ignore[reportAttributeAccessIssue]
+        self._check_settings(trainer, pl_module)
         configure = pl_module.configure_model  # may still make layers, and quantizers; a restore comes behind it
 
         def configure_then_copy() -> None:
             configure()
             pl_module.__dict__.pop("configure_model", None)  # unless QATCallback, which wraps it too, has done so
-            self._teacher, self._student = self._make_teacher(pl_module, self.file), pl_module
+            self._teacher = self._make_teacher(pl_module, self.file)
             self._fingerprint = fingerprint(self._teacher)  # before the trainer's precision rounds it
 
         pl_module.__dict__["configure_model"] = configure_then_copy
 
-    def check_features(self, callbacks: Sequence[Callback]) -> None:
-        """Equalizing scales the channels that features compare: of a teacher, too, if it is copied afterwards.
-
-        Raises:
-            UserError: if a `QATCallback` equalizes the model, and the teacher is another.
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finds before a float training what fit would find; the teacher's file may still be to come in the trainer's
+        folder.
         """
+        self._check_settings(trainer, pl_module)
+        file, folder = self.file, Path(trainer.default_root_dir).resolve()
+        if file is not None and not Path(file).exists() and Path(file).resolve().is_relative_to(folder):
+            file = None
+        student = bare(copied(pl_module))  # so that an error lists no quantizers among its modules
+        self._taps(student, self._make_teacher(pl_module, file))
+
+    def _check_settings(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            raise self.refusal(f"{type(pl_module).__name__} optimizes manually, so its step returns no loss to add to")
+        # Equalizing scales the channels that features compare: of a teacher, too, if it is copied afterwards.
+        callbacks = callbacks_of(trainer, Callback)
         scales = [c for c in callbacks if isinstance(c, QATCallback) and any(isinstance(s, Equalize) for s in c.starts)]
         if not (self.patterns and scales):
             return
@@ -127,29 +140,13 @@ class Distill(Callback):
             way = "put Distill behind QATCallback"
         else:
             return
-        raise UserError(f"Distill: features: Equalize scales the model's channels and not this teacher's; {way}")
+        raise self.refusal(f"features: Equalize scales the model's channels and not this teacher's; {way}")
 
     def _make_teacher(self, pl_module: pl.LightningModule, file: str | Path | None) -> nn.Module:
-        teacher: nn.Module = copied(pl_module) if self.model is None else self.model
-        for name in ("configure_model", "training_step"):
-            teacher.__dict__.pop(name, None)
-        remove(teacher)
+        teacher: nn.Module = bare(copied(pl_module) if self.model is None else self.model)
         if file is not None:
             load_weights(teacher, file)
         return teacher.eval().requires_grad_(False)
-
-    def check(self, pl_module: pl.LightningModule, folder: Path) -> None:
-        """Finds on a float module what fit would find, for a run that trains in float first; the teacher's file may
-        still be to come in the run's folder.
-
-        Raises:
-            UserError: see the class.
-        """
-        _check_automatic(pl_module)
-        file = self.file
-        if file is not None and not Path(file).exists() and Path(file).resolve().is_relative_to(folder.resolve()):
-            file = None
-        self._taps(pl_module, self._make_teacher(pl_module, file))
 
     def _taps(self, student: nn.Module, teacher: nn.Module) -> tuple[Taps, Taps]:
         names = [self.output_of, *named_layers(student, teacher, self.patterns)]
@@ -160,15 +157,15 @@ class Distill(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._teacher is not None and state_dict.get("teacher") != self._fingerprint:
-            raise UserError(
-                "Distill: the checkpoint's training had another teacher; give the module the float weights it began "
+            raise self.refusal(
+                "the checkpoint's training had another teacher; give the module the float weights it began "
                 "with before fit (qat.load_weights), or name them with teacher"
             )
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        teacher = self.teacher
+        teacher = self.teacher  # of a module that `setup` has checked
         trainer.precision_plugin.convert_module(teacher)
         teacher.to(pl_module.device)
         taps = self._taps(pl_module, teacher)
@@ -186,12 +183,13 @@ class Distill(Callback):
         pl_module.__dict__["training_step"] = training_step
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.__dict__.pop("training_step", None)
+        super().on_train_end(trainer, pl_module)
         if frozen := [name for name, learns in self._learns.items() if not learns]:
             rank_zero_warn(f"Distill: frozen in all of training, so the teacher had no effect: {', '.join(frozen)}")
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        pl_module.__dict__.pop("training_step", None)
+    def release(self) -> None:
+        if self._module is not None:
+            self._module.__dict__.pop("training_step", None)
 
     def _add(self, output: Any, taps: tuple[Taps, Taps], pl_module: pl.LightningModule) -> Any:
         """The step's output with the teacher's terms in its loss."""
@@ -199,8 +197,8 @@ class Distill(Callback):
         calls = student.calls[self.output_of]
         if not calls:
             what = f"output_of='{self.output_of}'" if self.output_of else "self(x)"
-            raise UserError(
-                f"Distill: training_step never calls {what}, so there is nothing to compare with the teacher; "
+            raise self.refusal(
+                f"training_step never calls {what}, so there is nothing to compare with the teacher; "
                 "name the module it calls with output_of"
             )
         with torch.no_grad(), teacher:
@@ -230,20 +228,20 @@ class Distill(Callback):
         learns = any(answer(call.output).requires_grad for call in calls)
         self._learns[name] = learns or self._learns.get(name, False)
         if not any(call.recorded for call in calls):
-            raise UserError(
-                f"Distill: '{name}' ran without gradients, so it cannot learn from the teacher: it is in a "
+            raise self.refusal(
+                f"'{name}' ran without gradients, so it cannot learn from the teacher: it is in a "
                 "torch.no_grad(), or inside a torch.utils.checkpoint with use_reentrant=True (False works)"
             )
 
     def _compare(self, ours: Tensor, theirs: Tensor) -> Tensor:
         if ours.shape != theirs.shape:
-            raise UserError(f"Distill: the teacher answers {list(theirs.shape)} where the model has {list(ours.shape)}")
+            raise self.refusal(f"the teacher answers {list(theirs.shape)} where the model has {list(ours.shape)}")
         ours, theirs = ours.float(), theirs.float()
         if self.loss == "mse":
             return F.mse_loss(ours, theirs)
         if not ours.ndim or ours.size(self.class_axis) == 1:
-            raise UserError(
-                f"Distill: loss=kl compares classes, but there is one along class_axis={self.class_axis} of "
+            raise self.refusal(
+                f"loss=kl compares classes, but there is one along class_axis={self.class_axis} of "
                 f"{list(ours.shape)}, of probability 1 whatever the logit: use loss=mse"
             )
         of = [F.log_softmax(x / self.temperature, self.class_axis) for x in (theirs, ours)]
@@ -253,21 +251,13 @@ class Distill(Callback):
         terms = []
         for name in student.names[1:]:
             if len(student.calls[name]) != len(teacher.calls[name]) or not student.calls[name]:
-                raise UserError(
-                    f"Distill: features: '{name}' ran {len(student.calls[name])} times, the teacher's "
-                    f"{len(teacher.calls[name])}"
+                raise self.refusal(
+                    f"features: '{name}' ran {len(student.calls[name])} times, the teacher's {len(teacher.calls[name])}"
                 )
             self._note_learning(name, student.calls[name])
             for ours, theirs in zip(student.calls[name], teacher.calls[name], strict=True):
                 a, b = answer(ours.output).float(), answer(theirs.output).float()
                 if a.shape != b.shape:
-                    raise UserError(f"Distill: features: '{name}' is {list(a.shape)}, the teacher's {list(b.shape)}")
+                    raise self.refusal(f"features: '{name}' is {list(a.shape)}, the teacher's {list(b.shape)}")
                 terms.append(F.mse_loss(a, b) / b.square().mean().clamp_min(torch.finfo(torch.float32).tiny))
         return torch.stack(terms).mean()
-
-
-def _check_automatic(pl_module: pl.LightningModule) -> None:
-    if not pl_module.automatic_optimization:
-        raise UserError(
-            f"Distill: {type(pl_module).__name__} optimizes manually, so its step returns no loss to add to"
-        )

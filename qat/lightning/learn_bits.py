@@ -28,10 +28,11 @@ from torch.optim import Adam, Optimizer
 
 from qat.copies import copied
 from qat.errors import UserError
-from qat.insert import remember, remove
+from qat.insert import remember
 from qat.lightning.averages import averages
 from qat.lightning.base import QuantizationCallback, callbacks_of
 from qat.lightning.callback import QATCallback, joint_policy
+from qat.lightning.module import bare
 from qat.lightning.schedules.anneal import AnnealBits, current_plan
 from qat.lightning.schedules.when import check_moment, check_reached, reached
 from qat.lightning.steps import Source, run_steps, trainer_source
@@ -150,10 +151,7 @@ class LearnBits(QuantizationCallback):
 
     def _space(self, qat: QATCallback, pl_module: pl.LightningModule, source: Source) -> pl.LightningModule:
         """Finds what can be chosen; returns the module without its quantizers."""
-        shell = copied(pl_module)
-        for name in ("configure_model", "training_step"):
-            shell.__dict__.pop(name, None)
-        remove(shell)
+        shell = bare(copied(pl_module))
         policy = joint_policy([qat], shell)
         self.space: Space = make_space(shell, policy, self.settings, run_steps(shell, source, samples=1))
         self.other = {

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
@@ -31,6 +32,7 @@ from qat.quantizers import Quantizer
 
 INPUT_KEY, SCALE_LR_KEY = "qat_input", "qat_scale_lr"
 Module = TypeVar("Module", bound=pl.LightningModule)
+M = TypeVar("M", bound=nn.Module)
 
 
 class QuantizedModule(TwinMixin):
@@ -118,6 +120,14 @@ def insert_plan(module: pl.LightningModule, plan: Plan) -> None:
     if remembered(module) is not None:
         remove(module)
     apply_plan(module, plan)
+
+
+def bare(module: M) -> M:
+    """Takes from `module` its quantizers and what callbacks have put in the place of its methods, in place."""
+    for name in ("configure_model", "training_step"):
+        module.__dict__.pop(name, None)
+    remove(module)
+    return module
 
 
 def load_from_checkpoint(cls: type[Module], path: str | Path, **kwargs: Any) -> Module:

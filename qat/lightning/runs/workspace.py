@@ -36,7 +36,6 @@ from qat.files import atomic, make_folder, read_object
 from qat.insert import apply_plan, make_plan
 from qat.lightning.base import QuantizationCallback
 from qat.lightning.callback import QATCallback
-from qat.lightning.distill import Distill
 from qat.lightning.resume import continue_csv
 from qat.lightning.runs.evaluate import check_monitors, test_metric
 from qat.lightning.runs.float_cache import FloatCache
@@ -143,7 +142,7 @@ class Workspace:
         check_settled(settled(self.cfg), self.progress.get("settings", {}), self.folder)
 
     def check(self) -> None:
-        """Tries policy, metric and teacher on copies of the module: mistakes would else show after float training."""
+        """Tries policy, metric and callbacks on copies of the module: mistakes would else show after float training."""
         if (cache := self.cfg.cache_dir) is not None:
             make_folder(Path(cache), "cache_dir")
         for target in (self.target, PackedTarget()):
@@ -159,11 +158,6 @@ class Workspace:
             check_trace(traceable(shell, example), example)
         if not self.policy.is_off:
             check_monitors(trainer, shell, self.data, self._monitors())
-            for key, callback in self._named_callbacks().items():
-                if isinstance(callback, Distill):
-                    with self._under(key):
-                        callback.check_features([self.qat_callback(), *self.callbacks])
-                        callback.check(shell, self.folder)
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
             if self.target is not None and (reason := self.target.why_not(shell, plan)):
                 raise UserError(f"export: {reason}")
@@ -180,7 +174,7 @@ class Workspace:
         """Has callbacks check what they would find when training starts, on a copy of the module with quantizers."""
         callbacks = [self.qat_callback(), *self.callbacks]
         saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
-        trainer = self.trainer(callbacks=callbacks, enable_checkpointing=saves)
+        trainer = self.trainer(callbacks=callbacks, enable_checkpointing=saves, default_root_dir=str(self.folder))
         attach(trainer, shell, self.data)
         for key, callback in self._named_callbacks().items():
             if isinstance(callback, QuantizationCallback):
