@@ -8,21 +8,21 @@ from hypothesis import strategies as st
 
 from qat.errors import UserError
 from qat.policies.networks import NetworkPolicies, policy_of
-from qat.policies.policy import QuantPolicy, Target
+from qat.policies.policy import Place, QuantPolicy
 
-TARGETS = [
-    Target("conv1", "Conv2d", True),
-    Target("layer1.0.conv1", "Conv2d", True),
-    Target("layer1.0.add_0", "add", False),
-    Target("layer2.0.conv1", "Conv2d", True),
-    Target("avg_pool_0", "avg_pool", False),
-    Target("head", "Linear", True),
+PLACES = [
+    Place("conv1", "Conv2d", True),
+    Place("layer1.0.conv1", "Conv2d", True),
+    Place("layer1.0.add_0", "add", False),
+    Place("layer2.0.conv1", "Conv2d", True),
+    Place("avg_pool_0", "avg_pool", False),
+    Place("head", "Linear", True),
 ]
 DEFAULTS = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}}
 
 
 def bits(settings: dict, role: str) -> dict[str, int | None]:
-    decided = QuantPolicy.from_dict(settings).resolve(TARGETS)
+    decided = QuantPolicy.from_dict(settings).resolve(PLACES)
     return {name: spec.bits if (spec := roles[role][0]) else None for name, roles in decided.items()}
 
 
@@ -37,7 +37,7 @@ def test_defaults_reach_everything():
 
 def test_sites_are_a_layer_of_their_own_on_top_of_act():
     settings = {"act": {"bits": 4, "quantizer": "minmax"}, "sites": {"bits": 8}}
-    decided = QuantPolicy.from_dict(settings).resolve(TARGETS)
+    decided = QuantPolicy.from_dict(settings).resolve(PLACES)
     assert decided["layer1.0.add_0"]["act"][0].bits == 8
     assert decided["layer1.0.add_0"]["act"][0].quantizer == "minmax"
     assert decided["head"]["act"][0].bits == 4
@@ -51,7 +51,7 @@ def test_sites_are_a_layer_of_their_own_on_top_of_act():
         pytest.param({**DEFAULTS, "act": "off"}, "act", set(), id="act-off-as-a-string"),
         pytest.param({**DEFAULTS, "act": "off", "sites": {"bits": 8}}, "act", {"layer1.0.add_0", "avg_pool_0"},
                      id="sites-alone"),
-        pytest.param({**DEFAULTS, "sites": False}, "act", {t.name for t in TARGETS if t.has_weight}, id="sites-off"),
+        pytest.param({**DEFAULTS, "sites": False}, "act", {p.name for p in PLACES if p.has_weight}, id="sites-off"),
         pytest.param(policy(r={"match": "layer*", "act": False}), "act", {"conv1", "avg_pool_0", "head"},
                      id="rule-off"),
         pytest.param({"rules": {"r": {"match": "head", "weight": {}}}}, "weight", {"head"}, id="rule-turns-on"),
@@ -84,20 +84,20 @@ def test_a_rule_changes_what_it_matches_and_nothing_else(rule, matched):
 
 
 def test_first_and_last_follow_execution_order_and_skip_sites():
-    decided = QuantPolicy.from_dict(policy(r={"match": "@last", "act": {"bits": 8}})).resolve(TARGETS[:3])
+    decided = QuantPolicy.from_dict(policy(r={"match": "@last", "act": {"bits": 8}})).resolve(PLACES[:3])
     assert decided["layer1.0.conv1"]["act"][0].bits == 8
 
 
 def test_a_rule_keeps_what_it_does_not_mention():
     settings = policy(r={"match": "head", "weight": {"bits": 8}})
-    spec = QuantPolicy.from_dict(settings).resolve(TARGETS)["head"]["weight"][0]
+    spec = QuantPolicy.from_dict(settings).resolve(PLACES)["head"]["weight"][0]
     assert (spec.bits, spec.granularity) == (8, "channel")
     assert bits(settings, "act")["head"] == 4
 
 
 def test_the_decision_names_the_rule_that_made_it():
     settings = policy(a={"match": "*", "act": {"bits": 5}}, b={"match": "head", "act": {"bits": 6}})
-    decided = QuantPolicy.from_dict(settings).resolve(TARGETS)
+    decided = QuantPolicy.from_dict(settings).resolve(PLACES)
     assert [decided["head"]["act"][1], decided["conv1"]["act"][1], decided["conv1"]["weight"][1]] == [
         "b",
         "a",
@@ -106,7 +106,7 @@ def test_the_decision_names_the_rule_that_made_it():
 
 
 RULES = st.lists(
-    st.tuples(st.sampled_from([t.name for t in TARGETS] + ["*", "layer*"]), st.none() | st.integers(2, 8)), max_size=5
+    st.tuples(st.sampled_from([p.name for p in PLACES] + ["*", "layer*"]), st.none() | st.integers(2, 8)), max_size=5
 )
 
 
@@ -182,7 +182,7 @@ def test_a_mistake_is_named_before_any_model_is_seen(settings, message):
 def test_a_rule_that_matches_nothing_is_an_error(rule, message):
     built = QuantPolicy.from_dict(policy(r={**rule, "act": {"bits": 8}}))
     with pytest.raises(UserError) as error:
-        built.resolve(TARGETS)
+        built.resolve(PLACES)
     assert message in str(error.value)
 
 
@@ -211,7 +211,7 @@ def test_a_mistake_in_the_policies_of_networks_is_named(settings, message):
 def test_a_network_s_rule_is_named_by_its_own_key():
     built = policy_of({"modules": {"layer1": policy(r={"match": "0.conv2", "act": {"bits": 8}})}})
     with pytest.raises(UserError, match=r"^quant\.modules\.layer1\.rules\.r\.match: no layer matches '0\.conv2'"):
-        built.resolve(TARGETS)
+        built.resolve(PLACES)
 
 
 def test_policies_of_networks_are_no_policy_of_a_network():
@@ -224,14 +224,14 @@ def test_policies_of_networks_are_no_policy_of_a_network():
 def test_weight_settings_for_sites_alone_are_an_error():
     built = QuantPolicy.from_dict(policy(r={"match": "*add*", "weight": {"bits": 8}}))
     with pytest.raises(UserError, match=r"nothing that it matches has a weight: layer1\.0\.add_0"):
-        built.resolve(TARGETS)
+        built.resolve(PLACES)
 
 
-def test_settings_that_only_fit_together_badly_name_the_target():
+def test_settings_that_only_fit_together_badly_name_the_place():
     grouped = {"match": "layer*", "weight": {"granularity": "group", "group_size": 4}}
     built = QuantPolicy.from_dict(policy(a=grouped, b={"match": "layer1.*", "weight": {"granularity": "channel"}}))
     with pytest.raises(UserError, match=r"quant\.weight for layer1\.0\.conv1: .*group_size"):
-        built.resolve(TARGETS)
+        built.resolve(PLACES)
 
 
 class TestOverrides:
@@ -253,7 +253,7 @@ class TestOverrides:
 
     def test_a_changed_rule_keeps_its_place(self):
         rules = {**self.RULES, "stem": {"match": "*", "act": {"bits": 5}}}
-        assert bits(policy(**rules), "act") | {"head": 5} == dict.fromkeys((t.name for t in TARGETS), 5)
+        assert bits(policy(**rules), "act") | {"head": 5} == dict.fromkeys((p.name for p in PLACES), 5)
         assert bits(policy(**rules), "act")["head"] == 8
 
     def test_null_sections_and_no_rules_mean_off(self):
@@ -277,4 +277,4 @@ def test_a_policy_rebuilds_from_its_settings():
     first = QuantPolicy.from_dict(policy(r={"match": ("head", "conv1"), "act": {"bits": 8}}))
     again = QuantPolicy.from_dict(first.settings)
     assert again.settings == first.settings
-    assert again.resolve(TARGETS) == first.resolve(TARGETS)
+    assert again.resolve(PLACES) == first.resolve(PLACES)

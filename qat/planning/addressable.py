@@ -1,5 +1,5 @@
-"""Targets of a policy in a model: its layers, the parts of layers with several weights, and the functional sites that
-one recorded forward pass found.
+"""Places that a rule can match in a model: its layers, the parts of layers with several weights, and the functional
+sites that one recorded forward pass found.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_
 from qat.layers.adapted import inside_adapters
 from qat.planning.functions import ELEMENTWISE, FUNCTIONS, KV_CACHE, MEAN, PROBABILITIES
 from qat.planning.probe import Call, Recording
-from qat.policies.policy import Target
+from qat.policies.policy import Place
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -56,7 +56,7 @@ def is_complex(module: nn.Module) -> bool:
     return weight is not None and weight.is_complex()
 
 
-def targets(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
+def places(model: nn.Module, recording: Recording) -> dict[str, list[Call]]:
     """Layers and sites that a policy can address, in execution order, each with its calls."""
     found: dict[str, list[Call]] = {}
     floating = set(inside_adapters(model))
@@ -95,15 +95,15 @@ def is_addressable(call: Call) -> bool:
 
 
 def _probabilities(call: Call) -> Call:
-    """The tensor between the two products of an attention, as a target: it is >= 0 and nobody else reads it."""
+    """The tensor between the two products of an attention, as a place: it is >= 0 and nobody else reads it."""
     key = (-id(call), 0)  # ids are positive, so it is no tensor's
     return dataclasses.replace(call, site=f"{call.site}.{PROBABILITIES}", kind=PROBABILITIES, operands=[key])
 
 
-def described(calls: dict[str, list[Call]]) -> list[Target]:
-    """The targets as a policy sees them; layers may have become twins since."""
+def described(calls: dict[str, list[Call]]) -> list[Place]:
+    """The places as a policy sees them; layers may have become twins since."""
     return [
-        Target(
+        Place(
             name,
             first.kind or type_of(first.what).__name__,
             first.weight or has_weight(first.what),

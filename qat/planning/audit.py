@@ -224,8 +224,8 @@ class _Auditor:
             return
         below = f"{name}.{PROBABILITIES}"
         scores, values = self._labels(name), self._labels(below)
-        yield AuditRow(name, kind, **scores, macs=self._share(counts[0]), params=params, reason=reasons.of_target(name))
-        reason = reasons.of_target(below) or reasons.of_target(name)
+        yield AuditRow(name, kind, **scores, macs=self._share(counts[0]), params=params, reason=reasons.of_place(name))
+        reason = reasons.of_place(below) or reasons.of_place(name)
         yield AuditRow(below, PROBABILITIES, **values, macs=self._share(counts[1]), reason=reason)
 
     def _functions(self, calls: list[Call]) -> Iterator[tuple[Call, AuditRow]]:

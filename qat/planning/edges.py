@@ -107,7 +107,7 @@ def activation_grids(
 
 
 def _edges(tensors: _Tensors, name: str, first: Call, more: list[Call], spec: QuantSpec) -> list[_Edge]:
-    if first.kind == KV_CACHE:  # a target for policies; the attention above reads them
+    if first.kind == KV_CACHE:  # a place for policies; the attention above reads them
         above = name.removesuffix(f".{KV_CACHE}")
         plain = _edges(tensors, above, dataclasses.replace(first, kind="attention"), more, spec)
         return [e._replace(operand=e.operand + 1, label=f"{above}.input_{e.operand + 1}", cached=True) for e in plain]

@@ -178,9 +178,9 @@ PRODUCTS = (*WEIGHTED, "matmul", "einsum", "attention")
 ELEMENTWISE = ("add", "sub", "mul")
 """Kinds whose operands are alike: one that is a parameter has a grid as any other tensor."""
 PROBABILITIES = "probabilities"
-"""Kind of the second product's left operand in an attention site, a target of its own below it."""
+"""Kind of the second product's left operand in an attention site, a place of its own below it."""
 KV_CACHE = "kv_cache"
-"""Kind of the keys and values of an attention site: a target below it, too, which takes them from the site itself."""
+"""Kind of the keys and values of an attention site: a place below it, too, which takes them from the site itself."""
 
 
 def positional(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

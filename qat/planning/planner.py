@@ -21,7 +21,7 @@ from qat.planning.addressable import (
     inside_of,
     is_leaf,
     is_norm,
-    targets,
+    places,
     type_of,
 )
 from qat.planning.edges import activation_grids
@@ -41,7 +41,7 @@ def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple
     recording = record(model, run, is_leaf, inside_of)
     check_shapes_known(model)
     _check_names(model, recording)
-    calls = targets(model, recording)
+    calls = places(model, recording)
     if not calls:
         raise UserError(
             f"{type(model).__name__} has no layer that can be quantized: "

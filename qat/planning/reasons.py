@@ -6,7 +6,7 @@ from torch import nn
 
 from qat.layers import MIXINS, Composite, Site, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
-from qat.planning.addressable import computed, described, has_weight, is_complex, is_norm, targets, type_of
+from qat.planning.addressable import computed, described, has_weight, is_complex, is_norm, places, type_of
 from qat.planning.plan import Plan, grids_of
 from qat.planning.probe import Call, Recording
 from qat.policies.networks import policy_of
@@ -34,7 +34,7 @@ class Reasons:
 
     def __init__(self, model: nn.Module, plan: Plan, recording: Recording) -> None:
         self.model, self.plan, self.recording = model, plan, recording
-        self.calls = targets(model, recording)
+        self.calls = places(model, recording)
         self.adapters = set(inside_adapters(model))
         self.decisions = policy_of(plan.policy).resolve(described(self.calls))
         self.modules: dict[str, list[Call]] = {}
@@ -48,7 +48,7 @@ class Reasons:
     def of_layer(self, name: str, module: nn.Module) -> str | None:
         """`None` if `module`, one of `layers`, is integer throughout."""
         if name in self.calls:
-            return self.of_target(name)
+            return self.of_place(name)
         if name in self.adapters:
             return ADAPTER
         if is_norm(module):
@@ -57,7 +57,7 @@ class Reasons:
             return self._unreached(name, module)
         return self._no_twin(module)
 
-    def of_target(self, name: str) -> str | None:
+    def of_place(self, name: str) -> str | None:
         """Why a layer or site stays float that could be quantized: what of it is left float, and by which rule."""
         call = self.calls[name][0]
         weighted = call.weight or has_weight(call.what)
@@ -92,7 +92,7 @@ class Reasons:
 
     def of_site(self, call: Call) -> str | None:
         if call.site in self.calls:
-            return self.of_target(call.site)
+            return self.of_place(call.site)
         if call.constant:
             return "computed from no data: the same for every input"
         if call.name in self.adapters:

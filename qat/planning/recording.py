@@ -22,7 +22,7 @@ class Call:
         shape: Shape of that output.
         input_shape: Shape of the first operand.
         operands: What a quantizer may be put on: the operands of a site, or its output
-            (`qat.planning.addressable.targets` says which inputs of a layer).
+            (`qat.planning.addressable.places` says which inputs of a layer).
         macs: Multiply-accumulates of each product in it, over the whole batch.
         site: `owner.kind_index` if this is a functional site.
         kind: Kind of a functional site, or of a function that computes.

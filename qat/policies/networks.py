@@ -12,7 +12,7 @@ from typing import Any
 
 from qat.errors import UserError, nearest
 from qat.grid.spec import QuantSpec
-from qat.policies.policy import ROLES, QuantPolicy, Target
+from qat.policies.policy import ROLES, Place, QuantPolicy
 
 KEY = "modules"
 """The only key of its settings: `{modules: {generator: {weight: ..., act: ...}}}`."""
@@ -65,19 +65,19 @@ class NetworkPolicies:
     def is_off(self) -> bool:
         return all(policy.is_off for policy in self.networks.values())
 
-    def resolve(self, targets: Sequence[Target]) -> dict[str, dict[str, tuple[QuantSpec | None, str]]]:
+    def resolve(self, places: Sequence[Place]) -> dict[str, dict[str, tuple[QuantSpec | None, str]]]:
         decided: dict[str, dict[str, tuple[QuantSpec | None, str]]] = {
-            target.name: dict.fromkeys(ROLES, (None, "default")) for target in targets
+            place.name: dict.fromkeys(ROLES, (None, "default")) for place in places
         }
         for path, policy in self.networks.items():
-            inner = {t.name[len(path) + 1 :]: t for t in targets if t.name != path and _inside(t.name, path)}
+            inner = {p.name[len(path) + 1 :]: p for p in places if p.name != path and _inside(p.name, path)}
             if not inner:
-                parents = [t.name.rsplit(".", n)[0] for t in targets for n in range(1, t.name.count(".") + 1)]
+                parents = [p.name.rsplit(".", n)[0] for p in places for n in range(1, p.name.count(".") + 1)]
                 raise UserError(
                     f"module={path}: the step ran no layer in it that can be quantized{nearest(path, parents)}"
                 )
-            own = policy.resolve([replace(t, name=name) for name, t in inner.items()])
-            decided.update((t.name, own[name]) for name, t in inner.items())
+            own = policy.resolve([replace(p, name=name) for name, p in inner.items()])
+            decided.update((p.name, own[name]) for name, p in inner.items())
         return decided
 
 

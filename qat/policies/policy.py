@@ -38,9 +38,9 @@ from qat.grid.spec import QuantSpec
 from qat.planning.functions import KINDS, KV_CACHE, PROBABILITIES, WEIGHTED
 from qat.policies.engines import ROUND_BIAS, engine_of
 from qat.policies.patterns import ends, matching
-from qat.policies.rules import ROLES, Rule, Target, merge, read_role
+from qat.policies.rules import ROLES, Place, Rule, merge, read_role
 
-__all__ = ["QuantPolicy", "Rule", "Target"]
+__all__ = ["Place", "QuantPolicy", "Rule"]
 
 DEFAULT_KINDS = ("add", "avg_pool", "cat", "matmul", "einsum", "attention")
 """Kinds that engines compute as integers between layers: sums, concatenations, pooling, products."""
@@ -133,54 +133,54 @@ class QuantPolicy:
             for rule in self.rules:
                 _spec(merge(base, rule.settings.get(role, False)), f"{self.where}.rules.{rule.name}.{role}", role)
 
-    def resolve(self, targets: Sequence[Target]) -> dict[str, dict[str, tuple[QuantSpec | None, str]]]:
-        """Decides the grid of every target's weight and inputs.
+    def resolve(self, places: Sequence[Place]) -> dict[str, dict[str, tuple[QuantSpec | None, str]]]:
+        """Decides the grid of every place's weight and inputs.
 
         Args:
-            targets: In execution order.
+            places: In execution order.
 
         Returns:
-            For each target name and each role (`weight`, `act`): the spec, or `None` for float, and the rule that
+            For each place's name and each role (`weight`, `act`): the spec, or `None` for float, and the rule that
             decided (or `default`).
 
         Raises:
-            UserError: if a rule matches no target, naming the closest, or sets the weights of targets that have none.
+            UserError: if a rule matches no place, naming the closest, or sets the weights of places that have none.
         """
         engine = engine_of(self.target)
-        matched = {rule.name: self._matches(rule, targets) for rule in self.rules}
+        matched = {rule.name: self._matches(rule, places) for rule in self.rules}
         result: dict[str, dict[str, tuple[QuantSpec | None, str]]] = {}
-        for target in targets:
-            result[target.name] = {}
+        for place in places:
+            result[place.name] = {}
             for role in ROLES:
-                base = self.defaults["sites" if role == "act" and not target.has_weight else role]
-                by, current = "default", base if self._is_on(target) else False
+                base = self.defaults["sites" if role == "act" and not place.has_weight else role]
+                by, current = "default", base if self._is_on(place) else False
                 for rule in self.rules:
                     own = rule.settings.get(role)
-                    if own is None or target.name not in matched[rule.name]:
+                    if own is None or place.name not in matched[rule.name]:
                         continue
                     by, current = rule.name, merge(base if by == "default" else current, own)
-                spec = _spec(current, f"{self.where}.{role} for {target.name}", role)
-                if spec is not None and (role == "act" or target.has_weight):
+                spec = _spec(current, f"{self.where}.{role} for {place.name}", role)
+                if spec is not None and (role == "act" or place.has_weight):
                     where = f"{self.where}.{role}" if by == "default" else f"{self.where}.rules.{by}.{role}"
-                    spec = engine.settle(spec, where, target.type if role == "weight" else None)
-                result[target.name][role] = spec, by
+                    spec = engine.settle(spec, where, place.type if role == "weight" else None)
+                result[place.name][role] = spec, by
         return result
 
-    def _is_on(self, target: Target) -> bool:
-        return not target.is_site or target.has_weight or target.type in self.kinds
+    def _is_on(self, place: Place) -> bool:
+        return not place.is_site or place.has_weight or place.type in self.kinds
 
-    def _matches(self, rule: Rule, targets: Sequence[Target]) -> set[str]:
+    def _matches(self, rule: Rule, places: Sequence[Place]) -> set[str]:
         where = f"{self.where}.rules.{rule.name}"
-        weighted = [t.name for t in targets if t.has_weight]
-        typed = [t for t in targets if rule.type in (None, t.type)]
+        weighted = [p.name for p in places if p.has_weight]
+        typed = [p for p in places if rule.type in (None, p.type)]
         # A rule for `layer1.*` is about layers, not about every function that happens to be called there.
-        silent = {t.name for t in typed if rule.type is None and not self._is_on(t)}
+        silent = {p.name for p in typed if rule.type is None and not self._is_on(p)}
         if not typed:
-            hint = nearest(str(rule.type), sorted({t.type for t in targets}))
+            hint = nearest(str(rule.type), sorted({p.type for p in places}))
             raise UserError(f"{where}.type: nothing is a '{rule.type}'{hint}")
         found: set[str] = set()
         for pattern in rule.match:
-            names = [t.name for t in typed if t.name not in silent or _last(pattern).startswith(t.type)]
+            names = [p.name for p in typed if p.name not in silent or _last(pattern).startswith(p.type)]
             found.update(matching(pattern, names, f"{where}.match", "layer", ends(weighted)))
         if "weight" in rule.settings and rule.settings["weight"] and not found.intersection(weighted):
             raise UserError(f"{where}.weight: nothing that it matches has a weight: {', '.join(sorted(found))}")

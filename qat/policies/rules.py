@@ -11,7 +11,7 @@ RULE_KEYS = ("match", "type", *ROLES)
 
 
 @dataclass(frozen=True)
-class Target:
+class Place:
     """Something a rule can match: a layer or a functional site.
 
     Attributes:
