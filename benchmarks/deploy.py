@@ -165,7 +165,7 @@ CASES: dict[str, Callable[[argparse.Namespace], Case]] = {
 def quantized(case: Case, engine: str | None) -> tuple[nn.Module, Plan]:
     """The fake-quantized model by the rules of an engine."""
     model, first = copy.deepcopy(case.model), case.learn[:2]
-    policy = QuantPolicy.from_dict(settings(*case.quant) | {"target": engine})
+    policy = QuantPolicy.from_dict(settings(*case.quant) | {"engine": engine})
     plan, _ = make_plan(model, policy, lambda: model(first))
     apply_plan(model, plan)
     calibrate(model, lambda: [model(part) for part in case.learn.split(64)])

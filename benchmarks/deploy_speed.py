@@ -56,7 +56,7 @@ class Files:
         engine = target.engine or "ort"
         if engine not in self.models:
             fake = copy.deepcopy(self.model)
-            plan = quantized(fake, self.x, W8A8 | {"target": engine})
+            plan = quantized(fake, self.x, W8A8 | {"engine": engine})
             self.models[engine] = target.prepared(fake, plan), plan
         return self.models[engine]
 

@@ -98,7 +98,7 @@ class Twice(nn.Module):
         return self.head(F.relu(self.body(x) + x).mean((2, 3)))
 
 
-POLICY = {"act": {"bits": 4}, "sites": {"bits": 8}, "target": "openvino"}
+POLICY = {"act": {"bits": 4}, "sites": {"bits": 8}, "engine": "openvino"}
 
 
 def tied(scale: float, ratio: float = TIED) -> tuple[nn.Module, Plan, Tensor]:

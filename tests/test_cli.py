@@ -124,6 +124,7 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
         ),
         pytest.param(["train", "start.equalize.rounds=3"], "no start 'equalize' is on: start=equalize", id="no-start"),
         pytest.param(["train", "max_epochs=3"], "did you mean 'trainer.max_epochs'?", id="key-without-its-parent"),
+        pytest.param(["train", "quant.target=ort"], "'quant.target'; did you mean 'quant.engine'?", id="key-of-before"),
         pytest.param(["train", "trainer.max_epoch=3"], "did you mean 'trainer.max_epochs'", id="nested-key"),
         pytest.param(["train", "trainer.zzz=3"], "'trainer.zzz'; choose from accelerator, ", id="nothing-near"),
         pytest.param(["train", "hydra.run.dri=x"], "did you mean 'hydra.run.dir'", id="hydra-key"),
@@ -368,6 +369,14 @@ def test_the_printed_command_goes_on_with_what_the_run_was_given(folder, runs, m
     [(cfg, run_dir)] = runs
     assert run_dir == in_an_empty_folder / folder
     assert (cfg.name, cfg.seed, cfg.float_epochs, cfg.ckpt) == ("theirs", 4, 2, "last")
+
+
+def test_a_run_whose_overrides_call_the_engine_target_as_older_ones_do_is_resumed(runs):
+    assert main(["train", "run_dir=here", "quant.engine=ort"]) == 0
+    written_then = Path("here/.hydra/overrides.yaml")
+    written_then.write_text(written_then.read_text().replace("quant.engine=", "quant.target="))
+    assert main(["train", "ckpt=last", "run_dir=here"]) == 0
+    assert [cfg.quant.engine for cfg, _ in runs] == ["ort", "ort"]
 
 
 def test_a_mistake_leaves_the_config_of_a_run_that_is_there_as_it_was(runs, monkeypatch, capfd):

@@ -3,8 +3,9 @@
 import re
 
 import pytest
+from omegaconf import OmegaConf
 
-from qat.config.configs import composed, configs_dir, finish, policy_settings
+from qat.config.configs import composed, configs_dir, finish, policy_settings, read_config
 from qat.config.instantiate import _check, instantiate
 from qat.errors import UserError
 from qat.grid.ranges import ESTIMATORS
@@ -63,11 +64,17 @@ def test_the_default_quant_names_every_range_estimator():
     assert named and named[1].split(", ") == list(ESTIMATORS)
 
 
+def test_a_config_that_calls_the_engine_target_as_older_ones_do_is_read(config, tmp_path):
+    cfg, path = config("quant=qnn_w8a16"), tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(cfg).replace("  engine: qnn\n", "  target: qnn\n"))
+    assert "engine" not in path.read_text() and read_config(path) == cfg
+
+
 def test_the_policies_of_networks_settle_by_the_rules_of_the_file_to_be_written(config, tmp_path):
     cfg = config("model=resnet20", "model.depth=8", "model.in_channels=1", "export=openvino")
     other = {"calibration_samples": 64, "scale_lr": None, "module": None}
     cfg.quant = {"modules": {"layer1": {"weight": {"bits": 8}}, "layer2": {"weight": {"bits": 4}}}, **other}
-    assert Workspace(cfg, tmp_path).policy.target == "openvino"
+    assert Workspace(cfg, tmp_path).policy.engine == "openvino"
     cfg.quant.module = "layer1"
     with pytest.raises(UserError, match="module=layer1: its policy has networks of its own, layer1, layer2"):
         Workspace(cfg, tmp_path)

@@ -1,4 +1,4 @@
-"""`quant.target`: grids by the rules of an engine, and no file of a model that was trained by another one's."""
+"""`quant.engine`: grids by the rules of an engine, and no file of a model that was trained by another one's."""
 
 import copy
 from typing import Any
@@ -15,6 +15,7 @@ from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, remove
 from qat.planning.plan import Plan
 from qat.policies.engines import ENGINES, Engine
+from qat.policies.networks import policy_of
 from qat.policies.policy import QuantPolicy
 
 torch.set_num_threads(1)
@@ -22,29 +23,29 @@ torch.set_num_threads(1)
 W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}
 
 
-def planned(target: str | None, shape: Shape = Shape(kind="strided"), **policy: Any) -> Plan:  # noqa: B008
+def planned(engine: str | None, shape: Shape = Shape(kind="strided"), **policy: Any) -> Plan:  # noqa: B008
     model = lived(Drawn(shape))
     x = model.example(4)
-    settings = QuantPolicy.from_dict(W8A8 | {"target": target} | policy)
+    settings = QuantPolicy.from_dict(W8A8 | {"engine": engine} | policy)
     return make_plan(model, settings, lambda: model(x))[0]
 
 
 @pytest.mark.parametrize(
-    ("target", "signed"),
+    ("engine", "signed"),
     [
-        pytest.param(None, False, id="no-target"),
+        pytest.param(None, False, id="no-engine"),
         pytest.param("ort", False, id="ort"),
         pytest.param("openvino", False, id="openvino"),
         pytest.param("tensorrt", True, id="tensorrt"),
         pytest.param("qnn", False, id="qnn"),
     ],
 )
-def test_what_follows_a_relu_is_signed_where_the_engine_has_no_unsigned_codes(target, signed):
-    assert planned(target).activations["body.input"].signed is signed
+def test_what_follows_a_relu_is_signed_where_the_engine_has_no_unsigned_codes(engine, signed):
+    assert planned(engine).activations["body.input"].signed is signed
 
 
 @pytest.mark.parametrize(
-    ("target", "operands"),
+    ("engine", "operands"),
     [
         pytest.param("ort", [1, 1], id="ort"),
         pytest.param("openvino", [0, 1], id="openvino"),
@@ -53,8 +54,8 @@ def test_what_follows_a_relu_is_signed_where_the_engine_has_no_unsigned_codes(ta
     ],
 )
 @pytest.mark.parametrize("kind", ["conv", "strided"])
-def test_what_a_convolution_adds_in_its_accumulator_has_no_grid(target, operands, kind):
-    assert [len(labels) for labels in planned(target, Shape(kind=kind)).sites["add_0"]] == operands
+def test_what_a_convolution_adds_in_its_accumulator_has_no_grid(engine, operands, kind):
+    assert [len(labels) for labels in planned(engine, Shape(kind=kind)).sites["add_0"]] == operands
 
 
 def test_openvino_adds_the_output_of_a_linear_layer_on_its_grid_and_tensorrt_does_not():
@@ -88,25 +89,25 @@ def test_scales_per_channel_are_for_convolutions_on_qnn():
     ("settings", "message"),
     [
         pytest.param(
-            {"target": "tensort"}, "quant.target='tensort': no such engine; did you mean 'tensorrt'", id="name"
+            {"engine": "tensort"}, "quant.engine='tensort': no such engine; did you mean 'tensorrt'", id="name"
         ),
         pytest.param(
-            {"target": "tensorrt", "act": {"bits": 8, "symmetric": False}},
-            "quant.act.symmetric=False: quant.target=tensorrt cannot compute that; set quant.act.symmetric=true",
+            {"engine": "tensorrt", "act": {"bits": 8, "symmetric": False}},
+            "quant.act.symmetric=False: quant.engine=tensorrt cannot compute that; set quant.act.symmetric=true",
             id="zero-point",
         ),
         pytest.param(
-            {"target": "tensorrt", "act": {"bits": 4}}, "set quant.act.bits=8, or another target", id="tensorrt-4-bit"
+            {"engine": "tensorrt", "act": {"bits": 4}}, "set quant.act.bits=8, or another engine", id="tensorrt-4-bit"
         ),
         pytest.param(
-            {"target": "openvino", "weight": {"bits": 4, "symmetric": False}},
-            "quant.weight.symmetric=False: quant.target=openvino cannot compute that; set quant.weight.symmetric=true",
+            {"engine": "openvino", "weight": {"bits": 4, "symmetric": False}},
+            "quant.weight.symmetric=False: quant.engine=openvino cannot compute that; set quant.weight.symmetric=true",
             id="convolution-with-zero-points",
         ),
-        pytest.param({"target": "qnn", "act": {"bits": 12}}, "set quant.act.bits=8,", id="qnn-12-bit"),
-        pytest.param({"target": "ort_no_vnni"}, "set quant.weight.bits=7, or another target", id="saturation"),
+        pytest.param({"engine": "qnn", "act": {"bits": 12}}, "set quant.act.bits=8,", id="qnn-12-bit"),
+        pytest.param({"engine": "ort_no_vnni"}, "set quant.weight.bits=7, or another engine", id="saturation"),
         pytest.param(
-            {"target": "tensorrt", "rules": {"stem": {"match": "stem", "act": {"signed": False}}}},
+            {"engine": "tensorrt", "rules": {"stem": {"match": "stem", "act": {"signed": False}}}},
             "quant.rules.stem.act.signed=False: .* set quant.rules.stem.act.signed=null",
             id="unsigned-in-a-rule",
         ),
@@ -118,7 +119,7 @@ def test_scales_per_channel_are_for_convolutions_on_qnn():
 )
 def test_a_setting_that_the_engine_cannot_compute_is_an_error_that_says_what_to_set(settings, message):
     with pytest.raises(UserError, match=message):
-        planned(settings.get("target"), **{k: v for k, v in settings.items() if k != "target"})
+        planned(settings.get("engine"), **{k: v for k, v in settings.items() if k != "engine"})
 
 
 def test_seven_bits_of_weights_do_not_saturate_sixteen_bits_of_accumulator():
@@ -129,28 +130,39 @@ def test_seven_bits_of_weights_do_not_saturate_sixteen_bits_of_accumulator():
 def test_the_rules_travel_with_the_plan():
     plan = planned("tensorrt")
     again = Plan.from_dict(plan.to_dict())
-    assert (again.target, again.round_bias, again.residuals) == ("tensorrt", "never", {"add_0": ["conv", "conv"]})
+    assert (again.engine, again.round_bias, again.residuals) == ("tensorrt", "never", {"add_0": ["conv", "conv"]})
+
+
+@pytest.mark.parametrize("networks", [False, True])
+def test_a_plan_that_calls_the_engine_target_as_older_ones_do_is_read(networks):
+    plan = planned("tensorrt")
+    if networks:
+        plan.policy = {"modules": {"body": plan.policy}}
+    old = plan.to_dict()
+    for settings in (old, old["policy"]["modules"]["body"] if networks else old["policy"]):
+        settings["target"] = settings.pop("engine")
+    assert Plan.from_dict(old) == plan and policy_of(plan.policy).engine == "tensorrt"
 
 
 MISMATCHES = [
     pytest.param(
         "onnx_tensorrt",
         None,
-        "'body.input' is uint8, which tensorrt does not compute: train it with quant.target=tensorrt, and signed=null",
+        "'body.input' is uint8, which tensorrt does not compute: train it with quant.engine=tensorrt, and signed=null",
         id="unsigned-for-tensorrt",
     ),
     pytest.param(
         "onnx_openvino",
         "ort",
         "'add_0' was trained with a grid for each operand, and openvino computes it with none for operand 0: "
-        "train it with quant.target=openvino",
+        "train it with quant.engine=openvino",
         id="ort-for-openvino",
     ),
     pytest.param(
         "onnx",
         "openvino",
         "'add_0' was trained with none for operand 0, and ort computes it with a grid for each operand: "
-        "train it with quant.target=ort",
+        "train it with quant.engine=ort",
         id="openvino-for-ort",
     ),
 ]
@@ -160,7 +172,7 @@ MISMATCHES = [
 def test_a_model_trained_by_other_rules_is_refused_before_anything_is_written(name, trained, message, tmp_path):
     model = lived(Drawn(Shape(kind="strided")))
     x = model.example(4)
-    plan = quantized(model, x, W8A8 | {"target": trained})
+    plan = quantized(model, x, W8A8 | {"engine": trained})
     if "openvino" in name:
         pytest.importorskip("openvino", reason="needs the extra `openvino`")
     target = build(name, {})
@@ -240,7 +252,7 @@ def test_a_checkpoint_adds_what_its_first_run_added(reentrant):
 def test_float_biases_stay_float_in_the_integer_model_and_compute_the_same():
     torch.manual_seed(0)
     model, x = Biased(), torch.randn(16, 8)
-    fake, converted = both(model, x, W8A8 | {"target": "tensorrt"})
+    fake, converted = both(model, x, W8A8 | {"engine": "tensorrt"})
     layer: Any = converted.get_submodule("a")
     assert layer.integer_bias is None and torch.equal(layer.bias, model.a.bias)
     torch.testing.assert_close(converted(x), fake(x), rtol=1e-6, atol=1e-6)
@@ -257,7 +269,7 @@ def test_removing_quantizers_forgets_when_biases_are_rounded():
 def test_a_file_is_opened_by_the_target_that_its_manifest_names(tmp_path):
     model = lived(Drawn(Shape()))
     x = model.example(4)
-    plan = quantized(model, x, W8A8 | {"target": "tensorrt"})
+    plan = quantized(model, x, W8A8 | {"engine": "tensorrt"})
     target = build("onnx_tensorrt", {})
     target.export(convert(model, plan), plan, x, tmp_path / "trt.onnx")
     assert type(of_file(tmp_path / "trt.onnx", {})) is type(target)

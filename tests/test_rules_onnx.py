@@ -26,11 +26,11 @@ SHAPES = [
 ]
 
 
-def written(target: str, shape: Shape, folder: Path, **act: Any) -> tuple[Verdict, onnx.ModelProto]:
+def written(engine: str, shape: Shape, folder: Path, **act: Any) -> tuple[Verdict, onnx.ModelProto]:
     """What the checkers say of a drawn model's file, once its numbers are right; and the file."""
     model: Any = lived(Drawn(shape))
-    x, exporter = model.example(16), build(f"onnx_{target}", {})
-    policy = {"weight": {"granularity": "channel"}, "act": {"bits": 8} | act, "target": target}
+    x, exporter = model.example(16), build(f"onnx_{engine}", {})
+    policy = {"weight": {"granularity": "channel"}, "act": {"bits": 8} | act, "engine": engine}
     plan = quantized(model, x, policy)
     converted, path = convert(model, plan), folder / "model.onnx"
     exporter.export(converted, plan, x[:4], path)
@@ -66,7 +66,7 @@ class Patches(nn.Module):
 
 def test_int8_activations_that_onnxruntime_stumbles_over_are_left_as_they_are(tmp_path):
     model, x, path = Patches().eval(), torch.randn(4, 3, 16, 16), tmp_path / "model.onnx"
-    plan = quantized(model, x, {"weight": {"granularity": "channel"}, "act": {"bits": 8}, "target": "tensorrt"})
+    plan = quantized(model, x, {"weight": {"granularity": "channel"}, "act": {"bits": 8}, "engine": "tensorrt"})
     build("onnx_tensorrt", {}).export(convert(model, plan), plan, x, path)
     with pytest.raises(Exception, match="does not match"):
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -82,9 +82,9 @@ def test_every_operation_of_a_file_for_qnn_is_a_unit_between_q_and_dq(act, tmp_p
     assert (onnx.TensorProto.UINT16 in kinds) == ("bits" in act)
 
 
-@pytest.mark.parametrize("target", ["tensorrt", "qnn"])
-def test_a_grid_without_its_lowest_code_is_limited_in_front_of_quantization(target, tmp_path):
-    _, model = written(target, Shape(kind="linear", activation="none"), tmp_path, signed=True, narrow=True)
+@pytest.mark.parametrize("engine", ["tensorrt", "qnn"])
+def test_a_grid_without_its_lowest_code_is_limited_in_front_of_quantization(engine, tmp_path):
+    _, model = written(engine, Shape(kind="linear", activation="none"), tmp_path, signed=True, narrow=True)
     readers = {name: node for node in model.graph.node for name in node.input}
     clips = [node for node in model.graph.node if node.op_type == "Clip"]
     assert clips and all(readers[clip.output[0]].op_type == "QuantizeLinear" for clip in clips)

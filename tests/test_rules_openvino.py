@@ -39,10 +39,10 @@ class Residual(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def mean_steps(shortcut: bool, target: str, folder: Path) -> float:
+def mean_steps(shortcut: bool, engine: str, folder: Path) -> float:
     torch.manual_seed(0)
     model, x = Residual(shortcut).eval(), torch.randn(32, 3, 16, 16)
-    plan = quantized(model, x, W8A8 | {"target": target})
+    plan = quantized(model, x, W8A8 | {"engine": engine})
     exporter, comparison = OpenVinoTarget(), Comparison()
     unchecked = dataclasses.replace(plan, residuals={})  # or a model with other rules would be refused
     exporter.export(convert(model, plan), unchecked, x[:4], folder / "model.xml")
@@ -73,7 +73,7 @@ class Attentive(nn.Module):
 )
 def test_openvino_multiplies_queries_and_keys_as_integers(causal, kinds, integers, tmp_path):
     model, x = Attentive(causal).eval(), torch.randn(16, 9, 16)
-    policy = W8A8 | {"target": "openvino", "kinds": kinds if kinds == "all" else [kinds]}
+    policy = W8A8 | {"engine": "openvino", "kinds": kinds if kinds == "all" else [kinds]}
     plan = quantized(model, x, policy)
     exporter, converted, verdict = OpenVinoTarget(), convert(model, plan), Verdict()
     exporter.export(converted, plan, x[:4], tmp_path / "model.xml")
@@ -146,7 +146,7 @@ class Between(nn.Module):
 
 def _exported(model, x, folder, settings=None) -> tuple[Comparison, Verdict]:
     """How far the file of a quantized model is from it, and whether it runs on integers."""
-    plan = quantized(model, x, W8A8 | {"target": "openvino"} | (settings or {}))
+    plan = quantized(model, x, W8A8 | {"engine": "openvino"} | (settings or {}))
     exporter, converted, verdict, comparison = OpenVinoTarget(), convert(model, plan), Verdict(), Comparison()
     exporter.export(converted, plan, x[:4], folder / "model.xml")
     runner = exporter.load(folder / "model.xml", model)
@@ -213,7 +213,7 @@ def test_openvino_keeps_the_scales_of_layers_without_biases_to_their_channels(ma
 def test_openvino_rounds_no_float_input_of_integer_weights(optimize, tmp_path):
     torch.manual_seed(0)
     model, x, comparison = nn.Sequential(nn.Linear(64, 64, bias=False)), torch.randn(64, 64), Comparison()
-    plan = quantized(model, x, {"weight": W8A8["weight"], "act": None, "target": "openvino"})
+    plan = quantized(model, x, {"weight": W8A8["weight"], "act": None, "engine": "openvino"})
     OpenVinoTarget().export(convert(model, plan), plan, x[:4], tmp_path / "model.xml")
     with torch.no_grad():
         found = OpenVinoTarget().load(tmp_path / "model.xml", model, optimize=optimize)(x.numpy())
@@ -225,7 +225,7 @@ def test_openvino_rounds_no_float_input_of_integer_weights(optimize, tmp_path):
 def test_what_openvino_refuses_to_load_is_one_line_and_no_file(exporter, tmp_path, monkeypatch):
     monkeypatch.setattr("qat.export.onnx.export.evade_rewrites", lambda model: None)
     model, x = Headless(nn.Linear(8, 4, bias=False), F.relu), torch.randn(16, 9, 8)
-    plan = quantized(model, x, W8A8 | {"target": "openvino"})
+    plan = quantized(model, x, W8A8 | {"engine": "openvino"})
     path = tmp_path / exporter.file
     with pytest.raises(UserError, match=rf"^{path.name}: openvino refuses it: Requested output shape") as caught:
         exporter().export(convert(model, plan), plan, x, path)
@@ -247,7 +247,7 @@ def test_openvino_is_given_no_convolution_with_zero_points_of_weights(layer, exp
 def test_an_odd_number_of_codes_of_4_bits_comes_back(bits, tmp_path):
     weight = {"bits": bits, "granularity": "channel"}
     model, x, verdict = nn.Sequential(nn.Conv2d(5, 7, 3)), torch.randn(4, 5, 6, 6), Verdict()
-    plan = quantized(model, x, W8A8 | {"weight": weight, "target": "openvino"})
+    plan = quantized(model, x, W8A8 | {"weight": weight, "engine": "openvino"})
     converted = convert(model, plan)
     OpenVinoTarget().export(converted, plan, x, tmp_path / "model.xml")
     check_codes(verdict, converted, OpenVinoTarget().codes(tmp_path / "model.xml"))
@@ -256,7 +256,7 @@ def test_an_odd_number_of_codes_of_4_bits_comes_back(bits, tmp_path):
 
 def test_what_openvino_cannot_convert_is_one_line_and_no_file(tmp_path):
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular")), torch.randn(4, 3, 8, 8)
-    plan = quantized(model, x, W8A8 | {"target": "openvino"})
+    plan = quantized(model, x, W8A8 | {"engine": "openvino"})
     with pytest.raises(UserError, match=r"model\.xml cannot hold this model: .*Pad-21") as caught:
         OpenVinoTarget().export(convert(model, plan), plan, x, tmp_path / "model.xml")
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())

@@ -175,7 +175,7 @@ def test_a_file_holds_a_parameter_of_two_sums_once_and_computes_both(name, tmp_p
 
 def agrees(name: str, policy: dict[str, Any], model: nn.Module, folder: Any, x: Tensor | None = None) -> None:
     target, x = target_of(name), torch.randn(32, 3, 8, 8) if x is None else x
-    policy, original = policy | {"target": target.engine}, copy.deepcopy(model)
+    policy, original = policy | {"engine": target.engine}, copy.deepcopy(model)
     plan = quantized(model, x, policy)
     prepared, path = target.prepared(model, plan), folder / target.file
     target.export(prepared, plan, x[:4], path)
@@ -207,7 +207,7 @@ def test_what_is_computed_from_no_data_is_codes_in_the_graph(forward, name, tmp_
     model, x, target = with_table(forward, 9, 8), torch.randn(16, 6, 8), target_of(name)
     model.register_buffer("buffer", torch.randn(6, 8))
     original = copy.deepcopy(model)
-    plan = quantized(model, x, {**W8A8, "act": {"bits": 5}, "kinds": "all", "target": target.engine})
+    plan = quantized(model, x, {**W8A8, "act": {"bits": 5}, "kinds": "all", "engine": target.engine})
     prepared = target.prepared(model, plan)
     target.export(prepared, plan, x, tmp_path / target.file)
     with torch.no_grad():

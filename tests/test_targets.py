@@ -47,7 +47,7 @@ class Case:
     """A drawn model: float, fake-quantized, converted."""
 
     def __init__(self, shape: Shape, policy: dict[str, Any], name: str | None = None) -> None:
-        policy = policy | {"target": target_of(name).engine if name else None}
+        policy = policy | {"engine": target_of(name).engine if name else None}
         torch.manual_seed(0)
         self.float_model: Any = Drawn(shape)
         self.fake: Any = lived(Drawn(shape))

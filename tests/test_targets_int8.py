@@ -324,7 +324,7 @@ def test_bisection_of_an_executorch_file_leaves_out_a_layer_that_runs_in_two_gra
 
     model, x, target = Again(), torch.randn(16, 8), target_of("executorch")
     original = copy.deepcopy(model)
-    plan = quantized(model, x, W8A8 | {"target": target.engine})
+    plan = quantized(model, x, W8A8 | {"engine": target.engine})
     prepared, path = target.prepared(model, plan), tmp_path / target.file
     target.export(prepared, plan, x[:4], path)
     runner: Any = target.load(path, original)
@@ -386,7 +386,7 @@ class Decoder(nn.Module):
 @pytest.mark.parametrize("last", [nn.ConvTranspose2d(4, 4, 2, 2)], ids=["transposed-without-a-grid"])
 def test_executorch_refuses_a_convolution_that_xnnpack_does_not_take(last, tmp_path) -> None:
     target, x, model = target_of("executorch"), torch.randn(8, 3, 6, 6), Decoder(last)
-    plan = quantized(model, x, W8A8 | {"target": target.engine})
+    plan = quantized(model, x, W8A8 | {"engine": target.engine})
     with pytest.raises(UserError, match=r"'last' is a convolution that XNNPACK does not compute on integers here"):
         target.export(target.prepared(model, plan), plan, x, tmp_path / target.file)
     assert list(tmp_path.iterdir()) == []

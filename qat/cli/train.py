@@ -29,6 +29,7 @@ from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import HYDRA_1_4, VERSION, allowed_patterns
 from qat.config.overrides import going_on, value_of
 from qat.errors import UserError, refused, unmakeable
+from qat.policies.renamed import renamed_override
 from qat.run_files import HYDRA, OVERRIDES, PROGRESS
 
 # What Lightning says of every trainer: advertisements, hardware that is not used, and what the progress bar shows.
@@ -158,7 +159,8 @@ def _resumed(overrides: list[str], run: Path) -> list[str]:
     """The overrides that a run began with, and then those given now."""
     given = [key_of(text) for text in overrides]
     hydras = OmegaConf.select(OmegaConf.load(run / HYDRA), "hydra.overrides.hydra") or []
-    before = [*OmegaConf.load(run / OVERRIDES), *(text for text in hydras if key_of(text) == "hydra.searchpath")]
+    began = map(renamed_override, OmegaConf.load(run / OVERRIDES))
+    before = [*began, *(text for text in hydras if key_of(text) == "hydra.searchpath")]
     return [*(text for text in before if key_of(text) not in given), *overrides]
 
 

@@ -19,6 +19,7 @@ from yaml import YAMLError
 from qat.config.instantiate import VERSION
 from qat.config.typecheck import check_type
 from qat.errors import UserError, nearest
+from qat.policies.renamed import renamed
 
 # Keys that no `_target_` takes, and so no signature describes.
 TYPES: dict[str, Any] = {
@@ -221,7 +222,8 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_config(path: Path) -> DictConfig:
-    """The `.hydra/config.yaml` of a run; as after `finish`, groups that were left out are null.
+    """The `.hydra/config.yaml` of a run; as after `finish`, groups that were left out are null; keys of
+    `quant` have the names of today.
 
     Raises:
         UserError: if it is damaged: no YAML, or without a key that every run has.
@@ -234,6 +236,7 @@ def read_config(path: Path) -> DictConfig:
     for group in groups:
         if cfg.get(group) is None:
             _leave_out(cfg, group)
+    cfg.quant = renamed(OmegaConf.to_container(cfg.quant, resolve=False))  # pyright: ignore[reportArgumentType]
     return cfg
 
 

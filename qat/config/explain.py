@@ -21,6 +21,7 @@ from qat.config.configs import composed, configs_dir, dotted_items, key_of
 from qat.config.instantiate import RESERVED, locate, parameters_of
 from qat.config.overrides import quoted, value_of, written
 from qat.errors import UserError, nearest
+from qat.policies.renamed import FORMERLY
 
 COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, YAMLError)
 _INTERNAL = ("full_key:", "object_type=", "reference_type=")
@@ -134,6 +135,8 @@ def _below(parent: str, keys: Iterable[str]) -> list[str]:
 
 def _suggest(key: str, keys: Collection[str]) -> str:
     parent, _, last = key.rpartition(".")
+    if parent == "quant":
+        last = FORMERLY.get(last, last)
     if same := [other for other in keys if other.rpartition(".")[2] == last]:
         return "; did you mean " + " or ".join(f"'{other}'" for other in same[:2]) + "?"
     beside = _below(parent, keys)

@@ -137,7 +137,7 @@ class Target:
         for name, spec in (*plan.weights.items(), *plan.activations.items()):
             if integer_bits(spec) > self.max_bits:
                 return f"'{name}' is {spec.short}: {self.file} holds at most {self.max_bits} bits"
-        trained = engine_of(plan.target)
+        trained = engine_of(plan.engine)
         return engine_of(self.engine).mismatch(trained, plan.weights, plan.activations, plan.residuals)
 
     def unfit(self, model: nn.Module, plan: Plan) -> str | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qat.grid.spec import QuantSpec
 from qat.planning.functions import FUNCTIONS, PROBABILITIES
+from qat.policies.renamed import renamed
 
 OUTPUTS = {function.kind for function in FUNCTIONS.values() if function.output}
 """Kinds of sites that quantize what they return."""
@@ -92,7 +93,7 @@ class Plan:
             own, in order.
         batch_norms: Per layer, the BatchNorm that folds into it.
         residuals: Per addition whose operands have grids: what each comes straight from (`Engine.accumulated`).
-        target: The engine whose rules hold.
+        engine: The one whose rules hold.
         round_bias: When biases are rounded; see `QuantPolicy`.
         policy: The policy it was made from.
     """
@@ -106,7 +107,7 @@ class Plan:
     owners: dict[str, list[str]] = field(default_factory=dict)
     batch_norms: dict[str, str] = field(default_factory=dict)
     residuals: dict[str, list[str]] = field(default_factory=dict)
-    target: str | None = None
+    engine: str | None = None
     round_bias: str = "eval"
     policy: dict[str, Any] = field(default_factory=dict)
 
@@ -118,6 +119,7 @@ class Plan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Plan":
+        values = renamed({**values, "policy": renamed(values.get("policy", {}))})
         plan = cls(**values)
         plan.weights = {n: QuantSpec.from_dict(s, n) for n, s in values["weights"].items()}
         plan.activations = {n: QuantSpec.from_dict(s, n) for n, s in values["activations"].items()}

@@ -48,7 +48,7 @@ def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple
             "the probe batch passed no Linear, Conv, Embedding, LSTM or the like"
         )
     decisions = policy.resolve(described(calls))
-    plan = Plan(policy=policy.settings, target=policy.target, round_bias=policy.round_bias)
+    plan = Plan(policy=policy.settings, engine=policy.engine, round_bias=policy.round_bias)
     _plan_weights(plan, model, recording, calls, decisions)
     plan.batch_norms = {
         layer: norm for layer, norm in _batch_norm_pairs(recording).items() if plan.layers[layer].weight is not None
@@ -57,7 +57,7 @@ def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple
     floating = {
         (name, operand)
         for name, products in plan.residuals.items()
-        if (operand := engine_of(policy.target).accumulated(products)) is not None
+        if (operand := engine_of(policy.engine).accumulated(products)) is not None
     }
     plan.activations, chains = activation_grids(recording, calls, decisions, policy.concat == "shared", floating)
     for name, operands in chains.items():

@@ -1,7 +1,7 @@
-"""Rules of engines, as data: `quant.target` names one, and training rounds as it will.
+"""Rules of engines, as data: `quant.engine` names one, and training rounds as it will.
 
-A policy that has a target settles by its rules what settings leave open (`signed: null`), and refuses what they
-contradict. A plan carries the target's name; `mismatch` says why a model that was trained by other rules would not
+A policy that has an engine settles by its rules what settings leave open (`signed: null`), and refuses what they
+contradict. A plan carries the engine's name; `mismatch` says why a model that was trained by other rules would not
 compute on an engine what it was trained for, and which setting to change.
 
 Sources, where an engine's maker documents them; the rest is measured:
@@ -40,7 +40,7 @@ class Engine:
     """The rules of one engine.
 
     Attributes:
-        name: The name that `quant.target` gives it.
+        name: The name that `quant.engine` gives it.
         act_bits: Widths that activations may have.
         act_signed: Whether all activations are signed; `None` if either will do, so that unsigned grids serve tensors
             that are >= 0.
@@ -79,8 +79,8 @@ class Engine:
         if conflict := self.conflict(spec, type_name):
             key, wanted = conflict
             raise UserError(
-                f"{where}.{key}={getattr(spec, key)}: quant.target={self.name} cannot compute that; set {where}.{key}"
-                f"={wanted}, or another target"
+                f"{where}.{key}={getattr(spec, key)}: quant.engine={self.name} cannot compute that; set {where}.{key}"
+                f"={wanted}, or another engine"
             )
         if weight and spec.granularity == "channel" and not self._per_channel(type_name):
             return dataclasses.replace(spec, granularity="tensor")
@@ -145,14 +145,14 @@ class Engine:
                     key, wanted = conflict
                     return (
                         f"'{name}' is {spec.short}, which {self.name} does not compute: train it with "
-                        f"quant.target={self.name}, and {key}={wanted} for its {role}"
+                        f"quant.engine={self.name}, and {key}={wanted} for its {role}"
                     )
         for name, products in residuals.items() if self is not GENERIC else ():
             here, there = trained.accumulated(products), self.accumulated(products)
             if here != there:
                 return (
                     f"'{name}' was trained with {_grids(here)}, and {self.name} computes it with {_grids(there)}: "
-                    f"train it with quant.target={self.name}"
+                    f"train it with quant.engine={self.name}"
                 )
         return None
 
@@ -189,7 +189,7 @@ ENGINES = {
 }
 
 
-def engine_of(name: str | None, where: str = "quant.target") -> Engine:
+def engine_of(name: str | None, where: str = "quant.engine") -> Engine:
     """The engine of that name; for `None`, one that computes whatever is asked.
 
     Raises:

@@ -39,7 +39,7 @@ class NetworkPolicies:
         self.settings: dict[str, Any] = {KEY: {path: policy.settings for path, policy in self.networks.items()}}
         self.required_coverage = {path: policy.required_coverage[""] for path, policy in self.networks.items()}
         self.concat: str = self._agreed("concat")
-        self.target: str | None = self._agreed("target")
+        self.engine: str | None = self._agreed("engine")
         self.round_bias: str = self._agreed("round_bias")
 
     @classmethod

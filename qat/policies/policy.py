@@ -9,7 +9,7 @@ winning, like a style sheet:
     sites: {bits: 8}
     kinds: [add, avg_pool, cat, matmul, einsum, attention]
     concat: separate
-    target: ort
+    engine: ort
     round_bias: eval
     require_coverage: 0.99
     rules:
@@ -19,7 +19,7 @@ winning, like a style sheet:
 `act` is for the inputs of layers with weights; `sites`, on top of it, for the operands of functions between them
 (residual additions, matrix products, pooling) whose kind is one of `kinds` (`all` for every kind). Rules reach the
 other kinds only where they name them: by `type: mul`, or by a pattern that ends in such a name (`*.mul_*`).
-`concat: shared` gives all that a concatenation joins one grid. `target` names the engine whose rules hold
+`concat: shared` gives all that a concatenation joins one grid. `engine` names the one whose rules hold
 (`qat.policies.engines`), and `round_bias` says when biases are whole accumulator steps, if not as that engine wants.
 `require_coverage` is the least share of multiply-accumulates on integers; less is an error.
 
@@ -38,6 +38,7 @@ from qat.grid.spec import QuantSpec
 from qat.planning.functions import KINDS, KV_CACHE, PROBABILITIES, WEIGHTED
 from qat.policies.engines import ROUND_BIAS, engine_of
 from qat.policies.patterns import ends, matching
+from qat.policies.renamed import FORMERLY
 from qat.policies.rules import ROLES, Place, Rule, merge, read_role
 
 __all__ = ["Place", "QuantPolicy", "Rule"]
@@ -46,7 +47,7 @@ DEFAULT_KINDS = ("add", "avg_pool", "cat", "matmul", "einsum", "attention")
 """Kinds that engines compute as integers between layers: sums, concatenations, pooling, products."""
 ALL_KINDS = (*(kind for kind in KINDS if kind not in WEIGHTED), PROBABILITIES, KV_CACHE)
 CONCAT = ("separate", "shared")
-KEYS = (*ROLES, "sites", "kinds", "concat", "target", "round_bias", "require_coverage", "rules")
+KEYS = (*ROLES, "sites", "kinds", "concat", "engine", "round_bias", "require_coverage", "rules")
 
 
 class QuantPolicy:
@@ -55,7 +56,7 @@ class QuantPolicy:
     Attributes:
         kinds: The kinds of functional sites without weights that are quantized by default.
         concat: Whether what a concatenation joins shares a grid (`shared`) or not (`separate`).
-        target: Name of the engine whose rules hold, or `None`.
+        engine: Name of the engine whose rules hold, or `None`.
         round_bias: When biases are rounded: in `eval`, in `train` too, or `never`.
         required_coverage: Least share of multiply-accumulates on integers, 0 to 1, by the part of the model that it is
             asked of (`""` for all).
@@ -77,9 +78,9 @@ class QuantPolicy:
         self.kinds = tuple(kinds)
         self.where = where
         self.concat: str = CONCAT[0] if settings.get("concat") is None else settings["concat"]
-        self.target: str | None = settings.get("target")
+        self.engine: str | None = settings.get("engine")
         own = settings.get("round_bias")
-        self.round_bias: str = engine_of(self.target).round_bias if own is None else own  # YAML reads `off` as false
+        self.round_bias: str = engine_of(self.engine).round_bias if own is None else own  # YAML reads `off` as false
         self.required_coverage: dict[str, float] = {"": settings.get("require_coverage") or 0.0}
 
     @classmethod
@@ -93,8 +94,8 @@ class QuantPolicy:
             raise UserError(f"{where}={settings!r}: must be settings such as {{weight: {{bits: 8}}, act: {{bits: 8}}}}")
         for key in settings:
             if key not in KEYS:
-                raise UserError(f"{where}.{key}: no such setting{nearest(str(key), KEYS)}")
-        engine_of(settings.get("target"), f"{where}.target")
+                raise UserError(f"{where}.{key}: no such setting{nearest(FORMERLY.get(key, str(key)), KEYS)}")
+        engine_of(settings.get("engine"), f"{where}.engine")
         defaults = {r: read_role(settings[r], f"{where}.{r}") if settings.get(r) is not None else False for r in ROLES}
         own = read_role(settings["sites"], f"{where}.sites") if settings.get("sites") is not None else {}
         defaults["sites"] = defaults["act"] if own == {} else merge(defaults["act"], own)
@@ -146,7 +147,7 @@ class QuantPolicy:
         Raises:
             UserError: if a rule matches no place, naming the closest, or sets the weights of places that have none.
         """
-        engine = engine_of(self.target)
+        engine = engine_of(self.engine)
         matched = {rule.name: self._matches(rule, places) for rule in self.rules}
         result: dict[str, dict[str, tuple[QuantSpec | None, str]]] = {}
         for place in places:

@@ -108,11 +108,11 @@ class Workspace:
             load_weights(self.module, self.progress["start"])
 
     def _policy(self) -> Policy:
-        """That of the config; where it names no target, that of the file to be written."""
+        """That of the config; where it names no engine, that of the file to be written."""
         given = policy_settings(self.cfg.quant)
         for own in several.values() if isinstance(several := given.get(KEY), dict) else [given]:
-            if self.target is not None and isinstance(own, dict) and own.get("target") is None:
-                own["target"] = self.target.engine
+            if self.target is not None and isinstance(own, dict) and own.get("engine") is None:
+                own["engine"] = self.target.engine
         policy = policy_of(given)
         return NetworkPolicies({self.cfg.quant.module: policy}) if self.cfg.quant.module else policy
 
