@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from qat.calibrate import calibrate
 from qat.errors import UserError
-from qat.export.verify import weight_codes
+from qat.export.verify import expected_codes
 from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.layers.weights import quantized_weights
 from qat.lightning import AnnealBits, DampenOscillations, FreezeOscillations, QuantizerHealth, TrackOscillations
@@ -140,7 +140,7 @@ def test_who_measures_weights_measures_all_of_them(make, names):
     assert {w.name for w in quantized_weights(model).values()} == wanted
     assert {s.name for s in weight_stats(model)} == grids
     assert {s.name for s in quantizer_stats(model, lambda: model(batch())) if s.role == "weight"} == grids
-    assert weight_codes(model).keys() == wanted
+    assert expected_codes(model).keys() == wanted
 
 
 @pytest.mark.parametrize(("make", "names"), BODIES)

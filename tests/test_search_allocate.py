@@ -9,7 +9,7 @@ import pytest
 from qat.errors import UserError
 from qat.measure.cost import COSTS
 from qat.search.allocate import Cost, Problem, _Limit, smallest, solve
-from qat.search.front import _undominated, front
+from qat.search.front import _undominated, pareto_choices
 from qat.search.space import Layer
 
 
@@ -122,7 +122,7 @@ def test_a_front_has_points_that_are_a_byte_apart_in_a_file_of_megabytes():
     harm = {("body", p): 4.0 ** -p[0] for p in options} | {("head", p): 1e-2 * 4.0 ** -p[0] for p in options}
     packed = {("body", p): 1e6 * p[0] for p in options} | {("head", p): p[0] // 2 for p in options}
     problem = Problem(layers, harm, {"packed": Cost(packed)})
-    found = [problem.costs["packed"].total(c) for c in front(problem, "packed", {}, None)]
+    found = [problem.costs["packed"].total(c) for c in pareto_choices(problem, "packed", {}, None)]
     assert found == [cost for cost, _ in _best(problem, "packed")] and len(found) == 9
 
 
@@ -130,10 +130,10 @@ def test_the_front_is_that_of_brute_force():
     problem = _problem(4, (2, 4, 8), (8,), seed=3)
     cost = problem.costs["packed"]
     best = _best(problem, "packed")
-    found = [(cost.total(c), _harm(problem, c)) for c in front(problem, "packed", {}, None)]
+    found = [(cost.total(c), _harm(problem, c)) for c in pareto_choices(problem, "packed", {}, None)]
     assert [c for c, _ in found] == [c for c, _ in best]
     assert [h for _, h in found] == pytest.approx([h for _, h in best])
-    some = [(cost.total(c), _harm(problem, c)) for c in front(problem, "packed", {}, 4)]
+    some = [(cost.total(c), _harm(problem, c)) for c in pareto_choices(problem, "packed", {}, 4)]
     assert 2 <= len(some) <= 4 and set(some) <= set(found)
 
 
@@ -197,7 +197,7 @@ def test_the_smallest_feasible_average_can_be_given_back_as_it_is_written():
 def test_a_front_within_a_budget_that_cannot_be_met_says_what_can(of):
     problem = _problem(5, (2, 4, 8), (4, 8), seed=0)
     with pytest.raises(UserError, match=r"^packed=10 B cannot be met: the smallest feasible is"):
-        front(problem, of, {"packed": 10}, 4)
+        pareto_choices(problem, of, {"packed": 10}, 4)
 
 
 def test_of_two_budgets_the_smallest_feasible_keeps_the_other():

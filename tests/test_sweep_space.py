@@ -16,7 +16,7 @@ from qat.config.configs import composed, configs_dir, finish
 from qat.config.instantiate import instantiate
 from qat.errors import UserError
 from qat.sweep import Dominated, GridSweep, Local, OptunaSweep, Slurm
-from qat.sweep.objectives import check, dominates, front
+from qat.sweep.objectives import check, dominates, undominated
 from qat.sweep.point import Outcome, Point, finished, record, run_point
 from qat.sweep.results import by_epoch, curves, read_sweep
 from qat.sweep.space import Interval, from_yaml, grid
@@ -96,7 +96,7 @@ def test_objectives_must_exist_and_say_their_direction(objectives, said):
 
 def test_the_front_holds_what_nobody_beats_ties_included():
     values = [(0.9, 10), (0.9, 10), (0.8, 5), (0.8, 6), (0.95, 20)]
-    assert front(values, ["max", "min"]) == [0, 1, 2, 4]
+    assert undominated(values, ["max", "min"]) == [0, 1, 2, 4]
     assert dominates((0.9, 5), (0.9, 6), ["max", "min"]) and not dominates((0.9, 5), (0.9, 5), ["max", "min"])
 
 

@@ -26,7 +26,7 @@ from qat.export.verify import (
     check_metric,
     check_outputs,
     count_kernels,
-    weight_codes,
+    expected_codes,
 )
 from qat.lightning.runs.evaluate import verify_file
 from qat.planning.plan import Plan
@@ -240,7 +240,7 @@ def test_a_layer_that_is_no_product_on_integers_is_not_named_among_those_in_floa
 
 
 def test_codes_that_a_file_holds_as_floats_are_not_those_of_the_model(trained) -> None:
-    codes = weight_codes(trained.converted)
+    codes = expected_codes(trained.converted)
     for stored, passed in ((codes, True), ({n: c.astype(np.float32) for n, c in codes.items()}, False)):
         verdict = Verdict()
         check_codes(verdict, trained.converted, stored)

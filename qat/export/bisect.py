@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.export.target import OnGrid, Runner
-from qat.export.verify import weight_codes
+from qat.export.verify import expected_codes
 
 NOISE = 0.05
 """Mean deviation of a layer, in steps of an 8-bit grid over its range, that rounding leaves behind: flips of codes are
@@ -30,7 +30,7 @@ def first_divergence(converted: nn.Module, runner: Runner, x: np.ndarray) -> str
     layers = runner.layer_outputs(x)
     if not layers:
         return "this format shows no layers, so none can be named"
-    hidden = [f"'{name}'" for name in weight_codes(converted) if name not in layers]
+    hidden = [f"'{name}'" for name in expected_codes(converted) if name not in layers]
     expected = _outputs(converted, list(layers), torch.from_numpy(x))
     names = [name for name in layers if name in expected]
     for name in names:

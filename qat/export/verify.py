@@ -176,7 +176,7 @@ def _is_codes(grid: Any) -> bool:
     return isinstance(last, IntegerActivation) and last.spec.integer and last.spec.width <= ACCUMULATED_BITS
 
 
-def weight_codes(prepared: nn.Module) -> dict[str, np.ndarray]:
+def expected_codes(prepared: nn.Module) -> dict[str, np.ndarray]:
     """The codes of every quantized weight of a model, converted or fake-quantized, by layer."""
     layers = ((name, module) for name, module in prepared.named_modules() if isinstance(module, IntegerLayer))
     found = {name: layer.integer_weight.codes for name, layer in layers}
@@ -186,7 +186,7 @@ def weight_codes(prepared: nn.Module) -> dict[str, np.ndarray]:
 
 def check_codes(verdict: Verdict, prepared: nn.Module, stored: Mapping[str, np.ndarray]) -> None:
     """Every weight's codes in the file against those of the model that was exported, bit for bit."""
-    expected = weight_codes(prepared)
+    expected = expected_codes(prepared)
     wrong = [name for name, codes in expected.items() if not _same(stored.get(name), codes)]
     verdict.facts["codes_identical"] = not wrong
     detail = f"of all {len(expected)} layers identical"

@@ -51,7 +51,7 @@ def codes_of(
     """Codes and scale (one axis) of `x`, and the level that code 0 of an input stands for.
 
     Args:
-        function: `input_codes` or `weight_codes`.
+        function: `input_codes` or `weight_levels`.
         x: Fake-quantized, so that rounding it again changes nothing, or what the quantizer is about to round.
         quantizer: Its grid.
         recipe: How `x` was made, where `x.made` cannot say so.
@@ -74,7 +74,7 @@ def input_codes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high:
     return (level - low).to(torch.uint8), _or_nan(scale, x)
 
 
-def weight_codes(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+def weight_levels(rounding: Rounding, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Levels of a weight as int8, and the scale that acts."""
     level = levels(x, scale, low, high, rounding)
     return level.to(torch.int8), _or_nan(scale, x)

@@ -8,7 +8,7 @@ from torch import Tensor
 from qat.kernels import onednn
 from qat.kernels.onednn import Geometry
 from qat.layers.accumulator import grids
-from qat.layers.codes import codes_of, have_codes, input_codes, lies_channels_last, positions, runs_here, weight_codes
+from qat.layers.codes import codes_of, have_codes, input_codes, lies_channels_last, positions, runs_here, weight_levels
 from qat.layers.hooks import looked_at
 from qat.layers.twin import ours
 from qat.quantizers import Quantizer
@@ -60,6 +60,6 @@ def _packed(
     if not have_codes(terms, grid, weight_grid):
         return None
     with torch.no_grad():
-        codes, scale, _ = codes_of(weight_codes, layer.quantized_weight(), weight_grid)
+        codes, scale, _ = codes_of(weight_levels, layer.quantized_weight(), weight_grid)
         _, low, _ = grid.grid(codes)
     return onednn.pack(geometry, codes, low, shape), scale

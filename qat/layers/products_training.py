@@ -23,7 +23,7 @@ from qat.layers.codes import (
     lies_channels_last,
     positions,
     runs_here,
-    weight_codes,
+    weight_levels,
 )
 from qat.layers.hooks import looked_at
 from qat.layers.sources import from_sources, innermost_hooks
@@ -63,7 +63,7 @@ def trained_on_codes(layer: Any, x: Tensor, around: Callable[..., Tensor] | None
         x = _quantized(grid, x) if alone else layer.quantized_input(x)
         weight = _quantized(weight_grid, layer.weight)
         with torch.no_grad():
-            codes = *codes_of(input_codes, x, grid), *codes_of(weight_codes, weight, weight_grid)[:2]
+            codes = *codes_of(input_codes, x, grid), *codes_of(weight_levels, weight, weight_grid)[:2]
         if hasattr(x, "made"):  # backward is to read a byte an element, not four
             x.made = x.made._replace(decoded=partial(decoded.large, codes[:3]))  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -84,8 +84,9 @@ def _compiled(
     x, recipe = with_recipe(quantize, x)
     weight, weight_recipe = with_recipe(weight_grid, layer.weight)
     with torch.no_grad():
-        codes = *codes_of(input_codes, x, grid, recipe), *codes_of(weight_codes, weight, weight_grid, weight_recipe)[:2]
-    args = geometry, x, weight, layer.quantized_bias(), *codes
+        codes = codes_of(input_codes, x, grid, recipe)
+        levels = codes_of(weight_levels, weight, weight_grid, weight_recipe)[:2]
+    args = geometry, x, weight, layer.quantized_bias(), *codes, *levels
     return _Product.apply(*args)  # pyright: ignore[reportReturnType]
 
 

@@ -173,7 +173,7 @@ ADD, MULTIPLY, JOINS = ({f for f, known in FUNCTIONS.items() if known.kind == ki
 KINDS = tuple(dict.fromkeys(f.kind for f in FUNCTIONS.values()))
 WEIGHTED = tuple(kind for kind in KINDS if kind.startswith(("linear", "conv", EXPERTS)))
 """Kinds that are layers without a module: sites only with a parameter as weight."""
-PRODUCTS = (*WEIGHTED, "matmul", "einsum", "attention")
+PRODUCT_KINDS = (*WEIGHTED, "matmul", "einsum", "attention")
 """Kinds that multiply and accumulate."""
 ELEMENTWISE = ("add", "sub", "mul")
 """Kinds whose operands are alike: one that is a parameter has a grid as any other tensor."""

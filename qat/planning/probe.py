@@ -30,7 +30,7 @@ from qat.planning.functions import (
     JOINS,
     MADE_ALIKE,
     OTHERS_THAT_COMPUTE,
-    PRODUCTS,
+    PRODUCT_KINDS,
     SHAPED_ALIKE,
     WEIGHTED,
     first_tensor,
@@ -46,7 +46,7 @@ from qat.planning.recording import Call, Key, Recording
 DRAWS = {torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli}
 """Random numbers are data, though computed from none."""
 FUNCTIONS_THAT_COMPUTE = {
-    **{f: known.kind for f, known in FUNCTIONS.items() if known.kind in PRODUCTS},
+    **{f: known.kind for f, known in FUNCTIONS.items() if known.kind in PRODUCT_KINDS},
     **OTHERS_THAT_COMPUTE,
 }
 """Their kinds: what an audit lists even where it is no site."""

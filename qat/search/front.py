@@ -8,7 +8,9 @@ from qat.search.allocate import SLACK, Cost, Problem, optimum, smallest, solve
 from qat.search.space import Pair
 
 
-def front(problem: Problem, name: str, budgets: Mapping[str, float], points: int | None) -> list[dict[str, Pair]]:
+def pareto_choices(
+    problem: Problem, name: str, budgets: Mapping[str, float], points: int | None
+) -> list[dict[str, Pair]]:
     """Pareto-optimal allocations for harm and one cost, from the cheapest to the dearest.
 
     Args:

@@ -33,7 +33,7 @@ MAX_EXPONENT = 10
 """Exponent of 2: no channel is scaled by more than 1024, in all rounds together."""
 
 
-class Pair:
+class ScaledPair:
     """Two layers whose channels between them can be scaled.
 
     Args:
@@ -137,7 +137,7 @@ class Equalize(Start):
                         stacklevel=2,
                     )
 
-    def _totals(self, pairs: list[Pair]) -> list[Tensor]:
+    def _totals(self, pairs: list[ScaledPair]) -> list[Tensor]:
         """Factors that each pair is to be divided by; the pairs stay as they are."""
         with ExitStack() as stack:
             for pair in pairs:
@@ -149,7 +149,7 @@ class Equalize(Start):
 
 
 @torch.no_grad()
-def find_pairs(model: nn.Module, run: Run) -> list[Pair]:
+def find_pairs(model: nn.Module, run: Run) -> list[ScaledPair]:
     """The pairs of a float model in evaluation mode, each tried on the batch that `run` passes."""
     calls = record(model, run, is_leaf).modules
     times = [call.name for call in calls]
@@ -170,7 +170,7 @@ def find_pairs(model: nn.Module, run: Run) -> list[Pair]:
     return found
 
 
-def _keeps(pair: Pair, s: Tensor, before: list[Tensor], watched: list[nn.Module], run: Run) -> bool:
+def _keeps(pair: ScaledPair, s: Tensor, before: list[Tensor], watched: list[nn.Module], run: Run) -> bool:
     """Whether modules answer with `before`, too, when the pair is divided by `s`, powers of two."""
     with pair.divided(s):
         after = _outputs(watched, run)
@@ -187,12 +187,12 @@ def _scalable(module: Any) -> bool:
     return has_weight(module) and not is_computed(module) and not isinstance(module, nn.Embedding)
 
 
-def _candidate(calls: list[Call], i: int, j: int) -> Pair | None:
+def _candidate(calls: list[Call], i: int, j: int) -> ScaledPair | None:
     first, second = calls[i].what, calls[j].what
     between = [call.what for call in calls[i + 1 : j] if isinstance(call.what, nn.BatchNorm1d | nn.BatchNorm2d)]
     if len(between) > 1 or any(not norm.affine or norm.running_var is None for norm in between):
         return None
-    pair = Pair(first, between[0] if between else None, second)
+    pair = ScaledPair(first, between[0] if between else None, second)
     groups, width = getattr(second, "groups", 1), first.weight.shape[0]
     fits = second.weight.shape[pair.inputs] == width and (groups == 1 or pair.inputs == 0)
     return pair if fits and first.weight is not second.weight else None

@@ -52,6 +52,6 @@ def dominates(a: Sequence[float], b: Sequence[float], directions: Sequence[str])
     return min(gains) >= 0 and max(gains) > 0
 
 
-def front(values: Sequence[Sequence[float]], directions: Sequence[str]) -> list[int]:
+def undominated(values: Sequence[Sequence[float]], directions: Sequence[str]) -> list[int]:
     """Indices of the points that no other dominates."""
     return [i for i, b in enumerate(values) if not any(dominates(a, b, directions) for a in values)]

@@ -14,7 +14,7 @@ from qat.errors import UserError
 from qat.files import read_object
 from qat.measure.cost import average_bits
 from qat.run_files import OVERRIDES, REPORT
-from qat.sweep.objectives import front
+from qat.sweep.objectives import undominated
 from qat.sweep.point import RECORD
 
 DEFINITION, POINTS = "sweep.json", "points"
@@ -108,7 +108,7 @@ class Sweep:
         chosen = objectives or self.objectives
         done = [r for r in self.done if set(chosen) <= set(r.values)]
         values = [[r.values[name] for name in chosen] for r in done]
-        return [done[i] for i in front(values, list(chosen.values()))]
+        return [done[i] for i in undominated(values, list(chosen.values()))]
 
 
 def read_sweep(folder: Path) -> Sweep:

@@ -36,7 +36,7 @@ from qat.run_files import PROGRESS
 from qat.search.allocate import Problem, solve
 from qat.search.costs import Files, Latencies, make_problem, predict
 from qat.search.emit import outputs, trained_by, write
-from qat.search.front import front
+from qat.search.front import pareto_choices
 from qat.search.latency import layer_latencies
 from qat.search.measured import Measured
 from qat.search.sensitivity import mean_loss, measure, missing
@@ -161,7 +161,7 @@ class SearchRun(Workspace):
             self.console.print(search_table(space, problem, choices[0], settings.budget))
             self.console.print(self._losses(space, problem, choices[0], losses), highlight=False)
         else:
-            choices = front(problem, settings.front, settings.budget, settings.points)
+            choices = pareto_choices(problem, settings.front, settings.budget, settings.points)
             self.console.print(front_table(problem, choices))
             save_front(problem, choices, settings.front, settings.by, self.folder / "front.png")
         self._write(space, problem, choices)
