@@ -20,7 +20,7 @@ from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, integer_
 from qat.layers import QuantizedLayer, TwinMixin, become_twin, drop_mixins, is_computed, mixin_for, original_class
 from qat.layers.accumulator import accumulator_scale, bias_codes, folded
 from qat.layers.adapted import adapted
-from qat.layers.computed import settle
+from qat.layers.computed import make_ordinary
 from qat.planning.plan import Plan
 from qat.quantizers import Quantizer, find
 
@@ -134,7 +134,7 @@ def _install(name: str, module: Any, weight: IntegerTensor, norm: nn.Module | No
         scale = None if scale is None else scale * kept
         _vanish(norm)
     if is_computed(module):
-        settle(module, mixin_for(module))  # pyright: ignore[reportArgumentType]
+        make_ordinary(module, mixin_for(module))  # pyright: ignore[reportArgumentType]
     del module.weight_quantizer
     module.release()
     module.integer_weight, module.integer_bias = weight, None

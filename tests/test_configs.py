@@ -5,7 +5,7 @@ import re
 import pytest
 from omegaconf import OmegaConf
 
-from qat.config.configs import composed, configs_dir, finish, policy_settings, read_config
+from qat.config.configs import composed, configs_dir, finalize_config, policy_settings, read_config
 from qat.config.instantiate import _check, instantiate
 from qat.errors import UserError
 from qat.grid.ranges import ESTIMATORS
@@ -21,7 +21,7 @@ def _options(group: str) -> list[str]:
 def config(tmp_path):
     def finished(*overrides: str):
         cfg = composed(overrides)
-        finish(cfg, tmp_path)
+        finalize_config(cfg, tmp_path)
         return cfg
 
     return finished

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 
-from qat.config.configs import composed, finish
+from qat.config.configs import composed, finalize_config
 from qat.config.instantiate import instantiate
 from qat.convert import convert
 from qat.errors import UserError
@@ -555,7 +555,7 @@ def test_a_cosine_begins_and_ends_where_it_says():
 @pytest.mark.parametrize("option", ["freeze", "anneal", "gradual", "oscillation"])
 def test_a_config_adds_callbacks_that_train(option, tmp_path):
     cfg, default = (composed([f"callbacks={name}"]) for name in (option, "default"))
-    finish(cfg, tmp_path)
+    finalize_config(cfg, tmp_path)
     own = [instantiate(node) for name, node in cfg.callbacks.items() if name not in default.callbacks]
     assert own and set(default.callbacks) < set(cfg.callbacks)
     assert all(node[key] is not None or key == "match" for node in cfg.callbacks.values() for key in node)

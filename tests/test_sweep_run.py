@@ -69,12 +69,12 @@ def _processes_of(folder: Path) -> str:
 
 
 def test_points_share_one_float_model_of_the_same_parts_only(tmp_path):
-    from qat.config.configs import composed, finish
+    from qat.config.configs import composed, finalize_config
     from qat.lightning.runs.float_cache import FloatCache, float_key
 
     def config(*overrides: str):
         cfg = composed([f"cache_dir={tmp_path / 'cache'}", *overrides])
-        finish(cfg, tmp_path)
+        finalize_config(cfg, tmp_path)
         return cfg
 
     same = ["quant=w8a8", "trainer.max_epochs=3", "model.lr=0.5", "export=none"]

@@ -12,7 +12,7 @@ from sweeps import write_point, write_sweep
 
 import qat.sweep.point as points
 from qat.cli import main
-from qat.config.configs import composed, configs_dir, finish
+from qat.config.configs import composed, configs_dir, finalize_config
 from qat.config.instantiate import instantiate
 from qat.errors import UserError
 from qat.sweep import Dominated, GridSweep, Local, OptunaSweep, Slurm
@@ -141,7 +141,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(argv, said, capfd, tmp_path, m
 def test_every_sweep_is_built_with_every_launcher(option, launcher, tmp_path):
     chosen = [] if option.startswith("ray") else [f"sweep/launcher={launcher}"]
     cfg = composed([f"sweep={option}", *chosen])
-    finish(cfg, tmp_path)
+    finalize_config(cfg, tmp_path)
     sweep = instantiate(cfg.sweep)
     assert check(cfg.sweep.objectives, cfg.metric, cfg.mode) == dict(sweep.objectives)
     if chosen:

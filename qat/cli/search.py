@@ -11,7 +11,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from qat.cli.train import parse, quieten
-from qat.config.configs import composed, configs_dir, finish, key_of, known_keys
+from qat.config.configs import composed, configs_dir, finalize_config, key_of, known_keys
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.errors import UserError, nearest
 from qat.measure.cost import COSTS
@@ -40,7 +40,7 @@ def main(argv: list[str], command: str = "search") -> int:
     overrides += [f"++search.budget.{text}" for text in budgets]
     _check_names(overrides)
     cfg = _compose(overrides, args.config_dir)
-    finish(cfg, Path("search"))
+    finalize_config(cfg, Path("search"))
     if not (cfg.search and "_target_" in cfg.search):
         raise UserError(
             f"config group 'search' is left out, and there is no `qat {command}` without it: search=default"

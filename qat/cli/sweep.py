@@ -18,7 +18,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from qat.config.configs import composed, configs_dir, finish, key_of, policy_settings
+from qat.config.configs import composed, configs_dir, finalize_config, key_of, policy_settings
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import instantiate
 from qat.config.overrides import quoted
@@ -143,7 +143,7 @@ class _Line:
             for part in said:
                 if part not in FREE:
                     found.setdefault(str(part), {})[text] = said[part]
-            finish(cfg, Path("point"))
+            finalize_config(cfg, Path("point"))
             if (settings := policy_settings(cfg.quant)) not in policies:
                 policies.append(settings)
         _check_policies(policies)
@@ -155,7 +155,7 @@ class _Line:
 
     def _compose(self, more: Sequence[str]) -> DictConfig:
         cfg = self._written(more)
-        finish(cfg, Path("point"))
+        finalize_config(cfg, Path("point"))
         return cfg
 
     def _written(self, more: Sequence[str]) -> DictConfig:

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from qat.cli import interrupted
 from qat.cli.arguments import complaint
 from qat.cli.output import NoteNewDirs, discard, discard_all
-from qat.config.configs import configs_dir, finish, group_overrides, key_of
+from qat.config.configs import configs_dir, finalize_config, group_overrides, key_of
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import HYDRA_1_4, VERSION, allowed_patterns
 from qat.config.overrides import going_on, value_of
@@ -167,7 +167,7 @@ def _resumed(overrides: list[str], run: Path) -> list[str]:
 def _prepare(cfg: DictConfig, run_dir: Path) -> None:
     """Checks what only the whole config shows, and readies the log handlers that Hydra has just made."""
     quieten("")
-    finish(cfg, run_dir)
+    finalize_config(cfg, run_dir)
     if cfg.get("sweep"):
         raise UserError("this config has a sweep, and the command is for one run: add -m to run the sweep, or ~sweep")
     if cfg.get("search"):

@@ -146,7 +146,7 @@ def policy_settings(quant: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in settings.items() if key not in OTHER_KEYS}
 
 
-def finish(cfg: DictConfig, run_dir: Path) -> None:
+def finalize_config(cfg: DictConfig, run_dir: Path) -> None:
     """Makes a composed config final, in place: `run_dir` is filled in, every interpolation is resolved, and groups that
     were left out are null.
 
@@ -222,7 +222,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def read_config(path: Path) -> DictConfig:
-    """The `.hydra/config.yaml` of a run; as after `finish`, groups that were left out are null; keys of
+    """The `.hydra/config.yaml` of a run; as after `finalize_config`, groups that were left out are null; keys of
     `quant` have the names of today.
 
     Raises:

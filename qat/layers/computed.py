@@ -27,7 +27,7 @@ class ComputedWeight(TwinMixin):
             return self.weight if quantizer is None else quantizer(self.weight)
 
 
-def settle(layer: nn.Module, mixin: type[QuantizedLayer]) -> None:
+def make_ordinary(layer: nn.Module, mixin: type[QuantizedLayer]) -> None:
     """Makes the weight that the parametrization computes now an ordinary parameter of the twin."""
     drop_mixins(layer, ComputedWeight)
     drop_mixins(layer, QuantizedLayer)

@@ -57,7 +57,7 @@ def log_results(loggers: list[Any], report: dict[str, Any], files: list[Path]) -
         logger.experiment.log_artifact(artifact)
 
 
-def finish() -> None:
+def close_wandb() -> None:
     """Closes the W&B run, if there is one, so that the next run of this process does not continue it."""
     wandb = sys.modules.get("wandb")
     if wandb is not None and wandb.run is not None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from qat.errors import UserError
 from qat.insert import apply_plan, remembered, remove
 from qat.layers.twin import TwinMixin, become_twin, twin_of
-from qat.lightning.scale_groups import own_groups, settle
+from qat.lightning.scale_groups import assign_scales, own_groups
 from qat.lightning.weights import CHECKPOINT_KEY, join_state, read_checkpoint, split_state
 from qat.planning.plan import Plan
 from qat.policies.policy import differences
@@ -108,7 +108,7 @@ class QuantizedModule(TwinMixin):
         with own_groups(self, self.scale_lr_factors):  # pyright: ignore[reportArgumentType]
             configured = super().configure_optimizers()  # pyright: ignore[reportAttributeAccessIssue]
         optimizers = [leaf for leaf in tree_leaves(configured) if isinstance(leaf, Optimizer)]
-        settle(self, optimizers)  # pyright: ignore[reportArgumentType]
+        assign_scales(self, optimizers)  # pyright: ignore[reportArgumentType]
         return configured
 
 

@@ -13,7 +13,7 @@ that were frozen first) are split as they do (`late_groups`).
 
 Lists of parameters that were complete in float are no longer. Layers that read one tensor share a quantizer, which the
 `parameters()` of each of them have. And what a module's own forward quantizes is no child of the submodules whose
-`parameters()` a user adds up. `settle` looks at the finished optimizers for both.
+`parameters()` a user adds up. `assign_scales` looks at the finished optimizers for both.
 """
 
 import itertools
@@ -120,7 +120,7 @@ def _watch(optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_step_post_hook(in_proportion)
 
 
-def settle(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+def assign_scales(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
     """Puts what quantizers learn into one optimizer each, whatever parts of the model the optimizers are for.
 
     A quantizer that two parts share stays in the first of their optimizers, unless these have weights in common, too

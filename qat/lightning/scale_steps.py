@@ -53,7 +53,7 @@ def remember(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
 def in_proportion(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """After a step: makes each scale's change one of its logarithm, so that it stays positive, and limits it."""
     scales, before = list(_scales(optimizer)), vars(optimizer).pop(BEFORE)
-    if not scales:  # another optimizer has them (`settle`)
+    if not scales:  # another optimizer has them (`assign_scales`)
         return
     change = torch._foreach_sub(scales, before)
     largest = LARGEST_CHANGE

@@ -64,7 +64,7 @@ class Engine:
     round_bias: Biases = "eval"
     adds: Adds = "both"
 
-    def settle(self, spec: QuantSpec, where: str, type_name: str | None) -> QuantSpec:
+    def resolve_spec(self, spec: QuantSpec, where: str, type_name: str | None) -> QuantSpec:
         """The spec by this engine's rules.
 
         Args:

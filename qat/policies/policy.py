@@ -163,7 +163,7 @@ class QuantPolicy:
                 spec = _spec(current, f"{self.where}.{role} for {place.name}", role)
                 if spec is not None and (role == "act" or place.has_weight):
                     where = f"{self.where}.{role}" if by == "default" else f"{self.where}.rules.{by}.{role}"
-                    spec = engine.settle(spec, where, place.type if role == "weight" else None)
+                    spec = engine.resolve_spec(spec, where, place.type if role == "weight" else None)
                 result[place.name][role] = spec, by
         return result
 

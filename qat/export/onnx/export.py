@@ -178,7 +178,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
     )
     names = {id(module): name for name, module in model.named_modules()}
     paths = {path: names[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
-    finished = passes.finish(traced, weights, paths, placement)
+    finished = passes.run_passes(traced, weights, paths, placement)
     if placement.pads_images:
         pad_images(finished)
         common.RemoveUnusedNodesPass()(finished)

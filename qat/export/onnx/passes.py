@@ -39,7 +39,7 @@ PASS_THROUGH = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transp
 """Operations that commute with clipping."""
 
 
-def finish(
+def run_passes(
     model: ir.Model, weights: Mapping[str, np.ndarray], paths: Mapping[str, str], placement: Placement = ORT
 ) -> ir.Model:
     """Runs every pass; the initializers of a layer are called after it: `conv1.weight`, `conv1.weight_scale`.

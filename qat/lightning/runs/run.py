@@ -27,7 +27,7 @@ from qat.export.packed import MANIFEST, WEIGHTS
 from qat.export.verify import Verdict
 from qat.files import claimed
 from qat.kernels.memory import keep_freed
-from qat.lightning.logs import finish, log_results
+from qat.lightning.logs import close_wandb, log_results
 from qat.lightning.runs.export_stage import export_stage
 from qat.lightning.runs.float_stage import float_stage
 from qat.lightning.runs.qat_stage import audit_trained, ptq_stage, qat_stage
@@ -70,7 +70,7 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
             files = [*exported, *(run_dir / name for name in (WEIGHTS, MANIFEST, REPORT, REPORT_PICTURE))]
             log_results(this.loggers, report, [f for f in files if f.is_file()])
         finally:
-            finish()
+            close_wandb()
     if verdict is not None and not verdict.passed:
         raise SystemExit(1)
     return [stage["metric"] for stage in report["stages"].values() if "metric" in stage][-1]
