@@ -40,7 +40,7 @@ def convert_sites(
         else:
             parameters[operand.parameter] = parameter
             site: Any = modules[name]
-            site.held, site._modules[site.operands[operand.index]] = operand.index, None
+            site.weight_index, site._modules[site.operands[operand.index]] = operand.index, None
             _become_integer(site, codes, parameter.dtype)
     return {path: parameter for path, parameter in parameters.items() if path not in left_float}
 

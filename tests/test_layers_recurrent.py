@@ -177,7 +177,7 @@ def test_a_weight_is_rounded_once_for_all_steps_and_its_gradient_is_the_sum_over
             quantizer.register_forward_hook(lambda *_, name=name: seen.append(name))
     for once in (True, False):
         if not once:
-            monkeypatch.setattr(Part, "held", lambda part: part)
+            monkeypatch.setattr(Part, "rounded", lambda part: part)
         layer.train().zero_grad()
         sum(t.square().sum() for t in tensors(layer(x)) if t.requires_grad).backward()
         gradients.append([p.grad.clone() for p in layer.parameters()])

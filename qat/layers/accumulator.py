@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qat.grid.functional import levels
 from qat.grid.spec import QuantSpec
 from qat.layers.chain import last_grid
-from qat.layers.twin import TwinMixin, held, ours
+from qat.layers.twin import TwinMixin, ours, stored_tensor
 from qat.modes import recomputing
 from qat.quantizers import Quantizer
 
@@ -137,9 +137,9 @@ class FoldingNorm(TwinMixin):
                 return _shifted(y, self._learned_error())
         this: Any = self
         layer = self.host[0]
-        mean, variance = (held(this, this._buffers, name) for name in ("running_mean", "running_var"))
-        weight, bias = (held(this, this._parameters, name) for name in ("weight", "bias"))
-        tensors = mean, variance, weight, bias, held(layer, layer._parameters, "bias")
+        mean, variance = (stored_tensor(this, this._buffers, name) for name in ("running_mean", "running_var"))
+        weight, bias = (stored_tensor(this, this._parameters, name) for name in ("weight", "bias"))
+        tensors = mean, variance, weight, bias, stored_tensor(layer, layer._parameters, "bias")
         if not self.plain:
             y = super().forward(input)  # pyright: ignore[reportAttributeAccessIssue]
             with ours():

@@ -19,7 +19,7 @@ from qat.layers.products_training import MIN_ELEMENTS, trained_on_codes
 from qat.layers.rounded import rounded
 from qat.layers.shared import here, read
 from qat.layers.sources import from_sources
-from qat.layers.twin import TwinMixin, held, ours
+from qat.layers.twin import TwinMixin, ours, stored_tensor
 from qat.quantizers import Quantizer
 
 
@@ -109,7 +109,7 @@ class QuantizedLayer(TwinMixin):
         """The bias as it is added: in whole accumulator steps in evaluation, or always (`round_bias`); a BatchNorm
         behind the layer does that for both, and in evaluation alone.
         """
-        bias = held(self, self._parameters, "bias")
+        bias = stored_tensor(self, self._parameters, "bias")
         if bias is None or self.folds or (self.training and self.round_bias != "train"):
             return bias
         with ours():

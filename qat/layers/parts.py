@@ -42,13 +42,13 @@ class Part(QuantizedLayer, nn.Module):
         """The map of an `x` that is on its grid already."""
         return F.linear(x, self.quantized_weight(), self.quantized_bias())
 
-    def held(self) -> "HeldPart":
+    def rounded(self) -> "RoundedPart":
         """The map with weight and bias put on their grids now, for several steps."""
-        return HeldPart(self, self.quantized_weight(), self.quantized_bias())
+        return RoundedPart(self, self.quantized_weight(), self.quantized_bias())
 
 
 @dataclass  # not frozen: compilers up to torch 2.11 cannot make one
-class HeldPart:
+class RoundedPart:
     """A part whose weight and bias are on their grids already.
 
     Attributes:

@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import _VF, Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from qat.layers.parts import BoundPart, Composite, HeldPart, Part, Watch, part_call
+from qat.layers.parts import BoundPart, Composite, Part, RoundedPart, Watch, part_call
 from qat.layers.twin import ours
 from qat.planning.recording import Call, Key
 
 State = Any
 """A tuple: `(h,)`, or `(h, c)` of an LSTM."""
-Linear = Part | HeldPart
+Linear = Part | RoundedPart
 
 
 def lstm_step(gates: Tensor, hh: Linear, state: State, hr: Linear | None = None) -> State:
@@ -146,8 +146,8 @@ class _Recurrent(Composite):
         steps = gates.unbind(0) if sizes is None else gates.split(sizes.tolist())
         direction = -1 if suffix.endswith("_reverse") else 1
         # Once for all steps: neither weights nor their grids change meanwhile.
-        hh, hr = self.part(f"hh_{suffix}").held(), self._modules.get(f"hr_{suffix}")
-        hr = hr.held() if isinstance(hr, Part) else None
+        hh, hr = self.part(f"hh_{suffix}").rounded(), self._modules.get(f"hr_{suffix}")
+        hr = hr.rounded() if isinstance(hr, Part) else None
         outputs = []
         for step in steps[::direction]:
             # Sequences come longest first; those that are over, or not begun yet from their end, keep their state.

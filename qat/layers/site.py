@@ -25,9 +25,9 @@ class Site(TwinMixin, nn.Module):
     Attributes:
         explicit: Whether an attention, or a product that adds to a tensor, is computed in plain operations.
         output_axis: Which axis of a product with a parameter the output channels are along, counted from the end.
-        held: Index of the operand that the site takes from its own weight instead of from the caller: 1 for the second,
-            if that is a parameter; `None` if there is none. In a converted model it may also be a parameter that is
-            added or multiplied elementwise.
+        weight_index: Index of the operand that the site takes from its own weight instead of from the caller: 1 for the
+            second, if that is a parameter; `None` if there is none. In a converted model it may also be a parameter
+            that is added or multiplied elementwise.
 
     Children: `input_quantizer_0` and on, one for each operand (`None`: it stays float), or `output_quantizer`;
     `probability_quantizer` of an attention, which is then computed explicitly; `weight_quantizer`, if the second
@@ -65,7 +65,7 @@ class Site(TwinMixin, nn.Module):
         self.explicit = probabilities is not None
         self.register_module("weight_quantizer", weight)
         self.holder = parameter  # in a tuple, where it is no child
-        self.held = 1 if parameter else None
+        self.weight_index = 1 if parameter else None
         self.stacked = stacked
         self.output_axis = output_axis
 
@@ -114,7 +114,7 @@ class Site(TwinMixin, nn.Module):
         return original.copy_(result) if function.in_place else result
 
     def _quantized(self, index: int, x: Tensor) -> Tensor:
-        if index == self.held:
+        if index == self.weight_index:
             return self.quantized_weight()
         quantizer = self._modules[self.operands[index]]
         return x if quantizer is None else read(quantizer, x)

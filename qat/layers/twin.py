@@ -21,7 +21,7 @@ like.
 _parts: dict[type, tuple[type, type]] = {}
 
 
-def held(module: Any, tensors: Mapping[str, Tensor | None], name: str) -> Tensor | None:
+def stored_tensor(module: Any, tensors: Mapping[str, Tensor | None], name: str) -> Tensor | None:
     """`module.name`, which torch looks up in Python, from the parameters or buffers, where it is unless it is computed
     (pruned, parametrized).
     """

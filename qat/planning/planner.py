@@ -195,9 +195,10 @@ def _parameter_operands(plan: Plan, recording: Recording, calls: dict[str, list[
     times: Counter[str] = Counter()
     for name, chains in plan.sites.items():
         first, *more = calls[name]
-        if first.kind not in ELEMENTWISE or first.parameter is None or any(c.held != first.held for c in more):
+        paths = first.parameter_paths
+        if first.kind not in ELEMENTWISE or first.parameter is None or any(c.parameter_paths != paths for c in more):
             continue
-        index = first.held.index(first.parameter)
+        index = paths.index(first.parameter)
         if chains[index]:
             found[name] = first.parameter, index
             times[first.parameter] += len(calls[name])

@@ -190,16 +190,16 @@ class _Recorder(TorchFunctionMode):
         operands = [a for a in flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
         operands = (site and site.operands(args, kwargs)) or operands
         call.input_shape = tuple(operands[0].shape)
-        held = [self.parameters.get(id(a)) for a in operands]
+        paths = [self.parameters.get(id(a)) for a in operands]
         if call.kind == EXPERTS and site is not None and is_experts(frame.module):
-            held[1] = self.parameters.get(self.recording.root(call.operands[1])[0])
-        call.held = held
-        call.parameter = next((p for p in held if p is not None), None)
+            paths[1] = self.parameters.get(self.recording.root(call.operands[1])[0])
+        call.parameter_paths = paths
+        call.parameter = next((p for p in paths if p is not None), None)
         call.vector = any(
-            p is not None and max((*a.shape, 1)) == a.numel() for p, a in zip(held, operands, strict=True)
+            p is not None and max((*a.shape, 1)) == a.numel() for p, a in zip(paths, operands, strict=True)
         )
-        if site is not None and (site.kind not in WEIGHTED or held[1] is not None):
-            second = site.channel_axis is not None and held[0] is None and held[1] is not None
+        if site is not None and (site.kind not in WEIGHTED or paths[1] is not None):
+            second = site.channel_axis is not None and paths[0] is None and paths[1] is not None
             call.weight = second and operands[1].ndim > 1  # a vector has no output channels
             call.infinite = not call.weight and any(
                 key in self.constants and bool(o.isinf().any()) for key, o in zip(call.operands, operands, strict=True)

@@ -27,7 +27,7 @@ class Call:
         site: `owner.kind_index` if this is a functional site.
         kind: Kind of a functional site, or of a function that computes.
         parameter: Path of the parameter among the operands.
-        held: The path of each operand that is a parameter, `None` for the others.
+        parameter_paths: The path of each operand that is a parameter, `None` for the others.
         weight: Whether the parameter is the second operand of a product, with an axis of output channels.
         vector: Whether the parameter has at most one axis of more than one value.
         inside: Whether it happened inside the root's own forward.
@@ -48,7 +48,7 @@ class Call:
     site: str | None = None
     kind: str | None = None
     parameter: str | None = None
-    held: list[str | None] = field(default_factory=list)
+    parameter_paths: list[str | None] = field(default_factory=list)
     weight: bool = False
     vector: bool = False
     inside: bool = False
