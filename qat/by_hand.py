@@ -113,7 +113,7 @@ def export_model(
         raise UserError(f"target={target}: takes the quantized model here, not its integers")
     if not isinstance(example, Tensor) and (verify or to.graph is not None):
         raise UserError(f"target={target}: needs an example, one input tensor of two samples or more")
-    if reason := to.why_not(model, plan):
+    if reason := to.refusal(model, plan):
         raise UserError(f"{path}: {reason}")
     example = example.detach().cpu() if isinstance(example, Tensor) else None
     prepared = copied(model).cpu().eval() if converted else to.prepared(model, plan)

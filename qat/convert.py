@@ -41,7 +41,7 @@ class Holds:
 INTEGERS, EVERYTHING = Holds(), Holds(tuple(FLOATS), blocks=True)
 
 
-def inconvertible(plan: Plan, holds: Holds = INTEGERS) -> str | None:
+def conversion_refusal(plan: Plan, holds: Holds = INTEGERS) -> str | None:
     """Why what the plan makes has no form in codes that a file holds; `None` if it has one."""
     if experts := next((name for name, site in plan.parameters.items() if site.stacked), None):
         return f"'{experts}' is a product of experts, which has no integer file"
@@ -66,7 +66,7 @@ def inconvertible(plan: Plan, holds: Holds = INTEGERS) -> str | None:
 
 def what_holds(plan: Plan) -> str:
     """The value of `export` for a plan that some format has no codes for."""
-    return "packed" if inconvertible(plan, EVERYTHING) is None else "none"
+    return "packed" if conversion_refusal(plan, EVERYTHING) is None else "none"
 
 
 def is_converted(model: nn.Module) -> bool:
@@ -91,7 +91,7 @@ def convert(model: nn.Module, plan: Plan, holds: Holds = INTEGERS) -> nn.Module:
         UserError: if it is converted already, a grid was never calibrated, adapters are not merged, or a full-range
             8-bit weight cannot be mirrored for a negative gamma.
     """
-    if reason := inconvertible(plan, holds):
+    if reason := conversion_refusal(plan, holds):
         raise UserError(f"there is no integer form of it: {reason}; use export={what_holds(plan)}")
     if is_converted(model):
         raise UserError(f"{original_class(model).__name__} is converted already: its weights are integers")

@@ -29,7 +29,7 @@ def policy(number: str, granularity: str = "channel", act: str | None = None) ->
 def written(shape: Shape, quant: dict, folder: Path) -> tuple[Drawn, Plan, nn.Module, Path]:
     model = lived(Drawn(shape))
     plan, target = quantized(model, model.example(16), quant), OnnxTarget()
-    assert target.why_not(model, plan) is None
+    assert target.refusal(model, plan) is None
     prepared, path = target.prepared(model, plan), folder / "model.onnx"
     target.export(prepared, plan, model.example(2), path)
     return model, plan, prepared, path
@@ -112,7 +112,7 @@ def activation_file(tmp_path_factory) -> dict[str, tuple[nn.Module, Path]]:
 def test_engines_without_fp8_refuse_it_before_anything_is_written(tmp_path):
     model = lived(Drawn(LINEAR))
     plan = quantized(model, model.example(16), policy("e4m3", act="e4m3"))
-    assert "format=e4m3 has no integers" in (TensorRtOnnx().why_not(model, plan) or "")
+    assert "format=e4m3 has no integers" in (TensorRtOnnx().refusal(model, plan) or "")
     with pytest.raises(UserError, match="format=e4m3 has no integers"):
         TensorRtOnnx().prepared(model, plan)
 
@@ -120,4 +120,4 @@ def test_engines_without_fp8_refuse_it_before_anything_is_written(tmp_path):
 def test_packed_matrix_products_refuse_fp8(tmp_path):
     model = lived(Drawn(LINEAR))
     plan = quantized(model, model.example(16), policy("e4m3"))
-    assert "MatMulNBits holds integers" in (OnnxTarget(weight_only="matmulnbits").why_not(model, plan) or "")
+    assert "MatMulNBits holds integers" in (OnnxTarget(weight_only="matmulnbits").refusal(model, plan) or "")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from small_models import POLICY, Drawn, Shape, lived, quantized
 from torch import Tensor, nn
 
-from qat.convert import EVERYTHING, convert, inconvertible
+from qat.convert import EVERYTHING, conversion_refusal, convert
 from qat.errors import UserError
 from qat.export import packed
 from qat.export.onnx.target import OnnxTarget
@@ -152,11 +152,11 @@ def test_blocks_are_a_packed_target_alone_and_it_is_verified(tmp_path) -> None:
     policy = {"weight": block | {"quantizer": "minmax"}, "act": block | {"quantizer": "dynamic"}, "sites": "off"}
     model, x = Two().eval(), torch.randn(16, 8)
     plan, target = quantized(model, x, policy), PackedTarget()
-    assert "format=e2m1 has no integers" in (inconvertible(plan) or "")
+    assert "format=e2m1 has no integers" in (conversion_refusal(plan) or "")
     with pytest.raises(UserError, match=r"has no integers .*; use export=packed$"):
         convert(model, plan)
-    assert (OnnxTarget().why_not(model, plan) or "").endswith("; use export=packed")
-    assert target.why_not(model, plan) is None
+    assert (OnnxTarget().refusal(model, plan) or "").endswith("; use export=packed")
+    assert target.refusal(model, plan) is None
     prepared, path = target.prepared(model, plan), tmp_path / target.file
     target.export(prepared, plan, x[:2], path)
     verdict = Verdict()

@@ -239,7 +239,7 @@ def test_openvino_is_given_no_convolution_with_zero_points_of_weights(layer, exp
     model, x, name = nn.Sequential(copy.deepcopy(layer)), torch.randn(4, 3, 6, 6), type(layer).__name__
     plan = quantized(model, x, W8A8 | {"weight": weight})
     for each in (model, convert(model, plan)):
-        reason = exporter().unfit(each, plan) or ""
+        reason = exporter().model_refusal(each, plan) or ""
         assert reason.endswith(f"which openvino does not compute for a {name}: train it with symmetric=true"), reason
 
 

@@ -145,11 +145,11 @@ def test_a_model_that_is_not_in_float32_has_no_graph_but_tensors(kind) -> None:
     model: Any = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).to(kind)
     plan = quantized(model, x, W8A8)
     said = rf"'0.weight' is {str(kind)[6:]}, .* cast the model with .float\(\), or use packed"
-    assert build("packed", {}).why_not(model, plan) is None
+    assert build("packed", {}).refusal(model, plan) is None
     for name in ("onnx", "torch"):
-        assert re.search(said, build(name, {}).why_not(model, plan) or ""), name
-        assert build(name, {}).why_not(copied(model).float(), plan) is None
-    assert "'0' is" in (build("torch", {}).why_not(convert(model, plan), plan) or "")
+        assert re.search(said, build(name, {}).refusal(model, plan) or ""), name
+        assert build(name, {}).refusal(copied(model).float(), plan) is None
+    assert "'0' is" in (build("torch", {}).refusal(convert(model, plan), plan) or "")
 
 
 def test_every_export_config_but_none_is_a_target() -> None:

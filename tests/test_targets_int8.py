@@ -432,7 +432,7 @@ def test_what_executorch_has_no_kernel_for_is_refused_before_training(layer, sha
     target, x, model = target_of("executorch"), torch.randn(4, 4, *shape), nn.Sequential(layer, nn.ReLU())
     plan = quantized(model, x, W8A8)
     with pytest.raises(UserError, match=said):
-        raise UserError(target.why_not(model, plan) or "")
+        raise UserError(target.refusal(model, plan) or "")
 
 
 def test_executorch_needs_a_batch_that_can_vary() -> None:

@@ -170,8 +170,8 @@ class OpenVinoTarget(Target):
     package = extra = "openvino"
     optimizes = True
 
-    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
-        return unfit_for_openvino(model, plan)
+    def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
+        return openvino_refusal(model, plan)
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         import openvino  # pyright: ignore[reportMissingImports]
@@ -211,7 +211,7 @@ class OpenVinoTarget(Target):
         check_precisions(verdict, converted, runner)
 
 
-def unfit_for_openvino(model: nn.Module, plan: Plan) -> str | None:
+def openvino_refusal(model: nn.Module, plan: Plan) -> str | None:
     """Which weight OpenVINO does not compute with, in a plan by another engine's rules; `None` if there is none."""
     modules = dict(model.named_modules())
     for name, spec in plan.weights.items():

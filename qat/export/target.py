@@ -2,10 +2,10 @@
 
 A target is one file in this package and one YAML in `configs/export`; nothing else lists them. It says
 
-    unfit        why a model has no form in this format under its plan, before anything is trained or written
-    write        the files, below a temporary folder
-    open         a runner: the file as a function of arrays, by the runtime that users load it with
-    codes        the integer weights in the file, which verification compares bit for bit
+    model_refusal  why a model has no form in this format under its plan, before anything is trained or written
+    write          the files, below a temporary folder
+    open           a runner: the file as a function of arrays, by the runtime that users load it with
+    codes          the integer weights in the file, which verification compares bit for bit
 
 Most are written from a converted model; one whose format has more than integers is written from the fake-quantized one
 (`integer = False`). `prepared` makes either. The main file may be a folder.
@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.convert import INTEGERS, Holds, convert, inconvertible, what_holds
+from qat.convert import INTEGERS, Holds, conversion_refusal, convert, what_holds
 from qat.copies import copied
 from qat.errors import UserError
 from qat.export.manifest import check_manifest, check_unclaimed, made_by, stated, write_manifest
@@ -132,24 +132,24 @@ class Target:
         """Whether a file is of this format: by its name, and by its manifest where formats share a suffix."""
         return path.suffix == Path(cls.file).suffix and made_by(path) in (None, cls.__name__)
 
-    def mismatch(self, plan: Plan) -> str | None:
+    def plan_refusal(self, plan: Plan) -> str | None:
         """Why its engine would not compute a model of this plan as it was trained; `None` if it does."""
         for name, spec in (*plan.weights.items(), *plan.activations.items()):
             if integer_bits(spec) > self.max_bits:
                 return f"'{name}' is {spec.short}: {self.file} holds at most {self.max_bits} bits"
         trained = engine_of(plan.engine)
-        return engine_of(self.engine).mismatch(trained, plan.weights, plan.activations, plan.residuals)
+        return engine_of(self.engine).refusal(trained, plan.weights, plan.activations, plan.residuals)
 
-    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
+    def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
         """Why this model, with or without the plan's quantizers, has no form in this format; `None` if it has one."""
         return None
 
-    def why_not(self, model: nn.Module, plan: Plan) -> str | None:
+    def refusal(self, model: nn.Module, plan: Plan) -> str | None:
         """Everything that speaks against an export, before anything is trained: the first of it, or `None`."""
-        reason = inconvertible(plan, self.holds) if self.integer else None
+        reason = conversion_refusal(plan, self.holds) if self.integer else None
         if reason:
             return f"there is no integer form of this quant: {reason}; use export={what_holds(plan)}"
-        reason = self.mismatch(plan) or self.unfit(model, plan)
+        reason = self.plan_refusal(plan) or self.model_refusal(model, plan)
         if self.graph is not None:
             reason = reason or _not_float32(model)
         return reason and f"{self.file} cannot hold this quant: {reason}"
@@ -222,7 +222,7 @@ class Target:
         Raises:
             UserError: if the format cannot hold the model, with what to change; if something else is there already.
         """
-        if reason := self.mismatch(plan) or self.unfit(model, plan):
+        if reason := self.plan_refusal(plan) or self.model_refusal(model, plan):
             raise UserError(f"{path.name}: {reason}")
         main = Path(self.file)
         if main.suffix and path.suffix != main.suffix:

@@ -1,7 +1,7 @@
 """Rules of engines, as data: `quant.engine` names one, and training rounds as it will.
 
 A policy that has an engine settles by its rules what settings leave open (`signed: null`), and refuses what they
-contradict. A plan carries the engine's name; `mismatch` says why a model that was trained by other rules would not
+contradict. A plan carries the engine's name; `refusal` says why a model that was trained by other rules would not
 compute on an engine what it was trained for, and which setting to change.
 
 Sources, where an engine's maker documents them; the rest is measured:
@@ -125,7 +125,7 @@ class Engine:
         kinds = ("conv",) if self.adds == "not convolutions" else ("conv", "linear")
         return next((index for index, product in enumerate(products) if product in kinds), None)
 
-    def mismatch(
+    def refusal(
         self,
         trained: "Engine",
         weights: Mapping[str, QuantSpec],

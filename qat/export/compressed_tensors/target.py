@@ -56,7 +56,7 @@ class CompressedTensorsTarget(Target):
     def owns(cls, path: Path) -> bool:
         return (path / CONFIG).is_file()
 
-    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
+    def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
         try:
             args = schemes.schemes(plan)
             prefix, _ = transformers_model(model)

@@ -124,7 +124,7 @@ class ExecuTorchTarget(Target):
         if self.max_batch < 2:
             raise UserError(f"max_batch={self.max_batch}: must be at least 2, or the batch is taken for a constant")
 
-    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
+    def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
         for name, module in model.named_modules():
             if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
                 return f"'{name}' has three dimensions, which ExecuTorch convolves neither on integers nor in float"

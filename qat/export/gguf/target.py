@@ -32,7 +32,7 @@ class GgufTarget(Target):
     package = extra = "gguf"
     graph = None
 
-    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
+    def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
         if plan.activations:
             first = next(iter(plan.activations))
             return f"it holds weights alone, but '{first}' is quantized; train with act: off and sites: off"

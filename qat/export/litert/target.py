@@ -107,7 +107,7 @@ class LiteRtTarget(Target):
     extra = "litert"
     optimizes = True
 
-    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
+    def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
         if plan.round_bias == "never":
             return "its biases are float, and LiteRT's int8 kernels add int32 ones; train with quant.round_bias=eval"
         return unfit_for_int8(plan, "LiteRT")

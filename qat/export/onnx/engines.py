@@ -16,7 +16,7 @@ from qat.export.onnx.checks import Graph, qnn_violations, tensorrt_violations
 from qat.export.onnx.placement import OPENVINO, QNN, TENSORRT, Placement
 from qat.export.onnx.runtime import OnnxRunner
 from qat.export.onnx.target import OnnxTarget
-from qat.export.openvino_ir import OpenVinoRunner, check_precisions, unfit_for_openvino
+from qat.export.openvino_ir import OpenVinoRunner, check_precisions, openvino_refusal
 from qat.export.verify import Verdict, count_kernels
 from qat.planning.plan import Plan
 
@@ -30,8 +30,8 @@ class OpenVinoOnnx(OnnxTarget):
     max_bits = 8
     holds = INTEGERS
 
-    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
-        return super().unfit(model, plan) or unfit_for_openvino(model, plan)
+    def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
+        return super().model_refusal(model, plan) or openvino_refusal(model, plan)
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         super().write(model, plan, example, folder)

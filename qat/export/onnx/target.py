@@ -47,7 +47,7 @@ class OnnxTarget(Target):
         if self.weight_only == "matmulnbits" and self.engine != "ort":
             raise UserError(f"weight_only=matmulnbits: {self.engine} has no such operation; use qdq")
 
-    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
+    def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
         alone = [layer for layer in plan.layers.values() if layer.weight is not None and not layer.input]
         alone += [site for name, site in plan.parameters.items() if not any(plan.sites.get(name, [])[:1])]
         if self.weight_only == "matmulnbits" and not alone:

@@ -78,7 +78,7 @@ class InductorTarget(TorchTarget):
     file = "model.inductor.pt2"
     optimizes = True
 
-    def unfit(self, model: nn.Module, plan: Plan) -> str | None:
+    def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
         return unfit_for_int8(plan, "Inductor")
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:

@@ -134,7 +134,7 @@ def export(path: Path, target: Target, out: Path | None = None) -> Path:
             raise UserError(f"checkpoint {trained.checkpoint}: does not say what the model's input looks like")
         own = trained.checkpoint.name == TRAINED
         out = out or (trained.folder if own else trained.checkpoint.with_suffix("")) / target.file
-        if reason := target.why_not(trained.module, trained.plan):
+        if reason := target.refusal(trained.module, trained.plan):
             raise UserError(f"{trained.checkpoint}: {reason}")
         target.export(target.prepared(trained.module, trained.plan), trained.plan, trained.example, out)
     return out
@@ -182,7 +182,7 @@ def verify(
             this.console.print(report_table(report | {"verify": verdict.to_dict()}))
             passed = verdict.passed
         packed = PackedTarget()
-        if packed.why_not(trained.module, trained.plan):
+        if packed.refusal(trained.module, trained.plan):
             return passed
         return _show(this, folder / packed.file, _verdict(this, packed, trained)) and passed
 

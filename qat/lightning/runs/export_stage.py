@@ -7,7 +7,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from qat.config.instantiate import instantiate
-from qat.convert import EVERYTHING, convert, inconvertible
+from qat.convert import EVERYTHING, conversion_refusal, convert
 from qat.errors import UserError
 from qat.export.manifest import files_bytes
 from qat.export.onnx.export import export_onnx, traceable
@@ -26,7 +26,7 @@ def export_stage(this: Workspace) -> Verdict | None:
     """Converts, writes the files, verifies and measures them."""
     with this.stage("exported", "Exported") as values:
         plan = plan_of(this.module)
-        if not inconvertible(plan, EVERYTHING):
+        if not conversion_refusal(plan, EVERYTHING):
             save_packed(convert(this.module, plan, EVERYTHING), plan, this.folder)
             this.progress["packed_bytes"] = (this.folder / WEIGHTS).stat().st_size
         if this.target is None:

@@ -17,7 +17,7 @@ from rich.progress import Progress
 
 from qat.calibrate import calibrated
 from qat.config.instantiate import instantiate
-from qat.convert import inconvertible
+from qat.convert import conversion_refusal
 from qat.errors import UserError
 from qat.export.onnx.export import export_onnx
 from qat.files import atomic, make_folder, read_object
@@ -97,7 +97,7 @@ class SearchRun(Workspace):
     def problem(self, space: Space, measured: Measured, losses: BatchLosses) -> Problem:
         """The integer program; files are made only for the costs that are asked for."""
         wanted, files, widths = self.settings.costs, Files(), list(space.plans)
-        if reason := inconvertible(space.plans[widths[-1]]):
+        if reason := conversion_refusal(space.plans[widths[-1]]):
             if limits := sorted(name for name in wanted if COSTS[name].needs != "shapes"):
                 raise UserError(f"{limits[0]}: there is no integer form of this quant: {reason}; avg_bits and bops do")
         else:

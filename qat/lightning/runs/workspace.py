@@ -159,7 +159,7 @@ class Workspace:
         if not self.policy.is_off:
             check_monitors(trainer, shell, self.data, self._monitors())
             plan, recording = make_plan(shell, self.policy, run_steps(shell, self.data.train_dataloader, samples=1))
-            if self.target is not None and (reason := self.target.why_not(shell, plan)):
+            if self.target is not None and (reason := self.target.refusal(shell, plan)):
                 raise UserError(f"export: {reason}")
             apply_plan(shell, plan)
             self.audit: Callable[[Plan], list[AuditRow]] = lambda plan: with_bytes(
