@@ -20,8 +20,8 @@ from qat.insert import apply_plan, make_plan, named_quantizers
 from qat.layers.weights import quantized_weights
 from qat.lightning import AnnealBits, DampenOscillations, FreezeOscillations, QuantizerHealth, TrackOscillations
 from qat.lightning.schedules.dampen import pull
+from qat.lightning.schedules.moments import cosine, progress
 from qat.lightning.schedules.oscillation import on_grid
-from qat.lightning.schedules.when import cosine, progress
 from qat.measure.stats import quantizer_stats, weight_stats
 from qat.policies.policy import QuantPolicy
 

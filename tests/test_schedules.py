@@ -29,7 +29,7 @@ from qat.lightning.schedules import (
     ReestimateBatchNorm,
     TrackOscillations,
 )
-from qat.lightning.schedules.when import cosine
+from qat.lightning.schedules.moments import cosine
 from qat.planning.plan import Plan
 from qat.quantizers import create
 

@@ -34,7 +34,7 @@ from qat.lightning.base import QuantizationCallback, callbacks_of
 from qat.lightning.callback import QATCallback, joint_policy
 from qat.lightning.module import bare
 from qat.lightning.schedules.anneal import AnnealBits, current_plan
-from qat.lightning.schedules.when import check_moment, check_reached, reached
+from qat.lightning.schedules.moments import check_moment, check_reached, reached
 from qat.lightning.steps import Source, run_steps, trainer_source
 from qat.measure.cost import COSTS
 from qat.search.allocate import Problem, solve

@@ -13,8 +13,8 @@ Nothing here knows what is in a config: a point is started as `qat train <overri
 
 from qat.sweep.grid import GridSweep
 from qat.sweep.launchers import Local, Slurm
+from qat.sweep.optuna_sweep import OptunaSweep
 from qat.sweep.prune import Dominated
-from qat.sweep.search import OptunaSweep
-from qat.sweep.tune import RaySweep
+from qat.sweep.ray_sweep import RaySweep
 
 __all__ = ["Dominated", "GridSweep", "Local", "OptunaSweep", "RaySweep", "Slurm"]

@@ -20,8 +20,8 @@ from qat.layers.chain import in_turn
 from qat.layers.weights import quantized_weights
 from qat.lightning.averages import averages
 from qat.lightning.base import QuantizationCallback
-from qat.lightning.schedules.when import check_moment, check_reached, reached
-from qat.lightning.schedules.which import select
+from qat.lightning.schedules.moments import check_moment, check_reached, reached
+from qat.lightning.schedules.selection import select
 from qat.planning.functions import PROBABILITIES
 from qat.planning.plan import Plan
 from qat.quantizers import Quantizer, create

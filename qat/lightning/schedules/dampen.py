@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from qat.errors import UserError
 from qat.grid.functional import levels
 from qat.lightning.base import QuantizationCallback
+from qat.lightning.schedules.moments import check_ends, cosine, progress
 from qat.lightning.schedules.oscillation import check_weights, few_bit_weights
-from qat.lightning.schedules.when import check_ends, cosine, progress
 from qat.quantizers import Quantizer
 
 

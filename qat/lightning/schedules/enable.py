@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.utilities import rank_zero_warn
 
 from qat.lightning.base import QuantizationCallback
-from qat.lightning.schedules.when import check_moment, check_reached, reached
+from qat.lightning.schedules.moments import check_moment, check_reached, reached
 
 
 class GradualEnable(QuantizationCallback):

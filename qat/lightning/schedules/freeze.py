@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from qat.layers import original_class
 from qat.lightning.base import QuantizationCallback
-from qat.lightning.schedules.when import check_moment, check_reached, reached
+from qat.lightning.schedules.moments import check_moment, check_reached, reached
 from qat.quantizers.minmax import MinMax
 
 

@@ -28,7 +28,7 @@ from qat.errors import UserError
 from qat.layers.weights import QuantizedWeight, quantized_weights
 from qat.lightning.base import QuantizationCallback, callbacks_of
 from qat.lightning.schedules.anneal import AnnealBits
-from qat.lightning.schedules.when import check_ends, cosine, progress
+from qat.lightning.schedules.moments import check_ends, cosine, progress
 from qat.quantizers import Quantizer
 
 
