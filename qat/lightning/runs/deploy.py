@@ -170,32 +170,32 @@ def verify(
             trained.cfg.export = None
         elif isinstance(written := (trained.cfg.export or {}).get("_target_"), str):
             trained.cfg.export._target_ = moved(written)
-        this = Workspace(trained.cfg, folder)
-        this.module = trained.module
+        run = Workspace(trained.cfg, folder)
+        run.module = trained.module
         if trained.checkpoint.name != TRAINED:
-            this.progress["stages"]["qat"] = {"metric": this.measure()}
+            run.progress["stages"]["qat"] = {"metric": run.measure()}
         if target is not None and file is not None:
-            return _show(this, file, _verdict(this, target, trained, file))
+            return _show(run, file, _verdict(run, target, trained, file))
         passed = True
-        if this.target is not None:
-            verdict = _verdict(this, this.target, trained)
-            this.console.print(report_table(report | {"verify": verdict.to_dict()}))
+        if run.target is not None:
+            verdict = _verdict(run, run.target, trained)
+            run.console.print(report_table(report | {"verify": verdict.to_dict()}))
             passed = verdict.passed
         packed = PackedTarget()
         if packed.refusal(trained.module, trained.plan):
             return passed
-        return _show(this, folder / packed.file, _verdict(this, packed, trained)) and passed
+        return _show(run, folder / packed.file, _verdict(run, packed, trained)) and passed
 
 
-def _verdict(this: Workspace, target: Target, trained: Trained, file: Path | None = None) -> Verdict:
-    return verdict_on(this, target, target.prepared(trained.module, trained.plan), trained.float_model, file)
+def _verdict(run: Workspace, target: Target, trained: Trained, file: Path | None = None) -> Verdict:
+    return verdict_on(run, target, target.prepared(trained.module, trained.plan), trained.float_model, file)
 
 
-def _show(this: Workspace, file: Path, verdict: Verdict) -> bool:
+def _show(run: Workspace, file: Path, verdict: Verdict) -> bool:
     found = outcome({"verify": verdict.to_dict()})
     assert found is not None
     style = "bold green" if found.passed else "bold red"
-    this.console.print(f"{file}: {found.text}", style=style, highlight=False, soft_wrap=True)
+    run.console.print(f"{file}: {found.text}", style=style, highlight=False, soft_wrap=True)
     for failure in found.failures:
-        this.console.print(f"  {failure}", style="red", highlight=False, markup=False, soft_wrap=True)
+        run.console.print(f"  {failure}", style="red", highlight=False, markup=False, soft_wrap=True)
     return verdict.passed

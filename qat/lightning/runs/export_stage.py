@@ -22,43 +22,43 @@ from qat.lightning.steps import example_input
 from qat.run_files import FLOAT_ONNX
 
 
-def export_stage(this: Workspace) -> Verdict | None:
+def export_stage(run: Workspace) -> Verdict | None:
     """Converts, writes the files, verifies and measures them."""
-    with this.stage("exported", "Exported") as values:
-        plan = plan_of(this.module)
+    with run.stage("exported", "Exported") as values:
+        plan = plan_of(run.module)
         if not conversion_refusal(plan, EVERYTHING):
-            save_packed(convert(this.module, plan, EVERYTHING), plan, this.folder)
-            this.progress["packed_bytes"] = (this.folder / WEIGHTS).stat().st_size
-        if this.target is None:
+            save_packed(convert(run.module, plan, EVERYTHING), plan, run.folder)
+            run.progress["packed_bytes"] = (run.folder / WEIGHTS).stat().st_size
+        if run.target is None:
             return None
-        prepared = this.target.prepared(this.module, plan)
-        example, path = _example(this), this.folder / this.target.file
-        this.target.export(prepared, plan, example, path)
+        prepared = run.target.prepared(run.module, plan)
+        example, path = _example(run), run.folder / run.target.file
+        run.target.export(prepared, plan, example, path)
         values["bytes"] = files_bytes(path)
-        verdict = verdict_on(this, this.target, prepared, float_model_of(this.cfg))
+        verdict = verdict_on(run, run.target, prepared, float_model_of(run.cfg))
         values |= {"metric": verdict.facts["metric"], "agreement": verdict.facts["agreement"]}
         if example is not None:
-            runners: dict[str, Runner] = {"exported": this.target.load(path, float_model_of(this.cfg), threads=1)}
-            if (float_file := this.folder / FLOAT_ONNX).is_file():
+            runners: dict[str, Runner] = {"exported": run.target.load(path, float_model_of(run.cfg), threads=1)}
+            if (float_file := run.folder / FLOAT_ONNX).is_file():
                 runners["float"] = OnnxRunner(float_file, threads=1)
             measured = latency_ms(runners, example[:1].numpy())
             values["latency_ms"] = measured["exported"]
-            this.progress["stages"]["float"]["latency_ms"] = measured.get("float")
+            run.progress["stages"]["float"]["latency_ms"] = measured.get("float")
     return verdict
 
 
 def verdict_on(
-    this: Workspace, target: Target, prepared: nn.Module, float_model: nn.Module, file: Path | None = None
+    run: Workspace, target: Target, prepared: nn.Module, float_model: nn.Module, file: Path | None = None
 ) -> Verdict:
     """Verifies a file (by default the target's, in the run's folder) against the module as it is: on the CPU, where
     the runtimes compute, and where sums of codes are exact.
     """
-    stages = this.progress["stages"]
+    stages = run.progress["stages"]
     trained = (stages.get("qat") or stages["ptq"])["metric"]
-    trainer = this.measuring(**ON_THE_CPU)
+    trainer = run.measuring(**ON_THE_CPU)
     return verify_file(
-        file or this.folder / target.file, target, prepared, float_model, trainer, this.module, this.data,
-        this.cfg.metric, trained,
+        file or run.folder / target.file, target, prepared, float_model, trainer, run.module, run.data,
+        run.cfg.metric, trained,
     )  # fmt: skip
 
 
@@ -69,29 +69,29 @@ def float_model_of(cfg: DictConfig) -> pl.LightningModule:
     return model
 
 
-def export_float(this: Workspace) -> int | None:
+def export_float(run: Workspace) -> int | None:
     """Writes the float model as ONNX, to compare size and speed with; returns the file's size in bytes, `None` if
     it has no such form and the target does not ask for one.
     """
-    path, example = this.folder / FLOAT_ONNX, _example(this)
+    path, example = run.folder / FLOAT_ONNX, _example(run)
     if example is None:
         return None
     try:
-        export_onnx(this.module, example, path)
+        export_onnx(run.module, example, path)
     except UserError:
-        if this.target is not None and this.target.graph == "onnx":
+        if run.target is not None and run.target.graph == "onnx":
             raise
         return None
     return files_bytes(path)
 
 
-def _example(this: Workspace) -> Tensor | None:
+def _example(run: Workspace) -> Tensor | None:
     """Example input of forward; `None` if it does not take one tensor and return one, and the target does not ask."""
-    if this.target is not None and this.target.graph is not None:  # `check` has tried it out
-        return example_input(this.module, this.data.train_dataloader)
+    if run.target is not None and run.target.graph is not None:  # `check` has tried it out
+        return example_input(run.module, run.data.train_dataloader)
     try:
-        example = example_input(this.module, this.data.train_dataloader)
-        traceable(this.module, example)
+        example = example_input(run.module, run.data.train_dataloader)
+        traceable(run.module, example)
         return example
     except UserError:
         return None

@@ -19,50 +19,50 @@ from qat.lightning.weights import load_weights, not_finite
 from qat.run_files import FLOAT_CHECKPOINT, FLOAT_WEIGHTS
 
 
-def float_stage(this: Workspace) -> None:
+def float_stage(run: Workspace) -> None:
     """Trains in float, unless a checkpoint was given, and measures the float model.
 
     Raises:
         UserError: if weights or metric are not finite: nothing can be made of them, and no other run may share them.
     """
-    weights = this.folder / FLOAT_WEIGHTS
-    if this.done("float"):
-        load_weights(this.module, weights)
+    weights = run.folder / FLOAT_WEIGHTS
+    if run.done("float"):
+        load_weights(run.module, weights)
         return
-    cache = FloatCache(this.cfg, this.progress["start"], this.main)
-    with this.stage("float", "Float") as values, cache.locked():
-        if (shared := cache.load(this.folder)) is not None:
+    cache = FloatCache(run.cfg, run.progress["start"], run.main)
+    with run.stage("float", "Float") as values, cache.locked():
+        if (shared := cache.load(run.folder)) is not None:
             values |= shared
-            load_weights(this.module, cache.weights)
+            load_weights(run.module, cache.weights)
             return
-        if not this.progress["start"]:
-            _train(this)
-        values["metric"] = this.measure()
+        if not run.progress["start"]:
+            _train(run)
+        values["metric"] = run.measure()
         if not math.isfinite(values["metric"]):
             raise UserError(
-                f"metric={this.cfg.metric}: the float model measures {values['metric']}, though its weights are "
+                f"metric={run.cfg.metric}: the float model measures {values['metric']}, though its weights are "
                 "finite; look for NaN in the test data and for a division by 0 in test_step"
             )
-        if this.main:
-            values["bytes"] = export_float(this)
+        if run.main:
+            values["bytes"] = export_float(run)
             with atomic(weights) as temporary:
-                save_file(_apart(this.module.state_dict()), temporary)
-            cache.save(this.folder, values)
+                save_file(_apart(run.module.state_dict()), temporary)
+            cache.save(run.folder, values)
 
 
-def _train(this: Workspace) -> None:
-    checkpoint = ModelCheckpoint(this.folder / "float", filename="last", enable_version_counter=False)
-    logger = CSVLogger(this.folder, "float", "")
-    file = this.folder / FLOAT_CHECKPOINT
-    last = this.resume_from(file, logger)
-    callbacks = [SeedEpochs(this.cfg.seed), checkpoint]
-    trainer = this.trainer(
-        max_epochs=this.cfg.float_epochs, callbacks=callbacks, logger=logger, enable_checkpointing=True
+def _train(run: Workspace) -> None:
+    checkpoint = ModelCheckpoint(run.folder / "float", filename="last", enable_version_counter=False)
+    logger = CSVLogger(run.folder, "float", "")
+    file = run.folder / FLOAT_CHECKPOINT
+    last = run.resume_from(file, logger)
+    callbacks = [SeedEpochs(run.cfg.seed), checkpoint]
+    trainer = run.trainer(
+        max_epochs=run.cfg.float_epochs, callbacks=callbacks, logger=logger, enable_checkpointing=True
     )
-    trainer.fit(this.float_module, datamodule=this.data, ckpt_path=last, weights_only=True)
-    this.module.load_state_dict(this.float_module.state_dict())
-    if (name := not_finite(this.module)) is not None:
-        if this.main:
+    trainer.fit(run.float_module, datamodule=run.data, ckpt_path=last, weights_only=True)
+    run.module.load_state_dict(run.float_module.state_dict())
+    if (name := not_finite(run.module)) is not None:
+        if run.main:
             file.unlink(missing_ok=True)  # a resumed run trains anew, with what was corrected
         raise UserError(f"float training ended with NaN or infinity in '{name}': NaN in the data, or too high a rate")
 

@@ -55,20 +55,20 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     keep_freed()
     with calm(), ExitStack() as held:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
-        this = Workspace(cfg, run_dir)
-        this.check()
-        if this.main:
+        workspace = Workspace(cfg, run_dir)
+        workspace.check()
+        if workspace.main:
             taken = f"run_dir={run_dir}: a run is going on in this folder, in another process"
             held.enter_context(claimed(run_dir / ".running", taken))
-        this.remember()
+        workspace.remember()
         try:
-            verdict = _stages(this)
-            if not this.main:
+            verdict = _stages(workspace)
+            if not workspace.main:
                 return math.nan
-            report = _report(this, verdict)
-            exported = companions(run_dir / this.target.file) if this.target is not None else []
+            report = _report(workspace, verdict)
+            exported = companions(run_dir / workspace.target.file) if workspace.target is not None else []
             files = [*exported, *(run_dir / name for name in (WEIGHTS, MANIFEST, REPORT, REPORT_PICTURE))]
-            log_results(this.loggers, report, [f for f in files if f.is_file()])
+            log_results(workspace.loggers, report, [f for f in files if f.is_file()])
         finally:
             close_wandb()
     if verdict is not None and not verdict.passed:
@@ -76,33 +76,33 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     return [stage["metric"] for stage in report["stages"].values() if "metric" in stage][-1]
 
 
-def _stages(this: Workspace) -> Verdict | None:
-    float_stage(this)
-    if this.policy.is_off:
+def _stages(run: Workspace) -> Verdict | None:
+    float_stage(run)
+    if run.policy.is_off:
         return None
-    this.console.print(audit_table(this.audit_rows, coverage(this.audit_rows)))
-    this.write_json(AUDIT, to_dict(this.audit_rows))
-    ptq_stage(this)
-    qat_stage(this)
-    audit_trained(this)
-    return export_stage(this) if this.main else None
+    run.console.print(audit_table(run.audit_rows, coverage(run.audit_rows)))
+    run.write_json(AUDIT, to_dict(run.audit_rows))
+    ptq_stage(run)
+    qat_stage(run)
+    audit_trained(run)
+    return export_stage(run) if run.main else None
 
 
-def _report(this: Workspace, verdict: Verdict | None) -> dict[str, Any]:
+def _report(run: Workspace, verdict: Verdict | None) -> dict[str, Any]:
     """Writes and shows the report."""
     report: dict[str, Any] = {
-        "name": this.cfg.name, "metric": this.cfg.metric, "higher_is_better": this.cfg.mode == "max",
-        "version": __version__, **this.progress,
+        "name": run.cfg.name, "metric": run.cfg.metric, "higher_is_better": run.cfg.mode == "max",
+        "version": __version__, **run.progress,
     }  # fmt: skip
-    if not this.policy.is_off:
-        batches = run_steps(this.module, this.data.train_dataloader, STATISTICS_SAMPLES)
-        report["bops"] = bops(this.audit_rows)
-        report["layers"] = layer_rows(this.audit_rows, quantizer_stats(this.module, batches))
-    if this.cfg.quant.get("predicted"):
-        report["predicted"] = OmegaConf.to_container(this.cfg.quant.predicted)
+    if not run.policy.is_off:
+        batches = run_steps(run.module, run.data.train_dataloader, STATISTICS_SAMPLES)
+        report["bops"] = bops(run.audit_rows)
+        report["layers"] = layer_rows(run.audit_rows, quantizer_stats(run.module, batches))
+    if run.cfg.quant.get("predicted"):
+        report["predicted"] = OmegaConf.to_container(run.cfg.quant.predicted)
     if verdict is not None:
         report["verify"] = verdict.to_dict()
-    this.write_json(REPORT, report)
-    save_plot(report, this.folder / REPORT_PICTURE)
-    this.console.print(report_table(report))
+    run.write_json(REPORT, report)
+    save_plot(report, run.folder / REPORT_PICTURE)
+    run.console.print(report_table(report))
     return report

@@ -216,20 +216,20 @@ def search(
     """
     with calm():
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
-        this = SearchRun(cfg, folder, command, overrides, config_dir)
-        if not only_measure and not this.settings.costs:
+        run = SearchRun(cfg, folder, command, overrides, config_dir)
+        if not only_measure and not run.settings.costs:
             raise UserError("say what bits may cost: qat search packed=60kB (or size, avg_bits, bops, latency), "
                             "or search.front=packed")  # fmt: skip
-        this.check()
-        this.space()  # a pattern that matches nothing is found before the float model is trained
-        mean_loss(this.module, BatchLosses(this.data.train_dataloader, samples=1))  # and so is a step without a loss
-        if this.settings.output is not None:
-            make_folder(Path(this.settings.output).parent, "search.output")
-        this.remember()
-        float_stage(this)
-        losses = BatchLosses(this.data.train_dataloader, this.settings.samples)
-        space = this.space()
-        measured = this.sensitivities(space, losses)
+        run.check()
+        run.space()  # a pattern that matches nothing is found before the float model is trained
+        mean_loss(run.module, BatchLosses(run.data.train_dataloader, samples=1))  # and so is a step without a loss
+        if run.settings.output is not None:
+            make_folder(Path(run.settings.output).parent, "search.output")
+        run.remember()
+        float_stage(run)
+        losses = BatchLosses(run.data.train_dataloader, run.settings.samples)
+        space = run.space()
+        measured = run.sensitivities(space, losses)
         if not only_measure:
-            this.choose(space, this.problem(space, measured, losses), losses)
-        this.console.print(f"in {folder}", style="dim", highlight=False, soft_wrap=True)
+            run.choose(space, run.problem(space, measured, losses), losses)
+        run.console.print(f"in {folder}", style="dim", highlight=False, soft_wrap=True)
