@@ -31,7 +31,7 @@ from qat.errors import UserError
 from qat.lightning.base import QuantizationCallback, callbacks_of
 from qat.lightning.callback import QATCallback
 from qat.lightning.module import bare
-from qat.lightning.taps import Call, Taps, answer, fingerprint, named_layers
+from qat.lightning.taps import TappedCall, Taps, answer, fingerprint, named_layers
 from qat.lightning.weights import load_weights
 from qat.starts import Equalize
 
@@ -223,7 +223,7 @@ class Distill(QuantizationCallback):
         teacher.clear()
         return {**output, "loss": loss} if isinstance(output, Mapping) else loss
 
-    def _note_learning(self, name: str, calls: Sequence[Call]) -> None:
+    def _note_learning(self, name: str, calls: Sequence[TappedCall]) -> None:
         """Sees whether gradients reach a module: one that is frozen may be set free later."""
         learns = any(answer(call.output).requires_grad for call in calls)
         self._learns[name] = learns or self._learns.get(name, False)

@@ -12,7 +12,7 @@ from qat.planning.functions import first_tensor
 from qat.policies.patterns import matching
 
 
-class Call(NamedTuple):
+class TappedCall(NamedTuple):
     """One call of a module; `recorded` says whether torch followed it for a backward pass."""
 
     args: tuple[Any, ...]
@@ -42,7 +42,7 @@ class Taps:
                 raise _lacking(root, name, modules)
         self._modules = {name: modules[name] for name in names}
         self.names = list(self._modules)
-        self.calls: dict[str, list[Call]] = {name: [] for name in names}
+        self.calls: dict[str, list[TappedCall]] = {name: [] for name in names}
         # Made once: a compiler takes other functions for another program each time.
         self._hooks = {name: _noting(calls) for name, calls in self.calls.items()}
         self._handles: list[Any] = []
@@ -67,9 +67,9 @@ class Taps:
         self._handles.clear()
 
 
-def _noting(calls: list[Call]) -> Callable[..., None]:
+def _noting(calls: list[TappedCall]) -> Callable[..., None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(Call(args, kwargs, output, torch.is_grad_enabled()))
+        calls.append(TappedCall(args, kwargs, output, torch.is_grad_enabled()))
 
     return hook
 

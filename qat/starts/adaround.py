@@ -37,7 +37,7 @@ from qat.planning.plan import Plan
 from qat.policies.patterns import matching
 from qat.quantizers import Quantizer
 from qat.starts.base import Run, Start, in_float, replay
-from qat.starts.calls import Call, answers_rows, joined, noted
+from qat.starts.calls import ModuleCall, answers_rows, joined, noted
 
 
 class SoftRounding(nn.Module):
@@ -152,7 +152,7 @@ class AdaRound(Start):
             units.setdefault(unit, []).append(name)
         return units
 
-    def _drawn(self, calls: list[Call], rows: bool, generator: torch.Generator) -> Call:
+    def _drawn(self, calls: list[ModuleCall], rows: bool, generator: torch.Generator) -> ModuleCall:
         """The data of one step: samples of the calls if a unit answers `rows`, or else one whole call."""
         call = calls[int(torch.randint(len(calls), (), generator=generator))] if len(calls) > 1 else calls[0]
         if not rows:
@@ -161,7 +161,7 @@ class AdaRound(Start):
         at = torch.randint(count, (min(self.batch_size, count),), generator=generator).to(call[2].device)
         return tree_map_only(Tensor, lambda t: t[at], call)
 
-    def _learn(self, unit: Any, named: dict[str, Any], calls: list[Call], rows: bool) -> None:
+    def _learn(self, unit: Any, named: dict[str, Any], calls: list[ModuleCall], rows: bool) -> None:
         layers = list(named.values())
         quantizers = [layer.weight_quantizer for layer in layers]
         soft = [SoftRounding(q, layer.weight) for q, layer in zip(quantizers, layers, strict=True)]

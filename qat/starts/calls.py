@@ -12,14 +12,14 @@ from qat.layers.twin import ours
 from qat.planning.functions import first_tensor, flat
 from qat.starts.base import Run
 
-Call = tuple[tuple[Any, ...], dict[str, Any], Tensor]
+ModuleCall = tuple[tuple[Any, ...], dict[str, Any], Tensor]
 """A call of a module: its arguments by position and by name, and the first tensor of its answer."""
 
 
-def noted(unit: nn.Module, run: Run) -> list[Call]:
+def noted(unit: nn.Module, run: Run) -> list[ModuleCall]:
     """The calls of a unit, in order. Copies, for others may write over their tensors later."""
     begun: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    calls: list[Call] = []
+    calls: list[ModuleCall] = []
 
     def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         with ours():
@@ -40,7 +40,7 @@ def noted(unit: nn.Module, run: Run) -> list[Call]:
     return calls
 
 
-def joined(calls: list[Call]) -> list[Call]:
+def joined(calls: list[ModuleCall]) -> list[ModuleCall]:
     """One call for all, where each is of one tensor and they differ in length alone."""
     tensors = [[t for t in flat(call) if isinstance(t, Tensor)] for call in calls]
     if len({tuple(t.shape[1:] for t in one) for one in tensors}) > 1:
@@ -51,7 +51,7 @@ def joined(calls: list[Call]) -> list[Call]:
     return [(args, kwargs, torch.cat([y for *_, y in calls]))]
 
 
-def answers_rows(unit: nn.Module, calls: list[Call]) -> bool:
+def answers_rows(unit: nn.Module, calls: list[ModuleCall]) -> bool:
     """Whether a unit is called with one tensor and answers each of its rows by itself, whatever the others are.
 
     That is tried: where the first axis is time, say, what it says about every other row alone is something else.
