@@ -156,13 +156,13 @@ def _check_groups(plan: Plan, recording: Recording, calls: dict[str, list[Call]]
     """Raises before anything is trained if groups of what a layer or a site reads would not come out even."""
     ragged: dict[str, str] = {}
     for name, operand, chain in _chains(plan):
+        known = [s for call in calls[name] if (s := recording.shapes.get(call.operands[operand])) is not None]
         for spec in [plan.activations[label] for label in chain]:
-            axis = spec.group_axis or -1
-            known = [s for call in calls[name] if (s := recording.shapes.get(call.operands[operand])) is not None]
-            for shape in known if spec.group_size else []:
-                if len(shape) < -axis or shape[axis] % spec.group_size:
+            size, axis = spec.group_size, spec.group_axis or -1
+            for shape in known:
+                if size and (len(shape) < -axis or shape[axis] % size):
                     problem = f"does not divide axis {axis} of its input {list(shape)}"
-                    ragged.setdefault(name, f"group_size={spec.group_size} {problem}")
+                    ragged.setdefault(name, f"group_size={size} {problem}")
     if ragged:
         name, problem = next(iter(ragged.items()))
         matched = f"'{name}'" if len(ragged) == 1 else f"[{', '.join(f'{each!r}' for each in ragged)}]"
