@@ -64,6 +64,28 @@ def test_the_page_stands_alone(page):
     assert "scale/fc1" not in points[0]["curves"] and points[0]["folder"] == "points/0"
 
 
+def _embedded(page):
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page.read_text(), re.S)[1])
+
+
+def _diverged(folder):
+    """A sweep whose second point met NaN and infinities: in its log, before training and in its float model."""
+    write_sweep(folder)
+    point = write_point(folder, 4, {"seed": "1"}, metric=0.5, ptq=float("inf"), curve=[0.3, 0.5, float("nan"), 0.4])
+    report = (point / "report.json").read_text()
+    (point / "report.json").write_text(report.replace('"float": {"metric": 0.95', '"float": {"metric": NaN'))
+    return folder
+
+
+def test_a_report_has_gaps_where_a_number_is_not_finite(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["report", str(_diverged(tmp_path))]) == 0
+    assert "float: 0.9500\n" in re.sub(" *\n", "\n", capfd.readouterr().out) and (tmp_path / "report.png").is_file()
+    point = _embedded(tmp_path / "report.html")["points"][4]
+    assert point["curves"]["val/acc"] == [[9, 0.3], [19, 0.5], [29, None], [39, 0.4]]
+    assert point["float"] is None and point["ptq"] is None
+
+
 def test_what_all_points_have_in_common_is_said_once(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     (tmp_path / "sweep.json").write_text(json.dumps({"kind": "grid", "objectives": {"metric": "max"}}))
@@ -132,6 +154,14 @@ def view(browser, page):
 
 def _plot(view, cost: str, number: int):
     return view.locator(f"svg[data-cost={cost}] circle.point[data-number='{number}']")
+
+
+def test_a_curve_is_broken_where_a_number_is_not_finite(browser, tmp_path):
+    assert main(["report", str(_diverged(tmp_path))]) == 0
+    view = browser.new_page()
+    view.goto((tmp_path / "report.html").as_uri())
+    paths = [path.get_attribute("d") for path in view.locator("path.curve").all()]
+    assert [(d.count("M"), d.count("L")) for d in paths] == [*[(1, 1)] * 4, (2, 1)] and "NaN" not in "".join(paths)
 
 
 def test_the_page_shows_each_plot_with_every_finished_point_and_its_references(view):

@@ -178,19 +178,21 @@ function drawHeat() {
 
 function drawCurves() {
   const name = document.getElementById("curve").value;
-  const shown = data.points.filter((p) => p.curves[name]?.length);
+  const finite = (p) => p.curves[name].filter((c) => c[1] !== null); // null: NaN or an infinity
+  const shown = data.points.filter((p) => name in p.curves && finite(p).length);
   const width = 900, svg = element("svg", { viewBox: `0 0 ${width} ${H}` });
   if (shown.length) {
-    const all = shown.flatMap((p) => p.curves[name]);
+    const all = shown.flatMap(finite);
     const x = scale(all.map((c) => c[0]), LEFT, width - RIGHT), y = scale(all.map((c) => c[1]), H - BOTTOM, TOP);
     axes(svg, x, y, "step", width);
     svg.append(element("text", { class: "quiet", x: width - RIGHT, y: H - 4, "text-anchor": "end" }, "step"));
     const last = [...shown].sort((p, q) => chosen.includes(p.number) - chosen.includes(q.number));
     for (const p of last) {
-      const d = p.curves[name].map(([s, v], i) => `${i ? "L" : "M"}${x.at(s)},${y.at(v)}`).join("");
+      const d = p.curves[name].map(([s, v], i, all) =>
+        v === null ? "" : `${i && all[i - 1][1] !== null ? "L" : "M"}${x.at(s)},${y.at(v)}`).join("");
       const text = element("title", {}, `point ${p.number}: ${label(p)}`);
       svg.append(element("path", { class: `curve${mark(p.number)}`, d, onclick: () => choose(p.number) }, text));
-      const [s, v] = p.curves[name].at(-1);
+      const [s, v] = finite(p).at(-1);
       svg.append(element("circle", { class: `point${mark(p.number)}`, cx: x.at(s), cy: y.at(v), r: 3, onclick: () => choose(p.number) }));
     }
   }

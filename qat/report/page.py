@@ -5,7 +5,9 @@ The data is embedded as JSON, the code (`page.js`) and style (`page.css`) beside
 
 import html
 import json
+import math
 import os
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,20 @@ def save_page(sweep: Sweep, path: Path) -> None:
     """Writes the page; it appears complete or not at all."""
     parts = {name: files("qat.report").joinpath(name).read_text() for name in ("page.html", "page.css", "page.js")}
     # "</" would end the script element, wherever it stands.
-    data = json.dumps(page_data(sweep, path.parent), allow_nan=False).replace("</", "<\\/")
+    data = json.dumps(_finite(page_data(sweep, path.parent)), allow_nan=False).replace("</", "<\\/")
     page = parts["page.html"].replace("{{title}}", html.escape(sweep.folder.name))
     page = page.replace("{{style}}", parts["page.css"]).replace("{{code}}", parts["page.js"])
     with atomic(path) as temporary:
         temporary.write_text(page.replace("{{data}}", data))
+
+
+def _finite(content: Any) -> Any:
+    """The content with `null` for every number that JSON does not know: NaN and infinities."""
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def page_data(sweep: Sweep, beside: Path) -> dict[str, Any]:

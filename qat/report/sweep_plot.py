@@ -1,5 +1,6 @@
 """A sweep in one picture: the metric against each cost with the Pareto front, and below it the bits of every layer."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def _scatter(axes: Axes, sweep: Sweep, cost: str, first: bool) -> None:
     better = sweep.objectives.get("metric", "max")
     for result in shown:
         ptq = ((result.report.get("stages") or {}).get("ptq") or {}).get("metric")
-        if ptq is not None:
+        if ptq is not None and math.isfinite(ptq):
             x, y = result.values[cost], result.values["metric"]
             axes.plot([x, x], [ptq, y], color=RULE, linewidth=1, zorder=1)
             axes.scatter([x], [ptq], 14, facecolors="white", edgecolors=MUTED, linewidths=0.9, zorder=2)
@@ -70,9 +71,9 @@ def _scatter(axes: Axes, sweep: Sweep, cost: str, first: bool) -> None:
 
 
 def float_metrics(sweep: Sweep) -> set[float]:
-    """The metrics of the float models that the points started from."""
+    """The metrics of the float models that the points started from, those that are finite."""
     stages = [(r.report.get("stages") or {}).get("float") or {} for r in sweep.results]
-    return {stage["metric"] for stage in stages if "metric" in stage}
+    return {stage["metric"] for stage in stages if "metric" in stage and math.isfinite(stage["metric"])}
 
 
 def layer_names(results: Sequence[Result]) -> list[str]:
