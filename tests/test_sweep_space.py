@@ -17,7 +17,7 @@ from qat.config.instantiate import instantiate
 from qat.errors import UserError
 from qat.sweep import Dominated, GridSweep, Local, OptunaSweep, Slurm
 from qat.sweep.objectives import check, dominates, undominated
-from qat.sweep.point import Outcome, Point, finished, record, run_point
+from qat.sweep.point import Outcome, Point, finished, past, record, run_point
 from qat.sweep.results import by_epoch, curves, read_sweep
 from qat.sweep.space import Interval, from_yaml, grid
 from qat.sweep.task import Task
@@ -248,6 +248,18 @@ def test_a_failed_point_says_its_last_line_and_is_tried_again(point, program):
     assert (point.folder / "runs").read_text() == "run\n" * 2
 
 
+DIVERGED = """echo '{"metric": "test/rel", "stages": {"qat": {"metric": NaN}}}' > "$1/report.json" """
+
+
+def test_a_point_without_a_finite_metric_failed_and_its_report_is_of_the_last_attempt(point, program):
+    program(DIVERGED)
+    assert run_point(point) == Outcome("failed", "test/rel is nan") == past(point.folder)
+    program("exit 3")
+    assert run_point(point).error != "test/rel is nan" and not (point.folder / "report.json").exists()
+    program('echo "{" > "$1/report.json"')
+    assert run_point(point) == Outcome("failed", f"{point.folder / 'report.json'}: is damaged: no JSON")
+
+
 def test_a_point_is_pruned_when_a_file_says_so(point, program):
     program('touch "$1/stop"; exec sleep 60')
     assert run_point(point) == Outcome("pruned") and finished(point.folder)
@@ -335,14 +347,19 @@ def test_two_searches_with_one_storage_have_a_study_each_and_go_on_with_it(tmp_p
     assert said.count("2 points, 0 of them finished") == said.count("2 points, 2 of them finished") == 2
 
 
-def test_a_search_proposes_a_point_that_failed_again(tmp_path, program, console):
-    pytest.importorskip("optuna", reason="needs the extra `sweep`")
-    task = Task((), {"a": ["1"]}, {"metric": "max"}, "acc", "max", 0, tmp_path / "sweep", console)
-    for script in ("exit 1", 'echo "{\\"stages\\": {\\"qat\\": {\\"metric\\": 0.5}}}" > "$1/report.json"'):
+def test_a_search_runs_a_point_that_failed_again_and_grows_by_none(tmp_path, program, console):
+    optuna = pytest.importorskip("optuna", reason="needs the extra `sweep`")
+    task = Task((), {"a": list("123456")}, {"metric": "max"}, "acc", "max", 0, tmp_path / "sweep", console)
+    proposed = []
+    for script in ("exit 1", DIVERGED, 'echo "{\\"stages\\": {\\"qat\\": {\\"metric\\": 0.5}}}" > "$1/report.json"'):
         program(script)
         with task.claimed("optuna"):
-            OptunaSweep({}, n_trials=1).run(task)
-    assert read_sweep(task.folder).results[-1].state == "done"
+            OptunaSweep({}, n_trials=2).run(task)
+        proposed.append([(r.number, r.params) for r in read_sweep(task.folder).results])
+    assert len(proposed[0]) == 2 and proposed[0] == proposed[1] == proposed[2]
+    assert [r.state for r in read_sweep(task.folder).results] == ["done", "done"]
+    trials = optuna.load_study(study_name="sweep", storage=f"sqlite:///{task.folder / 'study.db'}").get_trials()
+    assert [t.state.name for t in trials if "params" in t.user_attrs] == ["COMPLETE", "COMPLETE"]
 
 
 @pytest.mark.parametrize("name", ["plain", "a?b", "a#b", "a b'c"])

@@ -95,20 +95,20 @@ class _Search:
         self.watcher: Watcher
 
     def missing(self) -> int:
-        """Points still to run; those that failed are not counted."""
+        """Points still to run, those that failed among them."""
         states = self.optuna.trial.TrialState
         ended = self.study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED))
         return max(0, self.sweep.n_trials - sum("same_as" not in trial.user_attrs for trial in ended))
 
     def ask(self, count: int) -> Iterator[Point]:
-        """Points to run: first those that a kill interrupted, then proposals of the sampler."""
+        """Points to run: first those that a kill interrupted or that failed, then proposals of the sampler."""
         running = self.study.get_trials(deepcopy=False, states=(self.optuna.trial.TrialState.RUNNING,))
         for trial in running:
-            if "params" in trial.user_attrs and count > 0:
+            if "params" not in trial.user_attrs:
+                self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
+            elif count > 0:
                 count -= 1
                 yield self._start(trial.number, trial.user_attrs["params"])
-            else:
-                self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
         for _ in range(count):
             if (point := self._propose()) is None:
                 self.task.console.print(f"no further points: {REPEATS} proposals in a row were there already")
@@ -149,15 +149,14 @@ class _Search:
         return point
 
     def tell(self, point: Point, outcome: Outcome) -> None:
-        """Records what came of a point."""
+        """Records what came of a point; one that failed stays under way, to be tried again under its number."""
         self.watcher.running.pop(point.number, None)
-        states = self.optuna.trial.TrialState
         if outcome.state == "done":
             values = read_point(point.folder).values
             if all(name in values for name in self.task.objectives):
                 self.study.tell(point.number, [values[name] for name in self.task.objectives])
-                return
-        self.study.tell(point.number, state=states.PRUNED if outcome.state == "pruned" else states.FAIL)
+        elif outcome.state == "pruned":
+            self.study.tell(point.number, state=self.optuna.trial.TrialState.PRUNED)
 
     def judge(self, point: Point) -> bool:
         """The verdict of the pruner on a running point."""

@@ -6,17 +6,19 @@ as when a SLURM job outlives the sweep that submitted it.
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock
 
+from qat.errors import UserError
 from qat.files import atomic, read_object
 from qat.run_files import PROGRESS, REPORT
 
@@ -87,6 +89,7 @@ def run_point(point: Point, watch: Callable[[Path], None] | None = None, threads
             assert outcome is not None
             return outcome
         record(point, None)
+        (point.folder / REPORT).unlink(missing_ok=True)  # of an attempt that failed
         code = _run(point, watch, threads)
         outcome = _outcome(point, code)
         record(point, outcome)
@@ -134,11 +137,29 @@ def _environment(threads: int | None) -> dict[str, str]:
 
 def _outcome(point: Point, code: int) -> Outcome:
     if (point.folder / REPORT).is_file():
-        return Outcome("done")  # status 1 then means that the exported file falls short, which the report says
+        return _reported(point.folder / REPORT)  # status 1 then means that the exported file falls short, as it says
     if (point.folder / STOP).exists():
         return PRUNED
     lines = (point.folder / OUTPUT).read_text(errors="replace").strip().splitlines()
     return Outcome("failed", lines[-1].removeprefix("qat: error: ") if lines else f"ended with status {code}")
+
+
+def _reported(path: Path) -> Outcome:
+    """How a run ended that left a report: one without a number to compare it by failed."""
+    try:
+        report = read_object(path)
+    except UserError as damaged:
+        return Outcome("failed", str(damaged))
+    value = final_metric(report)
+    if value is None or math.isfinite(value):
+        return Outcome("done")
+    return Outcome("failed", f"{report.get('metric', 'metric')} is {value}")
+
+
+def final_metric(report: Mapping[str, Any]) -> float | None:
+    """The metric of the last stage that measured one; it may be NaN or infinite."""
+    metrics = [stage["metric"] for stage in (report.get("stages") or {}).values() if "metric" in stage]
+    return metrics[-1] if metrics else None
 
 
 def record(point: Point, outcome: Outcome | None) -> None:

@@ -15,7 +15,7 @@ from qat.files import read_object
 from qat.measure.cost import average_bits
 from qat.run_files import OVERRIDES, REPORT
 from qat.sweep.objectives import undominated
-from qat.sweep.point import RECORD
+from qat.sweep.point import RECORD, final_metric
 
 DEFINITION, POINTS = "sweep.json", "points"
 PARTS = ("number", "params", "state", "error")
@@ -28,10 +28,9 @@ def measured(report: Mapping[str, Any]) -> dict[str, float]:
     """Every objective (see `qat.sweep.objectives`) that a run's report has."""
     stages = report.get("stages") or {}
     exported = stages.get("exported") or {}
-    metrics = [stage["metric"] for stage in stages.values() if "metric" in stage]
     layers = [layer for layer in report.get("layers") or () if layer.get("weight_bits") and layer["params"]]
     found = {
-        "metric": metrics[-1] if metrics else None,
+        "metric": final_metric(report),
         "size": exported.get("bytes"),
         "packed": report.get("packed_bytes"),
         "bops": report.get("bops"),
