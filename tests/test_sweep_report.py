@@ -9,6 +9,7 @@ import pytest
 from sweeps import write_point, write_sweep
 
 from qat.cli import main
+from qat.report.sweep import sweep_rows
 from qat.sweep.results import read_sweep
 
 
@@ -41,6 +42,16 @@ def test_a_point_whose_metric_is_not_finite_is_named(tmp_path, capfd):
     assert main(["report", str(tmp_path)]) == 0
     said = [line for line in capfd.readouterr().out.splitlines() if line.startswith("point ")]
     assert said == [f"point 1: test/acc is not finite: training diverged ({tmp_path / 'points' / '1'})"]
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_point_whose_metric_is_not_finite_is_below_all_that_have_one(mode, tmp_path):
+    (tmp_path / "sweep.json").write_text(json.dumps({"kind": "grid", "objectives": {"metric": mode}}))
+    for number, value in enumerate((float("nan"), 0.2, -0.1)):
+        write_point(tmp_path, number, {"seed": str(number)}, metric=value)
+    _, rows = sweep_rows(read_sweep(tmp_path))
+    assert [row[0].strip("*") for row in rows] == (["2", "1", "0"] if mode == "min" else ["1", "2", "0"])
+    assert rows[-1][3] == "nan"
 
 
 def test_the_picture_is_a_png_that_grows_with_the_points(sweep, page, tmp_path):

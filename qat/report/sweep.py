@@ -15,6 +15,7 @@ from qat.numbers import NONE, metric
 from qat.report.page import save_page
 from qat.report.sweep_plot import float_metrics, save_sweep_plot
 from qat.run_files import REPORT
+from qat.sweep.point import final_metric
 from qat.sweep.results import Result, Sweep
 
 PAGE, PICTURE = "report.html", "report.png"
@@ -91,7 +92,7 @@ def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     for result in _ordered(sweep):
         label = " ".join(_label({key: value for key, value in result.params.items() if key not in shared}))
         ptq = metric(((result.report.get("stages") or {}).get("ptq") or {}).get("metric"))
-        score = metric(result.values.get("metric")) if result.state == "done" else result.state or "unfinished"
+        score = metric(final_metric(result.report)) if result.state == "done" else result.state or "unfinished"
         score += " NOT VERIFIED" if result.verified is False else ""
         values = result.values if result.state == "done" else {}
         cells = [_cell(cost, values[cost]) if cost in values else NONE for cost in costs]
@@ -115,7 +116,11 @@ def _label(params: Mapping[str, str]) -> list[str]:
 
 def _ordered(sweep: Sweep) -> Sequence[Result]:
     sign = -1 if sweep.objectives.get("metric", "max") == "max" else 1
-    return sorted(sweep.results, key=lambda r: (r.state != "done", sign * r.values.get("metric", 0.0), r.number))
+
+    def place(r: Result) -> tuple[bool, bool, float, int]:
+        return r.state != "done", "metric" not in r.values, sign * r.values.get("metric", 0.0), r.number
+
+    return sorted(sweep.results, key=place)
 
 
 def log_sweep(sweep: Sweep, where: dict[str, Any]) -> None:
