@@ -248,6 +248,27 @@ def test_a_failed_point_says_its_last_line_and_is_tried_again(point, program):
     assert (point.folder / "runs").read_text() == "run\n" * 2
 
 
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        pytest.param("echo 'Epoch 3: 40%'; kill -KILL $$", "killed by SIGKILL (out of memory?)", id="killed"),
+        pytest.param("echo 'qat: error: no'; kill -SEGV $$", "killed by SIGSEGV", id="crashed"),
+        pytest.param("echo 'Epoch 3: 40%'; exit 7", "ended with status 7", id="silent"),
+        pytest.param(
+            """printf 'Traceback (most recent call last):\\n  File "a.py", line 1\\n    f()\\nmy.Broken: too wide\\n'
+            echo 'qat: corrected, it goes on with: qat train'; exit 1""",
+            "my.Broken: too wide",
+            id="exception",
+        ),
+    ],
+)
+def test_a_failed_point_says_what_ended_this_attempt(script, said, point, program):
+    program("echo 'qat: error: seed=1: of an earlier attempt'; exit 2")
+    run_point(point)
+    program(script)
+    assert run_point(point) == Outcome("failed", said)
+
+
 DIVERGED = """echo '{"metric": "test/rel", "stages": {"qat": {"metric": NaN}}}' > "$1/report.json" """
 
 

@@ -8,6 +8,8 @@ as when a SLURM job outlives the sweep that submitted it.
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +27,8 @@ from qat.run_files import PROGRESS, REPORT
 State = Literal["done", "failed", "pruned"]
 RECORD, LOCK, STOP, OUTPUT = "point.json", ".lock", "stop", "output.log"
 POLL_SECONDS = 0.5
+LAST_WORD = re.compile(r"(?m)^(?:qat: error: |Traceback \(most recent call last\):\n(?: .*\n|\n)*)(\S.*)")
+"""What a process says of its end: a mistake of the user, or the line below a traceback."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,9 @@ def run_point(point: Point, watch: Callable[[Path], None] | None = None, threads
             return outcome
         record(point, None)
         (point.folder / REPORT).unlink(missing_ok=True)  # of an attempt that failed
+        said = (point.folder / OUTPUT).stat().st_size if (point.folder / OUTPUT).is_file() else 0
         code = _run(point, watch, threads)
-        outcome = _outcome(point, code)
+        outcome = _outcome(point, code, said)
         record(point, outcome)
         return outcome
 
@@ -135,13 +140,17 @@ def _environment(threads: int | None) -> dict[str, str]:
     return environment
 
 
-def _outcome(point: Point, code: int) -> Outcome:
+def _outcome(point: Point, code: int, said: int) -> Outcome:
+    """How a process ended that began behind the first `said` bytes of output."""
     if (point.folder / REPORT).is_file():
         return _reported(point.folder / REPORT)  # status 1 then means that the exported file falls short, as it says
     if (point.folder / STOP).exists():
         return PRUNED
-    lines = (point.folder / OUTPUT).read_text(errors="replace").strip().splitlines()
-    return Outcome("failed", lines[-1].removeprefix("qat: error: ") if lines else f"ended with status {code}")
+    if code < 0:  # its last line is of anything but this
+        killed = signal.Signals(-code)
+        return Outcome("failed", f"killed by {killed.name}{' (out of memory?)' if killed == signal.SIGKILL else ''}")
+    words = LAST_WORD.findall((point.folder / OUTPUT).read_bytes()[said:].decode(errors="replace"))
+    return Outcome("failed", words[-1] if words else f"ended with status {code}")
 
 
 def _reported(path: Path) -> Outcome:
