@@ -100,6 +100,27 @@ def test_the_traces_of_a_network_are_the_sums_of_its_second_derivatives():
     assert found == pytest.approx(hessian.trace().item(), rel=0.2)
 
 
+class Attending(nn.Module):
+    """Attention, whose float form never calls `out_proj`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attn(x, x, x)[0].mean(1)[:, :5]
+
+
+def test_the_input_of_an_attentions_last_projection_has_a_trace():
+    torch.manual_seed(0)
+    model, x, target = Attending().eval(), torch.randn(6, 4, 8), torch.randn(6, 5)
+    found = traces(model, {"attn.out_proj.input": ["attn.out_proj"]}, _squared(x, target), probes=400)
+    # The output is linear in it: W'W summed over the 5 outputs and 4 tokens, each of which counts for 1/4.
+    weight = model.attn.out_proj.weight[:5]
+    assert found["attn.out_proj.input"] == pytest.approx(weight.square().sum().item() / 4, rel=0.1)
+    assert type(model.attn) is nn.MultiheadAttention
+
+
 def test_small_noise_raises_the_loss_by_what_the_hessian_says(tmp_path):
     torch.manual_seed(0)
     model, x = Quadratic().eval(), torch.randn(256, 6)

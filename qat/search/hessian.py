@@ -11,7 +11,7 @@ For a mean loss over a batch of B samples, its trace times the mean squared erro
 weight: twice the expected increase of the mean loss.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qat.copies import copied
 from qat.errors import UserError
+from qat.insert import apply_plan
+from qat.layers import Composite, mixin_for
+from qat.planning.plan import Plan, PlannedLayer
 
 SEED = 0
 
@@ -48,6 +51,7 @@ def traces(
     model = copied(model)
     weights = {t: w for t, readers in tensors.items() if (w := _weight(model, t, readers)) is not None}
     inputs = {t: readers for t, readers in tensors.items() if t not in weights}
+    _let_call(model, {reader.rpartition(".")[0] for readers in inputs.values() for reader in readers})
     generator = torch.Generator().manual_seed(SEED)
     totals, samples = dict.fromkeys(tensors, 0.0), 0
     for weight in weights.values():
@@ -66,6 +70,18 @@ def traces(
 def _weight(model: nn.Module, tensor: str, readers: list[str]) -> nn.Parameter | None:
     weight = model.get_submodule(readers[0])._parameters.get("weight")
     return weight if tensor.endswith(".weight") else None
+
+
+def _let_call(model: nn.Module, owners: Iterable[str]) -> None:
+    """Lets layers call those of their children whose weights alone they read (`MultiheadAttention`'s `out_proj`), as
+    their twins without grids do: an input that no hook sees would have no trace."""
+    parts: dict[str, PlannedLayer] = {}
+    for owner in owners:
+        layer = model.get_submodule(owner)
+        if (mixin := mixin_for(layer)) is not None and issubclass(mixin, Composite):
+            parts |= {f"{owner}.{part}".lstrip("."): PlannedLayer(None, []) for part in mixin.parts(layer)}
+    if parts:
+        apply_plan(model, Plan(layers=parts))
 
 
 @contextmanager
