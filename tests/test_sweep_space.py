@@ -120,6 +120,12 @@ def test_the_front_holds_what_nobody_beats_ties_included():
         ),
         pytest.param(["-m", "seed=0,1", "+sweep.objectives.sise=min"], "did you mean 'size'", id="objective"),
         pytest.param(
+            ["-m", "seed=0,1", "sweep.objectives.metrik=min"],
+            "did you mean 'sweep.objectives.metric'",
+            id="default-objective",
+        ),
+        pytest.param(["-m", "seed=0,1", "sweep.objectives={sise: min}"], "did you mean 'size'", id="objectives"),
+        pytest.param(
             ["-m", "seed=0,1", "export=none", "+sweep.objectives.size=min"], "no file to measure", id="no-file"
         ),
         pytest.param(["sweep=bits_gird"], "did you mean 'bits_grid'", id="sweep"),
@@ -184,6 +190,15 @@ def test_the_same_command_has_the_same_folder_and_another_has_another(tmp_path, 
         assert main(["train", *argv]) == 0
         at.append(next(line for line in capfd.readouterr().out.splitlines() if line.startswith("at ")))
     assert at[0] == at[1] != at[2]
+
+
+@pytest.mark.parametrize("sweep", ["-m", "sweep=bits_grid"])
+def test_objectives_on_the_command_line_take_the_place_of_the_sweeps(sweep, tmp_path, monkeypatch):
+    tasks = []
+    monkeypatch.setattr(GridSweep, "run", lambda self, task: tasks.append(task))
+    given = ["sweep.objectives={metric: max, latency: min}", "quant.weight.bits=4,8", f"sweep.dir={tmp_path}"]
+    assert main(["train", sweep, *given]) == 0
+    assert tasks[0].objectives == {"metric": "max", "latency": "min"}
 
 
 def test_a_sweep_whose_config_files_were_edited_is_refused_under_the_part_that_changed(tmp_path, monkeypatch, capfd):

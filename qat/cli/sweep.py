@@ -29,6 +29,8 @@ from qat.sweep.space import Interval, Space, from_yaml
 from qat.sweep.task import Task
 
 GROUP = "sweep"
+OBJECTIVES = "sweep.objectives"
+"""A mapping that the command line replaces as a whole: added to those of the sweep, objectives could not be left out."""
 FREE = ("run_dir", "cache_dir", "logger", GROUP)
 """Parts of a config that say where a point runs and what is written of it, not what comes of it."""
 HYDRAS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep", "hydra.mode")
@@ -41,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
         line = _Line(args)
         sweep, task = line.sweep()
     except COMPOSITION_ERRORS as error:
-        raise explain(error, args.overrides, args.config_dir) from error
+        raise explain(error, _whole(args.overrides), args.config_dir) from error
     with task.claimed(sweep.kind):
         sweep.run(task)
     from qat.report.sweep import tell_bad, write_reports  # imports matplotlib
@@ -53,6 +55,12 @@ def main(args: argparse.Namespace) -> int:
 
         log_sweep(swept, line.logger)
     return 1 if tell_bad(swept, task.console) else 0
+
+
+def _whole(overrides: list[str]) -> list[str]:
+    """The command line with the sweep that `-m` alone means."""
+    given = [text for text in overrides if text != f"{GROUP}=[]"]
+    return given if any(key_of(text) == GROUP for text in given) else [f"{GROUP}=grid", *given]
 
 
 class _Line:
@@ -75,7 +83,8 @@ class _Line:
         self.swept: dict[str, Override] = {}
         for text, override in zip(texts, parsed, strict=True):
             if key_of(text).partition(".")[0].partition("/")[0] == GROUP:
-                self.own.append(f"{GROUP}=grid" if text == f"{GROUP}=[]" else text)  # none, but -m: a plain grid
+                whole = [f"~{OBJECTIVES}", f"+{text}"] if text.startswith(f"{OBJECTIVES}=") else [text]
+                self.own += [f"{GROUP}=grid"] if text == f"{GROUP}=[]" else whole  # none, but -m: a plain grid
             elif override.is_sweep_override():
                 self.swept[text.partition("=")[0]] = override
             else:
