@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from rich.console import Console
 from sweeps import write_point, write_sweep
 
 import qat.sweep.point as points
 from qat.cli import main
+from qat.cli.sweep import _values
 from qat.config.configs import composed, configs_dir, finalize_config
 from qat.config.instantiate import instantiate
 from qat.errors import UserError
@@ -70,6 +72,21 @@ def test_an_interval_keeps_its_numbers():
 def test_a_space_that_makes_no_sense_is_refused(params, said):
     with pytest.raises(UserError, match=said):
         from_yaml(params)
+
+
+@pytest.mark.parametrize(
+    ("text", "interval"),
+    [
+        ("interval(2,8)", Interval(2, 8)),
+        ("tag(log, interval(start=1, end=100))", Interval(1, 100, True)),
+        ("interval(2.0,8)", Interval(2.0, 8.0)),
+        ("float(interval(2,8))", Interval(2.0, 8.0)),
+        ("interval(0.01,1)", Interval(0.01, 1.0)),
+    ],
+)
+def test_an_interval_of_the_command_line_is_one_of_whole_numbers_if_its_ends_are(text, interval):
+    found = _values(OverridesParser.create().parse_override(f"a={text}"))
+    assert found == interval and type(found.low) is type(found.high) is type(interval.low)
 
 
 def test_a_grid_has_no_intervals():
@@ -134,6 +151,7 @@ def test_the_front_holds_what_nobody_beats_ties_included():
             ["-m", "quant.weight.bits=4,0"], "quant.weight: bits=0: format=int has", id="bits-of-the-last-point"
         ),
         pytest.param(["-m", "model.lr=interval(0.1,0.2)"], "a grid needs choices", id="interval"),
+        pytest.param(["-m", "quant.weight.bits=interval(2.5,8)"], "a grid needs choices", id="interval-of-bits"),
     ],
 )
 def test_a_mistake_is_one_line_and_writes_nothing(argv, said, capfd, tmp_path, monkeypatch):

@@ -7,7 +7,9 @@ is tried in a composed config before anything runs, so that a mistake in the las
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,11 @@ from qat.sweep.task import Task
 
 GROUP = "sweep"
 OBJECTIVES = "sweep.objectives"
-"""A mapping that the command line replaces as a whole: added to those of the sweep, objectives could not be left out."""
+"""A mapping that the command line replaces as a whole: merged, it could leave out none of the sweep's own."""
 FREE = ("run_dir", "cache_dir", "logger", GROUP)
 """Parts of a config that say where a point runs and what is written of it, not what comes of it."""
+WHOLE = re.compile(r"(?<!float\()interval\(\s*(?:start\s*=\s*)?[+-]?\d+\s*,\s*(?:end\s*=\s*)?[+-]?\d+\s*\)")
+"""An interval whose ends are whole numbers, as then is every number drawn from it."""
 HYDRAS = ("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep", "hydra.mode")
 """Hydra's ways to run a sweep, which know neither resuming nor processes of their own."""
 
@@ -103,20 +107,19 @@ class _Line:
         space = {k: v for k, v in written.items() if key_of(k) not in given and k not in space} | space
         if not space:
             raise UserError("nothing varies: give a key several values (quant.weight.bits=2,4,8), or sweep=bits_grid")
-        config = self._try(space)
         objectives = check(cfg.sweep.objectives, cfg.metric, cfg.mode, exports=bool(cfg.export))
         sweep = instantiate(cfg.sweep)
         folder = Path(sweep.dir or self._folder(cfg, space, objectives)).absolute()
         cache = [] if cfg.cache_dir else [f"cache_dir={quoted(str(folder / 'cache'))}"]
         command = (*self._options(cfg, folder), *self.fixed, *cache, f"~{GROUP}")
         console = Console(highlight=False)
-        task = Task(command, space, objectives, cfg.metric, cfg.mode, cfg.seed, folder, console, config)
+        task = Task(command, space, objectives, cfg.metric, cfg.mode, cfg.seed, folder, console)
         sweep.check(task)
         logs = "CSVLogger" in str((cfg.get("logger") or {}).get("_target_"))
         if not logs and (getattr(sweep, "pruner", None) is not None or getattr(sweep, "keep", None) is not None):
             how = "sweep.keep=null" if hasattr(sweep, "keep") else "sweep.pruner=null"
             raise UserError(f"logger: ending points early reads their csv log: use logger=csv, or {how}")
-        return sweep, task
+        return sweep, replace(task, config=self._try(space))
 
     def _options(self, cfg: DictConfig, folder: Path) -> list[str]:
         """Arguments that every point gets besides its overrides."""
@@ -184,5 +187,8 @@ def _values(override: Override) -> list[str] | Interval:
     value = override.value()
     if isinstance(value, IntervalSweep):
         assert value.start is not None and value.end is not None
-        return Interval(value.start, value.end, "log" in value.tags)
+        low, high = value.start, value.end
+        if WHOLE.search(override.input_line or ""):  # Hydra makes floats of all ends
+            low, high = int(low), int(high)
+        return Interval(low, high, "log" in value.tags)
     return list(dict.fromkeys(override.sweep_string_iterator()))
