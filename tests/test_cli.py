@@ -164,6 +164,10 @@ def test_the_task_sees_the_original_arguments_with_which_lightning_starts_other_
         ),
         pytest.param(["train", "-m", "run_dir=a", "seed=1,2"], "sweep.dir", id="one-run-dir-for-a-sweep"),
         pytest.param(["train", "--cfg", "job", "sed=1"], "did you mean 'seed'?", id="printing-the-config"),
+        pytest.param(["train", "-m", "--cfg", "job", "seed=0,1"], "-m runs, and --cfg shows", id="showing-a-sweep"),
+        pytest.param(
+            ["train", "hydra.mode=MULTIRUN", "seed=0,1", "--info", "defaults"], "--info shows", id="info-of-a-sweep"
+        ),
         pytest.param(["train", "--help", "sed=1"], "did you mean 'seed'?", id="help-with-a-wrong-key"),
         pytest.param(["train", "--config-dir", "nowhere"], "nowhere", id="config-dir"),
         pytest.param(["verify", "nowhere"], "nowhere is not a directory", id="verify"),

@@ -139,7 +139,10 @@ def _sweeping(args: argparse.Namespace) -> bool:
     """Whether the command line asks for a sweep, and not only to be shown something."""
     shows = args.help or args.hydra_help or args.cfg or args.info or args.shell_completion
     chosen = any(text.startswith(("sweep=", "sweep/")) and text != "sweep=[]" for text in args.overrides)
-    return not shows and (args.multirun or chosen or "hydra.mode=MULTIRUN" in args.overrides)
+    many = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
+    if many and (args.cfg or args.info):
+        raise UserError(f"-m runs, and {'--cfg' if args.cfg else '--info'} shows: leave one of them out")
+    return not shows and (many or chosen)
 
 
 def _run_before(overrides: list[str]) -> Path | None:
