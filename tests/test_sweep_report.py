@@ -107,6 +107,31 @@ def test_what_all_points_have_in_common_is_said_once(tmp_path, capfd, monkeypatc
     assert said.count("model=mine") == 1 and all(f"seed={number}" in said for number in range(3))
 
 
+def test_a_point_is_labelled_by_what_sets_it_apart_as_short_as_tells_keys_apart(tmp_path):
+    for number, bits in enumerate("248"):
+        varied = {"quant.weight.bits": bits, "quant.act.bits": "8" if number else "4", "model.lr": f"0.{bits}"}
+        folder = write_point(tmp_path, number, {}, metric=0.5)
+        overrides = [f"{k}={v}" for k, v in {"experiment": "reg", **varied, "float_epochs": "1"}.items()]
+        (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+    labels = read_sweep(tmp_path).labels
+    assert labels[0] == "weight.bits=2 act.bits=4 lr=0.2" and labels[2] == "weight.bits=8 act.bits=8 lr=0.8"
+    assert main(["report", str(tmp_path)]) == 0
+    page = _embedded(tmp_path / "report.html")
+    assert [p["label"] for p in page["points"]] == list(labels.values()) and page["exported"]
+
+
+def test_a_result_is_called_exported_only_where_a_file_was(tmp_path, monkeypatch):
+    path = write_point(tmp_path, 0, {}, metric=0.5) / "report.json"
+    report = json.loads(path.read_text())
+    del report["stages"]["exported"]
+    path.write_text(json.dumps(report))
+    legends = []
+    monkeypatch.setattr("qat.report.sweep_plot.save", lambda figure, path: legends.append(figure.axes[0].get_legend()))
+    assert main(["report", str(tmp_path)]) == 0
+    assert [text.get_text() for text in legends[0].get_texts()] == ["result", "PTQ", "front", "float"]
+    assert not _embedded(tmp_path / "report.html")["exported"]
+
+
 def test_runs_of_several_metrics_have_a_table_a_page_and_a_front_for_each(tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     measured = [("test/acc", True, 0.8), ("test/loss", False, 0.3), ("test/acc", True, 0.7), ("test/loss", False, 0.2)]

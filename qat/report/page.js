@@ -163,7 +163,7 @@ function heat(key, title, shown, names) {
   const rows = shown.map((p) => {
     const bits = Object.fromEntries(p.layers.map((l) => [l.name, l[key]]));
     return element("tr", { class: mark(p.number).trim(), onclick: () => choose(p.number) },
-      element("td", { class: "name" }, `${p.number}  ${Object.values(p.params).join(" ")}`), ...names.map((n) => cell(bits[n])));
+      element("td", { class: "name" }, `${p.number}  ${p.label}`), ...names.map((n) => cell(bits[n])));
   });
   const head = element("tr", {}, element("th", {}, title), ...names.map((n) => element("th", { class: "layer" }, n || "(model)")));
   return element("table", { class: "heat" }, element("thead", {}, head), element("tbody", {}, ...rows));
@@ -220,5 +220,5 @@ const over = Object.entries(data.objectives).map(([k, v]) => `${k} ${v}`).join("
 document.getElementById("summary").textContent =
   `${done.length} of ${data.points.length} points finished; ${data.front.length} on the Pareto front (${over})`;
 document.getElementById("legend").textContent =
-  "Filled: exported; orange: on the front over all objectives; hollow: calibrated only (PTQ); dashed: float.";
+  `Filled: ${data.exported ? "exported" : "result"}; orange: on the front over all objectives; hollow: calibrated only (PTQ); dashed: float.`;
 draw();

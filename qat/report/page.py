@@ -48,13 +48,15 @@ def _finite(content: Any) -> Any:
 
 def page_data(sweep: Sweep, beside: Path) -> dict[str, Any]:
     """All that the page shows, as plain containers; links to runs are relative to the folder `beside`."""
+    labels = sweep.labels
     return {
         "name": sweep.folder.name,
         "metric": sweep.metric,
         "objectives": sweep.objectives,
         "meanings": OBJECTIVES,
         "front": [result.number for result in sweep.front()],
-        "points": [_point(result, beside) for result in sweep.results],
+        "exported": sweep.exported,
+        "points": [_point(result, beside) | {"label": labels[result.number]} for result in sweep.results],
     }
 
 

@@ -69,7 +69,7 @@ def sweep_table(sweep: Sweep) -> Table:
     headers, rows = sweep_rows(sweep)
     over = ", ".join(f"{name} {direction}" for name, direction in sweep.objectives.items())
     floats = ", ".join(map(metric, sorted(float_metrics(sweep))))
-    title = " ".join([sweep.folder.name, *_label(_shared(sweep))])
+    title = " ".join([sweep.folder.name, *_label(sweep.shared)])
     table = Table(
         box=box.SIMPLE_HEAD, title=escape(title), title_justify="left", title_style="bold",
         caption=f"* on the Pareto front ({over}); float: {floats or NONE}", caption_justify="left",
@@ -86,7 +86,7 @@ def sweep_table(sweep: Sweep) -> Table:
 def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the table as plain text; the costs are those that are objectives, and the usual ones."""
     costs = [cost for cost in HEADERS if cost != "size" or cost in sweep.objectives]
-    shared = _shared(sweep)
+    shared = sweep.shared
     front = {result.number for result in sweep.front()}
     rows = []
     for result in _ordered(sweep):
@@ -102,12 +102,6 @@ def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
 
 def _cell(cost: str, value: float) -> str:
     return f"{value:.2f}" if cost == "avg_bits" else COSTS[cost].shown(value)  # without the unit, which is its header
-
-
-def _shared(sweep: Sweep) -> dict[str, str]:
-    """The parameters that all points have in common; none of a single one."""
-    first, *others = [r.params for r in sweep.results if r.error is None] or [{}]
-    return {key: value for key, value in first.items() if others and all(o.get(key) == value for o in others)}
 
 
 def _label(params: Mapping[str, str]) -> list[str]:

@@ -1,7 +1,7 @@
 """A sweep in one picture: the metric against each cost with the Pareto front, and below it the bits of every layer."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,8 @@ PANEL, TOP, GAP = 3.4, 0.9, 0.5
 """Heights in inches: of a plot, and of the room above and between."""
 AXES = {"packed": "packed weights", "bops": "BOPs", "latency": "CPU p50 (ms)"}
 COLORS = "YlGnBu"
+LONGEST = 36
+"""Letters of a row's label."""
 
 
 def save_sweep_plot(sweep: Sweep, path: Path) -> None:
@@ -32,7 +34,7 @@ def save_sweep_plot(sweep: Sweep, path: Path) -> None:
         place = (0.07 + i * 0.32, 1 - (TOP + PANEL) / height, 0.26, PANEL / height)
         _scatter(figure.add_axes(place), sweep, cost, first=i == 0)
     if done:
-        _heat_maps(figure, done)
+        _heat_maps(figure, done, sweep.labels)
     save(figure, path)
 
 
@@ -60,10 +62,11 @@ def _scatter(axes: Axes, sweep: Sweep, cost: str, first: bool) -> None:
     axes.tick_params(length=0, colors=INK, labelsize=8)
     axes.spines[:].set_visible(False)
     if first:
+        kind = "exported" if sweep.exported else "result"
         handles = [
             axes.plot([], [], style, color=color, markerfacecolor=face, markersize=5, label=label)[0]
             for style, color, face, label in (
-                ("o", WEIGHT, WEIGHT, "exported"), ("o", MUTED, "white", "PTQ"), ("-", ACT, ACT, "front"),
+                ("o", WEIGHT, WEIGHT, kind), ("o", MUTED, "white", "PTQ"), ("-", ACT, ACT, "front"),
                 ("--", MUTED, MUTED, "float"),
             )
         ]  # fmt: skip
@@ -82,11 +85,12 @@ def layer_names(results: Sequence[Result]) -> list[str]:
     return list(dict.fromkeys(layer["name"] for layer in layers if layer["weight_bits"] or layer["act_bits"]))
 
 
-def _heat_maps(figure: Figure, done: Sequence[Result]) -> None:
+def _heat_maps(figure: Figure, done: Sequence[Result], said: Mapping[int, str]) -> None:
     """Bits of weights and of inputs: a row for each point, the largest first; a column for each layer."""
     names, height = layer_names(done), figure.get_figheight()
-    labels = [f"{r.number}  " + " ".join(r.params.values()) for r in done]
-    left = 0.3 + LETTER * min(24, max(map(len, labels)))
+    labels = [f"{r.number}  {said[r.number]}" for r in done]
+    labels = [text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…" for text in labels]
+    left = 0.3 + LETTER * max(map(len, labels))
     wide = (WIDTH - left - 0.9) / 2
     tall = LINE * len(done)
     for i, (key, title) in enumerate((("weight_bits", "bits of weights"), ("act_bits", "bits of inputs"))):
@@ -102,6 +106,6 @@ def _heat_maps(figure: Figure, done: Sequence[Result]) -> None:
         axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
         shown = [name if len(name) < 16 else f"…{name[-14:]}" for name in names]
         axes.set_xticks(range(len(names)), shown, rotation=60, ha="right", fontsize=6.5, parse_math=False)
-        axes.set_yticks(range(len(done)), [t[:24] for t in labels] if i == 0 else [], fontsize=7.5, parse_math=False)
+        axes.set_yticks(range(len(done)), labels if i == 0 else [], fontsize=7.5, parse_math=False)
         axes.tick_params(length=0, colors=INK)
         axes.spines[:].set_visible(False)

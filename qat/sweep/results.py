@@ -5,7 +5,8 @@ A point whose files are damaged is one that failed, with the file named as its e
 
 import csv
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,38 @@ class Sweep:
         """The points that have every objective."""
         return [r for r in self.results if r.state == "done" and set(self.objectives) <= set(r.values)]
 
+    @property
+    def exported(self) -> bool:
+        """Whether the metrics are those of exported files, and not, without an export, of the models in training."""
+        return any("exported" in (r.report.get("stages") or {}) for r in self.results)
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """The parameters that all points have in common; none of a single one."""
+        first, *others = [r.params for r in self.results if r.error is None] or [{}]
+        return {key: value for key, value in first.items() if others and all(o.get(key) == value for o in others)}
+
+    @property
+    def labels(self) -> dict[int, str]:
+        """In what each point differs, as short as tells keys apart: `weight.bits=2 lr=0.1`."""
+        shared = self.shared
+        own = {r.number: {k: v for k, v in r.params.items() if k not in shared} for r in self.results}
+        names = _short({key for params in own.values() for key in params})
+        return {n: " ".join(f"{names[key]}={value}" for key, value in params.items()) for n, params in own.items()}
+
     def front(self, objectives: dict[str, str] | None = None) -> list[Result]:
         """The points that no other beats, over all objectives or those given."""
         chosen = objectives or self.objectives
         done = [r for r in self.done if set(chosen) <= set(r.values)]
         values = [[r.values[name] for name in chosen] for r in done]
         return [done[i] for i in undominated(values, list(chosen.values()))]
+
+
+def _short(keys: Collection[str]) -> dict[str, str]:
+    """Each key's shortest end that is an end of no other key; the key itself if all of it is."""
+    ends = {key: [key.split(".", n)[-1] for n in range(key.count("."), -1, -1)] for key in keys}
+    taken = Counter(end for each in ends.values() for end in each)
+    return {key: next((end for end in each if taken[end] == 1), key) for key, each in ends.items()}
 
 
 def read_sweep(folder: Path) -> Sweep:
