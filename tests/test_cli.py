@@ -449,6 +449,15 @@ def test_help_without_a_command_names_the_commands(capfd):
     assert "train" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "said"), [("bench", "files and settings"), ("report", "a folder of `qat train -m`, or one of runs")]
+)
+def test_help_says_what_a_command_takes(command, said, capfd):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert said in " ".join(capfd.readouterr().out.split())
+
+
 def test_version_is_the_packages(capfd):
     assert main(["--version"]) == 0
     assert capfd.readouterr().out == f"qat {qat.__version__}\n"

@@ -78,6 +78,9 @@ def test_the_verdict_is_one_line_and_failures_are_listed():
     lacking = " ".join(rendered(report_table(report)).split())
     assert "15 of 22 layers run on integers (7 without an integer kernel: nothing quantizes the output)" in lacking
     report = copy.deepcopy(REPORT)
+    report["verify"] |= {"integer_nodes": 0, "expected_integer_nodes": 0}
+    assert "0 of 0" not in " ".join(rendered(report_table(report)).split()), "of a file that runs elsewhere"
+    report = copy.deepcopy(REPORT)
     report["verify"] |= {"passed": False, "integer_nodes": 20}
     report["verify"]["checks"].append({"name": "integer nodes", "passed": False, "detail": "conv1 runs in float"})
     failed = rendered(report_table(report))

@@ -336,6 +336,12 @@ def test_points_that_share_a_machine_share_its_cores(point, program, tmp_path, m
     assert (point.folder / "threads").read_text() == "4\n"
 
 
+def test_a_sweep_of_one_point_says_so(task, program, console):
+    program('echo "{}" > "$1/report.json"')
+    GridSweep({}).run(replace(task, space={"seed": ["1"]}))
+    assert console.file.getvalue().startswith("1 point, 0 of them finished")
+
+
 def test_a_grid_runs_what_is_not_finished(task, program, console):
     program('echo "{}" > "$1/report.json"')
     task.point(1, {}).folder.mkdir(parents=True)

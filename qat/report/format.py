@@ -52,8 +52,8 @@ def verdict(report: Mapping[str, Any]) -> VerdictInWords | None:
         facts.append(f"{agreement:.2%} of {what}")
     if (steps := verify.get("max_deviation_steps")) is not None:
         facts.append(f"outputs within {steps:.3g} step{'' if steps == 1 else 's'}")
-    if (nodes := verify.get("integer_nodes")) is not None:
-        expected = verify.get("expected_integer_nodes")
+    nodes, expected = verify.get("integer_nodes"), verify.get("expected_integer_nodes")
+    if nodes is not None and (nodes or expected != 0):  # of a file that runs elsewhere, none is counted
         of, why = "" if expected is None else f" of {expected}", verify.get("no_integer_kernel")
         lacking = f" ({expected - nodes} without an integer kernel: {why})" if expected and why else ""
         facts.append(f"{nodes}{of} layers run on integers{lacking}")

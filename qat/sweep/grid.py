@@ -38,7 +38,7 @@ class GridSweep:
         """Runs what is not finished yet."""
         points = grid_points(task)
         todo = [point for point in points if not finished(point.folder)]
-        task.console.print(f"{len(points)} points, {len(points) - len(todo)} of them finished: {task.folder}")
+        task.announce(len(points), f", {len(points) - len(todo)} of them finished")
         for left, (point, outcome) in zip(
             range(len(todo) - 1, -1, -1), self.launcher.run(todo, task.folder), strict=True
         ):

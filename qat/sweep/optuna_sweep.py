@@ -70,7 +70,7 @@ class OptunaSweep:
         """Completes the search up to `n_trials` points."""
         search = _Search(self, task)
         left = search.missing()
-        task.console.print(f"{self.n_trials} points, {self.n_trials - left} of them finished: {task.folder}")
+        task.announce(self.n_trials, f", {self.n_trials - left} of them finished")
         with Watcher(search.judge) as search.watcher:
             for point, outcome in self.launcher.run(search.ask(left), task.folder):
                 search.tell(point, outcome)

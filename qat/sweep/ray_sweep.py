@@ -62,7 +62,7 @@ class RaySweep:
         """Runs what is not finished yet; finished points take part in the ranking with their logs."""
         ray = _ray()
         points = grid_points(task)
-        task.console.print(f"{len(points)} points under Ray: {task.folder}")
+        task.announce(len(points), " under Ray")
         own = {"include_dashboard": False} if self.address is None else {}  # settings that only a new cluster takes
         ray.init(address=self.address, log_to_driver=False, ignore_reinit_error=True, **own)
         try:

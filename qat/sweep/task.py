@@ -92,6 +92,10 @@ class Task:
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(mine, indent=1))
 
+    def announce(self, points: int, more: str) -> None:
+        """One line before the first point."""
+        self.console.print(f"{points} point{'' if points == 1 else 's'}{more}: {self.folder}")
+
     def tell(self, point: Point, outcome: Outcome, left: int) -> None:
         """One line for each point that ended."""
         values = read_point(point.folder).values
