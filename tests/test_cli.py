@@ -1,7 +1,9 @@
 """The command line: a mistake is one line with the nearest right thing, costs no torch import, and leaves no file."""
 
 import logging
+import os
 import shlex
+import shutil
 import subprocess
 import sys
 import types
@@ -456,6 +458,33 @@ def test_help_says_what_a_command_takes(command, said, capfd):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
     assert said in " ".join(capfd.readouterr().out.split())
+
+
+COMPLETE = """qat() { "$PYTHON" -c 'import sys; from qat.cli import main; sys.exit(main())' "$@"; }
+eval "$(qat train --shell-completion install=bash)"
+COMP_LINE="$1"; COMP_POINT=${#1}; COMP_WORDBREAKS="$2"; _qat; echo "${COMPREPLY[*]}" """
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash on this machine")
+@pytest.mark.parametrize(
+    ("line", "breaks", "choices"),
+    [
+        pytest.param("qat se", "=", "sensitivity search", id="command"),
+        pytest.param("qat train quant=w8", " ", "quant=w8a8", id="option"),
+        pytest.param("qat search packed=60kB quant=w8", "=", "w8a8", id="option-behind-the-equals-sign"),
+        pytest.param("qat train -m seed=0,1 trainer.max_ep", "=", "trainer.max_epochs=", id="key"),
+        pytest.param("qat report lo", "=", "", id="file"),
+    ],
+)
+def test_bash_completes_commands_options_and_keys(line, breaks, choices):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    argv = ["bash", "-c", COMPLETE, "bash", line, breaks]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == choices.split() and not done.stderr
+
+
+def test_completion_of_another_shell_is_refused_in_one_line(capfd):
+    assert "there is one for bash" in _error(capfd, "train", "--shell-completion", "install=zsh")
 
 
 def test_version_is_the_packages(capfd):

@@ -1,8 +1,8 @@
 """`qat train [key=value ...]`: composes the config, and hands it to `qat.lightning.runs.run.run`.
 
-Hydra does what it is good at (composition, run directories, `--cfg`, shell completion). Around it: mistakes
-are one line with the nearest right thing, and leave nothing on the disk. Torch and Lightning are imported by the
-task, after composition succeeded.
+Hydra does what it is good at (composition, run directories, `--cfg`, the words that complete another). Around it:
+mistakes are one line with the nearest right thing, and leave nothing on the disk. Torch and Lightning are imported by
+the task, after composition succeeded.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat.cli import interrupted
 from qat.cli.arguments import complaint
+from qat.cli.completion import completion
 from qat.cli.output import NoteNewDirs, discard, discard_all
 from qat.config.configs import configs_dir, finalize_config, group_overrides, key_of
 from qat.config.explain import COMPOSITION_ERRORS, explain
@@ -90,6 +91,9 @@ def main(argv: list[str]) -> int:
     """Runs the command; every mistake in `argv` or in the config is a `UserError`, and leaves nothing written."""
     task = _Task(sys.argv)
     args = parse(argv)
+    if args.shell_completion and args.overrides != ["query=bash"]:
+        print(completion(args.overrides))
+        return 0
     options = argv.copy()
     for text in args.overrides:
         options.remove(text)
