@@ -366,6 +366,19 @@ def test_only_a_point_that_costs_no_more_ends_another(tmp_path):
     assert not Dominated(margin=0.1, after_epochs=2).judge(bad, [cheap], "val/acc", "max")
 
 
+def test_a_point_that_diverged_is_worse_than_any_and_a_damaged_audit_ends_none(tmp_path):
+    nan = write_point(tmp_path, 0, {}, state=None, bops=1000, curve=[float("nan")])
+    good = write_point(tmp_path, 1, {}, bops=500, curve=[0.1], metric=0.1)
+    damaged = write_point(tmp_path, 2, {}, bops=1, curve=[0.9], metric=0.9)
+    (damaged / "audit.json").write_text("{")
+    for mode in ("min", "max"):
+        assert Dominated().judge(nan, [damaged, good], "val/acc", mode)
+        assert not Dominated().judge(nan, [nan, damaged], "val/acc", mode)
+        assert not Dominated().judge(good, [nan], "val/acc", mode) and not Dominated().judge(
+            damaged, [], "val/acc", mode
+        )
+
+
 BAD = """printf '{"bops": 1000, "rows": [{"params": 100, "weight_bits": 8}]}' > "$1/audit.json"; mkdir "$1/csv"
 printf 'epoch,val/acc,step\\n0,0.2,9\\n' > "$1/csv/metrics.csv"; exec sleep 60"""
 

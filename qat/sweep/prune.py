@@ -5,6 +5,7 @@ small model looks bad. `Dominated` asks what the front asks: at the same epoch, 
 better? Costs are known before training (bits and MACs are), in `audit.json`.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Event, Thread
@@ -38,20 +39,24 @@ class Dominated:
         if not mine or cost is None or (epoch := max(mine)) + 1 < self.after_epochs:
             return False
         sign = 1 if mode == "max" else -1
+        value = -sign * math.inf if math.isnan(mine[epoch]) else mine[epoch]
         for other in others:
             theirs, price = by_epoch(other, monitor), _cost(other)
             cheaper = price is not None and all(p <= c for p, c in zip(price, cost, strict=True))
-            if cheaper and epoch in theirs and sign * (theirs[epoch] - mine[epoch]) > self.margin:
+            if cheaper and epoch in theirs and sign * (theirs[epoch] - value) > self.margin:
                 return True
         return False
 
 
 def _cost(folder: Path) -> tuple[float, float] | None:
-    """Bit operations and bits of weights, known once the policy was applied."""
+    """Bit operations and bits of weights, known once the policy was applied; `None` if they cannot be read."""
     path = folder / AUDIT
     if not path.is_file():
         return None
-    audit = read_object(path, "bops", "rows")
+    try:
+        audit = read_object(path, "bops", "rows")
+    except UserError:  # it would end the judging of all points
+        return None
     return audit["bops"], sum(row["params"] * (row["weight_bits"] or 32) for row in audit["rows"])
 
 
