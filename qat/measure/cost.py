@@ -49,7 +49,8 @@ class CostKind:
         match = re.fullmatch(r"\s*([+-]?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(value))
         if isinstance(value, bool) or match is None or match[2].lower() not in self.units:
             accepted = ", ".join(repr(unit) for unit in self.units if unit)
-            raise UserError(f"{self.name}={value}: must be a number{f' and one of {accepted}' if accepted else ''}")
+            plain = f", plain or with one of {accepted} behind it" if accepted else ""
+            raise UserError(f"{self.name}={value}: must be a number{plain}")
         number = float(match[1]) * self.units[match[2].lower()]
         if number <= 0:
             raise UserError(f"{self.name}={value}: must be above zero")
