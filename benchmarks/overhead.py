@@ -3,11 +3,10 @@
     python benchmarks/overhead.py [--peers] [--layers 1000]
 
 Calls and modules are those that quantization adds to a Linear, in training mode, of 8 rows and then by their number.
-Evaluation is that of the model as
-prepared for training, at batch 1, in processor time against float: four Linear(1024, 1024) on one row, where weights
-are all the work, and two networks. Insertion puts quantizers into a model of `--layers` Linears, calibration on one
-batch makes it ready to train; peers do both at once. Import is what the parts used here add to torch's own, median of
-three fresh processes.
+Evaluation is that of the model as prepared for training, at batch 1, in processor time against float: four
+Linear(1024, 1024) on one row, where weights are all the work, and two networks. Insertion puts quantizers into a model
+of `--layers` Linears, calibration on one batch makes it ready to train; peers do both at once. Import is what the parts
+used here add to torch's own, median of three fresh processes.
 """
 
 import argparse

@@ -109,7 +109,10 @@ def convert(model: nn.Module, plan: Plan, holds: Holds = INTEGERS) -> nn.Module:
     parameters = convert_sites(modules, plan, shared)
     for name in plan.layers:
         module = modules[name]
-        assert isinstance(module, QuantizedLayer)
+        if not isinstance(module, QuantizedLayer):
+            raise UserError(
+                f"'{name}' has no quantizers any more; qat.remove(model) before the whole model is quantized anew"
+            )
         quantizer = module.weight_quantizer
         if quantizer is not None and quantizer.enabled:
             norm = modules[plan.batch_norms[name]] if name in plan.batch_norms else None

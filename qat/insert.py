@@ -78,7 +78,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         UserError: if the model has quantizers already, or lacks a module that the plan names.
     """
     if any(isinstance(m, Quantizer) for m in model.modules()):
-        raise UserError(f"{type(model).__name__} holds quantizers already; qat.remove(model) takes them out")
+        raise UserError(f"{original_class(model).__name__} holds quantizers already; qat.remove(model) takes them out")
     check_shapes_known(model)
     modules = dict(model.named_modules())
     parts = _parts(plan, modules)

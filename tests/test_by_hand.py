@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from small_models import POLICY, Drawn, Shape, lived
 from torch import Tensor, nn
 
@@ -62,6 +63,20 @@ def test_an_example_is_whatever_the_model_takes(example):
     other = copy.deepcopy(model)
     assert qat.quantize(model, POLICY, example(model, x)) == qat.quantize(other, POLICY, x)
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_program_keeps_its_own_hydra_while_a_preset_is_read(tmp_path):
+    (tmp_path / "own.yaml").write_text("mine: 1")
+    with initialize_config_dir(str(tmp_path), version_base=None):
+        preset("w4a4")
+        assert compose("own").mine == 1
+
+
+def test_a_part_that_is_float_again_is_named_when_the_whole_is_converted():
+    model = quantized()
+    qat.remove(model.body)
+    with pytest.raises(UserError, match=r"'body' has no quantizers any more; qat\.remove\(model\) before"):
+        qat.to_integers(model)
 
 
 def test_a_preset_is_what_the_command_line_knows_by_its_name():

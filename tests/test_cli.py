@@ -380,7 +380,7 @@ def test_the_printed_command_goes_on_with_what_the_run_was_given(folder, runs, m
 def test_a_run_whose_overrides_call_the_engine_target_as_older_ones_do_is_resumed(runs):
     assert main(["train", "run_dir=here", "quant.engine=ort"]) == 0
     written_then = Path("here/.hydra/overrides.yaml")
-    written_then.write_text(written_then.read_text().replace("quant.engine=", "quant.target="))
+    written_then.write_text(written_then.read_text().replace("quant.engine=", "++quant.target="))
     assert main(["train", "ckpt=last", "run_dir=here"]) == 0
     assert [cfg.quant.engine for cfg, _ in runs] == ["ort", "ort"]
 

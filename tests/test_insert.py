@@ -567,7 +567,7 @@ def test_inserting_twice_is_an_error():
     model = nn.Sequential(nn.Linear(8, 8))
     plan = planned(model, torch.randn(4, 8))
     apply_plan(model, plan)
-    with pytest.raises(UserError, match=r"Sequential holds quantizers already; qat\.remove\(model\) takes them out"):
+    with pytest.raises(UserError, match=r"^Sequential holds quantizers already; qat\.remove\(model\) takes them out"):
         apply_plan(model, plan)
     qat.remove(model)
     apply_plan(model, plan)

@@ -645,6 +645,17 @@ def test_a_float_model_of_nan_is_neither_done_nor_shared(part, said, kept, own_p
     assert list(Path("cache").glob("*/values.json"))
 
 
+def test_training_that_ends_in_nan_is_not_done_and_begins_anew_once_corrected(finished, own_parts, capfd):
+    start = ["model._target_=own_parts_of_run.Holed", f"ckpt={finished / 'float.safetensors'}", "export=none"]
+    Path("nan-in-training").touch()
+    assert _train(Path("run"), *start, "callbacks.quantizers=null") == 2
+    assert "qat: error: training ended with NaN or infinity in 'fc1.weight': NaN in the" in capfd.readouterr().err
+    assert list(json.loads(Path("run/progress.json").read_text())["stages"]) == ["float", "ptq"]
+    Path("nan-in-training").unlink()
+    assert main(["train", "ckpt=last", "run_dir=run"]) == 0
+    assert _report(Path("run"))["stages"]["qat"]["metric"] > 0.2
+
+
 def test_ptq_alone_is_a_run_without_a_stage_of_training(tmp_path, capfd):
     run_dir = tmp_path / "run"
     assert _train(run_dir, "trainer.max_epochs=0", "export=packed", "callbacks=anneal") == 0

@@ -286,7 +286,7 @@ def test_a_failed_point_says_its_last_line_and_is_tried_again(point, program):
     [
         pytest.param("echo 'Epoch 3: 40%'; kill -KILL $$", "killed by SIGKILL (out of memory?)", id="killed"),
         pytest.param("echo 'qat: error: no'; kill -SEGV $$", "killed by SIGSEGV", id="crashed"),
-        pytest.param("echo 'Epoch 3: 40%'; exit 7", "ended with status 7", id="silent"),
+        pytest.param("echo 'Epoch 3: 40%'; exit 7", "ended with status 7: Epoch 3: 40%", id="other"),
         pytest.param(
             """printf 'Traceback (most recent call last):\\n  File "a.py", line 1\\n    f()\\nmy.Broken: too wide\\n'
             echo 'qat: corrected, it goes on with: qat train'; exit 1""",

@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.initialize import get_gh_backup, restore_gh_from_backup
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
@@ -72,7 +73,7 @@ def _main() -> dict[str, Any]:
 
 
 def composed(overrides: Sequence[str], config_dir: str | None = None, with_hydra: bool = False) -> DictConfig:
-    """The config of a command line as Hydra composes it, interpolations and all; `finish` makes it final.
+    """The config of a command line as Hydra composes it, interpolations and all; `finalize_config` makes it final.
 
     Args:
         overrides: the `key=value` arguments of the command line.
@@ -81,9 +82,13 @@ def composed(overrides: Sequence[str], config_dir: str | None = None, with_hydra
     """
     path = [f"hydra.searchpath=[file://{Path(config_dir).absolute()}]"] if config_dir else []
     overrides = [*group_overrides(overrides, config_dir), *path]
+    outside = get_gh_backup()  # a program's own Hydra, in which `qat.quantize` may be called
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(configs_dir()), **VERSION):
-        return compose("train", overrides=overrides, return_hydra_config=with_hydra)
+    try:
+        with initialize_config_dir(str(configs_dir()), **VERSION):
+            return compose("train", overrides=overrides, return_hydra_config=with_hydra)
+    finally:
+        restore_gh_from_backup(outside)
 
 
 def group_overrides(overrides: Sequence[str], config_dir: str | None) -> list[str]:

@@ -1,5 +1,6 @@
 """Settings of a policy that have had another name: plans and configs written before hold it still, and are read."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,5 +19,6 @@ def renamed(settings: Mapping[str, Any]) -> dict[str, Any]:
 def renamed_override(text: str) -> str:
     """An override (`quant.target=ort`) under the name of today."""
     key, equals, value = text.partition("=")
-    group, _, name = key.rpartition(".")
-    return f"{group}.{FORMERLY[name]}{equals}{value}" if group == "quant" and name in FORMERLY else text
+    sign, name = re.fullmatch(r"([+~]*)(.*)", key).groups()  # pyright: ignore[reportOptionalMemberAccess]
+    old = next((old for old in FORMERLY if name == f"quant.{old}"), None)
+    return text if old is None else f"{sign}quant.{FORMERLY[old]}{equals}{value}"

@@ -149,8 +149,10 @@ def _outcome(point: Point, code: int, said: int) -> Outcome:
     if code < 0:  # its last line is of anything but this
         killed = signal.Signals(-code)
         return Outcome("failed", f"killed by {killed.name}{' (out of memory?)' if killed == signal.SIGKILL else ''}")
-    words = LAST_WORD.findall((point.folder / OUTPUT).read_bytes()[said:].decode(errors="replace"))
-    return Outcome("failed", words[-1] if words else f"ended with status {code}")
+    output = (point.folder / OUTPUT).read_bytes()[said:].decode(errors="replace").strip()
+    if words := LAST_WORD.findall(output):
+        return Outcome("failed", words[-1])
+    return Outcome("failed", f"ended with status {code}{output and f': {output.splitlines()[-1]}'}")
 
 
 def _reported(path: Path) -> Outcome:

@@ -14,8 +14,8 @@ from qat.files import atomic
 from qat.lightning.resume import SeedEpochs
 from qat.lightning.runs.export_stage import export_float
 from qat.lightning.runs.float_cache import FloatCache
-from qat.lightning.runs.workspace import Workspace
-from qat.lightning.weights import load_weights, not_finite
+from qat.lightning.runs.workspace import Workspace, check_finite
+from qat.lightning.weights import load_weights
 from qat.run_files import FLOAT_CHECKPOINT, FLOAT_WEIGHTS
 
 
@@ -61,10 +61,7 @@ def _train(run: Workspace) -> None:
     )
     trainer.fit(run.float_module, datamodule=run.data, ckpt_path=last, weights_only=True)
     run.module.load_state_dict(run.float_module.state_dict())
-    if (name := not_finite(run.module)) is not None:
-        if run.main:
-            file.unlink(missing_ok=True)  # a resumed run trains anew, with what was corrected
-        raise UserError(f"float training ended with NaN or infinity in '{name}': NaN in the data, or too high a rate")
+    check_finite(run, "float training", FLOAT_CHECKPOINT)
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

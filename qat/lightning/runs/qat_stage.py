@@ -12,7 +12,7 @@ from qat.errors import UserError
 from qat.insert import plan_of
 from qat.lightning.module import insert_plan
 from qat.lightning.resume import SeedEpochs
-from qat.lightning.runs.workspace import Workspace
+from qat.lightning.runs.workspace import Workspace, check_finite
 from qat.lightning.weights import CHECKPOINT_KEY, read_checkpoint
 from qat.planning.audit import coverage, to_dict
 from qat.planning.plan import Plan
@@ -48,6 +48,7 @@ def qat_stage(run: Workspace) -> None:
                     run.progress["stages"].pop("ptq", None)
                     run.remember()
                 raise
+            check_finite(run, "training", LAST_CHECKPOINT)
             trainer.save_checkpoint(run.folder / TRAINED, weights_only=True)  # whole or not at all
             # The first process is alone from here on: nothing may wait for the others.
             if torch.distributed.is_initialized():

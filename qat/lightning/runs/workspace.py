@@ -43,7 +43,7 @@ from qat.lightning.runs.resume_settings import check_settled, settled
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.spawn import is_spawning
 from qat.lightning.steps import attach, example_input, run_steps
-from qat.lightning.weights import load_weights, read_checkpoint
+from qat.lightning.weights import load_weights, not_finite, read_checkpoint
 from qat.measure.storage import with_bytes
 from qat.planning.audit import AuditRow, audit, check_coverage
 from qat.planning.plan import Plan
@@ -299,3 +299,11 @@ class Workspace:
 def unmixed(trainer: DictConfig) -> dict[str, str]:
     """The precision in place of a mixed one."""
     return {"precision": "32-true"} if str(trainer.get("precision", "")).endswith("-mixed") else {}
+
+
+def check_finite(run: Workspace, training: str, checkpoint: str) -> None:
+    """Raises if what was trained holds NaN, and takes the checkpoint away: resumed, the run trains anew, corrected."""
+    if (name := not_finite(run.module)) is not None:
+        if run.main:
+            (run.folder / checkpoint).unlink(missing_ok=True)
+        raise UserError(f"{training} ended with NaN or infinity in '{name}': NaN in the data, or too high a rate")
