@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+COMPILE = $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib qat || true
 
 .PHONY: train test size
 .DELETE_ON_ERROR:
@@ -18,8 +18,7 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright qat
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/pyright qat & types=$$!; $(BIN)/python -m pytest -n auto --dist worksteal && wait $$types
 
 size:
 	@$(PYTHON) benchmarks/size.py

@@ -491,7 +491,7 @@ def test_every_runtime_can_be_benchmarked(target, run, exported):
 @pytest.mark.slow
 def test_bench_measures_every_file_against_float_in_a_table_and_a_chart(run, tmp_path, capfd):
     chart = tmp_path / "bench.png"
-    assert main(["bench", str(run / "model.safetensors"), f"out={chart}", "seconds=1", "threads=1", "batch=1,3"]) == 0
+    assert main(["bench", str(run / "model.safetensors"), f"out={chart}", "seconds=0.3", "threads=1", "batch=1,3"]) == 0
     said = words(capfd)
     assert "samples/s" in said and "peak memory" in said
     assert "warning: " in said and "model.safetensors is" in said and "in float: fc1, fc2, linear" in said

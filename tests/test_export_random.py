@@ -14,7 +14,7 @@ from small_models import Drawn, Shape, both, lived
 
 from qat.export.onnx.export import export_onnx
 
-PACKS = packs(range(15))
+PACKS = packs(range(10))
 
 
 @pytest.fixture(scope="module", autouse=True)
