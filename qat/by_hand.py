@@ -20,6 +20,9 @@ from qat.calibrate import calibrate
 from qat.convert import convert, is_converted
 from qat.copies import copied
 from qat.errors import UserError
+from qat.export.bisect import first_divergence
+from qat.export.proof import check_answers, opened
+from qat.export.target import Target
 from qat.insert import apply_plan, plan_of, remove
 from qat.planning.audit import checked_plan
 from qat.planning.plan import Plan
@@ -123,17 +126,13 @@ def export_model(
 
 
 @torch.no_grad()
-def _verify(path: Path, target: Any, prepared: nn.Module, model: nn.Module, x: Tensor) -> None:
-    from qat.export.bisect import first_divergence
-    from qat.export.verify import Comparison, Verdict, check_codes, check_outputs
-
-    verdict, comparison, expected = Verdict(), Comparison(), model(x).numpy()
+def _verify(path: Path, target: Target, prepared: nn.Module, model: nn.Module, x: Tensor) -> None:
+    expected = model(x).numpy()
     if target.graph is None:  # such a file is opened in the float model
         remove(model)
-    runner = target.load(path, model)
-    check_codes(verdict, prepared, target.codes(path))
-    target.check_kernels(verdict, prepared, runner)
-    comparison.update(expected, runner(x.numpy()))
-    check_outputs(verdict, comparison, target.min_agreement, target.max_mean_steps)
+    runners, verdict = opened(path, target, prepared, model)
+    for runner, comparison in runners.items():
+        comparison.update(expected, runner(x.numpy()))
+    check_answers(verdict, target, runners.values())
     if failed := [f"{check.name} {check.detail}" for check in verdict.checks if not check.passed]:
-        raise UserError(f"{path}: {'; '.join(failed)}; {first_divergence(prepared, runner, x.numpy())}")
+        raise UserError(f"{path}: {'; '.join(failed)}; {first_divergence(prepared, next(iter(runners)), x.numpy())}")

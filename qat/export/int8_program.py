@@ -39,7 +39,7 @@ MOVES = (
 """Operations that pick values, or add zeros, which every grid of an activation has: they commute with quantization."""
 
 
-def unfit_for_int8(plan: Plan, runtime: str) -> str | None:
+def int8_refusal(plan: Plan, runtime: str) -> str | None:
     """Why int8 kernels have no form for a plan's weights; `None` if they have one."""
     for name, spec in plan.weights.items():
         if spec.granularity == "group":

@@ -34,8 +34,8 @@ from qat.export.int8_program import (
     QUANTIZE,
     float_products,
     int8_program,
+    int8_refusal,
     layer_of,
-    unfit_for_int8,
 )
 from qat.export.target import OnGrid, Target
 from qat.export.verify import Verdict, count_kernels
@@ -130,7 +130,7 @@ class ExecuTorchTarget(Target):
                 return f"'{name}' has three dimensions, which ExecuTorch convolves neither on integers nor in float"
             if isinstance(module, _ConvTransposeNd) and module.groups > 1 and name in plan.weights:
                 return f"'{name}' is transposed and has groups, which XNNPACK has no int8 kernel for; {_leave(name)}"
-        return unfit_for_int8(plan, "XNNPACK")
+        return int8_refusal(plan, "XNNPACK")
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         program = int8_program(model, example[: self.max_batch], max_batch=self.max_batch)

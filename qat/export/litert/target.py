@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.export.int8_program import int8_program, unfit_for_int8
+from qat.export.int8_program import int8_program, int8_refusal
 from qat.export.litert.builder import CHANNELS_FIRST, serialize
 from qat.export.litert.file import TfliteFile
 from qat.export.litert.lower import Lowering
@@ -110,7 +110,7 @@ class LiteRtTarget(Target):
     def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
         if plan.round_bias == "never":
             return "its biases are float, and LiteRT's int8 kernels add int32 ones; train with quant.round_bias=eval"
-        return unfit_for_int8(plan, "LiteRT")
+        return int8_refusal(plan, "LiteRT")
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         program = int8_program(model, example, float_bias=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.export.int8_program import int8_program, unfit_for_int8
+from qat.export.int8_program import int8_program, int8_refusal
 from qat.export.torch.pt2 import save_program
 from qat.export.torch.target import ProgramRunner, TorchTarget
 from qat.export.verify import Verdict, count_kernels
@@ -79,7 +79,7 @@ class InductorTarget(TorchTarget):
     optimizes = True
 
     def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
-        return unfit_for_int8(plan, "Inductor")
+        return int8_refusal(plan, "Inductor")
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         save_program(int8_program(model, example, torch.uint8), folder / self.file)

@@ -18,9 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from qat.errors import UserError, nearest
 from qat.export.bisect import first_divergence
+from qat.export.proof import check_answers, opened
 from qat.export.target import Runner, Target
 from qat.export.torch.runner import TorchRunner
-from qat.export.verify import Comparison, Verdict, check_codes, check_metric, check_outputs
+from qat.export.verify import Comparison, Verdict, check_metric
 
 
 @contextmanager
@@ -179,21 +180,14 @@ def verify_file(
     Raises:
         UserError: if the file is missing, damaged or of something else.
     """
-    optimized = target.load(path, float_model)
-    runners = {optimized: Comparison()}
-    if target.optimizes:
-        runners[target.load(path, float_model, optimize=False)] = Comparison()
-    verdict, seen = Verdict(), _Seen()
-    check_codes(verdict, prepared, target.codes(path))
-    target.check_kernels(verdict, prepared, optimized)
+    (runners, verdict), seen = opened(path, target, prepared, float_model), _Seen()
     structure = verdict.checks[1:]  # kernels and rules, which no value shows
     with _answering(module, runners, seen):
         exported = test_metric(trainer, module, data, metric)
-    for comparison, note in zip(runners.values(), ("", " without optimizations"), strict=False):
-        check_outputs(verdict, comparison, target.min_agreement, target.max_mean_steps, note)
+    check_answers(verdict, target, runners.values())
     check_metric(verdict, metric, trained, exported, target.max_metric_change)
     if seen.nan:
         verdict.add("trained model", False, "its own outputs hold NaN, whatever the file: look at data and training")
     elif seen.batch is not None and any(not check.passed for check in verdict.checks if check not in structure):
-        verdict.add("layers", False, first_divergence(prepared, optimized, seen.batch))
+        verdict.add("layers", False, first_divergence(prepared, next(iter(runners)), seen.batch))
     return verdict
