@@ -2,7 +2,8 @@
 
 Each FILE is one that `qat train` or `qat export` wrote; all of one run, with whose float.onnx they are compared, if it
 has one.
-`run=DIR` names the run for files that lie elsewhere. More settings: threads=1,2 batch=1,16 seconds=2 out=bench.png
+`run=DIR` names the run for files that lie elsewhere. Each is timed for about `seconds` with every combination of
+`threads` and `batch`; `out` is the chart. The defaults are threads=1,2 batch=1,16 seconds=2 out=bench.png
 """
 
 import math

@@ -1,7 +1,7 @@
-"""`qat export RUN_DIR target=NAME`: a finished run, or any checkpoint of it, as another file, on CPU,
-without data.
+"""`qat export RUN_DIR target=NAME`: a finished run, or any checkpoint of it, as another file, on CPU, without data.
 
-RUN_DIR may also be a checkpoint below a run's folder:
+NAME is a format: onnx, openvino, torch, executorch, litert, gguf, compressed_tensors, packed, ... (the files of
+configs/export, whose keys are the settings that may follow). RUN_DIR may also be a checkpoint below a run's folder:
 `qat export RUN_DIR/checkpoints/best.ckpt target=onnx out=best.onnx`. Without `out`, a run's file lies in its folder, a
 checkpoint's in a folder that is called like it (RUN_DIR/checkpoints/best/model.onnx).
 """
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> int:
     """Writes the file and its manifest, and prints its name and size."""
     parser = Parser(USAGE, __doc__)
     parser.add_argument(
-        "arguments", metavar="RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]", nargs="+", help="settings"
+        "arguments", metavar="RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]", nargs="+", help="the run; settings"
     )
     paths, settings = split(parser.parse_args(argv).arguments)
     if len(paths) != 1 or "target" not in settings:

@@ -1,4 +1,8 @@
-"""`qat inspect CKPT`: how well each quantizer of a trained model does, what hurts most first."""
+"""`qat inspect CKPT`: how well each quantizer of a trained model does, what hurts most first.
+
+Status 1 if a quantizer has collapsed: all its codes are equal, it clips more than a fifth of its values, or its scale
+is at its floor.
+"""
 
 import json
 import sys
