@@ -21,7 +21,10 @@ def main(argv: list[str]) -> int:
     """Writes the file and its manifest, and prints its name and size."""
     parser = Parser(USAGE, __doc__)
     parser.add_argument(
-        "arguments", metavar="RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]", nargs="+", help="the run; settings"
+        "arguments",
+        metavar="RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]",
+        nargs="+",
+        help="the run; settings",
     )
     paths, settings = split(parser.parse_args(argv).arguments)
     if len(paths) != 1 or "target" not in settings:
