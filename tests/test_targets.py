@@ -1,5 +1,6 @@
 """Every target's file computes what training measured, holds the very same codes, and shows where it went wrong."""
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,11 @@ from qat.copies import copied
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
 from qat.export.manifest import files_bytes
+from qat.export.onnx.target import OnnxTarget
+from qat.export.overflow import largest_sum
 from qat.export.target import Target
 from qat.export.verify import Comparison, Verdict, check_codes, expected_integer_nodes
+from qat.planning.plan import Plan
 
 W8A8 = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}}
 TENSOR = {"weight": {"bits": 5, "granularity": "tensor"}, "act": {"bits": 6}}
@@ -150,6 +154,57 @@ def test_a_model_that_is_not_in_float32_has_no_graph_but_tensors(kind) -> None:
         assert re.search(said, build(name, {}).refusal(model, plan) or ""), name
         assert build(name, {}).refusal(copied(model).float(), plan) is None
     assert "'0' is" in (build("torch", {}).refusal(convert(model, plan), plan) or "")
+
+
+def wide(inputs: int, counting: int, policy: dict[str, Any]) -> tuple[nn.Module, Plan]:
+    """A layer of so many inputs, of which so many count, and its plan."""
+    model, x = nn.Sequential(nn.Linear(inputs, 2)), torch.linspace(0, 1, inputs).repeat(2, 1)
+    model[0].weight.data = torch.where(torch.arange(inputs) < counting, -0.01, 0.0).repeat(2, 1)
+    return model, quantized(model, x, policy)
+
+
+@pytest.mark.parametrize(
+    ("counting", "policy", "before", "after"),
+    [
+        pytest.param(67_000, W8A8, 1, 1, id="w8a8"),
+        pytest.param(60_000, W8A8, 1, 0, id="codes-that-fit"),
+        pytest.param(67_000, W8A8 | {"weight": {"bits": 7}}, 0, 0, id="w7a8"),
+        pytest.param(67_000, W8A8 | {"act": {"bits": 16}}, 0, 0, id="no-int32"),
+        pytest.param(67_000, W8A8 | {"weight": {"bits": 8, "granularity": "group", "group_size": 100}}, 0, 0,
+                     id="groups"),
+    ],
+)  # fmt: skip
+def test_a_layer_whose_products_int32_cannot_add_up_is_named(counting, policy, before, after) -> None:
+    grids = {role: policy[role] | {"range": "minmax"} for role in ("weight", "act")}
+    grids["act"]["signed"] = False
+    (model, plan), onnx = wide(67_000, counting, grids), build("onnx", {})
+    found = onnx.cautions(model, plan), onnx.cautions(convert(model, plan), plan)
+    assert [len(lines) for lines in found] == [before, after]
+    for line in (*found[0], *found[1]):
+        assert line.startswith("'0': ") and "beyond 2,147,483,647; give it fewer bits, or split it" in line
+    assert build("packed", {}).cautions(model, plan) == [], "no integer kernel reads it"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_largest_sum_of_a_layer_is_that_of_its_worst_input(symmetric) -> None:
+    torch.manual_seed(0)
+    model, grid = nn.Sequential(nn.Conv1d(3, 4, 2)), {"bits": 4, "symmetric": symmetric, "quantizer": "fixed"}
+    weight = grid | {"granularity": "channel"}
+    layer: Any = convert(model, quantized(model, torch.randn(8, 3, 2), {"weight": weight, "act": grid}))[0]
+    codes, input = layer.integer_weight, layer.input_quantizer
+    ends = (torch.tensor([input.quant_min, input.quant_max]) - input.zero_point).tolist()
+    inputs = torch.tensor(list(itertools.product(ends, repeat=6)))
+    levels = (codes.codes.long() - codes.spread(codes.zero_point).long()).flatten(1)
+    sums = inputs @ levels.T + layer.integer_bias.codes.long()
+    assert largest_sum(layer) == int(sums.abs().max())
+
+
+def test_an_export_warns_of_a_layer_that_int32_cannot_add_up(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("qat.export.overflow.INT32_MAX", 1000)
+    monkeypatch.setattr(OnnxTarget, "write", lambda self, model, plan, example, folder: (folder / self.file).touch())
+    case = Case(Shape(kind="linear"), W8A8)
+    with pytest.warns(UserWarning, match=r"model\.onnx: 'stem': on some inputs its products add up to [\d,]+, and"):
+        case.export(build("onnx", {}), tmp_path)
 
 
 def test_every_export_config_but_none_is_a_target() -> None:

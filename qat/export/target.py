@@ -18,6 +18,7 @@ the same target, and of nothing else.
 import importlib.util
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from qat.convert import INTEGERS, Holds, conversion_refusal, convert, what_holds
 from qat.copies import copied
 from qat.errors import UserError
 from qat.export.manifest import check_manifest, check_unclaimed, made_by, stated, write_manifest
+from qat.export.overflow import overflows
 from qat.files import replace
 from qat.integer import IntegerLayer, integer_bits
 from qat.planning.plan import Plan
@@ -154,6 +156,15 @@ class Target:
             reason = reason or _not_float32(model)
         return reason and f"{self.file} cannot hold this quant: {reason}"
 
+    def cautions(self, model: nn.Module, plan: Plan) -> list[str]:
+        """What a file of this model may compute otherwise than trained for some inputs, a line each.
+
+        Args:
+            model: With the plan's quantizers, or what `prepared` made of it, which is known more exactly.
+            plan: The plan.
+        """
+        return overflows(model, plan) if self.graph is not None else []
+
     def prepared(self, model: nn.Module, plan: Plan) -> nn.Module:
         """A copy on the CPU, in evaluation mode, of what `export` and verification start from.
 
@@ -224,6 +235,8 @@ class Target:
         """
         if reason := self.plan_refusal(plan) or self.model_refusal(model, plan):
             raise UserError(f"{path.name}: {reason}")
+        for caution in self.cautions(model, plan):
+            warnings.warn(f"{path.name}: {caution}", stacklevel=2)
         main = Path(self.file)
         if main.suffix and path.suffix != main.suffix:
             raise UserError(f"{path}: this target writes files called *{main.suffix}; a folder's name ends in /")

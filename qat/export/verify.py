@@ -142,12 +142,13 @@ def expected_integer_nodes(converted: nn.Module) -> int:
 def _integer_products(converted: nn.Module) -> dict[str, int]:
     """How many of them each layer and site has; one that runs several times counts once."""
     return {
-        name: _site_products(name, module) if isinstance(module, Site) else int(_is_integer_layer(module))
+        name: _site_products(name, module) if isinstance(module, Site) else int(is_integer_layer(module))
         for name, module in converted.named_modules()
     }
 
 
-def _is_integer_layer(module: nn.Module) -> bool:
+def is_integer_layer(module: nn.Module) -> bool:
+    """Whether a layer multiplies integers on both sides, and adds them up in one accumulator of one scale."""
     return (
         isinstance(module, IntegerLayer)
         and issubclass(original_class(module), nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | Part)

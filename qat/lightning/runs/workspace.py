@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback, Checkpoint
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.plugins.environments import LightningEnvironment
-from pytorch_lightning.utilities import rank_zero_only
+from pytorch_lightning.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 
 from qat.config.configs import policy_settings, trains
@@ -162,6 +162,8 @@ class Workspace:
             if self.target is not None and (reason := self.target.refusal(shell, plan)):
                 raise UserError(f"export: {reason}")
             apply_plan(shell, plan)
+            for caution in self.target.cautions(shell, plan) if self.target is not None else ():
+                rank_zero_warn(f"export: {caution}")
             self.audit: Callable[[Plan], list[AuditRow]] = lambda plan: with_bytes(
                 audit(shell, plan, recording), shell, plan
             )
