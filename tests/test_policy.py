@@ -186,6 +186,45 @@ def test_a_rule_that_matches_nothing_is_an_error(rule, message):
     assert message in str(error.value)
 
 
+SEQ, DOREFA = {"format": "ternary", "bits": None, "quantizer": "seq"}, {"bits": 4, "quantizer": "dorefa"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        pytest.param({"weight": SEQ | {"range": "percentile"}},
+                     "quant.weight.range=percentile: quantizer=seq has a start of its own for weights; leave range at "
+                     "mse, the default", id="weights"),
+        pytest.param({"act": DOREFA | {"range": "kl"}}, "quant.act.range=kl: quantizer=dorefa has a start of its own "
+                     "for activations; leave range at mse, the default", id="activations"),
+        pytest.param({"weight": {"bits": 4, "quantizer": "minmax", "range": "percentile"}},
+                     "quant.weight.range=percentile: quantizer=minmax has a start of its own for weights; leave range "
+                     "at mse, the default, or set minmax or centred or even", id="some"),
+        pytest.param({"weight": {"bits": 4, "range": "lsq"}, "rules": {"stem": {"match": "@first", "weight": SEQ}}},
+                     "quant.rules.stem.weight.range=lsq: quantizer=seq has", id="a-rule-s-quantizer"),
+    ],
+)  # fmt: skip
+def test_a_range_that_the_quantizer_would_ignore_is_refused_where_it_is_planned(settings, message):
+    built = QuantPolicy.from_dict(settings)  # as runs of before hold it
+    with pytest.raises(UserError) as error:
+        built.resolve(PLACES)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({"weight": SEQ | {"range": "mse"}}, id="default"),
+        pytest.param({"weight": {"bits": 4, "quantizer": "minmax", "range": "even"}}, id="heeded"),
+        pytest.param({"weight": SEQ | {"range": "kl"}, "rules": {"all": {"match": "*", "weight": {"range": "mse"}}}},
+                     id="nowhere-in-use"),
+        pytest.param({"act": {"quantizer": "lsq_plus", "symmetric": False, "range": "kl"}}, id="activations-alone"),
+    ],
+)  # fmt: skip
+def test_a_range_that_the_quantizer_heeds_or_that_is_the_default_is_planned(settings):
+    QuantPolicy.from_dict(settings).resolve(PLACES)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

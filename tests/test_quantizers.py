@@ -361,6 +361,14 @@ def test_an_all_zero_channel_has_a_scale_and_stays_harmless(name, grid):
         assert not y[1].any()
 
 
+@each(STATIC)
+def test_the_start_depends_on_the_ranges_that_the_quantizer_heeds_alone(name, grid):
+    scale = {each: ready(name, grid, range=each)[0].scale for each in ("minmax", "lsq", "percentile")}
+    heeded = quantizers.find(name).heeds(GRIDS[grid][0] == "weight")
+    assert torch.equal(scale["lsq"], scale["percentile"]) == ("percentile" not in heeded)
+    assert torch.equal(scale["lsq"], scale["minmax"]) == ("lsq" not in heeded)
+
+
 @each(CASES)
 def test_nothing_but_zeros_calibrates(name, grid):
     quantizer, x = ready(name, grid, torch.zeros(SHAPE))

@@ -46,7 +46,7 @@ class QuantSpec:
             float32 scale per tensor (NVFP4).
         quantizer: Name of a file in `qat/quantizers`: how the grid is trained.
         range: One of `qat.grid.ranges.ESTIMATORS`: how calibration finds the first scale. Quantizers that define it
-            themselves (`seq`, `dorefa`, weights of `lsq_plus` and `minmax`) do not ask.
+            themselves (`Quantizer.heeds`) do not ask, and policies refuse another than the default there.
         rounding_mode: `nearest`; or `stochastic`: in training, up or down at random, right on average. Codes are always
             the nearest.
         options: Settings of that quantizer, by the names of its constructor; `None` for its own defaults.

@@ -163,6 +163,7 @@ class QuantPolicy:
                 spec = _spec(current, f"{self.where}.{role} for {place.name}", role)
                 if spec is not None and (role == "act" or place.has_weight):
                     where = f"{self.where}.{role}" if by == "default" else f"{self.where}.rules.{by}.{role}"
+                    _check_range(spec, where, role)
                     spec = engine.resolve_spec(spec, where, place.type if role == "weight" else None)
                 result[place.name][role] = spec, by
         return result
@@ -223,6 +224,20 @@ def _spec(values: Mapping[str, Any] | bool, where: str, role: str) -> QuantSpec 
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
     return spec
+
+
+def _check_range(spec: QuantSpec, where: str, role: str) -> None:
+    """Raises UserError for a range that the quantizer would ignore; the default is what those are left at that have
+    none. Only for what is planned: runs that were trained so are read as before.
+    """
+    heeded = quantizers.find(spec.quantizer).heeds(role == "weight")
+    if spec.range not in (QuantSpec.range, *heeded):
+        others = f", or set {' or '.join(heeded)}" if heeded else ""
+        what = "weights" if role == "weight" else "activations"
+        raise UserError(
+            f"{where}.range={spec.range}: quantizer={spec.quantizer} has a start of its own for {what}; leave range at "
+            f"{QuantSpec.range}, the default{others}"
+        )
 
 
 def _plain(value: Any) -> Any:

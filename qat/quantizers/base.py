@@ -14,6 +14,7 @@ the file's name. Shapes: `x` is any tensor; grids broadcast against its *grouped
 """
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any, ClassVar
 
 import torch
@@ -275,6 +276,11 @@ class Quantizer(Switch):
         if not self.samples:
             raise UserError("nothing passed through it during calibration")
         return torch.cat(self.samples)[None]
+
+    @classmethod
+    def heeds(cls, weight: bool) -> Collection[str]:
+        """The estimators (`spec.range`) that `_fit` asks, for a weight or an activation."""
+        return ranges.ESTIMATORS
 
     def _fit(self, rows: Tensor) -> None:
         """Finds the first range from `rows [scales, N]`."""

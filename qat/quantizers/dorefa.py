@@ -15,6 +15,8 @@ Differs from the paper: it drops the factor M and leaves the size of the weights
 those of a channel or a group; exactly between two levels the upper one is taken; gradients are not quantized.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,10 @@ class DoReFa(Quantizer):
 
     def transform(self, x: Tensor) -> Tensor:
         return x.to(torch.promote_types(x.dtype, torch.float32)).tanh() if self.is_weight and self.spec.width > 1 else x
+
+    @classmethod
+    def heeds(cls, weight: bool) -> Collection[str]:
+        return ()
 
     def _fit(self, rows: Tensor) -> None:
         if not self.is_weight:

@@ -16,6 +16,7 @@ rounding straight through. Activations start where `spec.range` says (its `mse` 
 multiplied by LSQ's 1 / sqrt(N p).
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -78,6 +79,10 @@ class LSQPlus(LSQ):
             return torch.zeros_like(self.scale, dtype=torch.int32)
         code = -(self.offset.detach() / self.step()).round()
         return code.clamp(self.quant_min, self.quant_max).to(torch.int32)
+
+    @classmethod
+    def heeds(cls, weight: bool) -> Collection[str]:
+        return () if weight else super().heeds(weight)
 
     def _fit(self, rows: Tensor) -> None:
         if not self.spec.symmetric:

@@ -5,10 +5,11 @@
 Ranges move in training only, and only while `tracking`; validation, sanity checks and prediction read them. The
 gradient is the clipped straight-through estimator, for weights with half a step of room: the largest define the scale,
 and its rounding must not cost them their gradient. Calibration gives weights the range that training follows, their
-extremes, whatever `spec.range` says (`even` and `centred` make another scale of them, at both times), so that training
-begins with the grid that was measured.
+extremes (`even` and `centred` make another scale of them, at both times): training begins with the grid that was
+measured.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -69,6 +70,10 @@ class MinMax(Fixed):
 
     def _extremes(self, rows: Tensor) -> Range:
         return (even if self.spec.range == "even" else minmax)(rows, self.spec)
+
+    @classmethod
+    def heeds(cls, weight: bool) -> Collection[str]:
+        return ("minmax", "centred", "even") if weight else super().heeds(weight)
 
     def _fit(self, rows: Tensor) -> None:
         if self.is_weight:

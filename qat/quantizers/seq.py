@@ -9,7 +9,7 @@ two-bit `midrise`. With v = w / scale,
     d value / d scale = level - v there, else level
 
 and s starts at max|w|. Binary weights are scale * sign(w), sign(0) = 1, with d value / d w = 1 where |w| <= scale, d
-value / d scale = sign(w), and scale starting at mean|w|. All starts are those of the paper, whatever `spec.range` says.
+value / d scale = sign(w), and scale starting at mean|w|. All starts are those of the paper.
 
 The paper's formula clips at s; 0.99 s is what its released code (utils_quant.py) clips at, and is taken from there.
 
@@ -17,6 +17,8 @@ Differs from that code: LSQ's factor 1 / sqrt(N * quant_max) counts the N weight
 whole matrix; and outside the range a ternary weight has d value / d s = +-2/3, the derivative of its value, where the
 code has +-1.
 """
+
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -75,6 +77,10 @@ class SEQ(LSQ):
     def change_bits(self, bits: int) -> None:
         """Refused: each width has a gradient of its own."""
         raise UserError(f"quantizer=seq cannot go from {self.spec.bits} to {bits} bits; anneal with quantizer: lsq")
+
+    @classmethod
+    def heeds(cls, weight: bool) -> Collection[str]:
+        return ()
 
     def _fit(self, rows: Tensor) -> None:
         if self.spec.width == 1:
