@@ -16,7 +16,17 @@ _REFUSALS = (
 
 
 class UserError(ValueError):
-    """Something the user wrote or passed is wrong; the message is complete without a traceback."""
+    """Something the user wrote or passed is wrong; the message is complete without a traceback.
+
+    Args:
+        text: What is wrong, where, and the nearest right thing.
+        by: The class that complains of its arguments, which the message then begins with. Whoever knows under which
+            config key the object was built says that instead, in front of `text`.
+    """
+
+    def __init__(self, text: str, by: str | None = None) -> None:
+        super().__init__(text if by is None else f"{by}: {text}")
+        self.text = text
 
 
 def refused(error: OSError) -> UserError | None:

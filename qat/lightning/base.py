@@ -2,6 +2,8 @@
 other.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import pytorch_lightning as pl
@@ -34,7 +36,7 @@ class QuantizationCallback(Callback):
             pl_module: The module, or a copy of it, with quantizers that may not be calibrated.
 
         Raises:
-            UserError: beginning with the class's name, and then the argument.
+            UserError: a `mistake`, beginning with the argument.
         """
 
     def release(self) -> None:
@@ -54,9 +56,17 @@ class QuantizationCallback(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.release()
 
-    def refusal(self, text: str) -> UserError:
+    def mistake(self, text: str) -> UserError:
         """An error in the name of this callback."""
-        return UserError(f"{type(self).__name__}: {text}")
+        return UserError(text, by=type(self).__name__)
+
+    @contextmanager
+    def own_mistakes(self) -> Iterator[None]:
+        """What helpers complain of meanwhile is this callback's."""
+        try:
+            yield
+        except UserError as error:
+            raise self.mistake(error.text) from None
 
     def quantizers(self, model: nn.Module) -> dict[str, Quantizer]:
         """All quantizers by name.
@@ -66,7 +76,7 @@ class QuantizationCallback(Callback):
         """
         found = dict(named_quantizers(model))
         if not found:
-            raise self.refusal(
+            raise self.mistake(
                 f"{original_class(model).__name__} has no quantizers; "
                 "QATCallback, which inserts them, must be among the callbacks"
             )

@@ -24,7 +24,7 @@ class ChannelsLast(QuantizationCallback):
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not any(parameter.ndim == 4 for parameter in pl_module.parameters()):
-            raise self.refusal(
+            raise self.mistake(
                 f"{type(pl_module).__name__} has no parameter of four dimensions (a two-dimensional "
                 "convolution's weight), so the memory format would change nothing; leave the callback out"
             )

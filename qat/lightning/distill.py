@@ -128,7 +128,7 @@ class Distill(QuantizationCallback):
 
     def _check_settings(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not pl_module.automatic_optimization:
-            raise self.refusal(f"{type(pl_module).__name__} optimizes manually, so its step returns no loss to add to")
+            raise self.mistake(f"{type(pl_module).__name__} optimizes manually, so its step returns no loss to add to")
         # Equalizing scales the channels that features compare: of a teacher, too, if it is copied afterwards.
         callbacks = callbacks_of(trainer, Callback)
         scales = [c for c in callbacks if isinstance(c, QATCallback) and any(isinstance(s, Equalize) for s in c.starts)]
@@ -140,7 +140,7 @@ class Distill(QuantizationCallback):
             way = "put Distill behind QATCallback"
         else:
             return
-        raise self.refusal(f"features: Equalize scales the model's channels and not this teacher's; {way}")
+        raise self.mistake(f"features: Equalize scales the model's channels and not this teacher's; {way}")
 
     def _make_teacher(self, pl_module: pl.LightningModule, file: str | Path | None) -> nn.Module:
         teacher: nn.Module = bare(copied(pl_module) if self.model is None else self.model)
@@ -149,15 +149,16 @@ class Distill(QuantizationCallback):
         return teacher.eval().requires_grad_(False)
 
     def _taps(self, student: nn.Module, teacher: nn.Module) -> tuple[Taps, Taps]:
-        names = [self.output_of, *named_layers(student, teacher, self.patterns)]
-        return Taps(student, names), Taps(teacher, names)
+        with self.own_mistakes():
+            names = [self.output_of, *named_layers(student, teacher, self.patterns)]
+            return Taps(student, names), Taps(teacher, names)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self._teacher is None else {"teacher": self._fingerprint}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self._teacher is not None and state_dict.get("teacher") != self._fingerprint:
-            raise self.refusal(
+            raise self.mistake(
                 "the checkpoint's training had another teacher; give the module the float weights it began "
                 "with before fit (qat.load_weights), or name them with teacher"
             )
@@ -197,7 +198,7 @@ class Distill(QuantizationCallback):
         calls = student.calls[self.output_of]
         if not calls:
             what = f"output_of='{self.output_of}'" if self.output_of else "self(x)"
-            raise self.refusal(
+            raise self.mistake(
                 f"training_step never calls {what}, so there is nothing to compare with the teacher; "
                 "name the module it calls with output_of"
             )
@@ -228,19 +229,19 @@ class Distill(QuantizationCallback):
         learns = any(answer(call.output).requires_grad for call in calls)
         self._learns[name] = learns or self._learns.get(name, False)
         if not any(call.recorded for call in calls):
-            raise self.refusal(
+            raise self.mistake(
                 f"'{name}' ran without gradients, so it cannot learn from the teacher: it is in a "
                 "torch.no_grad(), or inside a torch.utils.checkpoint with use_reentrant=True (False works)"
             )
 
     def _compare(self, ours: Tensor, theirs: Tensor) -> Tensor:
         if ours.shape != theirs.shape:
-            raise self.refusal(f"the teacher answers {list(theirs.shape)} where the model has {list(ours.shape)}")
+            raise self.mistake(f"the teacher answers {list(theirs.shape)} where the model has {list(ours.shape)}")
         ours, theirs = ours.float(), theirs.float()
         if self.loss == "mse":
             return F.mse_loss(ours, theirs)
         if not ours.ndim or ours.size(self.class_axis) == 1:
-            raise self.refusal(
+            raise self.mistake(
                 f"loss=kl compares classes, but there is one along class_axis={self.class_axis} of "
                 f"{list(ours.shape)}, of probability 1 whatever the logit: use loss=mse"
             )
@@ -251,13 +252,13 @@ class Distill(QuantizationCallback):
         terms = []
         for name in student.names[1:]:
             if len(student.calls[name]) != len(teacher.calls[name]) or not student.calls[name]:
-                raise self.refusal(
+                raise self.mistake(
                     f"features: '{name}' ran {len(student.calls[name])} times, the teacher's {len(teacher.calls[name])}"
                 )
             self._note_learning(name, student.calls[name])
             for ours, theirs in zip(student.calls[name], teacher.calls[name], strict=True):
                 a, b = answer(ours.output).float(), answer(theirs.output).float()
                 if a.shape != b.shape:
-                    raise self.refusal(f"features: '{name}' is {list(a.shape)}, the teacher's {list(b.shape)}")
+                    raise self.mistake(f"features: '{name}' is {list(a.shape)}, the teacher's {list(b.shape)}")
                 terms.append(F.mse_loss(a, b) / b.square().mean().clamp_min(torch.finfo(torch.float32).tiny))
         return torch.stack(terms).mean()

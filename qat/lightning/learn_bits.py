@@ -131,22 +131,23 @@ class LearnBits(QuantizationCallback):
         if self.choice is not None:  # a checkpoint from after they became whole has brought them
             return
         if self.output is not None and not self._saved:
-            outputs(self.output, None, "LearnBits: output")
+            with self.own_mistakes():
+                outputs(self.output, None, "output")
         source = trainer_source(trainer)
         shell = self._space(self._qat(trainer), pl_module, source)
         self._check_apart(trainer, pl_module)
         self._costs(shell, source)
         self.widths = shared_widths(self.space, pl_module)
         if all(width.fixed for width in self.widths.values()):
-            raise self.refusal("every grid has one width to choose from; give more weight_bits or act_bits")
+            raise self.mistake("every grid has one width to choose from; give more weight_bits or act_bits")
         check_grids(self.space, pl_module, self.widths)
 
     def _qat(self, trainer: pl.Trainer) -> QATCallback:
         callbacks = callbacks_of(trainer, QATCallback)
         if len(callbacks) != 1:
-            raise self.refusal(f"needs one QATCallback, not {len(callbacks)}")
+            raise self.mistake(f"needs one QATCallback, not {len(callbacks)}")
         if len(trainer.optimizers) > 1:
-            raise self.refusal(f"{len(trainer.optimizers)} optimizers would each count the others' gradients")
+            raise self.mistake(f"{len(trainer.optimizers)} optimizers would each count the others' gradients")
         return callbacks[0]
 
     def _space(self, qat: QATCallback, pl_module: pl.LightningModule, source: Source) -> pl.LightningModule:
@@ -164,7 +165,7 @@ class LearnBits(QuantizationCallback):
         learned = {q for tensor in self.space.tensors for q in quantizers_at(self.space, pl_module, tensor)}
         for other in callbacks_of(trainer, AnnealBits):
             if both := [name for name, quantizer in other.annealed(pl_module).items() if quantizer in learned]:
-                raise self.refusal(
+                raise self.mistake(
                     f"AnnealBits changes the bits of '{both[0]}', which are learned; leave one of the two "
                     "out, or name grids that are not learned with AnnealBits' match"
                 )
@@ -195,7 +196,7 @@ class LearnBits(QuantizationCallback):
         try:
             return solve(Problem(self.space.layers, harms, self.costs, self.space.tied), self.settings.budget)
         except UserError as error:
-            raise self.refusal(f"budget: {error}") from None
+            raise self.mistake(f"budget: {error}") from None
 
     def _all(self) -> list[FractionalGrid]:
         return [grid for grids in self.grids.values() for grid in grids]

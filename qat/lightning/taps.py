@@ -79,7 +79,7 @@ def answer(output: Any) -> Tensor:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     tensor = logits if isinstance(logits, Tensor) else first_tensor(output)
     if tensor is None:
-        raise UserError(f"Distill: a module answers with {type(output).__name__}, which holds no tensor")
+        raise UserError(f"a module answers with {type(output).__name__}, which holds no tensor", by="Distill")
     return tensor
 
 
@@ -93,7 +93,7 @@ def named_layers(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]
     theirs = dict(teacher.named_modules(remove_duplicate=False))
     hits: set[str] = set()
     for pattern in patterns:
-        found = matching(pattern, names, "Distill: features", "module")
+        found = matching(pattern, names, "features", "module")
         if not theirs.keys() & set(found):
             raise _lacking(teacher, found[0], theirs)
         hits.update(found)
@@ -101,7 +101,7 @@ def named_layers(student: nn.Module, teacher: nn.Module, patterns: Sequence[str]
 
 
 def _lacking(root: nn.Module, name: str, modules: Iterable[str]) -> UserError:
-    return UserError(f"Distill: {type(root).__name__} has no module '{name}'{nearest(name, filter(None, modules))}")
+    return UserError(f"{type(root).__name__} has no module '{name}'{nearest(name, filter(None, modules))}")
 
 
 @torch.no_grad()

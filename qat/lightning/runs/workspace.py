@@ -185,13 +185,11 @@ class Workspace:
 
     @contextmanager
     def _under(self, key: str) -> Iterator[None]:
-        """Mistakes of a callback, which begin with its class and argument, begin with their config key instead."""
+        """Mistakes of a callback are told under its config key, not in its name."""
         try:
             yield
         except UserError as error:
-            node = OmegaConf.select(self.cfg, key)
-            kind = str(node["_target_"]).rpartition(".")[2]
-            raise UserError(under(key, str(error).removeprefix(f"{kind}: "), node)) from error
+            raise UserError(under(key, error.text, OmegaConf.select(self.cfg, key))) from error
 
     def _monitors(self) -> dict[str, str]:
         """Metrics that callbacks look at, by config key; empty if one of the user's own callbacks may be what logs

@@ -58,7 +58,7 @@ class AnnealBits(QuantizationCallback):
         if min(moments) != 0:
             raise UserError(f"schedule={steps}: must begin at 0")
         for moment in moments:
-            check_moment("AnnealBits: schedule", moment)
+            check_moment("schedule", moment)
         self.shares = any(isinstance(moment, float) for moment in moments)
         if self.shares and any(isinstance(moment, int) and moment for moment in moments):
             raise UserError(f"schedule={steps}: has epochs and shares of training; give all as one of them")
@@ -84,7 +84,7 @@ class AnnealBits(QuantizationCallback):
             self._final = self._chosen(pl_module, bits)
         for name, policy in self._final.items():
             if policy != bits:
-                raise self.refusal(
+                raise self.mistake(
                     f"schedule={self.schedule} ends at {bits} bits, but the policy gives '{name}' "
                     f"{policy}; end it there, or leave that quantizer out with match"
                 )
@@ -97,7 +97,7 @@ class AnnealBits(QuantizationCallback):
         widths = {name: q.spec.width for name, q in self.quantizers(pl_module).items()}
         if last not in widths.values():
             own = ", ".join(map(str, sorted(set(widths.values()))))
-            raise self.refusal(f"schedule={self.schedule} ends at {last} bits, but the policy's grids have {own}")
+            raise self.mistake(f"schedule={self.schedule} ends at {last} bits, but the policy's grids have {own}")
         return {name: width for name, width in widths.items() if width == last}
 
     def annealed(self, pl_module: pl.LightningModule) -> dict[str, Quantizer]:
@@ -115,9 +115,9 @@ class AnnealBits(QuantizationCallback):
                 try:
                     trial = create(dataclasses.replace(quantizer.spec, bits=bits), shape, quantizer.axis)
                 except UserError as error:
-                    raise self.refusal(f"{where}: {error}") from None
+                    raise self.mistake(f"{where}: {error}") from None
                 if _shapes(trial) != _shapes(quantizer):
-                    raise self.refusal(
+                    raise self.mistake(
                         f"{where}: quantizer={quantizer.spec.quantizer} learns something per level, "
                         "so its bits cannot change; leave it out with match"
                     )

@@ -26,7 +26,7 @@ def batch_norms(model: nn.Module, who: QuantizationCallback) -> list[_BatchNorm]
     """
     found = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not found:
-        raise who.refusal(
+        raise who.mistake(
             f"{original_class(model).__name__} has no BatchNorm with running statistics; leave the callback out"
         )
     return found
@@ -61,7 +61,7 @@ class FreezeRanges(QuantizationCallback):
         found = self.quantizers(pl_module).values()
         if not any(isinstance(q, MinMax) or (self.scales and list(q.parameters())) for q in found):
             hint = "" if self.scales else "; scales: true stops those that are learned"
-            raise self.refusal(f"no quantizer's range follows the data, so there is nothing to stop{hint}")
+            raise self.mistake(f"no quantizer's range follows the data, so there is nothing to stop{hint}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

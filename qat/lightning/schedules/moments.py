@@ -23,7 +23,7 @@ def check_reached(trainer: pl.Trainer, who: QuantizationCallback, name: str, at:
     """Raises a `UserError` if training ends before `at`, or has no end that a share could be taken of."""
     if isinstance(at, int):
         if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= at:
-            raise who.refusal(
+            raise who.mistake(
                 f"{name}={at}: training ends before, after max_epochs={trainer.max_epochs}; give an earlier epoch, or "
                 "a share of training such as 0.5"
             )
@@ -34,7 +34,7 @@ def check_reached(trainer: pl.Trainer, who: QuantizationCallback, name: str, at:
 def check_ends(trainer: pl.Trainer, who: QuantizationCallback, instead: str) -> None:
     """Raises a `UserError` that says what to do `instead` if training goes on for ever."""
     if (trainer.max_epochs or -1) < 0 and trainer.max_steps < 0:
-        raise who.refusal(f"{instead}, or set max_epochs: this trainer's training has no end")
+        raise who.mistake(f"{instead}, or set max_epochs: this trainer's training has no end")
 
 
 def progress(trainer: pl.Trainer) -> float:

@@ -105,18 +105,18 @@ def check_weights(
     annealing = bool(callbacks_of(trainer, AnnealBits))  # then any grid may become narrow enough
     found = [w for w in quantized_weights(pl_module).values() if annealing or w.quantizer.spec.width <= max_bits]
     if not found:
-        raise who.refusal(f"no weight has a grid of at most max_bits={max_bits}; weights with more hardly oscillate")
+        raise who.mistake(f"no weight has a grid of at most max_bits={max_bits}; weights with more hardly oscillate")
     if not moving:
         return
     if computed := [weight.name for weight in found if not weight.writable]:
         left = f"leaves out '{computed[0]}'" + (f" and {len(computed) - 1} more" if computed[1:] else "")
         reason = f"{left}: a parametrization computes the weight anew each time, so it cannot be moved"
         if len(computed) == len(found):
-            raise who.refusal(f"{reason}; no other weight has a grid of at most max_bits={max_bits}")
+            raise who.mistake(f"{reason}; no other weight has a grid of at most max_bits={max_bits}")
         rank_zero_warn(f"{type(who).__name__}: {reason}")
     for weight in found:
         if weight.writable and weight.quantizer.transforms:
-            raise who.refusal(
+            raise who.mistake(
                 f"the weight of '{weight.name}' is transformed before it is rounded (quantizer="
                 f"{weight.quantizer.spec.quantizer}), so its values are not near its grid; give it another quantizer"
             )

@@ -26,6 +26,7 @@ def select(model: nn.Module, match: str | Sequence[str], who: QuantizationCallba
         "@act": [n for n, q in found.items() if not q.is_weight],
     }
     chosen: set[str] = set()
-    for pattern in [match] if isinstance(match, str) else match:
-        chosen.update(matching(pattern, found, f"{type(who).__name__}: match", "quantizer", roles))
+    with who.own_mistakes():
+        for pattern in [match] if isinstance(match, str) else match:
+            chosen.update(matching(pattern, found, "match", "quantizer", roles))
     return {name: q for name, q in found.items() if name in chosen}
