@@ -97,6 +97,12 @@ def read_object(path: Path, *keys: str) -> dict[str, Any]:
     return content
 
 
+def write_object(path: str | Path, content: Any) -> None:
+    """Writes what JSON can say."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1))
+
+
 def sha256(path: str | Path) -> str:
     """The file's SHA-256 as hexadecimal digits."""
     with open(path, "rb") as file:

@@ -173,7 +173,7 @@ def verify(
         run = Workspace(trained.cfg, folder)
         run.module = trained.module
         if trained.checkpoint.name != TRAINED:
-            run.progress["stages"]["qat"] = {"metric": run.measure()}
+            run.progress.stages["qat"] = {"metric": run.measure()}
         if target is not None and file is not None:
             return _show(run, file, _verdict(run, target, trained, file))
         passed = True

@@ -28,7 +28,7 @@ def export_stage(run: Workspace) -> Verdict | None:
         plan = plan_of(run.module)
         if not conversion_refusal(plan, EVERYTHING):
             save_packed(convert(run.module, plan, EVERYTHING), plan, run.folder)
-            run.progress["packed_bytes"] = (run.folder / WEIGHTS).stat().st_size
+            run.progress.packed_bytes = (run.folder / WEIGHTS).stat().st_size
         if run.target is None:
             return None
         prepared = run.target.prepared(run.module, plan)
@@ -43,7 +43,7 @@ def export_stage(run: Workspace) -> Verdict | None:
                 runners["float"] = OnnxRunner(float_file, threads=1)
             measured = latency_ms(runners, example[:1].numpy())
             values["latency_ms"] = measured["exported"]
-            run.progress["stages"]["float"]["latency_ms"] = measured.get("float")
+            run.progress.stages["float"]["latency_ms"] = measured.get("float")
     return verdict
 
 
@@ -53,7 +53,7 @@ def verdict_on(
     """Verifies a file (by default the target's, in the run's folder) against the module as it is: on the CPU, where
     the runtimes compute, and where sums of codes are exact.
     """
-    stages = run.progress["stages"]
+    stages = run.progress.stages
     trained = (stages.get("qat") or stages["ptq"])["metric"]
     trainer = run.measuring(**ON_THE_CPU)
     return verify_file(

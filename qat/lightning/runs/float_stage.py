@@ -14,7 +14,7 @@ from qat.files import atomic
 from qat.lightning.resume import SeedEpochs
 from qat.lightning.runs.export_stage import export_float
 from qat.lightning.runs.float_cache import FloatCache
-from qat.lightning.runs.workspace import Workspace, check_finite
+from qat.lightning.runs.workspace import Workspace
 from qat.lightning.weights import load_weights
 from qat.run_files import FLOAT_CHECKPOINT, FLOAT_WEIGHTS
 
@@ -26,16 +26,16 @@ def float_stage(run: Workspace) -> None:
         UserError: if weights or metric are not finite: nothing can be made of them, and no other run may share them.
     """
     weights = run.folder / FLOAT_WEIGHTS
-    if run.done("float"):
+    if "float" in run.progress.stages:
         load_weights(run.module, weights)
         return
-    cache = FloatCache(run.cfg, run.progress["start"], run.main)
+    cache = FloatCache(run.cfg, run.progress.start, run.main)
     with run.stage("float", "Float") as values, cache.locked():
         if (shared := cache.load(run.folder)) is not None:
             values |= shared
             load_weights(run.module, cache.weights)
             return
-        if not run.progress["start"]:
+        if not run.progress.start:
             _train(run)
         values["metric"] = run.measure()
         if not math.isfinite(values["metric"]):
@@ -54,14 +54,14 @@ def _train(run: Workspace) -> None:
     checkpoint = ModelCheckpoint(run.folder / "float", filename="last", enable_version_counter=False)
     logger = CSVLogger(run.folder, "float", "")
     file = run.folder / FLOAT_CHECKPOINT
-    last = run.resume_from(file, logger)
+    last = run.progress.resume_from(file, logger)
     callbacks = [SeedEpochs(run.cfg.seed), checkpoint]
     trainer = run.trainer(
         max_epochs=run.cfg.float_epochs, callbacks=callbacks, logger=logger, enable_checkpointing=True
     )
     trainer.fit(run.float_module, datamodule=run.data, ckpt_path=last, weights_only=True)
     run.module.load_state_dict(run.float_module.state_dict())
-    check_finite(run, "float training", FLOAT_CHECKPOINT)
+    run.check_finite("float training", FLOAT_CHECKPOINT)
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

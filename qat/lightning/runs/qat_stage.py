@@ -6,13 +6,13 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import OmegaConf
-from pytorch_lightning.callbacks import Checkpoint, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 
+from qat.config.configs import trains
 from qat.errors import UserError
 from qat.insert import plan_of
 from qat.lightning.module import insert_plan
-from qat.lightning.resume import SeedEpochs
-from qat.lightning.runs.workspace import Workspace, check_finite
+from qat.lightning.runs.workspace import Workspace
 from qat.lightning.weights import CHECKPOINT_KEY, read_checkpoint
 from qat.planning.audit import coverage, to_dict
 from qat.planning.plan import Plan
@@ -25,7 +25,7 @@ LIMITS = ("max_epochs", "min_epochs", "max_steps", "min_steps", "max_time", "lim
 
 def ptq_stage(run: Workspace) -> None:
     """Inserts, calibrates and measures, before any training."""
-    if run.done("ptq"):
+    if "ptq" in run.progress.stages:
         return
     with run.stage("ptq", "Calibrated (PTQ)") as values:
         values["metric"] = run.measure(callbacks=[run.qat_callback()])
@@ -33,29 +33,27 @@ def ptq_stage(run: Workspace) -> None:
 
 def qat_stage(run: Workspace) -> None:
     """Trains with fake quantization; where that is to take no step, keeps what was calibrated."""
-    with run.stage("qat", "Quantization-aware training" if run.trains else None) as values:
-        callbacks = [run.qat_callback(), SeedEpochs(run.cfg.seed), *run.callbacks]
-        saves = any(isinstance(callback, Checkpoint) for callback in callbacks)  # else Lightning adds its own
-        trainer = run.trainer(callbacks=callbacks, logger=run.loggers, enable_checkpointing=saves)
+    with run.stage("qat", "Quantization-aware training" if trains(run.cfg) else None) as values:
+        trainer = run.training(logger=run.loggers)
         limits = OmegaConf.to_container(OmegaConf.masked_copy(run.cfg.trainer, list(LIMITS)))
         if not _load_trained(run, limits):
-            last = run.resume_from(run.folder / LAST_CHECKPOINT, *run.loggers)
-            run.progress["stages"].pop("exported", None)  # of what was trained less
+            last = run.progress.resume_from(run.folder / LAST_CHECKPOINT, *run.loggers)
+            run.progress.stages.pop("exported", None)  # of what was trained less
             try:
                 trainer.fit(run.module, datamodule=run.data, ckpt_path=last, weights_only=True)
             except UserError:
                 if not trainer.global_step:  # what corrects it may change what is calibrated
-                    run.progress["stages"].pop("ptq", None)
-                    run.remember()
+                    run.progress.stages.pop("ptq", None)
+                    run.progress.save()
                 raise
-            check_finite(run, "training", LAST_CHECKPOINT)
+            run.check_finite("training", LAST_CHECKPOINT)
             trainer.save_checkpoint(run.folder / TRAINED, weights_only=True)  # whole or not at all
             # The first process is alone from here on: nothing may wait for the others.
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
-            run.progress["trained"] = {"limits": limits, "best": _best_file(run, trainer)}
-            run.remember()
-        if run.trains:
+            run.progress.trained = {"limits": limits, "best": _best_file(run, trainer)}
+            run.progress.save()
+        if trains(run.cfg):
             values["metric"] = run.measure()
         if (best := _best(run)) is not None:
             values["best"] = best
@@ -77,8 +75,8 @@ def _load_trained(run: Workspace, limits: Any) -> bool:
     training (averages take the place of weights then).
     """
     file = run.folder / TRAINED
-    then = run.progress.get("trained", {}).get("limits")
-    if not run.resuming or then is None or not file.is_file():
+    then = (run.progress.trained or {}).get("limits")
+    if not run.progress.resuming or then is None or not file.is_file():
         return False
     if any(then.get(key) != value for key, value in limits.items()):  # an older version noted fewer
         return False
@@ -98,8 +96,9 @@ def _best(run: Workspace) -> float | None:
     """The metric of the best checkpoint, if it has the grids of the policy: an annealed run's may be from before
     they were reached.
     """
-    best = run.progress["trained"]["best"]
-    if best is None or not (run.folder / best).is_file():
+    trained = run.progress.trained
+    assert trained is not None
+    if (best := trained["best"]) is None or not (run.folder / best).is_file():
         return None
     checkpoint = read_checkpoint(run.folder / best)
     plan = plan_of(run.module)

@@ -28,6 +28,7 @@ from qat.export.verify import Verdict
 from qat.files import claimed
 from qat.kernels.memory import keep_freed
 from qat.lightning.logs import close_wandb, log_results
+from qat.lightning.runs.checks import check
 from qat.lightning.runs.export_stage import export_stage
 from qat.lightning.runs.float_stage import float_stage
 from qat.lightning.runs.qat_stage import audit_trained, ptq_stage, qat_stage
@@ -56,11 +57,11 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
     with calm(), ExitStack() as held:
         pl.seed_everything(cfg.seed, workers=True, verbose=False)
         workspace = Workspace(cfg, run_dir)
-        workspace.check()
+        check(workspace)
         if workspace.main:
             taken = f"run_dir={run_dir}: a run is going on in this folder, in another process"
             held.enter_context(claimed(run_dir / ".running", taken))
-        workspace.remember()
+        workspace.progress.save()
         try:
             verdict = _stages(workspace)
             if not workspace.main:
@@ -92,7 +93,7 @@ def _report(run: Workspace, verdict: Verdict | None) -> dict[str, Any]:
     """Writes and shows the report."""
     report: dict[str, Any] = {
         "name": run.cfg.name, "metric": run.cfg.metric, "higher_is_better": run.cfg.mode == "max",
-        "version": __version__, **run.progress,
+        "version": __version__, **run.progress.to_dict(),
     }  # fmt: skip
     if not run.policy.is_off:
         batches = run_steps(run.module, run.data.train_dataloader, STATISTICS_SAMPLES)

@@ -20,8 +20,9 @@ from qat.config.instantiate import instantiate
 from qat.convert import conversion_refusal
 from qat.errors import UserError
 from qat.export.onnx.export import export_onnx
-from qat.files import atomic, make_folder, read_object
+from qat.files import make_folder, read_object, write_object
 from qat.lightning.losses import BatchLosses
+from qat.lightning.runs.checks import check
 from qat.lightning.runs.float_cache import float_key
 from qat.lightning.runs.float_stage import float_stage
 from qat.lightning.runs.quiet import calm
@@ -66,7 +67,7 @@ class SearchRun(Workspace):
         if (folder / PROGRESS).is_file():
             cfg.ckpt = "last"
         super().__init__(cfg, folder)
-        self.callbacks = []  # they are for training, which a search does not
+        self.callbacks = {}  # they are for training, which a search does not
         self.command, self.overrides, self.config_dir = command, overrides, config_dir
         self.settings: Search = instantiate(cfg.search)
         if self.policy.is_off:
@@ -133,8 +134,7 @@ class SearchRun(Workspace):
             if known.get(label, {}).get("repeats") != repeats:
                 self.console.print(f"Latency at {label}", style="dim")
                 known[label] = self._measure_pair(space, pair, losses)
-                with atomic(path) as temporary:
-                    temporary.write_text(json.dumps(known, indent=1))
+                write_object(path, known)
         at = {pair: known[f"{pair[0]}x{pair[1]}"] for pair in pairs}
         table = {(layer.name, p): at[p]["layers"][layer.name] for layer in space.layers for p in layer.options}
         return Latencies(table, sum(entry["rest"] for entry in at.values()) / len(at))
@@ -220,12 +220,12 @@ def search(
         if not only_measure and not run.settings.costs:
             raise UserError("say what bits may cost: qat search packed=60kB (or size, avg_bits, bops, latency), "
                             "or search.front=packed")  # fmt: skip
-        run.check()
+        check(run)
         run.space()  # a pattern that matches nothing is found before the float model is trained
         mean_loss(run.module, BatchLosses(run.data.train_dataloader, samples=1))  # and so is a step without a loss
         if run.settings.output is not None:
             make_folder(Path(run.settings.output).parent, "search.output")
-        run.remember()
+        run.progress.save()
         float_stage(run)
         losses = BatchLosses(run.data.train_dataloader, run.settings.samples)
         space = run.space()
