@@ -1,12 +1,11 @@
 """The cache of sensitivities: one JSON file that grows while they are measured, whole at every moment."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 from qat.errors import UserError
-from qat.files import atomic, read_object
+from qat.files import read_object, write_object
 
 Measure = Literal["loss", "hessian", "sqnr"]
 SAVE_SECONDS = 2.0
@@ -54,10 +53,7 @@ class Measured:
     def save(self, now: bool = True) -> None:
         """Writes the file; with `now=False` only if the last time is a while ago."""
         if now or time.monotonic() - self._saved > SAVE_SECONDS:
-            with atomic(self.path) as temporary:
-                temporary.write_text(
-                    json.dumps({"key": self.key, "loss": self.loss, "tensors": self.tensors}, indent=1)
-                )
+            write_object(self.path, {"key": self.key, "loss": self.loss, "tensors": self.tensors})
             self._saved = time.monotonic()
 
     def harm(self, tensor: str, bits: int, by: Measure) -> float:

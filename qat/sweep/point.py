@@ -5,7 +5,6 @@ not run again, a half-finished one goes on from its checkpoint (`ckpt=last`). So
 as when a SLURM job outlives the sweep that submitted it.
 """
 
-import json
 import math
 import os
 import re
@@ -21,7 +20,7 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from qat.errors import UserError
-from qat.files import atomic, read_object
+from qat.files import read_object, write_object
 from qat.run_files import PROGRESS, REPORT
 
 State = Literal["done", "failed", "pruned"]
@@ -177,5 +176,4 @@ def record(point: Point, outcome: Outcome | None) -> None:
     """Writes down what the point is and how it ended, `None` while it runs."""
     content: dict[str, Any] = {"number": point.number, "params": point.params, "command": point.command}
     content |= asdict(outcome) if outcome else {"state": None, "error": None}
-    with atomic(point.folder / RECORD) as temporary:
-        temporary.write_text(json.dumps(content, indent=1))
+    write_object(point.folder / RECORD, content)

@@ -5,7 +5,6 @@ points: the common overrides, what varies, the objectives, and what the config f
 points, where, or how many at a time.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qat.errors import UserError
-from qat.files import atomic, claimed, make_folder, read_object
+from qat.files import claimed, make_folder, read_object, write_object
 from qat.sweep.point import Outcome, Point
 from qat.sweep.results import DEFINITION, POINTS, read_point
 from qat.sweep.space import Interval, Space
@@ -89,8 +88,7 @@ class Task:
                     f"{self.folder} holds another sweep ({', '.join(changed)} differ); "
                     "name a folder of its own with sweep.dir=..., or repeat that sweep's command to resume it"
                 )
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps(mine, indent=1))
+        write_object(path, mine)
 
     def announce(self, points: int, more: str) -> None:
         """One line before the first point."""
