@@ -8,10 +8,11 @@ do concatenations, if all that they join is to share one.
 
 import dataclasses
 from collections.abc import Collection
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qat.grid.spec import QuantSpec
 from qat.planning.addressable import summed_axis
+from qat.planning.decisions import Decisions
 from qat.planning.functions import FUNCTIONS, KV_CACHE, PROBABILITIES
 from qat.planning.probe import Call, Key, Recording
 
@@ -61,29 +62,23 @@ class _Tensors:
 
 
 def activation_grids(
-    recording: Recording,
-    calls: dict[str, list[Call]],
-    decisions: dict[str, Any],
-    joined: bool,
-    floating: Collection[tuple[str, int]] = (),
+    decisions: Decisions, joined: bool, floating: Collection[tuple[str, int]] = ()
 ) -> tuple[dict[str, QuantSpec], Chains]:
     """The activation grids of a plan.
 
     Args:
-        recording: The recorded pass.
-        calls: The layers and sites that the policy can address, with their calls.
-        decisions: The decisions of the policy on these.
+        decisions: The decisions of the policy.
         joined: Whether inputs and output of a concatenation share a grid.
         floating: Operands of sites (by their index) that have no grid whatever was decided.
 
     Returns:
         The spec of each grid by its label (the place that reads it first), and the grids of each operand.
     """
-    tensors = _Tensors(recording, joined)
+    calls, tensors = decisions.calls, _Tensors(decisions.recording, joined)
     edges = [
         edge
         for name, (first, *more) in calls.items()
-        if (spec := decisions[name]["act"][0]) is not None
+        if (spec := decisions.act(name)) is not None
         for edge in _edges(tensors, name, first, more, spec)
         if (name, edge.operand) not in floating
     ]

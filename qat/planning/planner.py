@@ -12,22 +12,14 @@ from typing import Any
 from torch import nn
 
 from qat.errors import UserError
-from qat.layers import BoundPart, is_computed, mixin_for, sites_changed
-from qat.planning.addressable import (
-    CONVOLUTIONS,
-    check_shapes_known,
-    described,
-    has_weight,
-    inside_of,
-    is_leaf,
-    is_norm,
-    places,
-    type_of,
-)
+from qat.layers import sites_changed
+from qat.planning.addressable import CONVOLUTIONS, check_shapes_known, has_weight, inside_of, is_leaf, is_norm, type_of
+from qat.planning.decisions import Decisions, decide
 from qat.planning.edges import activation_grids
-from qat.planning.functions import ELEMENTWISE, EXPERTS, FUNCTIONS
-from qat.planning.plan import Plan, PlannedLayer, SiteOperand, SiteWeight, kind_of, owner_of
-from qat.planning.probe import Call, Recording, record
+from qat.planning.functions import ELEMENTWISE
+from qat.planning.plan import Plan, SiteOperand, kind_of, owner_of
+from qat.planning.probe import Recording, record
+from qat.planning.weights import plan_weights
 from qat.policies.engines import engine_of
 from qat.policies.networks import Policy
 
@@ -41,69 +33,20 @@ def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple
     recording = record(model, run, is_leaf, inside_of)
     check_shapes_known(model)
     _check_names(model, recording)
-    calls = places(model, recording)
-    if not calls:
-        raise UserError(
-            f"{type(model).__name__} has no layer that can be quantized: "
-            "the probe batch passed no Linear, Conv, Embedding, LSTM or the like"
-        )
-    decisions = policy.resolve(described(calls))
+    decisions = decide(model, policy, recording)
     plan = Plan(policy=policy.settings, engine=policy.engine, round_bias=policy.round_bias)
-    _plan_weights(plan, model, recording, calls, decisions)
-    plan.batch_norms = {
-        layer: norm for layer, norm in _batch_norm_pairs(recording).items() if plan.layers[layer].weight is not None
-    }
-    plan.residuals = _residuals(plan, recording, calls, decisions)
-    floating = {
-        (name, operand)
-        for name, products in plan.residuals.items()
-        if (operand := engine_of(policy.engine).accumulated(products)) is not None
-    }
-    plan.activations, chains = activation_grids(recording, calls, decisions, policy.concat == "shared", floating)
-    for name, operands in chains.items():
-        if layer := plan.layers.get(name):
-            layer.input, layer.input_1 = operands if len(operands) == 2 else (operands[0], None)
-        else:
-            plan.sites[name] = operands
-    _check_groups(plan, recording, calls)
-    plan.operands = _parameter_operands(plan, recording, calls)
-    _plan_owners(plan, model, recording)
+    plan_weights(plan, decisions)
+    plan.batch_norms = _batch_norms(plan, recording)
+    plan.residuals = _residuals(plan, decisions)
+    _plan_activations(plan, decisions, joined=policy.concat == "shared")
+    _check_groups(plan, decisions)
+    plan.operands = _parameter_operands(plan, decisions)
+    plan.owners = _owners(plan, decisions)
     if not plan.weights and not plan.activations:
         raise UserError(
             "the policy leaves everything float: give quant.weight or quant.act settings, or a rule that does"
         )
     return plan, recording
-
-
-def _residuals(
-    plan: Plan, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
-) -> dict[str, list[str]]:
-    """Additions of two tensors with grids, one at least of which is the output of a layer that multiplies integers (of
-    a BatchNorm that folds into it) and that nobody else reads.
-    """
-    norms = {norm: layer for layer, norm in plan.batch_norms.items()}
-    products: dict[Any, str] = {}
-    for call in recording.modules:
-        layer = norms.get(call.name, call.name)
-        if call.output is None or recording.readers.get(call.output) != 1 or layer not in plan.layers:
-            continue
-        original = type_of(calls[layer][0].what)
-        kind = "conv" if issubclass(original, CONVOLUTIONS) else "linear" if issubclass(original, nn.Linear) else ""
-        if plan.layers[layer].weight is not None and decisions[layer]["act"][0] is not None:
-            products[call.output] = kind
-    found = {
-        name: [products.get(key, "") for key in first.operands]
-        for name, (first, *more) in calls.items()
-        if first.kind == "add" and not more and decisions[name]["act"][0] is not None
-    }
-    return {name: kinds for name, kinds in found.items() if any(kinds) and len(kinds) == 2}
-
-
-def weight_identity(layer: Any) -> Any:
-    """Equal for layers that share their weight, of which there may be another tensor each time one asks."""
-    if isinstance(layer, BoundPart):
-        return layer.identity()
-    return id(layer) if is_computed(layer) else id(layer.weight)
 
 
 def _check_names(model: nn.Module, recording: Recording) -> None:
@@ -113,50 +56,75 @@ def _check_names(model: nn.Module, recording: Recording) -> None:
             raise UserError(f"'{site}' names a functional site, but the model has an attribute of that name: rename it")
 
 
-def _plan_weights(
-    plan: Plan, model: nn.Module, recording: Recording, calls: dict[str, list[Call]], decisions: dict[str, Any]
-) -> None:
-    owner_of: dict[Any, str] = {}
-    for name, (call, *_) in calls.items():
-        if call.site and not call.weight:
+def _batch_norms(plan: Plan, recording: Recording) -> dict[str, str]:
+    """For each layer with a grid whose output is read by one BatchNorm and nothing else, both called once: that."""
+    times = Counter(call.name for call in recording.modules)
+    producers = {
+        call.output: call.name
+        for call in recording.modules
+        if has_weight(call.what)
+        and call.output is not None
+        and not isinstance(call.what, nn.Embedding | nn.EmbeddingBag | nn.Bilinear)
+        and len(call.shape) == call.what.weight.ndim  # then dimension 1 is the channel for both
+    }
+    pairs = {
+        producers[call.inputs[0]]: call.name
+        for call in recording.modules
+        if is_norm(call.what)
+        and call.what.track_running_stats
+        and call.inputs
+        and call.inputs[0] in producers
+        and recording.readers[call.inputs[0]] == 1
+        and times[call.name] == times[producers[call.inputs[0]]] == 1
+    }
+    return {layer: norm for layer, norm in pairs.items() if plan.layers[layer].weight is not None}
+
+
+def _residuals(plan: Plan, decisions: Decisions) -> dict[str, list[str]]:
+    """Additions of two tensors with grids, one at least of which is the output of a layer that multiplies integers (of
+    a BatchNorm that folds into it) and that nobody else reads.
+    """
+    recording, calls = decisions.recording, decisions.calls
+    norms = {norm: layer for layer, norm in plan.batch_norms.items()}
+    products: dict[Any, str] = {}
+    for call in recording.modules:
+        layer = norms.get(call.name, call.name)
+        if call.output is None or recording.readers.get(call.output) != 1 or layer not in plan.layers:
             continue
-        weight = model.get_parameter(call.parameter) if call.weight and call.parameter else None
-        spec = decisions[name]["weight"][0] if call.weight or has_weight(call.what) else None
-        identity = id(weight) if call.weight else weight_identity(call.what) if spec else None
-        owner = owner_of.setdefault(identity, name) if spec else None
-        if spec and owner == name:
-            plan.weights[name] = spec.resolved(nonnegative=False, weight=True)
-        elif spec and owner and spec.resolved(nonnegative=False, weight=True) != plan.weights[owner]:
-            raise UserError(
-                f"'{name}' and '{owner}' are one weight, but the policy gives them different grids; "
-                "add a rule that matches both"
-            )
-        if call.weight:
-            assert weight is not None and call.parameter is not None
-            axis = (FUNCTIONS[call.what].channel_axis or 0) % weight.ndim
-            if spec and spec.granularity == "group" and axis > 1 and call.kind != EXPERTS:
-                raise UserError(
-                    f"'{name}': granularity=group needs a weight matrix, but '{call.parameter}' is a stack of them "
-                    f"{list(weight.shape)}; use granularity: channel or tensor there"
-                )
-            alone = recording.only_sites_read(call.parameter)
-            plan.parameters[name] = site = SiteWeight(call.parameter, axis, owner, alone)
-            if call.kind == EXPERTS:
-                transposed = call.operands[1][0] != id(weight)  # then the parameter is [experts, out, in]
-                site.axis, site.stacked = 0, "out_in" if transposed else "in_out"
+        original = type_of(calls[layer][0].what)
+        kind = "conv" if issubclass(original, CONVOLUTIONS) else "linear" if issubclass(original, nn.Linear) else ""
+        if plan.layers[layer].weight is not None and decisions.act(layer) is not None:
+            products[call.output] = kind
+    found = {
+        name: [products.get(key, "") for key in first.operands]
+        for name, (first, *more) in calls.items()
+        if first.kind == "add" and not more and decisions.act(name) is not None
+    }
+    return {name: kinds for name, kinds in found.items() if any(kinds) and len(kinds) == 2}
+
+
+def _plan_activations(plan: Plan, decisions: Decisions, joined: bool) -> None:
+    """Decides the grids of what layers and sites read, but for what an addition is given in its accumulator."""
+    engine = engine_of(plan.engine)
+    floating = {
+        (name, operand)
+        for name, products in plan.residuals.items()
+        if (operand := engine.accumulated(products)) is not None
+    }
+    plan.activations, chains = activation_grids(decisions, joined, floating)
+    for name, operands in chains.items():
+        if layer := plan.layers.get(name):
+            layer.input, layer.input_1 = operands if len(operands) == 2 else (operands[0], None)
         else:
-            plan.layers[name] = layer = PlannedLayer(owner, [])
-            if owner == name:
-                _place(layer, name, call.what)
-            weight = call.what._parameters.get("weight")
-            layer.read = bool(owner) and recording.read_by_functions(weight, f"{name}.weight")
+            plan.sites[name] = operands
 
 
-def _check_groups(plan: Plan, recording: Recording, calls: dict[str, list[Call]]) -> None:
+def _check_groups(plan: Plan, decisions: Decisions) -> None:
     """Raises before anything is trained if groups of what a layer or a site reads would not come out even."""
+    shapes = decisions.recording.shapes
     ragged: dict[str, str] = {}
     for name, operand, chain in _chains(plan):
-        known = [s for call in calls[name] if (s := recording.shapes.get(call.operands[operand])) is not None]
+        known = [s for call in decisions.calls[name] if (s := shapes.get(call.operands[operand])) is not None]
         for spec in [plan.activations[label] for label in chain]:
             size, axis = spec.group_size, spec.group_axis or -1
             for shape in known:
@@ -178,19 +146,9 @@ def _chains(plan: Plan) -> Iterator[tuple[str, int, list[str]]]:
     return ((name, i, chain) for name, chains in operands.items() for i, chain in enumerate(chains) if chain)
 
 
-def _place(planned: PlannedLayer, name: str, layer: nn.Module) -> None:
-    """Writes down where a weight lies."""
-    mixin = mixin_for(layer)
-    if isinstance(layer, BoundPart):
-        parameter, first, count = layer.rows[0]
-        planned.parameter = f"{name.rpartition('.')[0]}.{parameter}".lstrip(".")
-        planned.rows = None if count is None else [first, count]
-    elif mixin is not None:
-        planned.axis = mixin.channel_axis or 0
-
-
-def _parameter_operands(plan: Plan, recording: Recording, calls: dict[str, list[Call]]) -> dict[str, SiteOperand]:
+def _parameter_operands(plan: Plan, decisions: Decisions) -> dict[str, SiteOperand]:
     """The parameters that have the grid of an activation; see `Plan.operands`."""
+    recording, calls = decisions.recording, decisions.calls
     found: dict[str, tuple[str, int]] = {}
     times: Counter[str] = Counter()
     for name, chains in plan.sites.items():
@@ -209,7 +167,7 @@ def _parameter_operands(plan: Plan, recording: Recording, calls: dict[str, list[
     }
 
 
-def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:
+def _owners(plan: Plan, decisions: Decisions) -> dict[str, list[str]]:
     """Modules that run sites become owners even where theirs stay float, or those around would count them as theirs.
 
     An owner counts the kinds that it has grids for, and no others: what it leaves float may come and go.
@@ -219,35 +177,12 @@ def _plan_owners(plan: Plan, model: nn.Module, recording: Recording) -> None:
     own: dict[str, set[str]] = {}
     for site in quantized:
         own.setdefault(owner_of(site), set()).add(kind_of(site))
-    for name, orders in recording.site_orders().items():
+    owners: dict[str, list[str]] = {}
+    for name, orders in decisions.recording.site_orders().items():
         first, *others = ([kind for kind in order if kind in own.get(name, ())] for order in orders)
         different = next((order for order in others if order != first), None)
         if different is not None:
-            raise UserError(sites_changed(name, model.get_submodule(name), first, different))
+            raise UserError(sites_changed(name, decisions.model.get_submodule(name), first, different))
         if any(kind in kinds for order in orders for kind in order):
-            plan.owners[name] = first
-
-
-def _batch_norm_pairs(recording: Recording) -> dict[str, str]:
-    """Layers whose output is read by one BatchNorm and nothing else, each called once."""
-    times: dict[str, int] = {}
-    for call in recording.modules:
-        times[call.name] = times.get(call.name, 0) + 1
-    producers = {
-        call.output: call.name
-        for call in recording.modules
-        if has_weight(call.what)
-        and call.output is not None
-        and not isinstance(call.what, nn.Embedding | nn.EmbeddingBag | nn.Bilinear)
-        and len(call.shape) == call.what.weight.ndim  # then dimension 1 is the channel for both
-    }
-    return {
-        producers[call.inputs[0]]: call.name
-        for call in recording.modules
-        if is_norm(call.what)
-        and call.what.track_running_stats
-        and call.inputs
-        and call.inputs[0] in producers
-        and recording.readers[call.inputs[0]] == 1
-        and times[call.name] == times[producers[call.inputs[0]]] == 1
-    }
+            owners[name] = first
+    return owners
