@@ -487,7 +487,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(make, policy, epoch, tmp_p
         pytest.param(lambda: AnnealBits({"0": 8}), "must map epochs or shares to bits", id="no-number"),  # pyright: ignore
         pytest.param(lambda: AnnealBits({1: 8, 2: 4}), "must begin at 0", id="late-schedule"),
         pytest.param(lambda: AnnealBits({-1: 8, 0: 4}), "must begin at 0", id="early-schedule"),
-        pytest.param(lambda: AnnealBits({0: 8, 1.5: 4}), "schedule=1.5: must be a share", id="share-above-one"),
+        pytest.param(lambda: AnnealBits({0: 8, 1.5: 4}), "^schedule=1.5: must be a share", id="share-above-one"),
         pytest.param(lambda: AnnealBits({0: 8, 0.5: 6, 2: 4}), "epochs and shares", id="epochs-and-shares"),
         pytest.param(lambda: ReestimateBatchNorm(0), "batches=0", id="no-batches"),
         pytest.param(lambda: DampenOscillations(0), "strength=0", id="no-strength"),
