@@ -248,9 +248,8 @@ class PackedTarget(Target):
 
     def export(self, model: nn.Module, plan: Plan, example: Tensor | None, path: Path) -> None:
         if path.name != WEIGHTS:
-            raise UserError(
-                f"{path}: a packed model is {WEIGHTS} beside {MANIFEST}; name its folder, or {path.parent / WEIGHTS}"
-            )
+            folder = path.parent if path.suffix else path
+            raise UserError(f"{path}: a packed model is {WEIGHTS} beside {MANIFEST}; name {folder / WEIGHTS}")
         self.check_place(path)
         save_packed(model, plan, path.parent)
 
