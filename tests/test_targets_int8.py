@@ -22,7 +22,7 @@ from qat.errors import UserError
 from qat.export.bisect import first_divergence
 from qat.export.executorch.file import PteFile
 from qat.export.int8_program import CLIPS, DEQUANTIZE, QUANTIZE, float_products, int8_program
-from qat.export.litert.builder import pack, unpack
+from qat.export.nibbles import pack, unpack
 from qat.export.verify import Comparison, Verdict, check_codes
 from qat.models import SmallCNN
 
@@ -153,8 +153,9 @@ def test_litert_puts_codes_of_8_bits_on_a_grid_of_4_as_training_does(optimize, m
 
 @given(arrays(np.int8, st.integers(0, 33), elements=st.integers(-8, 7)))
 def test_packed_int4_is_unpacked_to_the_same_codes(codes: np.ndarray) -> None:
-    packed = pack(codes)
-    assert packed.nbytes == (len(codes) + 1) // 2 and np.array_equal(unpack(packed, len(codes)), codes)
+    packed = pack(codes, 4)
+    assert packed.nbytes == (len(codes) + 1) // 2
+    assert np.array_equal(unpack(packed, 4, signed=True)[: len(codes)], codes)
 
 
 def test_litert_holds_weights_of_4_bits_in_4_bits_if_asked_and_computes_with_them(tmp_path) -> None:

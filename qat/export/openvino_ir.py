@@ -15,6 +15,7 @@ import onnx
 from torch import Tensor, nn
 
 from qat.errors import UserError
+from qat.export import nibbles
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.layers import shared_weights
 from qat.export.onnx.passes import SHARED_KEY, is_weight
@@ -154,11 +155,8 @@ def _is_constant(node: Any) -> bool:
 
 
 def _codes(packed: np.ndarray, kind: str) -> np.ndarray:
-    """The codes in a constant's bytes: two in each of i4 or u4, the lower half first, the last of which may be none."""
-    if kind not in ("i4", "u4"):
-        return packed.reshape(-1)
-    byte = packed.view(np.int8 if kind == "i4" else np.uint8)
-    return np.stack([np.left_shift(byte, 4) >> 4, byte >> 4], -1).reshape(-1)
+    """The codes in a constant's bytes, of which the last of i4 or u4 may be none."""
+    return nibbles.unpack(packed.reshape(-1), 4, signed=kind == "i4") if kind in ("i4", "u4") else packed.reshape(-1)
 
 
 class OpenVinoTarget(Target):

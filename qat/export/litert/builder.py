@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from qat.export import nibbles
+
 LAYERS = "qat.layers"
 """Metadata of the file: JSON, from each layer to the tensor of its codes and the order of axes that gives torch's."""
 CHANNELS_LAST, CHANNELS_FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -132,7 +134,8 @@ class Builder:
         if len(scales):
             tensor.quantization = self._quantization(scales, [zero] * len(scales), axis)
         buffer = self.s.BufferT()
-        buffer.data = np.frombuffer((pack(array) if packed else array).tobytes(), np.uint8)
+        content = nibbles.pack(array.reshape(-1), 4) if packed else array
+        buffer.data = np.frombuffer(content.tobytes(), np.uint8)
         self.buffers.append(buffer)
         return self._constants.setdefault(key, self._add(tensor, ""))
 
@@ -207,15 +210,3 @@ def serialize(model: Any) -> bytes:
     builder = Sharing()
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
-
-
-def pack(codes: np.ndarray) -> np.ndarray:
-    """Two int4 codes in each byte, the first in the lower half."""
-    flat = np.append(codes.reshape(-1), np.zeros(codes.size % 2, np.int8)).view(np.uint8) & 15
-    return flat[::2] | flat[1::2] << 4
-
-
-def unpack(packed: np.ndarray, size: int) -> np.ndarray:
-    """The inverse of `pack`."""
-    low, high = np.left_shift(packed, 4).view(np.int8) >> 4, packed.view(np.int8) >> 4
-    return np.stack([low, high], -1).reshape(-1)[:size]

@@ -2,13 +2,15 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from qat.errors import UserError
-from qat.export.litert.builder import LAYERS, schema, unpack
+from qat.export import nibbles
+from qat.export.litert.builder import LAYERS, schema
 
 PRODUCTS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "BATCH_MATMUL")
 CLIPS = ("RELU", "RELU6", "MINIMUM", "MAXIMUM")
@@ -48,7 +50,7 @@ class TfliteFile:
         tensor = self.graph.tensors[index]
         data, kinds = np.asarray(self.model.buffers[tensor.buffer].data, np.uint8), self.s.TensorType
         if tensor.type == kinds.INT4:
-            return unpack(data, int(np.prod(tensor.shape))).reshape(tensor.shape)
+            return nibbles.unpack(data, 4, signed=True)[: math.prod(tensor.shape)].reshape(tensor.shape)
         dtype = {kinds.INT8: np.int8, kinds.INT32: np.int32, kinds.FLOAT32: np.float32}[tensor.type]
         return data.view(dtype).reshape(tensor.shape)
 

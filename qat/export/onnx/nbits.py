@@ -19,6 +19,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from qat.errors import UserError
+from qat.export import nibbles
 from qat.export.onnx.passes import PASS_THROUGH
 from qat.files import atomic
 
@@ -87,18 +88,12 @@ def _packed(name: str, dequantize: onnx.NodeProto, constants: dict[str, onnx.Ten
         sizes = [2**n for n in range(4, max(5, (width - 1).bit_length() + 1))]
         size = min(sizes, key=lambda s: -(-width // s) * (s * bits // 8 + scale.itemsize))
         scale = np.broadcast_to(scale.reshape(-1, 1), (rows, -(-width // size)))
-    packed = _pack(np.pad(codes, ((0, 0), (0, -width % size))) + 2 ** (bits - 1), bits)
+    packed = nibbles.pack(np.pad(codes, ((0, 0), (0, -width % size))) + 2 ** (bits - 1), bits)
     return {
         "attributes": {"K": width, "N": rows, "bits": bits, "block_size": size, "accuracy_level": FLOAT32},
         name: packed.reshape(rows, -(-width // size), size * bits // 8),
         f"{name}_scale": np.ascontiguousarray(scale),
     }
-
-
-def _pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes from zero on, `8 // bits` to a byte along the last axis, the first in the lowest bits."""
-    parts = codes.reshape(*codes.shape[:-1], -1, 8 // bits) << np.arange(0, 8, bits)
-    return parts.sum(-1).astype(np.uint8)
 
 
 def _sweep(graph: onnx.GraphProto, made: dict[str, dict[str, Any]]) -> None:
@@ -125,7 +120,7 @@ def packed_codes(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     for node in model.graph.node:
         if node.op_type == OPERATION:
             value = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-            packed = numpy_helper.to_array(constants[node.input[1]])[..., None] >> np.arange(0, 8, value["bits"])
-            codes = (packed & (2 ** value["bits"] - 1)).reshape(value["N"], -1)[:, : value["K"]]
+            packed = numpy_helper.to_array(constants[node.input[1]]).reshape(value["N"], -1)
+            codes = nibbles.unpack(packed, value["bits"], signed=False)[:, : value["K"]]
             found[node.input[1]] = (codes.astype(np.int16) - 2 ** (value["bits"] - 1)).astype(np.int8)
     return found
