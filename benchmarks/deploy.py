@@ -35,7 +35,7 @@ from qat.calibrate import calibrate
 from qat.config.exports import build
 from qat.data import HFImages, Text
 from qat.errors import UserError
-from qat.export.bench import time_interleaved
+from qat.export.bench import interleaved, rounds_in
 from qat.export.manifest import files_bytes
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import OnnxRunner
@@ -222,7 +222,8 @@ def measured(name: str, given: argparse.Namespace, folder: Path) -> list[dict[st
         )
     if not given.seconds:
         return list(rows.values())
-    times = time_interleaved(runners, case.test[:1].numpy(), given.seconds)
+    x = case.test[:1].numpy()
+    times = interleaved(runners, x, rounds_in(given.seconds, runners, x))
     for wanted in runners.keys() - {"float"}:
         rows[wanted] |= {f"p{q}": float(_ratio(times[wanted], times["float"], q)) for q in (10, 50)}
     return list(rows.values())

@@ -25,7 +25,7 @@ from pages import put
 from small_models import quantized
 
 from qat.config.exports import build
-from qat.export.bench import time_interleaved
+from qat.export.bench import interleaved, rounds_in
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import OnnxRunner
 
@@ -86,7 +86,7 @@ def main() -> None:
             if isinstance(runners.get("onnx"), OnnxRunner):
                 print(f"kernels of onnx: {dict(runners['onnx'].kernels())}; float: {runners['onnx'].float_layers()}")
             clock = time.process_time if threads == 1 else time.perf_counter
-            times = time_interleaved(runners, x, given.seconds, clock)
+            times = interleaved(runners, x, rounds_in(given.seconds, runners, x), clock)
             half, tenth = ({name: np.percentile(v, q) * 1e3 for name, v in times.items()} for q in (50, 10))
             for name in times:
                 shown = (f"{t[name]:.2f} ms, {t['float'] / t[name]:.2f}x" for t in (half, tenth))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from small_models import quantized
 
 from qat.convert import convert
-from qat.export.bench import time_interleaved
+from qat.export.bench import interleaved, rounds_in
 from qat.export.manifest import files_bytes
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import OnnxRunner
@@ -86,7 +86,7 @@ def main() -> None:
         cells = {name: [f"{files_bytes(path) / files_bytes(paths['float']):.3f}x"] for name, path in paths.items()}
         for tokens in TOKENS:
             x = np.random.default_rng(0).standard_normal((tokens, given.width), np.float32)
-            times = time_interleaved(runners, x, given.seconds)
+            times = interleaved(runners, x, rounds_in(given.seconds, runners, x))
             for name, values in times.items():
                 median, fast = (np.percentile(values, q) / np.percentile(times["float"], q) for q in (50, 10))
                 cells[name].append(f"{median:.2f}x ({fast:.2f}x)")

@@ -130,7 +130,7 @@ def numbers(key: str, text: str) -> list[int]:
 
 
 def _measure(opener: Opener, files: dict[str, Path], threads: list[int], batches: list[int], seconds: float) -> Any:
-    from qat.export.bench import Measured, peak_memory, time_interleaved, timing
+    from qat.export.bench import Measured, interleaved, peak_memory, rounds_in, timing
     from qat.export.manifest import files_bytes
 
     measured = {name: Measured(name, files_bytes(file)) for name, file in files.items()}
@@ -139,7 +139,8 @@ def _measure(opener: Opener, files: dict[str, Path], threads: list[int], batches
         for name, runner in runners.items():
             measured[name].float_nodes = runner.float_layers()
         for batch in batches:
-            times = time_interleaved(runners, opener.sample(batch), seconds * len(files))
+            x = opener.sample(batch)
+            times = interleaved(runners, x, rounds_in(seconds * len(files), runners, x))
             for name, values in times.items():
                 measured[name].timings.append(timing(values, batch, count))
     for name, file in files.items():

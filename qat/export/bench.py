@@ -57,29 +57,39 @@ class Measured:
     float_nodes: list[str] | None = None
 
 
-def time_interleaved(
-    runners: Mapping[str, Runner], x: np.ndarray, seconds: float, clock: Callable[[], float] = time.perf_counter
+def interleaved(
+    runners: Mapping[str, Runner], x: np.ndarray, rounds: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, np.ndarray]:
     """Seconds of every call on `x`, by runner, all of them called in turn.
 
     Args:
         runners: The files.
         x: The batch.
-        seconds: How long to measure, for all of them together; at least 20 rounds.
+        rounds: Calls of each that count; a few before them do not.
         clock: In seconds.
     """
-    start = time.perf_counter()
-    for runner in runners.values():
-        runner(x)
-    rounds = max(20, int(seconds / max(time.perf_counter() - start, 1e-6)))
     times: dict[str, list[float]] = {name: [] for name in runners}
-    for step in range(rounds + int(rounds * WARM_UP)):
+    warm_up = int(rounds * WARM_UP)
+    for step in range(warm_up + rounds):
         for name, runner in runners.items():
             start = clock()
             runner(x)
-            if step >= rounds * WARM_UP:
+            if step >= warm_up:
                 times[name].append(clock() - start)
     return {name: np.array(values) for name, values in times.items()}
+
+
+def rounds_in(seconds: float, runners: Mapping[str, Runner], x: np.ndarray) -> int:
+    """How many rounds of `interleaved` take that long, by the time of one; at least 20."""
+    start = time.perf_counter()
+    for runner in runners.values():
+        runner(x)
+    return max(20, int(seconds / max(time.perf_counter() - start, 1e-6)))
+
+
+def latency_ms(runners: Mapping[str, Runner], sample: np.ndarray, rounds: int = 200) -> dict[str, float]:
+    """Median milliseconds for one sample, by runner."""
+    return {name: float(np.median(times)) * 1e3 for name, times in interleaved(runners, sample, rounds).items()}
 
 
 def timing(times: np.ndarray, batch: int, threads: int) -> Timing:

@@ -16,7 +16,8 @@ import onnx
 import onnxruntime as ort
 
 from qat.errors import UserError
-from qat.export.onnx.runtime import INTEGER_KERNELS, OnnxRunner, latency_ms
+from qat.export.bench import latency_ms
+from qat.export.onnx.runtime import INTEGER_KERNELS, OnnxRunner
 from qat.export.target import INPUT
 
 CONSTANT = re.compile(r"(.+)\.(?:weight|weight_scale|weight_zero)$")

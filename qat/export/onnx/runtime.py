@@ -1,9 +1,7 @@
-"""ONNX Runtime as the judge: what it loads, which kernels it picks, what it computes, how fast."""
+"""ONNX Runtime as the judge: what it loads, which kernels it picks, what it computes."""
 
 import collections
 import tempfile
-import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from qat.errors import UserError
 from qat.export.onnx.layers import expose, layer_values, shared_weights
 from qat.export.onnx.nbits import packed_codes
 from qat.export.onnx.passes import PASS_THROUGH, SHIFTED_WEIGHT, is_weight
-from qat.export.target import INPUT, Runner
+from qat.export.target import INPUT
 
 CODES: dict[int, Any] = {
     **dict.fromkeys([onnx.TensorProto.INT8, onnx.TensorProto.INT4, onnx.TensorProto.INT2], np.int8),
@@ -180,15 +178,3 @@ def float_convolutions(path: str | Path) -> int:
         and (padded(node.input[0]) or (quantized(node.input[0]) and not becomes_codes(node.output[0])))
         for node in graph.node
     )
-
-
-def latency_ms(runners: Mapping[str, Runner], sample: np.ndarray, repeats: int = 200) -> dict[str, float]:
-    """Median milliseconds for one sample, measured in turn (a machine that slows down slows all of them)."""
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    for step in range(repeats + repeats // 10):
-        for name, runner in runners.items():
-            start = time.perf_counter()
-            runner(sample)
-            if step >= repeats // 10:
-                times[name].append(time.perf_counter() - start)
-    return {name: float(np.median(t)) * 1e3 for name, t in times.items()}

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from qat.config.instantiate import instantiate
 from qat.convert import EVERYTHING, conversion_refusal, convert
 from qat.errors import UserError
+from qat.export.bench import latency_ms
 from qat.export.manifest import files_bytes
 from qat.export.onnx.export import export_onnx, traceable
-from qat.export.onnx.runtime import OnnxRunner, latency_ms
+from qat.export.onnx.runtime import OnnxRunner
 from qat.export.packed import WEIGHTS, save_packed
 from qat.export.target import Runner, Target
 from qat.export.verify import Verdict
