@@ -2,6 +2,7 @@
 
 import collections
 import tempfile
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +89,19 @@ class OnnxRunner:
         values = session.run(list(layers.values()), {INPUT: x})
         return {name: np.asarray(value) for name, value in zip(layers, values, strict=True)}
 
+    @cached_property
+    def _executed(self) -> list[onnx.NodeProto]:
+        """The nodes that the runtime makes of the file; a copy, which does not keep the weights in memory."""
+        with tempfile.TemporaryDirectory() as folder:
+            target = str(Path(folder) / "optimized.onnx")
+            self._session_of(str(self.path), optimize=self.optimize, optimized_copy=target)
+            return list(onnx.GraphProto(node=onnx.load(target).graph.node).node)
+
     def float_layers(self) -> list[str]:
         """The layers that the runtime computes in float: their output exists, and no integer kernel made it, or what
         their bias is added to.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            target = str(Path(folder) / "optimized.onnx")
-            self._session_of(str(self.path), optimize=self.optimize, optimized_copy=target)
-            made = {name: node for node in onnx.load(target).graph.node for name in node.output}
+        made = {name: node for node in self._executed for name in node.output}
 
         def in_float(node: onnx.NodeProto) -> bool:
             added = [made[name] for name in node.input if name in made] if node.op_type == "Add" else []
@@ -105,11 +111,8 @@ class OnnxRunner:
         return [layer for layer, value in layers.items() if value in made and in_float(made[value])]
 
     def kernels(self) -> collections.Counter[str]:
-        """How many nodes of each kind the runtime executes, after its optimizations."""
-        with tempfile.TemporaryDirectory() as folder:
-            target = str(Path(folder) / "optimized.onnx")
-            self._session_of(str(self.path), optimize=self.optimize, optimized_copy=target)
-            return collections.Counter(node.op_type for node in onnx.load(target).graph.node)
+        """How many nodes of each kind the runtime executes."""
+        return collections.Counter(node.op_type for node in self._executed)
 
     def integer_nodes(self) -> int:
         """How many convolutions and matrix products run on integers."""
