@@ -7,7 +7,7 @@ left out.
     value types   `value_info`, which repeats the type of every initializer
 """
 
-from collections.abc import Iterator
+import itertools
 
 import onnx
 import onnx_ir as ir
@@ -28,7 +28,8 @@ OWN_NAMES = (".weight", ".weight_plus_half", ".weight_scale", ".bias", ".bias_sc
 def slim(model: ir.Model) -> onnx.ModelProto:
     """The file's content, without the superfluous; `model` is changed."""
     graph = model.graph
-    names = _short_names({value.name or "" for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())})
+    taken = {value.name for value in (*graph.inputs, *graph.outputs, *graph.initializers.values())}
+    names = (name for number in itertools.count() if (name := f"{number:x}") not in taken)
     for value in list(graph.initializers.values()):
         if not f".{value.name}".endswith(OWN_NAMES):
             value.name = next(names)
@@ -47,12 +48,3 @@ def slim(model: ir.Model) -> onnx.ModelProto:
 def _is_default(attribute: ir.Attr) -> bool:
     value, default = attribute.value, DEFAULTS[attribute.name]
     return all(v == default for v in value) if isinstance(value, list | tuple) else value == default
-
-
-def _short_names(taken: set[str]) -> Iterator[str]:
-    number = 0
-    while True:
-        name = f"{number:x}"
-        if name not in taken:
-            yield name
-        number += 1
