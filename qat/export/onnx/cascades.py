@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qat.cascades import MARGIN
-from qat.export.onnx.passes import initializer
+from qat.export.onnx.graph import constant, initializer
 from qat.export.onnx.units import MOVES
 
 MOVES_VALUES = (*MOVES, "Pad", "Concat", "Max", "Relu")
@@ -47,7 +47,7 @@ def _grids(value: ir.Value | None) -> list[ir.Node]:
 
 def _number(value: ir.Value | None) -> np.ndarray | None:
     """A constant of one element."""
-    array = None if value is None or value.const_value is None else value.const_value.numpy()
+    array = constant(value)
     return array.reshape(()) if array is not None and array.size == 1 else None
 
 

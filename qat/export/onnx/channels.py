@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from qat.export.onnx.passes import initializer
+from qat.export.onnx.graph import constant, initializer
 
 IMAGE = 3
 CHANNEL = (0, 0, 0, 0, 0, 1, 0, 0)
@@ -86,7 +86,7 @@ def _is_symmetric(weight: ir.Node | None) -> bool:
     if weight is None or weight.op_type != "DequantizeLinear" or "block_size" in weight.attributes:
         return False
     zero = weight.inputs[2] if len(weight.inputs) > 2 else None
-    array = None if zero is None or zero.const_value is None else zero.const_value.numpy()
+    array = constant(zero)
     return zero is None or (array is not None and array.dtype == np.int8 and not array.any())
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import onnx
 from onnx import NodeProto, TensorProto
 
+from qat.export.onnx.graph import PRODUCTS
 from qat.export.onnx.layers import layer_values
 
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 LIMITS = ("Relu", "Clip")
 
 

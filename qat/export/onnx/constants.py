@@ -8,6 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from qat.export.onnx.graph import constant, initializer
+
 
 def quantize_constants(model: ir.Model) -> None:
     """Replaces every QuantizeLinear (and the Clip behind it) of a constant by its codes."""
@@ -16,11 +18,7 @@ def quantize_constants(model: ir.Model) -> None:
         codes = _codes(node)
         if codes is not None:
             output = node.outputs[0]
-            tensor = ir.tensor(codes, name=f"{output.name}_codes")
-            kind, shape = ir.TensorType(tensor.dtype), ir.Shape(codes.shape)
-            constant = ir.Value(name=tensor.name, const_value=tensor, type=kind, shape=shape)
-            graph.register_initializer(constant)
-            ir.convenience.replace_all_uses_with(output, constant)
+            ir.convenience.replace_all_uses_with(output, initializer(graph, f"{output.name}_codes", codes))
     common.RemoveUnusedNodesPass()(model)
 
 
@@ -39,13 +37,9 @@ def _codes(node: ir.Node) -> np.ndarray | None:
 
 def _value(value: ir.Value | None) -> Any:
     """The value of a constant, or of a constant's codes."""
-    if value is None:
-        return None
-    if value.const_value is not None:
-        return value.const_value.numpy()
-    node = value.producer()
-    if node is None or node.op_type != "DequantizeLinear":
-        return None
+    node = None if value is None else value.producer()
+    if (array := constant(value)) is not None or node is None or node.op_type != "DequantizeLinear":
+        return array
     codes, scale, zero = (_value(each) for each in node.inputs[:3])
     if codes is None or scale is None or scale.size != 1 or zero is None or zero.dtype.kind not in "iu":
         return None

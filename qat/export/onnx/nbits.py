@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 
 from qat.errors import UserError
 from qat.export import nibbles
-from qat.export.onnx.passes import PASS_THROUGH
+from qat.export.onnx.graph import PASS_THROUGH
 from qat.files import atomic
 
 DOMAIN, OPERATION = "com.microsoft", "MatMulNBits"

@@ -23,13 +23,12 @@ import numpy as np
 import onnx_ir as ir
 
 from qat.export.onnx.cascades import MOVES_VALUES
-from qat.export.onnx.passes import initializer
+from qat.export.onnx.graph import PRODUCTS, constant, initializer, insert_behind
 from qat.export.onnx.units import MOVES
 
 AVERAGES = ("AveragePool", "GlobalAveragePool")
 EXTREMES = ("ReduceMax", "ReduceMin")
 HALF = 128
-PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 LEAST = np.finfo(np.float32).tiny
 """A bias that is none: it is lost in any sum, and 0 + 1e-38 lies in the same step as 0."""
 
@@ -37,14 +36,14 @@ LEAST = np.finfo(np.float32).tiny
 def evade_rewrites(model: ir.Model) -> None:
     """Gives products biases, keeps averages and extremes apart from their readers, and makes signed codes of joined
     tensors unsigned."""
-    graph = model.graph
+    graph, lowest = model.graph, np.array(-np.inf, np.float32)
     for node in list(graph):
         if node.op_type in PRODUCTS and _scaled_by_channel(node.inputs[1]) and not _biased(node):
             _add_bias(graph, node)
         averages = node.op_type in AVERAGES and any(r.op_type != "QuantizeLinear" for r in _readers(node))
         real = node.outputs[0].dtype in (None, ir.DataType.FLOAT)  # not of what `any` and `all` become
         if averages or (node.op_type in EXTREMES and real):
-            _keep_apart(graph, node)
+            insert_behind(graph, node.outputs[0], "Max", initializer(graph, "minus_infinity", lowest))
         elif node.op_type == "QuantizeLinear" and node.inputs[2].dtype == ir.DataType.INT8:  # pyright: ignore[reportOptionalMemberAccess]
             source = node.inputs[0].producer() if node.inputs[0] is not None else None
             if _joined(node.outputs[0], source is not None and source.op_type == "Concat"):
@@ -71,8 +70,8 @@ def _biased(product: ir.Node) -> bool:
 
 def _nonzero(bias: ir.Value | None) -> bool:
     source = bias.producer() if bias is not None else None
-    values = source.inputs[0] if source is not None and source.op_type == "DequantizeLinear" else bias
-    return values is not None and values.const_value is not None and bool(values.const_value.numpy().any())
+    values = constant(source.inputs[0] if source is not None and source.op_type == "DequantizeLinear" else bias)
+    return values is not None and bool(values.any())
 
 
 def _add_bias(graph: ir.Graph, product: ir.Node) -> None:
@@ -82,14 +81,11 @@ def _add_bias(graph: ir.Graph, product: ir.Node) -> None:
     channels: Any = output.shape[1 if product.op_type in ("Conv", "ConvTranspose") else -1]
     name = f"{product.inputs[1].name}_{output.name}_least"
     bias = initializer(graph, name, np.full(channels, LEAST, np.float32))
-    if product.op_type != "MatMul":
+    if product.op_type == "MatMul":
+        insert_behind(graph, output, "Add", bias)
+    else:
         product.resize_inputs(3)
         product.replace_input_with(2, bias)
-        return
-    added = ir.node("Add", [output, bias])
-    ir.convenience.replace_all_uses_with(output, added.outputs[0], replace_graph_outputs=True)
-    added.replace_input_with(0, output)
-    graph.insert_after(product, added)
 
 
 def _readers(node: ir.Node) -> Iterator[ir.Node]:
@@ -97,14 +93,6 @@ def _readers(node: ir.Node) -> Iterator[ir.Node]:
     for output in node.outputs:
         for reader, _ in output.uses():
             yield from _readers(reader) if reader.op_type in MOVES else (reader,)
-
-
-def _keep_apart(graph: ir.Graph, node: ir.Node) -> None:
-    output = node.outputs[0]
-    kept = ir.node("Max", [output, initializer(graph, "minus_infinity", np.array(-np.inf, np.float32))])
-    ir.convenience.replace_all_uses_with(output, kept.outputs[0], replace_graph_outputs=True)
-    kept.replace_input_with(0, output)
-    graph.insert_after(node, kept)
 
 
 def _joined(value: ir.Value, behind: bool) -> bool:

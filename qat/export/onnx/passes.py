@@ -25,6 +25,15 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from qat.export.onnx.constants import quantize_constants
+from qat.export.onnx.graph import (
+    PASS_THROUGH,
+    PRODUCTS,
+    comes_from_codes,
+    constant,
+    guard,
+    initializer,
+    insert_behind,
+)
 from qat.export.onnx.placement import IR_2_BITS, OPSET_2_BITS, ORT, Placement
 from qat.export.onnx.units import make_units
 
@@ -35,8 +44,6 @@ SHARED_KEY = "qat.shared_weights"
 """Metadata of the file: JSON, from the name of each weight that was left out to the identical one that stands for
 it."""
 FP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
-PASS_THROUGH = ("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose")
-"""Operations that commute with clipping."""
 
 
 def run_passes(
@@ -84,9 +91,9 @@ def _first_path(name: str, paths: Mapping[str, str], graph: ir.Graph) -> str:
 
 def _short(name: str) -> str:
     """`model.conv1.integer_weight.codes` -> `conv1.weight`."""
-    for constant in ("weight", "bias"):
-        for part, short in (("codes", constant), ("scale", f"{constant}_scale"), ("zero_point", f"{constant}_zero")):
-            name = name.replace(f".integer_{constant}.{part}", f".{short}")
+    for role in ("weight", "bias"):
+        for part, short in (("codes", role), ("scale", f"{role}_scale"), ("zero_point", f"{role}_zero")):
+            name = name.replace(f".integer_{role}.{part}", f".{short}")
     name = name.replace(".integer_bias.onnx_value", ".bias")
     return name.removeprefix("model.")
 
@@ -106,20 +113,6 @@ def _content(codes: np.ndarray) -> tuple[Any, ...]:
     return codes.dtype, codes.shape, codes.tobytes()
 
 
-def _constant(value: ir.Value | None) -> Any:
-    return None if value is None or value.const_value is None else value.const_value.numpy()
-
-
-def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """The constant of that name, which is registered if there is none."""
-    if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        graph.register_initializer(
-            ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-        )
-    return graph.initializers[name]
-
-
 def pool_globally(model: ir.Model) -> None:
     """ReduceMean over the last two axes of an image becomes GlobalAveragePool (and a Reshape, through which the
     runtime moves Q/DQ)."""
@@ -132,7 +125,7 @@ def pool_globally(model: ir.Model) -> None:
             or len(node.inputs[0].shape) != 4
         ):
             continue
-        axes = _constant(node.inputs[1]) if len(node.inputs) > 1 else None
+        axes = constant(node.inputs[1]) if len(node.inputs) > 1 else None
         if axes is None or sorted(int(a) % 4 for a in axes.reshape(-1)) != [2, 3]:
             continue
         source = node.inputs[0]
@@ -165,17 +158,15 @@ def clip_codes(model: ir.Model, all_limits: bool = True) -> None:
 
 def _clip_codes_of(graph: ir.Graph, quantize: ir.Node, all_limits: bool) -> None:
     edge, source = _activation_before(graph, quantize)
-    scale, zero = _constant(quantize.inputs[1]), _constant(quantize.inputs[2])
+    scale, zero = constant(quantize.inputs[1]), constant(quantize.inputs[2])
     if source is None or scale is None or scale.size != 1:
         return
     if zero.dtype.kind not in "iu":
         # The runtime takes a zero point of 0 for the lowest code, of fp8 too, and would drop the ReLU.
-        kept = ir.node("Max", [source.outputs[0]])
-        graph.insert_after(source, kept)
-        edge.replace_input_with(0, kept.outputs[0])
+        guard(graph, source.outputs[0], [(edge, 0)])
         return
     limits = np.iinfo(zero.dtype)
-    bounds = (0.0, None) if source.op_type == "Relu" else [_constant(v) for v in [*source.inputs, None, None][1:3]]
+    bounds = (0.0, None) if source.op_type == "Relu" else [constant(v) for v in [*source.inputs, None, None][1:3]]
     codes = [
         None
         if b is None
@@ -207,12 +198,9 @@ def _limit(graph: ir.Graph, quantize: ir.Node, low: int, high: int, limits: Any)
     readers = [reader for reader, _ in output.uses()]
     if len(readers) == 1 and readers[0].op_type == "Clip":
         clip = readers[0]
-        low, high = max(low, int(_constant(clip.inputs[1]))), min(high, int(_constant(clip.inputs[2])))
+        low, high = max(low, int(constant(clip.inputs[1]))), min(high, int(constant(clip.inputs[2])))
     elif low > limits.min or high < limits.max:
-        clip = ir.node("Clip", [output, None, None])
-        ir.convenience.replace_all_uses_with(output, clip.outputs[0])
-        clip.replace_input_with(0, output)
-        graph.insert_after(quantize, clip)
+        clip = insert_behind(graph, output, "Clip", None, None)
     else:
         return
     for index, code in ((1, low), (2, high)):
@@ -220,21 +208,13 @@ def _limit(graph: ir.Graph, quantize: ir.Node, low: int, high: int, limits: Any)
 
 
 def keep_float(model: ir.Model) -> None:
-    """Puts a Max of one input (which changes nothing, and which the runtime does not remove) between quantized inputs
-    and a weight that no integer kernel takes: float, fp8, in blocks, or with scales that run along the sum."""
-    graph = model.graph
-    for node in list(graph):
-        computes = node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul")
-        if not computes or node.inputs[0] is None or node.inputs[1] is None:
+    """Guards quantized inputs of a product from a weight that no integer kernel takes: float, fp8, in blocks, or with
+    scales that run along the sum."""
+    for node in list(model.graph):
+        if node.op_type not in PRODUCTS or node.inputs[0] is None or node.inputs[1] is None:
             continue
-        stays_float = _stays_float(node.op_type, node.inputs[1].producer())
-        source = node.inputs[0].producer()
-        while source is not None and source.op_type in PASS_THROUGH and source.inputs[0] is not None:
-            source = source.inputs[0].producer()
-        if stays_float and source is not None and source.op_type == "DequantizeLinear":
-            kept = ir.node("Max", [node.inputs[0]])
-            graph.insert_before(node, kept)
-            node.replace_input_with(0, kept.outputs[0])
+        if _stays_float(node.op_type, node.inputs[1].producer()) and comes_from_codes(node.inputs[0]):
+            guard(model.graph, node.inputs[0], [(node, 0)])
 
 
 def _stays_float(op_type: str, weight: ir.Node | None) -> bool:
@@ -258,21 +238,16 @@ def _scales_along_the_sum(dequantize: ir.Node | None) -> bool:
 
 
 def split_readers(model: ir.Model) -> None:
-    """Puts a Max of one input between a matrix product and the QuantizeLinear behind it where others read the product,
-    too: the runtime has a kernel that returns codes and one that returns floats, and leaves what asks for both float.
-    """
+    """Guards a matrix product from the QuantizeLinear behind it where others read the product, too: the runtime has a
+    kernel that returns codes and one that returns floats, and leaves what asks for both float."""
     graph = model.graph
     for node in list(graph):
         if node.op_type not in ("Gemm", "MatMul"):
             continue
         output = node.outputs[0]
         coders = [(reader, i) for reader, i in output.uses() if reader.op_type == "QuantizeLinear"]
-        if not coders or (len(output.uses()) == 1 and output not in graph.outputs):
-            continue
-        kept = ir.node("Max", [output])
-        graph.insert_after(node, kept)
-        for reader, i in coders:
-            reader.replace_input_with(i, kept.outputs[0])
+        if coders and (len(output.uses()) > 1 or output in graph.outputs):
+            guard(graph, output, coders)
 
 
 PACKED: dict[tuple[ir.DataType, int], tuple[ir.DataType, Any]] = {

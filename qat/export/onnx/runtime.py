@@ -11,9 +11,10 @@ import onnx
 import onnxruntime as ort
 
 from qat.errors import UserError
+from qat.export.onnx.graph import PASS_THROUGH
 from qat.export.onnx.layers import expose, layer_values, shared_weights
 from qat.export.onnx.nbits import packed_codes
-from qat.export.onnx.passes import PASS_THROUGH, SHIFTED_WEIGHT, is_weight
+from qat.export.onnx.passes import SHIFTED_WEIGHT, is_weight
 from qat.export.target import INPUT
 
 CODES: dict[int, Any] = {
