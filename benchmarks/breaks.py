@@ -235,7 +235,7 @@ SILENT = [
     Break(
         "4-bit files that hold bytes (ONNX)",
         "tests/test_onnx.py::test_codes_are_stored_in_two_four_or_eight_bits_and_computed_with_as_integers[4-4-symmetric]",
-        "qat/export/onnx/passes.py",
+        "qat/export/onnx/weights.py",
         "            _pack(model.graph, codes, node, size)",
         "            pass",
     ),

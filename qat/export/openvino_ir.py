@@ -18,8 +18,8 @@ from qat.errors import UserError
 from qat.export import nibbles
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.layers import shared_weights
-from qat.export.onnx.passes import SHARED_KEY, is_weight
 from qat.export.onnx.placement import OPENVINO
+from qat.export.onnx.weights import SHARED_KEY, is_weight
 from qat.export.target import INPUT, Target
 from qat.export.verify import Verdict, count_kernels
 from qat.planning.addressable import type_of

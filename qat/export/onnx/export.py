@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from qat.copies import copied
 from qat.errors import UserError
-from qat.export.onnx import passes
 from qat.export.onnx.cascades import steady_cascades
 from qat.export.onnx.channels import pad_images
 from qat.export.onnx.openvino import evade_rewrites
+from qat.export.onnx.passes import run_passes
 from qat.export.onnx.placement import ORT, Placement
 from qat.export.onnx.slim import slim
 from qat.export.onnx.trace import trace
+from qat.export.onnx.weights import BITS_KEY, SHIFTED_WEIGHT
 from qat.files import atomic
 from qat.grid.formats import FLOATS
 from qat.integer import IntegerActivation, IntegerLayer, IntegerTensor, emitting, reads_elementwise
@@ -125,7 +126,7 @@ class OnnxEmitter:
             attributes,
             dtype=torch.float32,
             shape=codes.shape,
-            metadata_props={passes.BITS_KEY: str(bits)},
+            metadata_props={BITS_KEY: str(bits)},
         )
 
 
@@ -178,7 +179,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
     )
     names = {id(module): name for name, module in model.named_modules()}
     paths = {path: names[id(module)] for path, module in model.named_modules(remove_duplicate=False)}
-    finished = passes.run_passes(traced, weights, paths, placement)
+    finished = run_passes(traced, weights, paths, placement)
     if placement.pads_images:
         pad_images(finished)
         common.RemoveUnusedNodesPass()(finished)
@@ -194,7 +195,7 @@ def export_onnx(model: nn.Module, example: Tensor, path: str | Path, placement: 
 def _named_codes(layer: str, weight: IntegerTensor) -> tuple[str, np.ndarray]:
     """The codes of a layer's weight as the file has them, and their name there."""
     if hasattr(weight, SHIFTED):
-        return f"{layer}.{passes.SHIFTED_WEIGHT}".removeprefix("."), weight.get_buffer(SHIFTED).numpy()
+        return f"{layer}.{SHIFTED_WEIGHT}".removeprefix("."), weight.get_buffer(SHIFTED).numpy()
     return f"{layer}.weight".removeprefix("."), _array(weight.codes)
 
 

@@ -5,7 +5,7 @@ import json
 
 import onnx
 
-from qat.export.onnx.passes import SHARED_KEY, is_weight
+from qat.export.onnx.weights import SHARED_KEY, is_weight
 
 CARRIERS = ("DequantizeLinear", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Max", "Identity", "Pad")
 """Operations that may stand between a weight and the node that computes with it."""

@@ -9,17 +9,12 @@ no value of it.
     keep_float        a float weight behind quantized inputs stays float (left alone, the runtime quantizes it as it
                       sees fit), and so does a convolution with groups of weights
     split_readers     a matrix product that is read both as codes and in float keeps an integer kernel
-    pack_weights      codes of at most 4 bits become INT4 initializers, of at most 2 bits INT2 (unsigned ones UINT4 and
-                      UINT2), cast back to one byte at load
-
-Layers with identical weights (tied ones among them) share one initializer; the model's metadata says which.
+    pack_weights      see `qat.export.onnx.weights`
 """
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -34,15 +29,10 @@ from qat.export.onnx.graph import (
     initializer,
     insert_behind,
 )
-from qat.export.onnx.placement import IR_2_BITS, OPSET_2_BITS, ORT, Placement
+from qat.export.onnx.placement import ORT, Placement
 from qat.export.onnx.units import make_units
+from qat.export.onnx.weights import name_after_layers, note_shared, pack_weights
 
-BITS_KEY = "qat.bits"
-SHIFTED_WEIGHT = "weight_plus_half"
-"""Name of a weight whose codes became unsigned by half of their range."""
-SHARED_KEY = "qat.shared_weights"
-"""Metadata of the file: JSON, from the name of each weight that was left out to the identical one that stands for
-it."""
 FP8 = (ir.DataType.FLOAT8E4M3FN, ir.DataType.FLOAT8E5M2)
 
 
@@ -57,8 +47,7 @@ def run_passes(
         paths: First path of every module, by each of its paths; the exporter may know it by another.
         placement: Which passes the engine wants.
     """
-    for name, value in list(model.graph.initializers.items()):
-        value.name = _first_path(_short(name), paths, model.graph)
+    name_after_layers(model.graph, paths)
     pool_globally(model)
     clip_codes(model, placement.folds_limits)
     quantize_constants(model)
@@ -74,43 +63,10 @@ def run_passes(
         common.RemoveUnusedOpsetsPass(),
     )
     model = cleanup(model).model
-    shared = _shared(model.graph, weights)
     pack_weights(model, placement.narrowest)
     model = common.ClearMetadataAndDocStringPass()(model).model
-    if shared:
-        model.metadata_props[SHARED_KEY] = json.dumps(shared)
+    note_shared(model, weights)
     return model
-
-
-def _first_path(name: str, paths: Mapping[str, str], graph: ir.Graph) -> str:
-    """The name that a tensor of a module with several paths has under the first of them."""
-    owner, _, leaf = name.rpartition(".")
-    first = f"{paths.get(owner, owner)}.{leaf}".removeprefix(".")
-    return name if first in graph.initializers else first
-
-
-def _short(name: str) -> str:
-    """`model.conv1.integer_weight.codes` -> `conv1.weight`."""
-    for role in ("weight", "bias"):
-        for part, short in (("codes", role), ("scale", f"{role}_scale"), ("zero_point", f"{role}_zero")):
-            name = name.replace(f".integer_{role}.{part}", f".{short}")
-    name = name.replace(".integer_bias.onnx_value", ".bias")
-    return name.removeprefix("model.")
-
-
-def is_weight(name: str) -> bool:
-    """Whether an initializer of this name holds a weight; if it is of integers, they are its codes."""
-    return name.rpartition(".")[2] in ("weight", SHIFTED_WEIGHT)
-
-
-def _shared(graph: ir.Graph, weights: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """For each weight that has no initializer of its own: the one with the same codes."""
-    kept = {_content(weights[name]): name for name in graph.initializers if name in weights}
-    return {name: kept[_content(codes)] for name, codes in weights.items() if name not in graph.initializers}
-
-
-def _content(codes: np.ndarray) -> tuple[Any, ...]:
-    return codes.dtype, codes.shape, codes.tobytes()
 
 
 def pool_globally(model: ir.Model) -> None:
@@ -248,39 +204,3 @@ def split_readers(model: ir.Model) -> None:
         coders = [(reader, i) for reader, i in output.uses() if reader.op_type == "QuantizeLinear"]
         if coders and (len(output.uses()) > 1 or output in graph.outputs):
             guard(graph, output, coders)
-
-
-PACKED: dict[tuple[ir.DataType, int], tuple[ir.DataType, Any]] = {
-    (ir.DataType.INT8, 4): (ir.DataType.INT4, ml_dtypes.int4),
-    (ir.DataType.UINT8, 4): (ir.DataType.UINT4, ml_dtypes.uint4),
-    (ir.DataType.INT8, 2): (ir.DataType.INT2, ml_dtypes.int2),
-    (ir.DataType.UINT8, 2): (ir.DataType.UINT2, ml_dtypes.uint2),
-}
-"""The type of codes that fit in so many bits, for ONNX and for numpy."""
-
-
-def pack_weights(model: ir.Model, narrowest: int) -> None:
-    """Stores codes of few bits in types of as many; `narrowest` is the smallest that the engine has. It runs after all
-    folding, which would undo the Cast."""
-    for node in list(model.graph):
-        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
-        if codes is None or not codes.is_initializer() or codes.dtype not in (ir.DataType.INT8, ir.DataType.UINT8):
-            continue
-        bits = int(node.metadata_props.get(BITS_KEY, 8))
-        size = next((size for size in (2, 4) if bits <= size and narrowest <= size), None)
-        if size is not None:
-            _pack(model.graph, codes, node, size)
-        if size == 2:
-            model.opset_imports[""], model.ir_version = OPSET_2_BITS, IR_2_BITS
-
-
-def _pack(graph: ir.Graph, codes: ir.Value, reader: ir.Node, size: int) -> None:
-    assert codes.const_value is not None and codes.name is not None and codes.dtype is not None
-    dtype, element = PACKED[codes.dtype, size]
-    tensor = ir.Tensor(codes.const_value.numpy().astype(element), dtype=dtype, name=codes.name)
-    packed = ir.Value(name=codes.name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=tensor.shape)
-    unpack = ir.node("Cast", [packed], {"to": int(codes.dtype)})
-    graph.insert_before(reader, unpack)
-    ir.convenience.replace_all_uses_with(codes, unpack.outputs[0])
-    del graph.initializers[codes.name]
-    graph.register_initializer(packed)

@@ -14,7 +14,7 @@ from qat.errors import UserError
 from qat.export.onnx.graph import PASS_THROUGH
 from qat.export.onnx.layers import expose, layer_values, shared_weights
 from qat.export.onnx.nbits import packed_codes
-from qat.export.onnx.passes import SHIFTED_WEIGHT, is_weight
+from qat.export.onnx.weights import SHIFTED_WEIGHT, is_weight
 from qat.export.target import INPUT
 
 CODES: dict[int, Any] = {
