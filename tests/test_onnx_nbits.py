@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import quantized
+from torch import nn
 
 from qat.convert import convert
 from qat.errors import UserError
@@ -53,3 +54,14 @@ def test_a_zero_point_is_refused_with_the_layer(tmp_path):
     with pytest.raises(UserError, match=r"weight of 'b\.0\.qkv'.* set symmetric: true"):
         case({"bits": 4, "granularity": "channel", "symmetric": False}, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_weight_that_quantized_inputs_read_too_is_refused_by_name(bits, tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval(), torch.randn(4, 8)
+    model[2].weight = model[0].weight
+    rules = {"second": {"match": "2", "act": {"bits": 8}}}
+    weight = {"bits": bits, "granularity": "channel"}
+    plan = quantized(model, x, {"weight": weight, "act": None, "sites": None, "rules": rules})
+    with torch.no_grad(), pytest.raises(UserError, match="is read by a float input and by another"):
+        OnnxTarget(weight_only="matmulnbits").write(convert(model.eval(), plan), plan, x, tmp_path)

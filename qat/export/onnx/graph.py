@@ -16,13 +16,16 @@ def constant(value: ir.Value | None) -> Any:
     return None if value is None or value.const_value is None else value.const_value.numpy()
 
 
+def array_value(name: str, array: np.ndarray) -> ir.Value:
+    """A constant that is in no graph yet."""
+    tensor = ir.tensor(array, name=name)
+    return ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
+
+
 def initializer(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """The constant of that name, which is registered if there is none."""
     if name not in graph.initializers:
-        tensor = ir.tensor(array, name=name)
-        graph.register_initializer(
-            ir.Value(name=name, const_value=tensor, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape))
-        )
+        graph.register_initializer(array_value(name, array))
     return graph.initializers[name]
 
 

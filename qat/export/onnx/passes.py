@@ -9,6 +9,7 @@ no value of it.
     keep_float        a float weight behind quantized inputs stays float (left alone, the runtime quantizes it as it
                       sees fit), and so does a convolution with groups of weights
     split_readers     a matrix product that is read both as codes and in float keeps an integer kernel
+    multiply_packed   see `qat.export.onnx.nbits`
     pack_weights      see `qat.export.onnx.weights`
 """
 
@@ -29,6 +30,7 @@ from qat.export.onnx.graph import (
     initializer,
     insert_behind,
 )
+from qat.export.onnx.nbits import multiply_packed
 from qat.export.onnx.placement import ORT, Placement
 from qat.export.onnx.units import make_units
 from qat.export.onnx.weights import name_after_layers, note_shared, pack_weights
@@ -63,6 +65,8 @@ def run_passes(
         common.RemoveUnusedOpsetsPass(),
     )
     model = cleanup(model).model
+    if placement.packs_products:
+        multiply_packed(model)
     pack_weights(model, placement.narrowest)
     model = common.ClearMetadataAndDocStringPass()(model).model
     note_shared(model, weights)

@@ -31,6 +31,8 @@ class Placement:
         clips_codes: Whether the limits of narrow grids are a Clip of the codes; else a float one in front of them.
         folds_limits: Whether ReLU and Clip become limits of the codes; else only what the codes limit anyway goes.
         narrowest: Bits of the smallest type that weights are stored in: 8, 4 or 2; those below 8 are cast to a byte.
+        packs_products: Whether products of floats and integer weights are ONNX Runtime's operation for them
+            (`qat.export.onnx.nbits`).
         float_biases: Whether biases are float constants.
         guards_fusions: Whether what ONNX Runtime would fuse wrongly, or not at all, is kept apart.
         pads_images: Whether images of three channels get a fourth (`qat.export.onnx.channels`).
@@ -44,6 +46,7 @@ class Placement:
     clips_codes: bool = True
     folds_limits: bool = True
     narrowest: int = 8
+    packs_products: bool = False
     float_biases: bool = False
     guards_fusions: bool = True
     pads_images: bool = False

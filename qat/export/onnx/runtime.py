@@ -11,6 +11,7 @@ import onnx
 import onnxruntime as ort
 
 from qat.errors import UserError
+from qat.export.onnx.checks import Graph
 from qat.export.onnx.graph import PASS_THROUGH
 from qat.export.onnx.layers import expose, layer_values, shared_weights
 from qat.export.onnx.nbits import packed_codes
@@ -147,17 +148,11 @@ def _unshifted(name: str, codes: np.ndarray) -> np.ndarray:
 def float_convolutions(path: str | Path) -> int:
     """How many convolutions of quantized inputs and weights the runtime computes in float: those whose output is not
     quantized, or whose input is padded by a node of its own."""
-    graph = onnx.load(str(path)).graph
-    producers = {output: node for node in graph.node for output in node.output}
-    readers = collections.defaultdict(list)
-    for node in graph.node:
-        for name in node.input:
-            readers[name].append(node)
-
-    fp8 = {tensor.name for tensor in graph.initializer if tensor.data_type in FP8}
+    graph = Graph(onnx.load(str(path)))
+    fp8 = {name for name, tensor in graph.constants.items() if tensor.data_type in FP8}
 
     def quantized(name: str) -> bool:
-        node = producers.get(name)
+        node = graph.producers.get(name)
         return (
             node is not None
             and node.op_type == "DequantizeLinear"
@@ -166,12 +161,12 @@ def float_convolutions(path: str | Path) -> int:
         )
 
     def padded(name: str) -> bool:
-        return name in producers and producers[name].op_type == "Pad" and quantized(producers[name].input[0])
+        return graph.made_by(name, "Pad") and quantized(graph.producers[name].input[0])
 
     def becomes_codes(name: str) -> bool:
-        if len(readers[name]) != 1:
+        if len(graph.readers[name]) != 1:
             return False
-        (reader,) = readers[name]
+        (reader,) = graph.readers[name]
         return reader.op_type == "QuantizeLinear" or (
             reader.op_type in PASS_THROUGH and becomes_codes(reader.output[0])
         )
@@ -180,5 +175,5 @@ def float_convolutions(path: str | Path) -> int:
         node.op_type == "Conv"
         and quantized(node.input[1])
         and (padded(node.input[0]) or (quantized(node.input[0]) and not becomes_codes(node.output[0])))
-        for node in graph.node
+        for node in graph.nodes
     )

@@ -1,6 +1,6 @@
 """`model.onnx`: the integer model for ONNX Runtime."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from qat.convert import Holds
 from qat.errors import UserError
-from qat.export.onnx import nbits
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.placement import ORT, Placement
 from qat.export.onnx.runtime import OnnxRunner, float_convolutions, weight_codes
@@ -58,9 +57,8 @@ class OnnxTarget(Target):
         return None
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
-        export_onnx(model, example, folder / self.file, self.placement)
-        if self.weight_only == "matmulnbits":
-            nbits.rewrite(folder / self.file)
+        placement = replace(self.placement, packs_products=self.weight_only == "matmulnbits")
+        export_onnx(model, example, folder / self.file, placement)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> OnnxRunner:
         return OnnxRunner(path, optimize=optimize, threads=threads)
