@@ -50,18 +50,23 @@ def test_the_packed_codes_are_the_trained_ones_and_compute_the_same(weight, tmp_
         assert np.allclose(runner(x.numpy()), model(x).detach().numpy(), atol=1e-5)
 
 
-def test_a_zero_point_is_refused_with_the_layer(tmp_path):
-    with pytest.raises(UserError, match=r"weight of 'b\.0\.qkv'.* set symmetric: true"):
-        case({"bits": 4, "granularity": "channel", "symmetric": False}, tmp_path)
-    assert not list(tmp_path.iterdir())
+SHARED = {"second": {"match": "2", "act": {"bits": 8}}}
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_a_weight_that_quantized_inputs_read_too_is_refused_by_name(bits, tmp_path):
+@pytest.mark.parametrize(
+    ("weight", "rules", "says"),
+    [
+        pytest.param({"bits": 4, "symmetric": False}, {}, "weight of '0'.* set symmetric: true", id="a-zero-point"),
+        pytest.param({"bits": 12}, {}, "weight of '0'.* at most 8 bits; use qdq", id="12-bits"),
+        pytest.param({"bits": 8}, SHARED, "weight' is read by a float input and by another", id="read-by-codes-too"),
+    ],
+)
+def test_what_the_operation_cannot_hold_is_refused_by_name(weight, rules, says, tmp_path):
     model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval(), torch.randn(4, 8)
-    model[2].weight = model[0].weight
-    rules = {"second": {"match": "2", "act": {"bits": 8}}}
-    weight = {"bits": bits, "granularity": "channel"}
-    plan = quantized(model, x, {"weight": weight, "act": None, "sites": None, "rules": rules})
-    with torch.no_grad(), pytest.raises(UserError, match="is read by a float input and by another"):
-        OnnxTarget(weight_only="matmulnbits").write(convert(model.eval(), plan), plan, x, tmp_path)
+    model[2].weight = model[0].weight if rules else model[2].weight
+    policy = {"weight": weight | {"granularity": "channel"}, "act": None, "sites": None, "rules": rules}
+    plan = quantized(model, x, policy)
+    with pytest.raises(UserError, match=says):
+        target = OnnxTarget(weight_only="matmulnbits")
+        target.export(convert(model.eval(), plan), plan, x, tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

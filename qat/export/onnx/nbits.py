@@ -71,7 +71,9 @@ def _packed(dequantize: ir.Node) -> tuple[dict[str, Any], dict[str, np.ndarray]]
     if zero.dtype == np.uint8 or zero.any():
         raise UserError(f"weight of '{layer}': weight_only=matmulnbits is for signed grids; set symmetric: true")
     codes, (rows, width) = codes.astype(np.int16), codes.shape
-    bits = next(b for b in (2, 4, 8) if -(2 ** (b - 1)) <= codes.min() and codes.max() < 2 ** (b - 1))
+    bits = next((b for b in (2, 4, 8) if -(2 ** (b - 1)) <= codes.min() and codes.max() < 2 ** (b - 1)), None)
+    if bits is None:
+        raise UserError(f"weight of '{layer}': weight_only=matmulnbits is for at most 8 bits; use qdq")
     size = dequantize.attributes.get_int("block_size", 0)
     if size:
         if dequantize.attributes.get_int("axis", 1) != 1 or size < 16 or size & (size - 1):
