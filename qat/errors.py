@@ -42,6 +42,20 @@ def unmakeable(error: OSError, key: str | None = None) -> UserError:
     return UserError(f"{where}: there is no such folder, and none can be made ({error.strerror})")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else's code says first, or its type's name where it says nothing."""
+    return _lines(error)[0]
+
+
+def last_line(error: BaseException) -> str:
+    """What it says last, where the lines before it are places or a headline."""
+    return _lines(error)[-1].strip()
+
+
+def _lines(error: BaseException) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
+
+
 def nearest(name: str, options: Iterable[str], *, shown: int = 8) -> str:
     """Returns a hint to append to an error: the closest of `options`, or else the first few of them.
 

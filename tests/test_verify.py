@@ -19,6 +19,7 @@ from qat.export.manifest import write_manifest
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import OnnxRunner
 from qat.export.onnx.target import OnnxTarget
+from qat.export.torch.runner import TorchRunner
 from qat.export.verify import (
     Comparison,
     Verdict,
@@ -211,6 +212,15 @@ def test_a_file_of_other_inputs_is_named(trained, tmp_path) -> None:
     stamped(tmp_path / "x.onnx")
     with pytest.raises(UserError, match=r"x\.onnx: cannot run on float32 \[16, 3, 8, 8\]"):
         trained.verify(tmp_path / "x.onnx")
+
+
+def test_an_error_without_a_message_is_named_by_its_type() -> None:
+    class Silent(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise AssertionError
+
+    with pytest.raises(UserError, match=r"x\.pt: cannot run on float32 \[1, 2\]: AssertionError"):
+        TorchRunner(Silent(), Path("x.pt"), [])(np.zeros((1, 2), np.float32))
 
 
 def test_a_file_of_other_outputs_is_named(trained, tmp_path) -> None:

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from qat.config.instantiate import VERSION
 from qat.config.typecheck import check_type
-from qat.errors import UserError, nearest
+from qat.errors import UserError, first_line, nearest
 from qat.policies.renamed import renamed
 
 # Keys that no `_target_` takes, and so no signature describes.
@@ -172,7 +172,7 @@ def finalize_config(cfg: DictConfig, run_dir: Path) -> None:
         try:
             OmegaConf.select(cfg, key)
         except InterpolationResolutionError as error:
-            raise UserError(f"config key '{key}': {str(error).splitlines()[0]}") from error
+            raise UserError(f"config key '{key}': {first_line(error)}") from error
     OmegaConf.resolve(cfg)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise UserError(f"config key '{missing[0]}' needs a value: {missing[0]}=...")

@@ -11,7 +11,7 @@ from yaml import YAMLError
 
 from qat.config.configs import configs_dir
 from qat.config.instantiate import instantiate
-from qat.errors import UserError, nearest
+from qat.errors import UserError, first_line, nearest
 from qat.export.manifest import made_by
 
 
@@ -57,7 +57,7 @@ def build(name: str, settings: dict[str, str]) -> Any:
     try:
         changed = OmegaConf.merge(cfg, parsed(settings))
     except OmegaConfBaseException as error:
-        raise UserError(f"target={name}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"target={name}: {first_line(error)}") from None
     return instantiate(changed)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
 from qat.copies import copied
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.export.torch.runner import OneInput, own_modules
 from qat.integer import Eager, IntegerActivation, IntegerLayer, IntegerTensor, emitting
 from qat.planning.plan import Plan
@@ -146,8 +146,7 @@ def int8_program(
         try:
             program = torch.export.export(OneInput(model), (example.clone(),), dynamic_shapes=({0: batch},))
         except Exception as error:  # whatever stops a tracer, its first line says it best
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise UserError(f"{name} cannot be traced: {reason}") from error
+            raise UserError(f"{name} cannot be traced: {first_line(error.__cause__ or error)}") from error
     if len(program.graph_signature.user_outputs) != 1:
         raise UserError(f"{name} returns several values: this format needs a forward that returns one tensor")
     _drop_identities(program.graph)

@@ -14,13 +14,13 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
-from qat.errors import UserError
+from qat.errors import UserError, last_line
 from qat.export import nibbles
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.layers import shared_weights
 from qat.export.onnx.placement import OPENVINO
 from qat.export.onnx.weights import SHARED_KEY, is_weight
-from qat.export.target import INPUT, Target
+from qat.export.target import INPUT, Target, unrunnable
 from qat.export.verify import Verdict, count_kernels
 from qat.planning.addressable import type_of
 from qat.planning.plan import Plan, kind_of
@@ -78,7 +78,7 @@ class OpenVinoRunner:
         try:
             return np.array(self._compiled({INPUT: x})[0])
         except RuntimeError as error:
-            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {_reason(error)}") from None
+            raise unrunnable(self.path, x, _reason(error)) from None
 
     def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
         model = self._read()
@@ -112,7 +112,7 @@ class OpenVinoRunner:
 
 def _reason(error: RuntimeError) -> str:
     """The last line of what OpenVINO says; those before it are places in its source."""
-    return str(error).strip().splitlines()[-1].removeprefix("-- ")
+    return last_line(error).removeprefix("-- ")
 
 
 def weights(model: Any) -> dict[str, Any]:

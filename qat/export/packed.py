@@ -26,7 +26,7 @@ from qat.copies import copied
 from qat.errors import UserError
 from qat.export.manifest import check_unclaimed, digest, stated, valid_manifest
 from qat.export.packed_scales import pack_scale, unpack_scale
-from qat.export.target import Target
+from qat.export.target import Target, misfit
 from qat.export.torch.runner import TorchRunner
 from qat.files import atomic, sha256
 from qat.insert import apply_plan, named_quantizers
@@ -179,9 +179,7 @@ def load_packed(model: nn.Module, folder: str | Path) -> nn.Module:
     try:
         skeleton.load_state_dict(tensors)
     except RuntimeError as error:
-        raise UserError(
-            f"{folder}: holds another architecture than {type(model).__name__}: {str(error).splitlines()[-1].strip()}"
-        ) from None
+        raise misfit(folder, model, error) from None
     return skeleton
 
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from qat.convert import INTEGERS, Holds, conversion_refusal, convert, what_holds
 from qat.copies import copied
-from qat.errors import UserError
+from qat.errors import UserError, last_line
 from qat.export.manifest import check_manifest, check_unclaimed, made_by, stated, write_manifest
 from qat.export.overflow import overflows
 from qat.files import replace
@@ -84,6 +84,16 @@ class Runner(Protocol):
                 optimizations (a layer that is fused into its neighbours has no output to look at).
         """
         ...
+
+
+def unrunnable(path: Path, x: np.ndarray | Tensor, reason: str) -> UserError:
+    """The error for a batch that a loaded file does not take."""
+    return UserError(f"{path}: cannot run on {x.dtype} {list(x.shape)}: {reason}")
+
+
+def misfit(path: str | Path, model: nn.Module, error: RuntimeError) -> UserError:
+    """The error for a file whose tensors torch does not load into `model`."""
+    return UserError(f"{path}: holds another architecture than {type(model).__name__}: {last_line(error)}")
 
 
 @dataclass(frozen=True)

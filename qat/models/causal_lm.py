@@ -10,7 +10,7 @@ from typing import Any, Unpack
 import torch.nn.functional as F
 from torch import Tensor
 
-from qat.errors import UserError, nearest
+from qat.errors import UserError, first_line, nearest
 from qat.models.classifier import Batch, Classifier, Training
 
 
@@ -85,4 +85,4 @@ def _build(architecture: dict[str, Any], pretrained: str | None) -> Any:
     except (ValueError, OSError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"model: transformers refuses it: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"model: transformers refuses it: {first_line(error)}") from None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qat.copies import copied
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.insert import apply_plan
 from qat.layers import Composite, mixin_for
 from qat.planning.plan import Plan, PlannedLayer
@@ -129,7 +129,7 @@ def _batch_traces(
                 sums[i] += (hv * v).sum().item() / probes
     except RuntimeError as error:
         raise UserError(
-            f"the Hessian's trace cannot be estimated ({str(error).splitlines()[0]}); leave it out with search.probes=0"
+            f"the Hessian's trace cannot be estimated ({first_line(error)}); leave it out with search.probes=0"
         ) from None
     return dict(zip(tensors, sums, strict=True))
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from joblib import Parallel, delayed
 
-from qat.errors import UserError
+from qat.errors import UserError, last_line
 from qat.sweep.point import Outcome, Point, run_point
 
 Ended = tuple[Point, Outcome]
@@ -94,7 +94,7 @@ class Slurm:
                     return
                 job = next(iter(submitit.helpers.as_completed(list(jobs), poll_frequency=1)))
                 point, error = jobs.pop(job), job.exception()
-                yield point, job.result() if error is None else Outcome("failed", str(error).strip().splitlines()[-1])
+                yield point, job.result() if error is None else Outcome("failed", last_line(error))
         finally:
             for job in jobs:
                 job.cancel()

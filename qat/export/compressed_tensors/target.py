@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from qat.copies import copied
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.export.compressed_tensors import schemes
 from qat.export.compressed_tensors.layers import config_of, layer_tensors, stored_codes
 from qat.export.target import Target
@@ -187,7 +187,7 @@ def _load(path: Path, kind: type) -> nn.Module:
         if not at_once:
             model.hf_quantizer.compressor.decompress_model(model)
     except Exception as error:  # whatever transformers stumbles over
-        raise UserError(f"{path}: transformers refuses it: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{path}: transformers refuses it: {first_line(error)}") from None
     wrong = {k: v for k, v in said.items() if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     for what, keys in wrong.items():
         raise UserError(f"{path}: transformers finds {what.replace('_', ' ')}, first of them '{sorted(keys)[0]}'")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.export.executorch.graph import decompile, tensors
 from qat.integer import IntegerLayer, reads_elementwise
 
@@ -83,7 +83,7 @@ class PteFile:
             file, beside = cls.parse(path.read_bytes()), json.loads(_beside(path).read_text())
             file.layers, file.unfollowed = beside["layers"], beside["unfollowed"]
         except Exception as error:  # whatever its readers stumble over
-            raise UserError(f"{path}: is damaged: {(str(error).strip() or 'no such data').splitlines()[0]}") from None
+            raise UserError(f"{path}: is damaged: {first_line(error)}") from None
         return file
 
     def codes(self) -> dict[str, np.ndarray]:

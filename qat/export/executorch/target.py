@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.export.executorch.file import PteFile, describe
 from qat.export.executorch.graph import expose, shorten
 from qat.export.int8_program import (
@@ -37,7 +37,7 @@ from qat.export.int8_program import (
     int8_refusal,
     layer_of,
 )
-from qat.export.target import OnGrid, Target
+from qat.export.target import OnGrid, Target, unrunnable
 from qat.export.verify import Verdict, count_kernels
 from qat.planning.plan import Plan
 
@@ -67,7 +67,7 @@ class ExecuTorchRunner:
             method: Any = self._program.load_method("forward")
             self.max_batch, *self.shape = method.metadata.input_tensor_meta(0).sizes()
         except RuntimeError as error:
-            raise UserError(f"{path}: executorch refuses it: {str(error).strip().splitlines()[0]}") from None
+            raise UserError(f"{path}: executorch refuses it: {first_line(error)}") from None
         self._method = method
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
@@ -78,12 +78,11 @@ class ExecuTorchRunner:
         """
         if list(x.shape[1:]) != self.shape:
             wanted = f"[N, {', '.join(map(str, self.shape))}]"
-            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: it takes {wanted}")
+            raise unrunnable(self.path, x, f"it takes {wanted}")
         try:
             return self._outputs(self._method, x)[0]
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+            raise unrunnable(self.path, x, first_line(error)) from None
 
     def _outputs(self, method: Any, x: np.ndarray) -> list[np.ndarray]:
         """All that a method returns; it takes batches of a size, and of none XNNPACK ends the process."""
@@ -157,7 +156,7 @@ class ExecuTorchTarget(Target):
                 edge = to_edge_transform_and_lower(program, partitioner=[xnn.XnnpackQuantizedPartitioner(), rest])
                 content = shorten(edge.to_executorch().buffer)
             except Exception as error:  # whatever its passes stumble over
-                reason = str(error.__cause__ or error).strip().splitlines()[0]
+                reason = first_line(error.__cause__ or error)
                 raise UserError(f"{type(model).__name__} cannot be lowered for ExecuTorch: {reason}") from error
         (folder / self.file).write_bytes(content)
         (folder / "model.layers.json").write_text(describe(content, model, floats))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.copies import copied
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.export.gguf.llama import LLAMA, Llama
-from qat.export.target import Target
+from qat.export.target import Target, misfit
 from qat.export.torch.runner import TorchRunner
 from qat.integer import IntegerTensor
 from qat.planning.plan import Plan
@@ -81,8 +81,7 @@ class GgufTarget(Target):
             own = model.state_dict()
             model.load_state_dict({k: v.view(own[k].shape) if k in own else v for k, v in state.items()})
         except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"{path}: holds another architecture than {type(model).__name__}: {reason}") from None
+            raise misfit(path, model, error) from None
         return TorchRunner(model, path, list(self.codes(path)))
 
     def codes(self, path: Path) -> dict[str, np.ndarray]:
@@ -127,7 +126,7 @@ def read_gguf(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         tensors: list[Any] = reader.tensors
         llama = Llama.of_file(reader.fields)
     except Exception as error:  # whatever its reader stumbles over
-        raise UserError(f"{path}: gguf refuses it: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: gguf refuses it: {first_line(error)}") from None
     ours = {theirs: key for key, theirs in llama.names().items()} if llama else {}
     found = {}
     for tensor in tensors:

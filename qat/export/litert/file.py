@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.export import nibbles
 from qat.export.litert.builder import LAYERS, schema
 
@@ -37,7 +37,7 @@ class TfliteFile:
             [about] = [m for m in self.model.metadata if m.name == LAYERS.encode()]
             self.layers: dict[str, Any] = json.loads(bytes(self.model.buffers[about.buffer].data))
         except Exception as error:  # whatever its readers stumble over
-            raise UserError(f"{path}: is damaged: {(str(error).strip() or 'no such data').splitlines()[0]}") from None
+            raise UserError(f"{path}: is damaged: {first_line(error)}") from None
         self.graph = self.model.subgraphs[0]
 
     def kind(self, operator: Any) -> str:

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.export.int8_program import int8_program, int8_refusal
 from qat.export.litert.builder import CHANNELS_FIRST, serialize
 from qat.export.litert.file import TfliteFile
 from qat.export.litert.lower import Lowering
 from qat.export.litert.ops import HANDLERS
-from qat.export.target import Target
+from qat.export.target import Target, unrunnable
 from qat.export.verify import Verdict, count_kernels
 from qat.planning.plan import Plan
 
@@ -53,7 +53,7 @@ class LiteRtRunner:
                 model_content=content, num_threads=self.threads or None, experimental_op_resolver_type=kernels
             )
         except (ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path}: litert refuses it: {str(error).strip().splitlines()[0]}") from None
+            raise UserError(f"{self.path}: litert refuses it: {first_line(error)}") from None
 
     def _run(self, interpreter: Any, x: np.ndarray) -> None:
         [entry] = interpreter.get_input_details()
@@ -63,8 +63,7 @@ class LiteRtRunner:
             interpreter.set_tensor(entry["index"], x)
             interpreter.invoke()
         except (ValueError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+            raise unrunnable(self.path, x, first_line(error)) from None
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Runs one batch.

@@ -10,13 +10,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.export.onnx.checks import Graph
 from qat.export.onnx.graph import PASS_THROUGH
 from qat.export.onnx.layers import expose, layer_values, shared_weights
 from qat.export.onnx.nbits import packed_codes
 from qat.export.onnx.weights import SHIFTED_WEIGHT, is_weight
-from qat.export.target import INPUT
+from qat.export.target import INPUT, unrunnable
 
 CODES: dict[int, Any] = {
     **dict.fromkeys([onnx.TensorProto.INT8, onnx.TensorProto.INT4, onnx.TensorProto.INT2], np.int8),
@@ -64,7 +64,7 @@ class OnnxRunner:
         try:
             return ort.InferenceSession(content, options, providers=PROVIDERS)
         except Exception as error:  # the runtime's own exception types are private
-            refused = UserError(f"{self.path}: onnxruntime refuses it: {str(error).splitlines()[0]}")
+            refused = UserError(f"{self.path}: onnxruntime refuses it: {first_line(error)}")
         # It makes int8 activations uint8, and stumbles over those that it moved before. So it gets to leave them.
         options.add_session_config_entry("session.qdqisint8allowed", "1")
         try:
@@ -81,8 +81,7 @@ class OnnxRunner:
         try:
             return np.asarray(self._session.run(None, {INPUT: x})[0])
         except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+            raise unrunnable(self.path, x, first_line(error)) from None
 
     def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
         content, layers = expose(onnx.load(str(self.path)), only)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.overrides import TorchFunctionMode
 
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.export.onnx.placement import OPSET
 from qat.export.target import INPUT, OUTPUT
 from qat.export.torch.runner import OneInput, own_modules
@@ -44,7 +44,7 @@ def trace(model: nn.Module, example: Tensor) -> ir.Model:
                 dynamic_shapes=({0: torch.export.Dim("batch")},), input_names=[INPUT], output_names=[OUTPUT],
             )  # fmt: skip
         except Exception as error:  # whatever stops a tracer, its first line says it best
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            reason = first_line(error.__cause__ or error)
             raise UserError(f"{type(model).__name__} cannot be traced for ONNX: {reason}") from error
     assert program is not None
     traced = program.model

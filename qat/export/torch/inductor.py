@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qat.errors import UserError
+from qat.errors import first_line
 from qat.export.int8_program import int8_program, int8_refusal
+from qat.export.target import unrunnable
 from qat.export.torch.pt2 import save_program
 from qat.export.torch.target import ProgramRunner, TorchTarget
 from qat.export.verify import Verdict, count_kernels
@@ -61,8 +62,7 @@ class InductorRunner(ProgramRunner):
             with config.patch(freezing=True):
                 y = self._compiled(x)
         except Exception as error:  # whatever a compiler stumbles over
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+            raise unrunnable(self.path, x, first_line(error)) from None
         self.batches.append(len(x))
         self.integer_nodes = sum(counters["inductor"][key] for key in COUNTS) - before
         return y

@@ -16,7 +16,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.pt2_archive import constants
 
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 
 PICKLED = tuple(value for name, value in vars(constants).items() if name.endswith("_OBJ_FILENAME_PREFIX"))
 """How the names of pickled objects in the archive begin; newer versions of torch know more kinds of them."""
@@ -55,8 +55,7 @@ def load_program(path: Path) -> ExportedProgram:
         with _weights_only():
             return torch.export.load(str(path))
     except Exception as error:  # whatever its readers stumble over
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path}: torch refuses it: {reason}") from None
+        raise UserError(f"{path}: torch refuses it: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

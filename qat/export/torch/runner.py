@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
 
-from qat.errors import UserError
+from qat.errors import first_line
+from qat.export.target import unrunnable
 
 
 class OneInput(nn.Module):
@@ -60,8 +61,7 @@ class TorchRunner:
         try:
             return self.model(torch.from_numpy(x)).numpy()
         except (RuntimeError, ValueError, IndexError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{self.path}: cannot run on {x.dtype} {list(x.shape)}: {reason}") from None
+            raise unrunnable(self.path, x, first_line(error)) from None
 
     @torch.no_grad()
     def answer(self, *args: Any, **kwargs: Any) -> Any:

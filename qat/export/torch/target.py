@@ -13,7 +13,7 @@ import torch
 import torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decomposed
 from torch import Tensor, nn
 
-from qat.errors import UserError
+from qat.errors import UserError, first_line
 from qat.export.target import Target
 from qat.export.torch.pt2 import load_program, save_program
 from qat.export.torch.runner import OneInput, TorchRunner, own_modules
@@ -96,7 +96,7 @@ class TorchTarget(Target):
                     OneInput(model), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
                 )
             except Exception as error:  # whatever stops a tracer, its first line says it best
-                reason = str(error.__cause__ or error).strip().splitlines()[0]
+                reason = first_line(error.__cause__ or error)
                 raise UserError(f"{type(model).__name__} cannot be traced: {reason}") from error
         save_program(program, folder / self.file)
 

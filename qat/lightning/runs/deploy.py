@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qat.config.configs import read_config
 from qat.config.exports import moved, parsed
-from qat.errors import UserError, nearest
+from qat.errors import UserError, last_line, nearest
 from qat.export.packed import PackedTarget
 from qat.export.target import Target
 from qat.export.verify import Verdict
@@ -90,8 +90,7 @@ def restore(path: Path, changed: Mapping[str, str] | None = None) -> Trained:
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"checkpoint {file}: is of another model than the run's config: {reason}") from None
+        raise UserError(f"checkpoint {file}: is of another model than the run's config: {last_line(error)}") from None
     return Trained(folder, file, cfg, float_model, module.eval(), plan, _example(checkpoint.get(INPUT_KEY)))
 
 
