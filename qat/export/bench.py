@@ -131,7 +131,9 @@ def float_of(measured: Sequence[Measured]) -> Measured | None:
     return measured[0] if measured[0].name == FLOAT else None
 
 
-def slower(measured: Measured, reference: Measured) -> list[Timing]:
-    """The timings at which a file is slower than the float one by more than the noise of a median (2%)."""
+def slower(measured: Measured, reference: Measured) -> list[tuple[Timing, float]]:
+    """The timings at which a file is slower than the float one by more than the noise of a median (2%), and how many
+    times."""
     base = {(t.batch, t.threads): t.p50 for t in reference.timings}
-    return [t for t in measured.timings if t.p50 > 1.02 * base[t.batch, t.threads]]
+    factors = [(t, t.p50 / base[t.batch, t.threads]) for t in measured.timings]
+    return [(t, factor) for t, factor in factors if factor > 1.02]

@@ -55,8 +55,7 @@ def warnings(measured: Sequence[Measured]) -> list[str]:
         late = slower(each, reference)
         if not late:
             continue
-        worst = max(late, key=lambda t: t.p50 / _base(reference, t.batch, t.threads))
-        factor = worst.p50 / _base(reference, worst.batch, worst.threads)
+        worst, factor = max(late, key=lambda pair: pair[1])
         if each.float_nodes is None:
             why = "its runtime does not say which layers are float"
         elif each.float_nodes:
@@ -66,10 +65,6 @@ def warnings(measured: Sequence[Measured]) -> list[str]:
         where = f"batch {worst.batch}, {worst.threads} thread{'s' * (worst.threads > 1)}"
         lines.append(f"warning: {each.name} is {factor:.2f}x slower than float ({where}); {why}")
     return lines
-
-
-def _base(reference: Measured, batch: int, threads: int) -> float:
-    return next(t.p50 for t in reference.timings if (t.batch, t.threads) == (batch, threads))
 
 
 def save_bench_plot(measured: Sequence[Measured], path: Path) -> None:
