@@ -14,11 +14,11 @@ import torch
 import torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decomposed
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from qat.copies import copied
-from qat.errors import UserError, first_line
-from qat.export.torch.runner import OneInput, own_modules
+from qat.errors import UserError
+from qat.export.torch.trace import traced
 from qat.integer import Eager, IntegerActivation, IntegerLayer, IntegerTensor, emitting
 from qat.planning.plan import Plan
 
@@ -140,15 +140,13 @@ def int8_program(
     """
     if not isinstance(example, Tensor):
         raise UserError(f"{type(model).__name__} is called with {type(example).__name__}, and not with one tensor")
-    name, model = type(model).__name__, copied(model).eval()
-    batch = Dim("batch") if max_batch is None else Dim("batch", max=max_batch)
-    with emitting(Int8Emitter(model, dtype, float_bias)), own_modules(), torch.no_grad():
-        try:
-            program = torch.export.export(OneInput(model), (example.clone(),), dynamic_shapes=({0: batch},))
-        except Exception as error:  # whatever stops a tracer, its first line says it best
-            raise UserError(f"{name} cannot be traced: {first_line(error.__cause__ or error)}") from error
+    model = copied(model).eval()
+    with emitting(Int8Emitter(model, dtype, float_bias)):
+        program = traced(model, example.clone(), max_batch)
     if len(program.graph_signature.user_outputs) != 1:
-        raise UserError(f"{name} returns several values: this format needs a forward that returns one tensor")
+        raise UserError(
+            f"{type(model).__name__} returns several values: this format needs a forward that returns one tensor"
+        )
     _drop_identities(program.graph)
     _merge(program.graph)
     while _quantize_early(program.graph):

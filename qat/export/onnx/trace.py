@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from qat.errors import UserError, first_line
 from qat.export.onnx.placement import OPSET
 from qat.export.target import INPUT, OUTPUT
-from qat.export.torch.runner import OneInput, own_modules
+from qat.export.torch.trace import OneInput, own_modules
 
 
 def trace(model: nn.Module, example: Tensor) -> ir.Model:

@@ -1,42 +1,15 @@
 """Formats that torch itself runs: a module in the place of a runtime."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import _ModuleStackTracer
+from torch import nn
 
 from qat.errors import first_line
 from qat.export.target import unrunnable
-
-
-class OneInput(nn.Module):
-    """Gives every model the same signature (a quantized twin's forward takes `*args`)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input: Tensor) -> Tensor:
-        return self.model(input)
-
-
-@contextmanager
-def own_modules() -> Iterator[None]:
-    """While it lasts, torch.export shows a forward its own submodules.
-
-    Of a model in which a module has two paths, as a grid with two readers has, torch shows proxies instead, made anew
-    at each access, so that the graph has the path by which each call came. `layer is self.layers[0]` is false of them,
-    and the forward takes another way than it does in torch.
-    """
-    never = property(lambda self: False, lambda self, value: None)
-    with patch.object(_ModuleStackTracer, "enable_attr_proxy", never, create=True):
-        yield
 
 
 class TorchRunner:

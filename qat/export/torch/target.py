@@ -13,10 +13,10 @@ import torch
 import torch.ao.quantization.fx._decomposed  # defines torch.ops.quantized_decomposed
 from torch import Tensor, nn
 
-from qat.errors import UserError, first_line
 from qat.export.target import Target
 from qat.export.torch.pt2 import load_program, save_program
-from qat.export.torch.runner import OneInput, TorchRunner, own_modules
+from qat.export.torch.runner import TorchRunner
+from qat.export.torch.trace import traced
 from qat.integer import Eager, IntegerActivation, IntegerTensor, emitting
 from qat.planning.plan import Plan
 
@@ -90,14 +90,8 @@ class TorchTarget(Target):
     file = "model.pt2"
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
-        with emitting(DecomposedEmitter()), own_modules(), torch.no_grad():
-            try:
-                program = torch.export.export(
-                    OneInput(model), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-                )
-            except Exception as error:  # whatever stops a tracer, its first line says it best
-                reason = first_line(error.__cause__ or error)
-                raise UserError(f"{type(model).__name__} cannot be traced: {reason}") from error
+        with emitting(DecomposedEmitter()):
+            program = traced(model, example)
         save_program(program, folder / self.file)
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> ProgramRunner:
