@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qat.export.target import OnGrid, Runner
+from qat.export.torch.runner import outputs_of
 from qat.export.verify import expected_codes
 
 NOISE = 0.05
@@ -31,7 +32,8 @@ def first_divergence(converted: nn.Module, runner: Runner, x: np.ndarray) -> str
     if not layers:
         return "this format shows no layers, so none can be named"
     hidden = [f"'{name}'" for name in expected_codes(converted) if name not in layers]
-    expected = _outputs(converted, list(layers), torch.from_numpy(x))
+    modules = dict(converted.named_modules())
+    expected = outputs_of(converted, [name for name in layers if name in modules], torch.from_numpy(x))
     names = [name for name in layers if name in expected]
     for name in names:
         if _diverges(expected[name], layers[name]):
@@ -60,20 +62,3 @@ def _diverges(expected: np.ndarray, actual: np.ndarray | OnGrid) -> bool:
     step = float(np.ptp(expected)) / 255 or float(np.finfo(np.float32).tiny)
     difference = np.abs(expected.reshape(actual.shape).astype(np.float64) - actual)
     return not float(difference.mean()) / step <= NOISE  # NaN diverges
-
-
-@torch.no_grad()
-def _outputs(model: nn.Module, names: list[str], x: Tensor) -> dict[str, np.ndarray]:
-    found: dict[str, np.ndarray] = {}
-    modules = dict(model.named_modules())
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda module, args, output: found.__setitem__(name, output.detach().numpy())
-
-    handles = [modules[name].register_forward_hook(keep(name)) for name in names if name in modules]
-    try:
-        model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

@@ -1,12 +1,13 @@
 """Formats that torch itself runs: a module in the place of a runtime."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import first_line
 from qat.export.target import unrunnable
@@ -45,21 +46,20 @@ class TorchRunner:
         """All of them: torch computes in float what the codes stand for."""
         return list(self.layers)
 
-    @torch.no_grad()
     def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
-        found: dict[str, np.ndarray] = {}
+        return outputs_of(self.model, [name for name in self.layers if only in (None, name)], torch.from_numpy(x))
 
-        def keep(name: str) -> Callable[..., None]:
-            return lambda module, args, output: found.__setitem__(name, output.numpy())
 
-        handles = [
-            self.model.get_submodule(name).register_forward_hook(keep(name))
-            for name in self.layers
-            if only in (None, name)
-        ]
-        try:
-            self.model(torch.from_numpy(x))
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
+@torch.no_grad()
+def outputs_of(model: nn.Module, names: Iterable[str], x: Tensor) -> dict[str, np.ndarray]:
+    """What submodules return on one batch, by their names, in the order in which they are called."""
+    found: dict[str, np.ndarray] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, output: found.__setitem__(name, output.detach().numpy())
+
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(keep(name)))
+        model(x)
+    return found
