@@ -159,17 +159,41 @@ def _codes(packed: np.ndarray, kind: str) -> np.ndarray:
     return nibbles.unpack(packed.reshape(-1), 4, signed=kind == "i4") if kind in ("i4", "u4") else packed.reshape(-1)
 
 
-class OpenVinoTarget(Target):
-    """IR for OpenVINO's runtime."""
+class ForOpenVino(Target):
+    """What files for OpenVINO have in common, be they in its own form or in ONNX's."""
 
     engine = "openvino"
     graph = "onnx"
-    file = "model.xml"
+    runner = OpenVinoRunner
     package = extra = "openvino"
     optimizes = True
 
     def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
-        return openvino_refusal(model, plan)
+        return super().model_refusal(model, plan) or _weight_refusal(model, plan)
+
+    def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: Any) -> None:
+        """OpenVINO's integer kernels against the layers that should have one; those in float are named."""
+        found = sum(precision in ("i8", "u8") for _, precision in runner.precisions())
+        count_kernels(verdict, converted, found, floats=runner.float_layers())
+
+
+def _weight_refusal(model: nn.Module, plan: Plan) -> str | None:
+    """Which weight OpenVINO does not compute with, in a plan by another engine's rules; `None` if there is none."""
+    modules = dict(model.named_modules())
+    for name, spec in plan.weights.items():
+        kind = kind_of(name) if name in plan.parameters else type_of(modules[name]).__name__ if name in modules else ""
+        if conflict := engine_of("openvino").conflict(spec, kind):
+            key, wanted = conflict
+            return (
+                f"'{name}' is {spec.short}, which openvino does not compute for a {kind}: train it with {key}={wanted}"
+            )
+    return None
+
+
+class OpenVinoTarget(ForOpenVino):
+    """IR for OpenVINO's runtime."""
+
+    file = "model.xml"
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         import openvino  # pyright: ignore[reportMissingImports]
@@ -189,9 +213,6 @@ class OpenVinoTarget(Target):
             source.unlink()
         self.try_out(model, folder)
 
-    def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> OpenVinoRunner:
-        return OpenVinoRunner(path, optimize=optimize, threads=threads)
-
     def codes(self, path: Path) -> dict[str, np.ndarray]:
         import openvino  # pyright: ignore[reportMissingImports]
 
@@ -204,25 +225,3 @@ class OpenVinoTarget(Target):
         for name, same in json.loads(model.get_rt_info(SHARED_KEY).value).items():
             found[name.rpartition(".")[0]] = found[same.rpartition(".")[0]]
         return found
-
-    def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: OpenVinoRunner) -> None:
-        check_precisions(verdict, converted, runner)
-
-
-def openvino_refusal(model: nn.Module, plan: Plan) -> str | None:
-    """Which weight OpenVINO does not compute with, in a plan by another engine's rules; `None` if there is none."""
-    modules = dict(model.named_modules())
-    for name, spec in plan.weights.items():
-        kind = kind_of(name) if name in plan.parameters else type_of(modules[name]).__name__ if name in modules else ""
-        if conflict := engine_of("openvino").conflict(spec, kind):
-            key, wanted = conflict
-            return (
-                f"'{name}' is {spec.short}, which openvino does not compute for a {kind}: train it with {key}={wanted}"
-            )
-    return None
-
-
-def check_precisions(verdict: Verdict, converted: nn.Module, runner: OpenVinoRunner) -> None:
-    """OpenVINO's integer kernels against the layers that should have one; those in float are named."""
-    found = sum(precision in ("i8", "u8") for _, precision in runner.precisions())
-    count_kernels(verdict, converted, found, floats=runner.float_layers())

@@ -4,7 +4,8 @@ A target is one file in this package and one YAML in `configs/export`; nothing e
 
     model_refusal  why a model has no form in this format under its plan, before anything is trained or written
     write          the files, below a temporary folder
-    open           a runner: the file as a function of arrays, by the runtime that users load it with
+    runner         a class: the file as a function of arrays, by the runtime that users load it with (or `open`, which
+                   makes one from more or less than its path and the settings of `load`)
     codes          the integer weights in the file, which verification compares bit for bit
 
 Most are written from a converted model; one whose format has more than integers is written from the fake-quantized one
@@ -19,7 +20,7 @@ import importlib.util
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -110,6 +111,7 @@ class Target:
         graph: Kind of graph (`onnx`, `torch`) that the file holds of the model's forward, which then takes one tensor
             `[N, ...]` and returns one; `None` for tensors alone, which torch runs in the model's class, whatever its
             forward takes.
+        runner: Opens a file, with the settings of `load`.
         file: Name of the main file.
         extra: The optional dependency that brings `package`; `None` if qat itself depends on it.
         optimizes: Whether its runtime can be told to optimize or not, so that both are verified.
@@ -123,6 +125,7 @@ class Target:
     engine: ClassVar[str | None] = None
     max_bits: ClassVar[int] = 8
     graph: ClassVar[Literal["onnx", "torch"] | None] = "torch"
+    runner: ClassVar[Callable[..., Runner]]
     file: ClassVar[str]
     package: ClassVar[str | None] = None
     extra: ClassVar[str | None] = None
@@ -193,7 +196,7 @@ class Target:
 
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> Runner:
         """Opens a file whose hash is right; see `load`."""
-        raise NotImplementedError
+        return self.runner(path, optimize=optimize, threads=threads)
 
     def try_out(self, model: nn.Module, folder: Path) -> None:
         """Opens what was just written into `folder`, so that no file is left that its runtime refuses.

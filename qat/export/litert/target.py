@@ -101,6 +101,7 @@ class LiteRtTarget(Target):
     """
 
     int4: bool = False
+    runner = LiteRtRunner
     file = "model.tflite"
     package = "ai_edge_litert"
     extra = "litert"
@@ -114,9 +115,6 @@ class LiteRtTarget(Target):
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         program = int8_program(model, example, float_bias=False)
         (folder / self.file).write_bytes(Lowering(program, model, HANDLERS, self.int4).run())
-
-    def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> LiteRtRunner:
-        return LiteRtRunner(path, optimize=optimize, threads=threads)
 
     def codes(self, path: Path) -> dict[str, np.ndarray]:
         return TfliteFile(path).codes()

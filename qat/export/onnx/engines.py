@@ -6,7 +6,7 @@ by checkers that know the documented rules (`qat.export.onnx.checks`).
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import onnx
 from torch import Tensor, nn
@@ -16,32 +16,21 @@ from qat.export.onnx.checks import Graph, qnn_violations, tensorrt_violations
 from qat.export.onnx.placement import OPENVINO, QNN, TENSORRT, Placement
 from qat.export.onnx.runtime import OnnxRunner
 from qat.export.onnx.target import OnnxTarget
-from qat.export.openvino_ir import OpenVinoRunner, check_precisions, openvino_refusal
+from qat.export.openvino_ir import ForOpenVino
 from qat.export.verify import Verdict, count_kernels
 from qat.planning.plan import Plan
 
 
-class OpenVinoOnnx(OnnxTarget):
+class OpenVinoOnnx(ForOpenVino, OnnxTarget):
     """An ONNX file that OpenVINO loads."""
 
-    engine = "openvino"
     placement: ClassVar[Placement] = OPENVINO
-    package = extra = "openvino"
     max_bits = 8
     holds = INTEGERS
-
-    def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
-        return super().model_refusal(model, plan) or openvino_refusal(model, plan)
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         super().write(model, plan, example, folder)
         self.try_out(model, folder)
-
-    def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> Any:
-        return OpenVinoRunner(path, optimize=optimize, threads=threads)
-
-    def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: Any) -> None:
-        check_precisions(verdict, converted, runner)
 
 
 class _Structural(OnnxTarget):

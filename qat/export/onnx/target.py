@@ -35,6 +35,7 @@ class OnnxTarget(Target):
     weight_only: Literal["qdq", "matmulnbits"] = "qdq"
     engine = "ort"
     graph = "onnx"
+    runner = OnnxRunner
     file = "model.onnx"
     optimizes = True
     max_bits = 16
@@ -59,9 +60,6 @@ class OnnxTarget(Target):
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
         placement = replace(self.placement, packs_products=self.weight_only == "matmulnbits")
         export_onnx(model, example, folder / self.file, placement)
-
-    def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> OnnxRunner:
-        return OnnxRunner(path, optimize=optimize, threads=threads)
 
     def codes(self, path: Path) -> dict[str, np.ndarray]:
         return weight_codes(path)
