@@ -6,7 +6,7 @@ they trace the model.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, Self
 
@@ -19,6 +19,15 @@ from qat.grid.spec import QuantSpec
 from qat.layers.site import Site
 from qat.layers.twin import TwinMixin, ours
 from qat.quantizers import Quantizer
+
+WEIGHT_CODES = ".integer_weight.codes"
+"""How the names of the codes of layers' weights end in a state dict."""
+
+
+def weight_codes(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The codes of weights in the state dict of a converted model, by layer."""
+    keys = [key for key in state if key.endswith(WEIGHT_CODES)]
+    return {key.removesuffix(WEIGHT_CODES): state[key] for key in keys}
 
 
 class IntegerTensor(nn.Module):

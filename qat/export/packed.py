@@ -30,13 +30,12 @@ from qat.export.target import Target, misfit
 from qat.export.torch.runner import TorchRunner
 from qat.files import atomic, sha256
 from qat.insert import apply_plan, named_quantizers
-from qat.integer import IntegerTensor
+from qat.integer import IntegerTensor, weight_codes
+from qat.measure.cost import TRITS
 from qat.planning.plan import Plan
 
 WEIGHTS, MANIFEST = "model.safetensors", "manifest.json"
 FORMAT = 3
-TRITS = 5
-SUFFIX = ".integer_weight.codes"
 
 
 def pack(codes: Tensor, bits: int, first: int, distance: int = 1) -> Tensor:
@@ -223,12 +222,8 @@ def _skeleton(model: nn.Module, plan: Plan) -> nn.Module:
 
 def packed_codes(folder: str | Path) -> dict[str, np.ndarray]:
     """The integer weights in a packed model, by layer."""
-    manifest = read_manifest(folder)
-    return {
-        key.removesuffix(SUFFIX): tensor.numpy()
-        for key, tensor in _tensors(Path(folder), manifest).items()
-        if key.endswith(SUFFIX)
-    }
+    tensors = _tensors(Path(folder), read_manifest(folder))
+    return {name: codes.numpy() for name, codes in weight_codes(tensors).items()}
 
 
 class PackedTarget(Target):

@@ -16,6 +16,8 @@ from qat.numbers import count, size
 
 FLOAT_BITS = 32
 BYTES = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+TRITS = 5
+"""Codes -1, 0 and 1 in a byte: 3^5 = 243."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def average_bits(sizes: Iterable[tuple[int, int]]) -> float | None:
 
 
 def trit_bytes(count: int) -> int:
-    """Bytes that `count` codes -1, 0 and 1 fill, five in each: 3^5 = 243."""
-    return math.ceil(count / 5)
+    """Bytes that `count` codes -1, 0 and 1 fill."""
+    return math.ceil(count / TRITS)
 
 
 def code_bytes(count: int, bits: int) -> int:

@@ -17,10 +17,9 @@ from torch.export import ExportedProgram
 from qat.errors import UserError
 from qat.export.int8_program import CLIPS, DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, layer_of, limits_of
 from qat.export.litert.builder import Builder, Grid, Value
-from qat.integer import IntegerLayer, reads_elementwise
+from qat.integer import WEIGHT_CODES, IntegerLayer, reads_elementwise
 
 LOW, HIGH = -128, 127
-CODES = ".integer_weight.codes"
 
 
 @dataclass(frozen=True)
@@ -164,13 +163,13 @@ class Lowering:
         """Whether constant codes are an operand like any other, of an addition or an elementwise product."""
         codes: Any = node.args[0]
         name = self.owners.get(codes.name, "")
-        return name.endswith(CODES) and reads_elementwise(self._layer(node))
+        return name.endswith(WEIGHT_CODES) and reads_elementwise(self._layer(node))
 
     def _layer(self, node: fx.Node) -> IntegerLayer:
         """Whose constant codes they are."""
         codes: Any = node.args[0]
         name = self.owners[codes.name].removeprefix("model.")
-        layer = self.model.get_submodule(name.removesuffix(CODES))
+        layer = self.model.get_submodule(name.removesuffix(WEIGHT_CODES))
         assert isinstance(layer, IntegerLayer)
         return layer
 

@@ -17,11 +17,10 @@ from qat.export.target import Target
 from qat.export.torch.pt2 import load_program, save_program
 from qat.export.torch.runner import TorchRunner
 from qat.export.torch.trace import traced
-from qat.integer import Eager, IntegerActivation, IntegerTensor, emitting
+from qat.integer import Eager, IntegerActivation, IntegerTensor, emitting, weight_codes
 from qat.planning.plan import Plan
 
 OPS: Any = torch.ops.quantized_decomposed
-CODES = ".integer_weight.codes"
 
 
 class DecomposedEmitter(Eager):
@@ -58,8 +57,12 @@ class ProgramRunner(TorchRunner):
 
     def __init__(self, path: Path) -> None:
         self.program = load_program(path)
-        keys = [key for key in self.program.state_dict if key.endswith(CODES)]
-        super().__init__(self.program.module(), path, [key.removesuffix(CODES).removeprefix("model.") for key in keys])
+        super().__init__(self.program.module(), path, list(self.codes()))
+
+    def codes(self) -> dict[str, np.ndarray]:
+        """The integer weights by layer."""
+        codes = weight_codes(self.program.state_dict)
+        return {name.removeprefix("model."): tensor.numpy() for name, tensor in codes.items()}
 
     @torch.no_grad()
     def layer_outputs(self, x: np.ndarray, only: str | None = None) -> dict[str, np.ndarray]:
@@ -98,9 +101,4 @@ class TorchTarget(Target):
         return ProgramRunner(path)
 
     def codes(self, path: Path) -> dict[str, np.ndarray]:
-        state = ProgramRunner(path).program.state_dict
-        return {
-            key.removesuffix(CODES).removeprefix("model."): value.numpy()
-            for key, value in state.items()
-            if key.endswith(CODES)
-        }
+        return ProgramRunner(path).codes()
