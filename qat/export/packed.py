@@ -10,6 +10,7 @@ the weights file and of itself.
 """
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -122,6 +123,13 @@ def save_packed(model: nn.Module, plan: Plan, folder: str | Path) -> None:
         manifest |= {"plan": plan.to_dict()}
         manifest["manifest_sha256"] = digest(manifest)
         described_in.write_text(json.dumps(manifest, indent=1))
+
+
+def packed_bytes(model: nn.Module, plan: Plan) -> int:
+    """Bytes of the weights file of a converted model."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_packed(model, plan, folder)
+        return (Path(folder) / WEIGHTS).stat().st_size
 
 
 def _store(tensors: dict[str, Tensor], manifest: dict[str, Any], key: str, leaf: str, tensor: IntegerTensor) -> None:

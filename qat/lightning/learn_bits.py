@@ -26,8 +26,11 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from qat.calibrate import calibrated
+from qat.convert import convert
 from qat.copies import copied
 from qat.errors import UserError
+from qat.export.packed import packed_bytes
 from qat.insert import remember
 from qat.lightning.averages import averages
 from qat.lightning.base import QuantizationCallback, callbacks_of
@@ -44,7 +47,6 @@ from qat.search.fractional import FractionalGrid, RelaxedCost, Width, all_pairs
 from qat.search.learned import check_grids, fractional_grids, quantizers_at, shared_widths
 from qat.search.settings import Search
 from qat.search.space import Pair, Space, kept_bits, make_space
-from qat.search.weigh import converted, packed_bytes
 
 BUDGETS = sorted(name for name, kind in COSTS.items() if kind.needs != "file")
 """Costs that are known at every step."""
@@ -183,8 +185,7 @@ class LearnBits(QuantizationCallback):
 
             for bits in {ends[0], ends[-1]}:
                 plan = self.space.plans[bits]
-                made = converted(shell, plan, calibrating)
-                packed[bits] = packed_bytes(made, plan)
+                packed[bits] = packed_bytes(convert(calibrated(shell, plan, calibrating), plan), plan)
         self._saved["packed"] = packed
         self.costs = make_costs(dataclasses.replace(self.space, layers=layers), Files(packed))
         self.relaxed = {name: RelaxedCost(self.costs[name], layers) for name in self.settings.budget}

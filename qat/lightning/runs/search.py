@@ -14,12 +14,14 @@ from typing import Any
 import pytorch_lightning as pl
 from omegaconf import DictConfig, OmegaConf
 from rich.progress import Progress
+from torch import nn
 
 from qat.calibrate import calibrated
 from qat.config.instantiate import instantiate
-from qat.convert import conversion_refusal
+from qat.convert import conversion_refusal, convert
 from qat.errors import UserError
 from qat.export.onnx.export import export_onnx
+from qat.export.packed import packed_bytes
 from qat.files import make_folder, read_object, write_object
 from qat.lightning.losses import BatchLosses
 from qat.lightning.runs.checks import check
@@ -43,7 +45,6 @@ from qat.search.measured import Measured
 from qat.search.sensitivity import mean_loss, measure, missing
 from qat.search.settings import Search
 from qat.search.space import Pair, Space, kept_bits, make_space, with_bits
-from qat.search.weigh import converted, packed_bytes
 
 
 def key_of(cfg: DictConfig) -> str:
@@ -110,8 +111,8 @@ class SearchRun(Workspace):
         latencies = self._latencies(space, losses) if "latency" in wanted else None
         return make_problem(space, measured, self.settings.by, files, latencies)
 
-    def _converted(self, plan: Plan, losses: BatchLosses) -> Any:
-        return converted(self.module, plan, lambda model: [None for _ in losses(model)])
+    def _converted(self, plan: Plan, losses: BatchLosses) -> nn.Module:
+        return convert(calibrated(self.module, plan, lambda model: [None for _ in losses(model)]), plan)
 
     def _weigh(self, plan: Plan, losses: BatchLosses, exported: bool) -> dict[str, int]:
         """Bytes of the files that a plan makes of the float model."""
