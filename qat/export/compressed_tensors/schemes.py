@@ -38,10 +38,7 @@ def weight_args(name: str, spec: QuantSpec) -> Args:
         UserError: if the format has no such grid.
     """
     what = f"weight of '{name}'"
-    if not find(spec.quantizer).uniform:
-        raise UserError(
-            f"{what} has quantizer={spec.quantizer}, whose thresholds are no equal steps; use lsq or minmax"
-        )
+    _check_steps(what, spec)
     if spec.scale in SCALE_TYPES or spec.format == "e2m1":
         return _blocks(what, spec)
     if spec.float_format is not None and spec.format != "e4m3":
@@ -84,11 +81,15 @@ def input_args(name: str, spec: QuantSpec) -> Args:
     return args | {"dynamic": "local" if calibrated else True}
 
 
-def _static(what: str, spec: QuantSpec) -> Args:
+def _check_steps(what: str, spec: QuantSpec) -> None:
     if not find(spec.quantizer).uniform:
         raise UserError(
             f"{what} has quantizer={spec.quantizer}, whose thresholds are no equal steps; use lsq or minmax"
         )
+
+
+def _static(what: str, spec: QuantSpec) -> Args:
+    _check_steps(what, spec)
     if spec.format not in ("int", "e4m3") or spec.width > 8:
         raise UserError(f"{what} is {spec.short}: static scales are for integers of up to 8 bits and for e4m3")
     if spec.integer and spec.narrow:
