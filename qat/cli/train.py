@@ -7,7 +7,6 @@ the task, after composition succeeded.
 
 import argparse
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from qat.config.instantiate import HYDRA_1_4, VERSION, allowed_patterns
 from qat.config.overrides import going_on, value_of
 from qat.errors import UserError, refused, unmakeable
 from qat.policies.renamed import renamed_override
+from qat.process import environment
 from qat.run_files import HYDRA, OVERRIDES, PROGRESS
 
 # What Lightning says of every trainer: advertisements, hardware that is not used, and what the progress bar shows.
@@ -184,17 +184,13 @@ def _prepare(cfg: DictConfig, run_dir: Path) -> None:
 @contextmanager
 def _hydra_environment(argv: list[str]) -> Iterator[None]:
     """Shows Hydra its own arguments, and lets its exceptions reach us instead of being printed."""
-    before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    before = sys.argv
     sys.argv = [sys.argv[0], *argv]
-    os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
-        yield
+        with environment("HYDRA_FULL_ERROR", "1"):
+            yield
     finally:
         sys.argv = before
-        if full_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -14,8 +14,7 @@ bfloat16 holds those of MXFP4 and MXFP8 exactly, and of NVFP4, which has two sca
 import contextlib
 import io
 import json
-import warnings
-from collections.abc import Iterator
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from qat.export.torch.runner import TorchRunner
 from qat.integer import IntegerLayer
 from qat.layers import QuantizedLayer, original_class
 from qat.planning.plan import Plan
+from qat.process import silent
 from qat.quantizers import Quantizer
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -103,7 +103,7 @@ class CompressedTensorsTarget(Target):
     def open(self, path: Path, model: nn.Module, *, optimize: bool = True, threads: int = 0) -> TorchRunner:
         module = copied(model).cpu().eval()
         prefix, inner = transformers_model(module)
-        with _quiet():
+        with silent(logging.ERROR), contextlib.redirect_stderr(io.StringIO()):  # where progress bars go
             loaded = _load(path, original_class(inner))
         holder, _, leaf = prefix.removesuffix(".").rpartition(".")
         if not prefix:
@@ -193,18 +193,3 @@ def _load(path: Path, kind: type) -> nn.Module:
         raise UserError(f"{path}: transformers finds {what.replace('_', ' ')}, first of them '{sorted(keys)[0]}'")
     # Not model.float(), which transformers forbids: two formats decompress to bfloat16, and the rest is float32.
     return nn.Module.float(model).eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Both packages report progress and what they miss; here that is an exception."""
-    from transformers.utils import logging  # pyright: ignore[reportMissingImports]
-
-    before = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(before)

@@ -10,11 +10,6 @@ XNNPACK does not load it. An application links the runtime's XNNPACK back end, p
 The runtime plans memory for batches of up to `max_batch`; the runner here splits what is larger.
 """
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +35,7 @@ from qat.export.int8_program import (
 from qat.export.target import OnGrid, Target, unrunnable
 from qat.export.verify import Verdict, count_kernels
 from qat.planning.plan import Plan
+from qat.process import silent
 
 
 class ExecuTorchRunner:
@@ -55,7 +51,7 @@ class ExecuTorchRunner:
 
     def __init__(self, path: Path, *, threads: int = 0) -> None:
         self.path = path
-        with _quiet():
+        with silent():
             import executorch.kernels.quantized  # pyright: ignore[reportMissingImports] # noqa: F401 - registers dequantize_per_channel.out
             from executorch.extension.pybindings import _C  # pyright: ignore[reportMissingImports]
             from executorch.runtime import Runtime  # pyright: ignore[reportMissingImports]
@@ -144,7 +140,7 @@ class ExecuTorchTarget(Target):
                 f"{self.file}: '{mixed}' concatenates codes of one grid into those of another, which XNNPACK refuses; "
                 f'set quant.concat=shared, or leave them float with a rule {{match: "{mixed}", act: off}}'
             )
-        with _quiet():
+        with silent():
             import executorch.kernels.quantized  # pyright: ignore[reportMissingImports] # noqa: F401 - registers dequantize_per_channel.out
             from executorch.backends.xnnpack.partition import xnnpack_partitioner as xnn  # pyright: ignore[reportMissingImports]
             from executorch.exir import to_edge_transform_and_lower  # pyright: ignore[reportMissingImports]
@@ -193,16 +189,3 @@ def _mixed(program: ExportedProgram) -> str | None:
         if on_codes and len({end.args[1:] for end in ends}) > 1:
             return layer_of(node)
     return None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """ExecuTorch's packages report on libraries that they do not need; errors come as exceptions."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

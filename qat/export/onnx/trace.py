@@ -4,11 +4,6 @@ torch traces a model, then traces the result twice more to take apart what ONNX 
 operations that change their operands. Most converted models hold neither, and then the graph is taken as it is.
 """
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from types import BuiltinFunctionType
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +20,7 @@ from qat.errors import UserError, first_line
 from qat.export.onnx.placement import OPSET
 from qat.export.target import INPUT, OUTPUT
 from qat.export.torch.trace import OneInput, own_modules
+from qat.process import silent
 
 
 def trace(model: nn.Module, example: Tensor) -> ir.Model:
@@ -37,7 +33,8 @@ def trace(model: nn.Module, example: Tensor) -> ir.Model:
     Raises:
         UserError: if it cannot be traced, with torch's reason, or only for one size of batches.
     """
-    with _quiet(), own_modules(), _FlatLinear(), patch.object(ExportedProgram, "run_decompositions", _decompose):
+    decomposing = patch.object(ExportedProgram, "run_decompositions", _decompose)
+    with silent(), torch.no_grad(), own_modules(), _FlatLinear(), decomposing:
         try:
             program = torch.onnx.export(
                 OneInput(model), (example,), dynamo=True, opset_version=OPSET, optimize=True, verbose=False,
@@ -68,7 +65,7 @@ def check_trace(model: nn.Module, example: Tensor) -> None:
         UserError: see `trace`.
     """
     shapes = ({0: torch.export.Dim.DYNAMIC},)
-    with _quiet(), own_modules():
+    with silent(), torch.no_grad(), own_modules():
         try:
             torch.export.export(OneInput(model), (example,), dynamic_shapes=shapes)
             return
@@ -110,19 +107,3 @@ def _decompose(program: ExportedProgram, *table: Any, **settings: Any) -> Export
     if all(target in WHOLE or isinstance(target, BuiltinFunctionType) for target in called):  # or arithmetic of sizes
         return program
     return _run_decompositions(program, *table, **settings)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter reports progress and deprecations of its own; errors come as exceptions."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)

@@ -6,10 +6,7 @@ unpickles unasked: objects among the constants, and weights or sample inputs tha
 of them is in a file of ours, so they are refused, and the weights-only reader is the only one.
 """
 
-import contextlib
-import os
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -17,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.pt2_archive import constants
 
 from qat.errors import UserError, first_line
+from qat.process import environment
 
 PICKLED = tuple(value for name, value in vars(constants).items() if name.endswith("_OBJ_FILENAME_PREFIX"))
 """How the names of pickled objects in the archive begin; newer versions of torch know more kinds of them."""
@@ -52,20 +50,7 @@ def load_program(path: Path) -> ExportedProgram:
     if pickled := next((name for name in names if PurePosixPath(name).name.startswith(PICKLED)), None):
         raise UserError(f"{path}: holds a pickled object ({pickled}), and loading it could run any code")
     try:
-        with _weights_only():
+        with environment(SWITCH, "1"):
             return torch.export.load(str(path))
     except Exception as error:  # whatever its readers stumble over
         raise UserError(f"{path}: torch refuses it: {first_line(error)}") from None
-
-
-@contextlib.contextmanager
-def _weights_only() -> Iterator[None]:
-    before = os.environ.get(SWITCH)
-    os.environ[SWITCH] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[SWITCH]
-        else:
-            os.environ[SWITCH] = before
