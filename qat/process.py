@@ -1,4 +1,4 @@
-"""What a process has around it: its environment, and where the words of others go."""
+"""What a process has around it: packages that may be missing, its environment, and where the words of others go."""
 
 import io
 import logging
@@ -6,6 +6,22 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from importlib import import_module
+from typing import Any
+
+from qat.errors import UserError
+
+
+def imported(name: str, otherwise: str) -> Any:
+    """A module of an optional dependency.
+
+    Raises:
+        UserError: with the message `otherwise`, if it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        raise UserError(otherwise) from None
 
 
 @contextmanager

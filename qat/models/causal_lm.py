@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qat.errors import UserError, first_line, nearest
 from qat.models.classifier import Batch, Classifier, Training
+from qat.process import imported
 
 
 class CausalLM(Classifier):
@@ -62,13 +63,10 @@ class CausalLM(Classifier):
 
 
 def _build(architecture: dict[str, Any], pretrained: str | None) -> Any:
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
-        from transformers.models.auto.configuration_auto import (  # pyright: ignore[reportMissingImports]
-            CONFIG_MAPPING_NAMES,
-        )
-    except ModuleNotFoundError:
-        raise UserError("CausalLM needs transformers: pip install qat[transformers]") from None
+    imported("transformers", "CausalLM needs transformers: pip install qat[transformers]")
+    from transformers import AutoConfig, AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # pyright: ignore[reportMissingImports]
+
     try:
         if pretrained is not None:
             return AutoModelForCausalLM.from_pretrained(pretrained, **architecture)

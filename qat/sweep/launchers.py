@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from joblib import Parallel, delayed
 
 from qat.errors import UserError, last_line
+from qat.process import imported
 from qat.sweep.point import Outcome, Point, run_point
 
 Ended = tuple[Point, Outcome]
@@ -111,11 +112,7 @@ class Requeued:
 
 
 def _submitit() -> Any:
-    try:
-        import submitit
-    except ModuleNotFoundError:
-        raise UserError("sweep.launcher: SLURM jobs go through submitit: pip install 'qat[slurm]'") from None
-    return submitit
+    return imported("submitit", "sweep.launcher: SLURM jobs go through submitit: pip install 'qat[slurm]'")
 
 
 def _at_least_one(n_jobs: int) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from qat.errors import UserError
 from qat.files import atomic
+from qat.process import imported
 from qat.sweep.launchers import Launcher, Local
 from qat.sweep.point import Outcome, Point
 from qat.sweep.prune import Dominated, Watcher
@@ -191,8 +192,4 @@ def _name(folder: Path) -> str:
 
 
 def _optuna() -> Any:
-    try:
-        import optuna
-    except ModuleNotFoundError:
-        raise UserError("sweep: a search needs Optuna: pip install 'qat[sweep]'") from None
-    return optuna
+    return imported("optuna", "sweep: a search needs Optuna: pip install 'qat[sweep]'")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.errors import UserError
+from qat.process import imported
 from qat.sweep.grid import grid_points
 from qat.sweep.point import PRUNED, Outcome, Point, past, record, run_point
 from qat.sweep.results import by_epoch
@@ -117,9 +118,6 @@ def _trainable(points: list[Point], monitor: str) -> Callable[[dict[str, Any]], 
 
 
 def _ray() -> Any:
-    try:
-        import ray  # pyright: ignore[reportMissingImports]
-        import ray.tune  # pyright: ignore[reportMissingImports]
-    except ModuleNotFoundError:
-        raise UserError("sweep: this one runs under Ray: pip install 'qat[ray]'") from None
-    return ray
+    otherwise = "sweep: this one runs under Ray: pip install 'qat[ray]'"
+    imported("ray.tune", otherwise)
+    return imported("ray", otherwise)
