@@ -21,7 +21,8 @@ from qat.config.presets import preset
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
 from qat.export.executorch.file import PteFile
-from qat.export.int8_program import CLIPS, DEQUANTIZE, QUANTIZE, float_products, int8_program
+from qat.export.int8_graph import CLIPS, DEQUANTIZE, QUANTIZE, float_products
+from qat.export.int8_program import int8_program
 from qat.export.nibbles import pack, unpack
 from qat.export.verify import Comparison, Verdict, check_codes
 from qat.models import SmallCNN

@@ -23,15 +23,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from qat.errors import UserError, first_line
 from qat.export.executorch.file import PteFile, describe
 from qat.export.executorch.graph import expose, shorten
-from qat.export.int8_program import (
-    CONVOLUTIONS,
-    DEQUANTIZE,
-    QUANTIZE,
-    float_products,
-    int8_program,
-    int8_refusal,
-    layer_of,
-)
+from qat.export.int8_graph import CONVOLUTIONS, DEQUANTIZE, QUANTIZE, float_products, layer_of
+from qat.export.int8_program import int8_program, int8_refusal
 from qat.export.target import OnGrid, Target, unrunnable
 from qat.export.verify import Verdict, count_kernels
 from qat.planning.plan import Plan

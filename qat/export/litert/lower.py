@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from qat.errors import UserError
-from qat.export.int8_program import CLIPS, DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, layer_of, limits_of
+from qat.export.int8_graph import CLIPS, DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE, layer_of, limits_of
 from qat.export.litert.builder import Builder, Grid, Value
 from qat.integer import WEIGHT_CODES, IntegerLayer, reads_elementwise
 

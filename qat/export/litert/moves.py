@@ -4,7 +4,7 @@ import numpy as np
 from torch import fx
 
 from qat.errors import UserError
-from qat.export.int8_program import ATEN, layer_of
+from qat.export.int8_graph import ATEN, layer_of
 from qat.export.litert.handlers import VALID, aligned, arguments, finish, moved, operand, pair
 from qat.export.litert.lower import LOW, Lowering, codes_after
 

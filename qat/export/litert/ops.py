@@ -7,7 +7,7 @@ import numpy as np
 from torch import fx
 
 from qat.errors import UserError
-from qat.export.int8_program import ATEN, CLIPS, QUANTIZE, layer_of, limits_of
+from qat.export.int8_graph import ATEN, CLIPS, QUANTIZE, layer_of, limits_of
 from qat.export.litert.handlers import RELU, Handler, aligned, finish, operand
 from qat.export.litert.lower import Codes, Lowering, codes_after
 from qat.export.litert.moves import cat, max_pool2d, mean, pad, permute, reshape, slices

@@ -7,7 +7,7 @@ import numpy as np
 from torch import fx
 
 from qat.errors import UserError
-from qat.export.int8_program import layer_of
+from qat.export.int8_graph import layer_of
 from qat.export.litert.builder import Value
 from qat.export.litert.handlers import RELU, SAME, VALID, arguments, finish, operand, pair
 from qat.export.litert.lower import Codes, Lowering, codes_after
