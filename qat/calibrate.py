@@ -7,7 +7,7 @@ where they lie.
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -117,19 +117,16 @@ def _borrow(name: str, quantizer: Quantizer, siblings: list[Named]) -> None:
 def _naming(found: list[tuple[str, Quantizer]]) -> Iterator[None]:
     """Puts the name of the quantizer in front of what it complains about meanwhile."""
     running: list[str] = []
-    handles = []
-    for name, quantizer in found:
-        handles.append(quantizer.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
-        handles.append(quantizer.register_forward_hook(lambda *_: running.clear()))
-    try:
-        yield
-    except UserError as error:
-        if not running:
-            raise
-        raise UserError(f"calibrating '{running[-1]}': {error}{_way_out(running[-1])}") from None
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for name, quantizer in found:
+            hooks.enter_context(quantizer.register_forward_pre_hook(lambda *_, name=name: running.append(name)))
+            hooks.enter_context(quantizer.register_forward_hook(lambda *_: running.clear()))
+        try:
+            yield
+        except UserError as error:
+            if not running:
+                raise
+            raise UserError(f"calibrating '{running[-1]}': {error}{_way_out(running[-1])}") from None
 
 
 def _way_out(quantizer: str) -> str:

@@ -261,12 +261,11 @@ def example_input(module: pl.LightningModule, source: Source) -> Tensor:
         UserError: if the step never calls the module's forward, or with anything but one tensor.
     """
     seen: list[tuple[Any, ...]] = []
-    handle = module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            run_steps(module, source, samples=2)()
-    finally:
-        handle.remove()
+    with (
+        module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True),
+        torch.random.fork_rng(devices=[]),
+    ):
+        run_steps(module, source, samples=2)()
     if not seen:
         raise UserError(f"{type(module).__name__}: its step never calls self(x), so there is no input to export with")
     args, kwargs = seen[0]
@@ -288,8 +287,5 @@ def described_input(module: pl.LightningModule) -> Iterator[list[dict[str, Any]]
         if len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and args[0].ndim:
             found.append({"shape": list(args[0].shape[1:]), "dtype": str(args[0].dtype).removeprefix("torch.")})
 
-    handle = module.register_forward_pre_hook(look, with_kwargs=True)
-    try:
+    with module.register_forward_pre_hook(look, with_kwargs=True):
         yield found
-    finally:
-        handle.remove()

@@ -15,6 +15,7 @@ first made of the tensor); weights are read where they lie, which needs no data.
 import math
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -141,13 +142,10 @@ def quantizer_stats(model: nn.Module, run: Callable[[], Any]) -> list[QuantizerS
         return lambda quantizer, args: tallies[name].add(name, quantizer, args[0])
 
     _check_calibrated(found)
-    handles = [found[name].register_forward_pre_hook(watch(name)) for name in tallies]
-    try:
-        with evaluating(model):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, evaluating(model):
+        for name in tallies:
+            hooks.enter_context(found[name].register_forward_pre_hook(watch(name)))
+        run()
     tallies |= _weight_tallies(model, found)
     readers = readers_of(model)
     seen = [name for name in found if name in tallies and tallies[name].total]

@@ -218,16 +218,12 @@ def _is_metric(module: nn.Module) -> bool:
 @contextmanager
 def _hooks(recorder: _Recorder, model: nn.Module) -> Iterator[None]:
     """The innermost hooks of every module, so that the user's own run outside, as they will around a twin's forward."""
-    handles = []
-    for module in model.modules():
-        if id(module) in recorder.names:
-            handles.append(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
-            handles.append(module.register_forward_hook(recorder.after, prepend=True, with_kwargs=True))
-    try:
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if id(module) in recorder.names:
+                hooks.enter_context(module.register_forward_pre_hook(recorder.before, with_kwargs=True))
+                hooks.enter_context(module.register_forward_hook(recorder.after, prepend=True, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 InsideOf = Callable[[nn.Module, str, _Recorder, tuple[Any, ...], dict[str, Any]], list[Call] | None]

@@ -12,7 +12,7 @@ weight: twice the expected increase of the mean loss.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -100,16 +100,11 @@ def _perturbed(model: nn.Module, inputs: Mapping[str, list[str]]) -> Iterator[di
 
         return hook
 
-    handles = [
-        model.get_submodule(reader).register_forward_pre_hook(adding(name))
-        for name, readers in inputs.items()
-        for reader in readers
-    ]
-    try:
+    with ExitStack() as hooks:
+        for name, readers in inputs.items():
+            for reader in readers:
+                hooks.enter_context(model.get_submodule(reader).register_forward_pre_hook(adding(name)))
         yield zeros
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _batch_traces(

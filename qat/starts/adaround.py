@@ -22,6 +22,7 @@ those without equal steps.
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -249,10 +250,8 @@ def _channels(output: Tensor, axis: int) -> int:
 def _order(units: dict[str, nn.Module], run: Run) -> list[str]:
     """Names in the order of their first calls."""
     order: dict[str, None] = {}
-    handles = [m.register_forward_pre_hook(lambda *_, n=name: order.setdefault(n)) for name, m in units.items()]
-    try:
+    with ExitStack() as hooks:
+        for name, unit in units.items():
+            hooks.enter_context(unit.register_forward_pre_hook(lambda *_, name=name: order.setdefault(name)))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return list(order)

@@ -42,11 +42,8 @@ def replay(model: nn.Module, run: Run) -> Run:
     It calls the model as `run` does now; if `run` calls only parts of it, it is `run` itself.
     """
     calls: list[tuple[Any, Any]] = []
-    handle = model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    try:
+    with model.register_forward_pre_hook(lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True):
         run()
-    finally:
-        handle.remove()
 
     def again() -> None:
         for args, kwargs in calls:

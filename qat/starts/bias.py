@@ -9,6 +9,8 @@ normalizes by the batch, finds its own. Layers without either keep their shift, 
 parameter (`F.linear(x, self.w, self.b)`, experts): their bias, if any, is an argument that they may share.
 """
 
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,20 +57,15 @@ def _means(layers: dict[str, nn.Module], run: Run) -> dict[str, Tensor]:
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
-    def add(name: str, output: Any, axis: int) -> None:
+    def add(name: str, axis: int, _layer: nn.Module, _args: Any, output: Any) -> None:
         with ours():  # what a hook computes is no part of the forward around it
             rows = output.double().movedim(axis, 0).flatten(1)
             sums[name] = sums.get(name, 0) + rows.sum(1)
         counts[name] = counts.get(name, 0) + rows.shape[1]
 
-    handles = []
-    for name, layer in layers.items():
-        assert isinstance(layer, QuantizedLayer)
-        axis = layer.output_axis
-        handles.append(layer.register_forward_hook(lambda _m, _a, y, name=name, axis=axis: add(name, y, axis)))
-    try:
+    with ExitStack() as hooks:
+        for name, layer in layers.items():
+            assert isinstance(layer, QuantizedLayer)
+            hooks.enter_context(layer.register_forward_hook(partial(add, name, layer.output_axis)))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: total / counts[name] for name, total in sums.items()}

@@ -31,12 +31,8 @@ def noted(unit: nn.Module, run: Run) -> list[ModuleCall]:
             with ours():
                 calls.append((args, kwargs, y.clone()))
 
-    handles = unit.register_forward_pre_hook(before, with_kwargs=True), unit.register_forward_hook(after)
-    try:
+    with unit.register_forward_pre_hook(before, with_kwargs=True), unit.register_forward_hook(after):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return calls
 
 

@@ -205,10 +205,8 @@ def _outputs(modules: list[nn.Module], run: Run) -> list[Tensor]:
     def note(_module: nn.Module, _args: Any, output: Any) -> None:
         seen.extend(y.clone() for y in flat((output,)) if isinstance(y, Tensor) and y.is_floating_point())
 
-    handles = [module.register_forward_hook(note) for module in dict.fromkeys(modules)]
-    try:
+    with ExitStack() as hooks:
+        for module in dict.fromkeys(modules):
+            hooks.enter_context(module.register_forward_hook(note))
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
