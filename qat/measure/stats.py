@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import UserError
-from qat.grid.functional import SCALE_FLOOR, ratio
+from qat.grid.functional import SCALE_FLOOR, ratio, wide
 from qat.grid.scales import floor
 from qat.insert import named_quantizers
 from qat.layers.weights import quantized_weights
@@ -82,9 +82,9 @@ class Noise:
 
     def compare(self, x: Tensor, rounded: Tensor) -> None:
         exact = torch.float32 if x.device.type == "mps" else torch.float64  # Apple's GPUs have no float64
-        wide = x if x.dtype == torch.float64 else x.float()
-        self.signal += wide.square().sum(dtype=exact).item()
-        self.noise += (wide - rounded).square().sum(dtype=exact).item()
+        x = wide(x)
+        self.signal += x.square().sum(dtype=exact).item()
+        self.noise += (x - rounded).square().sum(dtype=exact).item()
         self.total += x.numel()
 
     @property
