@@ -90,25 +90,25 @@ class AnnealBits(QuantizationCallback):
                 )
         self._try(pl_module)
 
-    def _chosen(self, pl_module: pl.LightningModule, last: int) -> dict[str, int]:
+    def _chosen(self, model: nn.Module, last: int) -> dict[str, int]:
         """The policy's bits of every quantizer that the schedule is for."""
         if self.match is not None:
-            return {name: q.spec.width for name, q in select(pl_module, self.match, self).items()}
-        widths = {name: q.spec.width for name, q in self.quantizers(pl_module).items()}
+            return {name: q.spec.width for name, q in select(model, self.match, self).items()}
+        widths = {name: q.spec.width for name, q in self.quantizers(model).items()}
         if last not in widths.values():
             own = ", ".join(map(str, sorted(set(widths.values()))))
             raise self.mistake(f"schedule={self.schedule} ends at {last} bits, but the policy's grids have {own}")
         return {name: width for name, width in widths.items() if width == last}
 
-    def annealed(self, pl_module: pl.LightningModule) -> dict[str, Quantizer]:
+    def annealed(self, model: nn.Module) -> dict[str, Quantizer]:
         """The quantizers whose bits change, by name."""
-        names = self._final or self._chosen(pl_module, list(self.schedule.values())[-1])
-        return {name: q for name, q in self.quantizers(pl_module).items() if name in names}
+        names = self._final or self._chosen(model, list(self.schedule.values())[-1])
+        return {name: q for name, q in self.quantizers(model).items() if name in names}
 
     def _try(self, pl_module: pl.LightningModule) -> None:
         """Tries every width on a new quantizer."""
         weights = quantized_weights(pl_module)
-        for name, quantizer in self._quantizers(pl_module).items():
+        for name, quantizer in self.annealed(pl_module).items():
             shape = weights[quantizer].tensor.shape if quantizer.is_weight else None
             for moment, bits in self.schedule.items():
                 where = f"schedule[{moment}]={bits} for '{name}'"
@@ -121,9 +121,6 @@ class AnnealBits(QuantizationCallback):
                         f"{where}: quantizer={quantizer.spec.quantizer} learns something per level, "
                         "so its bits cannot change; leave it out with match"
                     )
-
-    def _quantizers(self, pl_module: nn.Module) -> dict[str, Quantizer]:
-        return {name: q for name, q in self.quantizers(pl_module).items() if name in self._final}
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.shares:
@@ -141,13 +138,13 @@ class AnnealBits(QuantizationCallback):
             return
         self._now = bits
         for module in (pl_module, *averages(trainer)):
-            for quantizer in self._quantizers(module).values():
+            for quantizer in self.annealed(module).values():
                 if quantizer.spec.bits != bits:
                     quantizer.change_bits(bits)
         remember(pl_module, current_plan(pl_module))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        wide = [name for name, q in self._quantizers(pl_module).items() if q.spec.bits != self._final[name]]
+        wide = [name for name, q in self.annealed(pl_module).items() if q.spec.bits != self._final[name]]
         if wide:
             rank_zero_warn(
                 f"AnnealBits: training ended early, with {len(wide)} quantizers ('{wide[0]}', ...) "
