@@ -104,7 +104,7 @@ SILENT = [
         "layers built in configure_model, missed by insertion or by the optimizer",
         f"{LIGHTNING}layers_are_found_wherever_they_are_built_and_their_scales_are_trained[configure_model]",
         "qat/lightning/callback.py",
-        '        pl_module.__dict__["configure_model"] = configure_then_insert',
+        "        after_configure(pl_module, lambda: self._insert(trainer, pl_module))",
         "        pass",
     ),
     Break(

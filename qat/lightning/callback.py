@@ -23,7 +23,7 @@ from qat.lightning.averages import AVERAGING, average_floats_alone, follow_calib
 from qat.lightning.base import callbacks_of
 from qat.lightning.compiled import eagerly, uncompiled
 from qat.lightning.fsdp import average_gradients
-from qat.lightning.module import QuantizedModule, insert_plan
+from qat.lightning.module import QuantizedModule, after_configure, insert_plan
 from qat.lightning.scale_groups import late_groups
 from qat.lightning.shared_ranges import RangeCache
 from qat.lightning.spawn import tell_left_behind
@@ -111,14 +111,7 @@ class QATCallback(Callback):
                     f"({', '.join(changed)} differ); train it on with that, or start from a float module"
                 )
             return
-        configure = pl_module.configure_model
-
-        def configure_then_insert() -> None:
-            del pl_module.__dict__["configure_model"]
-            configure()
-            self._insert(trainer, pl_module)
-
-        pl_module.__dict__["configure_model"] = configure_then_insert
+        after_configure(pl_module, lambda: self._insert(trainer, pl_module))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self is callbacks_of(trainer, QATCallback)[0]:

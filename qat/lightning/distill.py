@@ -30,7 +30,7 @@ from qat.copies import copied
 from qat.errors import UserError
 from qat.lightning.base import QuantizationCallback, callbacks_of
 from qat.lightning.callback import QATCallback
-from qat.lightning.module import bare
+from qat.lightning.module import after_configure, bare
 from qat.lightning.taps import TappedCall, Taps, answer, fingerprint, named_layers
 from qat.lightning.weights import load_weights
 from qat.starts import Equalize
@@ -105,15 +105,12 @@ class Distill(QuantizationCallback):
         if stage != "fit" or self._teacher is not None:
             return
         self._check_settings(trainer, pl_module)
-        configure = pl_module.configure_model  # may still make layers, and quantizers; a restore comes behind it
 
-        def configure_then_copy() -> None:
-            configure()
-            pl_module.__dict__.pop("configure_model", None)  # unless QATCallback, which wraps it too, has done so
+        def copy() -> None:
             self._teacher = self._make_teacher(pl_module, self.file)
             self._fingerprint = fingerprint(self._teacher)  # before the trainer's precision rounds it
 
-        pl_module.__dict__["configure_model"] = configure_then_copy
+        after_configure(pl_module, copy)  # which may still make layers, and quantizers; a restore comes behind it
 
     def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds before a float training what fit would find; the teacher's file may still be to come in the trainer's

@@ -10,7 +10,7 @@ to be inherited or overridden by hand:
     configure_optimizers   runs the user's own, and splits the scales off every parameter group it makes
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -128,6 +128,18 @@ def bare(module: M) -> M:
         module.__dict__.pop(name, None)
     remove(module)
     return module
+
+
+def after_configure(module: pl.LightningModule, act: Callable[[], None]) -> None:
+    """Calls `act` right after `configure_model`, once; of several, each after those that were named before it."""
+    configure = module.configure_model
+
+    def configure_then_act() -> None:
+        module.__dict__.pop("configure_model", None)  # the last, which is called first, has taken itself away for all
+        configure()
+        act()
+
+    module.__dict__["configure_model"] = configure_then_act
 
 
 def load_from_checkpoint(cls: type[Module], path: str | Path, **kwargs: Any) -> Module:
