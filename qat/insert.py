@@ -124,10 +124,12 @@ def _fold(norm: nn.Module, layer: nn.Module) -> None:
     layer.folds = True  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
 
-def fold_again(plan: Plan, model: nn.Module) -> None:
+def fold_again(model: nn.Module) -> None:
     """Makes BatchNorms that somebody (Lightning's `sync_batchnorm`) has put in the places of those that fold their
     twins.
     """
+    if (plan := remembered(model)) is None:
+        return
     modules = dict(model.named_modules())
     for name, norm in plan.batch_norms.items():
         found, layer = modules.get(norm), modules.get(name)

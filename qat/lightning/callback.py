@@ -91,10 +91,10 @@ class QATCallback(Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._check_order(trainer)
-        callbacks = callbacks_of(trainer, QATCallback)
-        if self is not callbacks[0]:  # the first one acts for all of them
+        if not self._leads(trainer):
             return
-        _before_tuners(trainer, callbacks)
+        callbacks = self._everyone(trainer)
+        _before_tuners(trainer, self)
         become_twin(pl_module, QuantizedModule)
         factors = {c.module or "": c.scale_lr_factor for c in callbacks}
         pl_module.scale_lr_factors = factors  # pyright: ignore[reportArgumentType]
@@ -114,15 +114,15 @@ class QATCallback(Callback):
         after_configure(pl_module, lambda: self._insert(trainer, pl_module))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self is callbacks_of(trainer, QATCallback)[0]:
-            average_floats_alone(trainer)
-            follow_widths(trainer, pl_module)
+        if not self._leads(trainer):
+            return
+        average_floats_alone(trainer)
+        follow_widths(trainer, pl_module)
         self._ready(trainer, pl_module)
-        if self is callbacks_of(trainer, QATCallback)[0]:
-            average_gradients(trainer, pl_module)
-            self._late = ExitStack()
-            factors = pl_module.scale_lr_factors  # pyright: ignore[reportAttributeAccessIssue]
-            self._late.enter_context(late_groups(pl_module, trainer.optimizers, factors))  # pyright: ignore[reportArgumentType]
+        average_gradients(trainer, pl_module)
+        self._late = ExitStack()
+        factors = pl_module.scale_lr_factors  # pyright: ignore[reportAttributeAccessIssue]
+        self._late.enter_context(late_groups(pl_module, trainer.optimizers, factors))  # pyright: ignore[reportArgumentType]
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._late.close()
@@ -138,22 +138,32 @@ class QATCallback(Callback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._late.close()
-        if stage == "fit" and self is callbacks_of(trainer, QATCallback)[0]:
+        if stage == "fit" and self._leads(trainer):
             tell_left_behind(trainer, pl_module, self._before)
         # Lightning puts modules back into training after an evaluation, but not those that it did not find before.
         adopt_modes(pl_module)
-        _fold_again(pl_module)
+        fold_again(pl_module)
 
     def plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Plan:
         """The plan for all `QATCallback`s of the trainer, from one probe batch; the module is left as it is."""
-        policy = joint_policy(callbacks_of(trainer, QATCallback) or [self], pl_module)
+        policy = joint_policy(self._everyone(trainer), pl_module)
         return checked_plan(pl_module, policy, run_steps(pl_module, trainer_source(trainer), samples=1))
+
+    def _everyone(self, trainer: pl.Trainer) -> list["QATCallback"]:
+        """All of the trainer's; this one, of a trainer that has none."""
+        return callbacks_of(trainer, QATCallback) or [self]
+
+    def _leads(self, trainer: pl.Trainer) -> bool:
+        """Whether it is the first of them, which acts for all."""
+        return self is self._everyone(trainer)[0]
+
+    def _starts(self, trainer: pl.Trainer) -> list[Start]:
+        return [start for callback in self._everyone(trainer) for start in callback.starts]
 
     def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if remembered(pl_module) is None:
             with described_input(pl_module) as described, uncompiled(pl_module), at_home(pl_module):
-                callbacks = callbacks_of(trainer, QATCallback) or [self]
-                for start in [start for callback in callbacks for start in callback.starts]:
+                for start in self._starts(trainer):
                     with eagerly():  # they call parts of the module themselves, and watch
                         start.prepare(pl_module, run_steps(pl_module, trainer_source(trainer), samples=1))
                 insert_plan(pl_module, self.plan(trainer, pl_module))
@@ -164,29 +174,28 @@ class QATCallback(Callback):
         """Calibrates what needs it. Outside fit quantizers are inserted as late as here: a checkpoint may bring
         them.
         """
-        callbacks = callbacks_of(trainer, QATCallback)
-        if self is not callbacks[0]:
+        if not self._leads(trainer):
             return
         with torch.inference_mode(False):  # what evaluation loops run in would make parameters that cannot be trained
             self._insert(trainer, pl_module)
-            _fold_again(pl_module)
+            fold_again(pl_module)
             # DDP has just copied the first process's flags to the others.
             for _, quantizer in named_quantizers(pl_module):
                 quantizer.enable(bool(quantizer.enabled))
             if needs_calibration(pl_module):
                 shown = trainer.global_rank == 0 and trainer.progress_bar_callback is not None
                 title = "Calibrating" if shown else None
-                samples = max(c.calibration_samples for c in callbacks)
+                samples = max(callback.calibration_samples for callback in self._everyone(trainer))
                 missing = None if self.ranges is None else self.ranges.load(pl_module)
                 calibrate(pl_module, run_steps(pl_module, trainer_source(trainer), samples, title), missing)
                 if self.ranges is not None:
                     self.ranges.save(pl_module, missing or ())
-                for start in [start for callback in callbacks for start in callback.starts]:
+                for start in self._starts(trainer):
                     run = run_steps(pl_module, trainer_source(trainer), samples)
                     with eagerly():
                         start.refine(pl_module, run, plan_of(pl_module))
                 if trainer.world_size > 1:
-                    _agree(pl_module, started=any(callback.starts for callback in callbacks))
+                    _agree(pl_module, started=bool(self._starts(trainer)))
                 follow_calibration(trainer, pl_module)
 
     def _check_order(self, trainer: pl.Trainer) -> None:
@@ -199,16 +208,11 @@ class QATCallback(Callback):
                 )
 
 
-def _fold_again(pl_module: pl.LightningModule) -> None:
-    if (plan := remembered(pl_module)) is not None:
-        fold_again(plan, pl_module)
-
-
-def _before_tuners(trainer: pl.Trainer, callbacks: list[QATCallback]) -> None:
+def _before_tuners(trainer: pl.Trainer, first: QATCallback) -> None:
     """Lightning puts those that find a learning rate or a batch size first; they train, so ranges are needed before."""
     everyone: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     if any(isinstance(c, LearningRateFinder | BatchSizeFinder) for c in everyone):
-        everyone.sort(key=lambda c: c is not callbacks[0])  # in place, and nobody else changes place
+        everyone.sort(key=lambda c: c is not first)  # in place, and nobody else changes place
 
 
 def joint_policy(callbacks: list[QATCallback], pl_module: pl.LightningModule) -> Policy:
