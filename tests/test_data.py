@@ -1,6 +1,5 @@
 """The data modules: splits, batched fetching, augmentation, configurations, and what a wrong option says."""
 
-import inspect
 import os
 import subprocess
 import sys
@@ -16,12 +15,12 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities.data import _update_dataloader
 from torch.utils.data import DataLoader, DistributedSampler
 
+from qat.config.instantiate import parameters_of
 from qat.data import Digits, ImageDataModule, Images
 from qat.data.batches import Collate, ImageDataset, augment
 from qat.errors import UserError
 from qat.lightning import QATCallback
 from qat.models import MLP
-from qat.models.classifier import Training
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -288,10 +287,7 @@ def test_importing_the_data_modules_does_not_import_datasets():
 def test_a_config_lists_every_option_of_its_class_with_a_comment_and_builds(file, tmp_path):
     config = OmegaConf.load(file)
     target = get_class(config["_target_"])
-    options = set(inspect.signature(target).parameters)
-    if "training" in options:
-        options = options - {"training"} | set(Training.__annotations__)
-    assert set(config) == {"_target_"} | options
+    assert set(config) == {"_target_", *parameters_of(target)}
     lines = file.read_text().splitlines()
     assert all("#" in line for line in lines if not line.startswith("_target_") and ":" in line and "std:" not in line)
     if config.get("path", "") is None:

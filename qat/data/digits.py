@@ -4,13 +4,14 @@
 """
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from qat.data.batches import Images
-from qat.data.module import ImageDataModule, require
+from qat.data.module import ImageDataModule, Loading, require
 
 VAL_IMAGES, TEST_IMAGES = 180, 360
 
@@ -22,12 +23,7 @@ class Digits(ImageDataModule):
         batch_size: samples in a batch.
         mean: pixel mean on the scale [0, 1], a list of one.
         std: pixel standard deviation, likewise.
-        train_limit: train on so many samples; None for all. Likewise `val_limit` and `test_limit`.
-        crop_padding: random crops of training images, padded by so many pixels; 0 for none.
-        flip: flip half of the training images horizontally.
-        split_seed: seed of the split and of the limits.
-        num_workers: processes that prepare the batches; 0: none.
-        on_device: keep the images where the model is, and make the batches there.
+        loading: see `ImageDataModule`.
     """
 
     def __init__(
@@ -35,29 +31,9 @@ class Digits(ImageDataModule):
         batch_size: int = 64,
         mean: Sequence[float] = (0.3053,),
         std: Sequence[float] = (0.3760,),
-        train_limit: int | None = None,
-        val_limit: int | None = None,
-        test_limit: int | None = None,
-        crop_padding: int = 0,
-        flip: bool = False,
-        split_seed: int = 0,
-        num_workers: int = 0,
-        on_device: bool = False,
+        **loading: Unpack[Loading],
     ) -> None:
-        super().__init__(
-            white=16,
-            mean=mean,
-            std=std,
-            batch_size=batch_size,
-            train_limit=train_limit,
-            val_limit=val_limit,
-            test_limit=test_limit,
-            crop_padding=crop_padding,
-            flip=flip,
-            split_seed=split_seed,
-            num_workers=num_workers,
-            on_device=on_device,
-        )
+        super().__init__(white=16, mean=mean, std=std, batch_size=batch_size, **loading)
         require("mean", list(mean), len(mean) == 1, "one number: digits are grey")
 
     def load(self) -> dict[str, Images]:

@@ -8,7 +8,7 @@ on disk as well (`qat.data.cache`), and later runs start in a fraction of a seco
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from qat.data.batches import Images
 from qat.data.cache import cached
 from qat.data.decode import SPLITS, decode_split, load_splits
-from qat.data.module import ImageDataModule, require
+from qat.data.module import ImageDataModule, Loading, require
 from qat.errors import UserError
 
 
@@ -32,13 +32,8 @@ class HFImages(ImageDataModule):
         std: per-channel standard deviation, likewise.
         batch_size: samples in a batch; under DDP, in a batch of each process.
         val_fraction: fraction of the training images set apart for validation.
-        train_limit: train on so many samples; None for all. Likewise `val_limit` and `test_limit`.
-        crop_padding: random crops of training images, padded by so many pixels; 0 for none.
-        flip: flip half of the training images horizontally.
-        split_seed: seed of the split and of the limits.
-        num_workers: processes that prepare the batches; 0: none.
-        on_device: keep the images where the model is, and make the batches there.
         cache_dir: folder for the decoded images; None to decode on every run.
+        loading: see `ImageDataModule`.
 
     Raises:
         UserError: an option is out of its range; on `setup`, files, columns or the package `datasets` are missing.
@@ -54,30 +49,10 @@ class HFImages(ImageDataModule):
         std: Sequence[float] = (0.5,),
         batch_size: int = 128,
         val_fraction: float = 0.1,
-        train_limit: int | None = None,
-        val_limit: int | None = None,
-        test_limit: int | None = None,
-        crop_padding: int = 0,
-        flip: bool = False,
-        split_seed: int = 0,
-        num_workers: int = 0,
-        on_device: bool = False,
         cache_dir: str | None = "~/.cache/qat",
+        **loading: Unpack[Loading],
     ) -> None:
-        super().__init__(
-            white=255,
-            mean=mean,
-            std=std,
-            batch_size=batch_size,
-            train_limit=train_limit,
-            val_limit=val_limit,
-            test_limit=test_limit,
-            crop_padding=crop_padding,
-            flip=flip,
-            split_seed=split_seed,
-            num_workers=num_workers,
-            on_device=on_device,
-        )
+        super().__init__(white=255, mean=mean, std=std, batch_size=batch_size, **loading)
         require("val_fraction", val_fraction, 0 < val_fraction < 1, "a fraction between 0 and 1")
         if name is None and root is None:
             raise UserError(

@@ -7,7 +7,7 @@ and augmentation come from torch's global generator, which `seed_everything` set
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +18,19 @@ from qat.errors import UserError
 from qat.lightning.steps import precision_plugin
 
 Loader = DataLoader[Any]  # batches: float32 [N, C, H, W], int64 [N]; or `Indices`
+
+
+class Loading(TypedDict, total=False):
+    """The options that every subclass passes on to `ImageDataModule`, which documents them."""
+
+    train_limit: int | None
+    val_limit: int | None
+    test_limit: int | None
+    crop_padding: int
+    flip: bool
+    split_seed: int
+    num_workers: int
+    on_device: bool
 
 
 class ImageDataModule(pl.LightningDataModule):
@@ -49,14 +62,14 @@ class ImageDataModule(pl.LightningDataModule):
         mean: Sequence[float],
         std: Sequence[float],
         batch_size: int,
-        train_limit: int | None,
-        val_limit: int | None,
-        test_limit: int | None,
-        crop_padding: int,
-        flip: bool,
-        split_seed: int,
-        num_workers: int,
-        on_device: bool,
+        train_limit: int | None = None,
+        val_limit: int | None = None,
+        test_limit: int | None = None,
+        crop_padding: int = 0,
+        flip: bool = False,
+        split_seed: int = 0,
+        num_workers: int = 0,
+        on_device: bool = False,
     ) -> None:
         super().__init__()
         limits = {"train": train_limit, "val": val_limit, "test": test_limit}
