@@ -29,6 +29,12 @@ class UserError(ValueError):
         self.text = text
 
 
+def require(key: str, value: object, ok: bool, expected: str) -> None:
+    """Raises a UserError that names the setting unless `ok`."""
+    if not ok:
+        raise UserError(f"{key}={value!r}: expected {expected}")
+
+
 def refused(error: OSError) -> UserError | None:
     """The message for what the file system did not allow, with the path; `None` for an error of another kind."""
     if error.errno not in _REFUSALS or error.filename is None:

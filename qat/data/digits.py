@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from qat.data.batches import Images
-from qat.data.module import ImageDataModule, Loading, require
+from qat.data.module import ImageDataModule, Loading
+from qat.errors import require
 
 VAL_IMAGES, TEST_IMAGES = 180, 360
 
@@ -34,7 +35,7 @@ class Digits(ImageDataModule):
         **loading: Unpack[Loading],
     ) -> None:
         super().__init__(white=16, mean=mean, std=std, batch_size=batch_size, **loading)
-        require("mean", list(mean), len(mean) == 1, "one number: digits are grey")
+        require("data.mean", list(mean), len(mean) == 1, "one number: digits are grey")
 
     def load(self) -> dict[str, Images]:
         """Reads scikit-learn's copy and splits it, stratified."""

@@ -16,8 +16,8 @@ from torch import Tensor
 from qat.data.batches import Images
 from qat.data.cache import cached
 from qat.data.decode import SPLITS, decode_split, load_splits
-from qat.data.module import ImageDataModule, Loading, require
-from qat.errors import UserError
+from qat.data.module import ImageDataModule, Loading
+from qat.errors import UserError, require
 
 
 class HFImages(ImageDataModule):
@@ -53,7 +53,7 @@ class HFImages(ImageDataModule):
         **loading: Unpack[Loading],
     ) -> None:
         super().__init__(white=255, mean=mean, std=std, batch_size=batch_size, **loading)
-        require("val_fraction", val_fraction, 0 < val_fraction < 1, "a fraction between 0 and 1")
+        require("data.val_fraction", val_fraction, 0 < val_fraction < 1, "a fraction between 0 and 1")
         if name is None and root is None:
             raise UserError(
                 "data.name and data.root are null: set one, a data set on the hub or a folder of parquet files"
@@ -69,7 +69,7 @@ class HFImages(ImageDataModule):
         train, test = (Images(tensors[f"{split}.pixels"], tensors[f"{split}.labels"]) for split in SPLITS)
         count = len(train.labels)
         val_count = round(self.val_fraction * count)
-        require("val_fraction", self.val_fraction, 0 < val_count < count, f"a part of the {count} training images")
+        require("data.val_fraction", self.val_fraction, 0 < val_count < count, f"a part of the {count} training images")
         order = torch.randperm(count, generator=torch.Generator().manual_seed(self.split_seed))
         return {"train": train.take(order[val_count:]), "val": train.take(order[:val_count]), "test": test}
 

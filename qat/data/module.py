@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from qat.data.batches import Collate, ImageDataset, Images, IndexDataset, Indices, Resident
-from qat.errors import UserError
+from qat.errors import require
 from qat.lightning.steps import precision_plugin
 
 Loader = DataLoader[Any]  # batches: float32 [N, C, H, W], int64 [N]; or `Indices`
@@ -74,17 +74,18 @@ class ImageDataModule(pl.LightningDataModule):
         super().__init__()
         limits = {"train": train_limit, "val": val_limit, "test": test_limit}
         for name, limit in limits.items():
-            require(f"{name}_limit", limit, limit is None or limit >= 1, "at least 1, or null for all")
-        require("batch_size", batch_size, batch_size >= 1, "at least 1")
-        require("crop_padding", crop_padding, crop_padding >= 0, "0 or more pixels")
-        require("num_workers", num_workers, num_workers >= 0, "0 or more processes")
-        require("split_seed", split_seed, 0 <= split_seed < 2**32, f"a seed from 0 to {2**32 - 1}")
+            require(f"data.{name}_limit", limit, limit is None or limit >= 1, "at least 1, or null for all")
+        require("data.batch_size", batch_size, batch_size >= 1, "at least 1")
+        require("data.crop_padding", crop_padding, crop_padding >= 0, "0 or more pixels")
+        require("data.num_workers", num_workers, num_workers >= 0, "0 or more processes")
+        require("data.split_seed", split_seed, 0 <= split_seed < 2**32, f"a seed from 0 to {2**32 - 1}")
         finite = all(map(math.isfinite, mean))
-        require("mean", list(mean), len(mean) in (1, 3) and finite, "one number per channel, 1 or 3 of them")
-        positive = all(0 < value < math.inf for value in std)
-        require("std", list(std), len(std) == len(mean) and positive, f"{len(mean)} positive numbers, as in data.mean")
+        require("data.mean", list(mean), len(mean) in (1, 3) and finite, "one number per channel, 1 or 3 of them")
+        positive = len(std) == len(mean) and all(0 < value < math.inf for value in std)
+        require("data.std", list(std), positive, f"{len(mean)} positive numbers, as in data.mean")
         self.batch_size, self.limits, self.split_seed = batch_size, limits, split_seed
-        require("on_device", on_device, not (on_device and num_workers), "false, as data.num_workers prepare batches")
+        alone = not (on_device and num_workers)
+        require("data.on_device", on_device, alone, "false, as data.num_workers prepare batches")
         self.num_workers, self.on_device = num_workers, on_device
         self.channels = len(mean)
         self.plain = Collate(white, mean, std)
@@ -156,12 +157,8 @@ class ImageDataModule(pl.LightningDataModule):
         limit, count = self.limits[name], len(images.labels)
         if limit is None or limit == count:
             return images
-        require(f"{name}_limit", limit, limit < count, f"at most {count}, the number of {name} images, or null for all")
+        require(
+            f"data.{name}_limit", limit, limit < count, f"at most {count}, the number of {name} images, or null for all"
+        )
         # At random, because files are often sorted by label.
         return images.take(torch.randperm(count, generator=torch.Generator().manual_seed(self.split_seed))[:limit])
-
-
-def require(key: str, value: object, ok: bool, expected: str) -> None:
-    """Raises a UserError that names the option `data.<key>` unless `ok`."""
-    if not ok:
-        raise UserError(f"data.{key}={value!r}: expected {expected}")

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from qat.data.module import require
-from qat.errors import UserError, nearest
+from qat.errors import UserError, nearest, require
 
 Loader = DataLoader[tuple[Tensor, Tensor]]  # batches: int64 [N, block], int64 [N, block]
 
@@ -86,8 +85,8 @@ class Text(pl.LightningDataModule):
         if path is None:
             raise UserError("data.path is null: set it to a text file, data.path=FILE")
         for name, value in (("block", block), ("batch_size", batch_size), ("train_windows", train_windows)):
-            require(name, value, value >= 1, "at least 1")
-        require("test_fraction", test_fraction, 0 < test_fraction < 1, "a fraction between 0 and 1")
+            require(f"data.{name}", value, value >= 1, "at least 1")
+        require("data.test_fraction", test_fraction, 0 < test_fraction < 1, "a fraction between 0 and 1")
         self.path, self.block, self.batch_size = Path(path).expanduser(), block, batch_size
         self.train_windows, self.test_fraction = train_windows, test_fraction
         self.vocabulary = ""

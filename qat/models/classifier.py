@@ -23,7 +23,7 @@ from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy
 
-from qat.errors import UserError, nearest
+from qat.errors import UserError, nearest, require
 
 OPTIMIZERS = ("sgd", "adamw")
 
@@ -147,12 +147,6 @@ def cosine_factor(step: int, *, total: int, warmup: int) -> float:
         return (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return (1 + math.cos(math.pi * progress)) / 2
-
-
-def require(key: str, value: object, ok: bool, expected: str) -> None:
-    """Raises a UserError that names the hyperparameter unless `ok`."""
-    if not ok:
-        raise UserError(f"{key}={value!r}: expected {expected}")
 
 
 def check_channels(x: Tensor, in_channels: int) -> None:

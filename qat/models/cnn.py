@@ -11,7 +11,8 @@ from typing import Unpack
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.models.classifier import Classifier, Training, check_channels, require
+from qat.errors import require
+from qat.models.classifier import Classifier, Training, check_channels
 
 
 class SmallCNN(Classifier):

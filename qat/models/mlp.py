@@ -5,8 +5,8 @@ from typing import Unpack
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.errors import UserError
-from qat.models.classifier import Classifier, Training, require
+from qat.errors import UserError, require
+from qat.models.classifier import Classifier, Training
 
 
 class MLP(Classifier):

@@ -9,7 +9,8 @@ from typing import Unpack
 
 from torch import Tensor, nn
 
-from qat.models.classifier import Classifier, Training, check_channels, require
+from qat.errors import require
+from qat.models.classifier import Classifier, Training, check_channels
 
 STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 """Factor of widening, channels, blocks and stride of the first of them, of each stage."""
