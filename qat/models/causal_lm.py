@@ -1,21 +1,21 @@
 """A causal language model of `transformers` as a LightningModule: any architecture that `AutoModelForCausalLM` knows,
 from a config with random weights, or from a folder or a name on the Hub.
 
-It trains on windows of token codes and what follows each of them, as `GPT` does; see there for metrics and loss.
+It trains on windows of token codes and what follows each of them; see `LanguageModel` for metrics and loss.
 """
 
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from qat.errors import UserError, first_line, nearest
-from qat.models.classifier import Batch, Classifier, Training
+from qat.models.classifier import Training
+from qat.models.language import LanguageModel
 from qat.process import imported
 
 
-class CausalLM(Classifier):
+class CausalLM(LanguageModel):
     """A language model of `transformers`, which is its attribute `model`.
 
     Args:
@@ -54,12 +54,6 @@ class CausalLM(Classifier):
             )
         if x.numel() and int(x.max()) >= vocabulary:
             raise UserError(f"model.architecture.vocab_size={vocabulary}, but the data has token code {int(x.max())}")
-
-    def _step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        x, y = batch
-        self.check_input(x)
-        logits, y = self(x).flatten(0, 1), y.flatten()
-        return F.cross_entropy(logits, y), logits, y
 
 
 def _build(architecture: dict[str, Any], pretrained: str | None) -> Any:

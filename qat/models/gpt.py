@@ -2,9 +2,6 @@
 Unsupervised Multitask Learners", 2019): pre-norm blocks without biases, learned positions, and the token embedding
 again as the output layer.
 
-Learning to predict the next of V characters is classification with V classes at every position, so training, metrics
-and schedule are those of `Classifier`; `val/loss` and `test/loss` are nats per character.
-
 Shapes: N windows, T characters in each, C channels, H heads, V characters in the vocabulary.
 """
 
@@ -14,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qat.errors import UserError
-from qat.models.classifier import Batch, Classifier, Training, require
+from qat.errors import UserError, require
+from qat.models.classifier import Training
+from qat.models.language import LanguageModel
 
 
 class Block(nn.Module):
@@ -40,7 +38,7 @@ class Block(nn.Module):
         return x + self.f2(F.gelu(self.f1(self.l2(x))))
 
 
-class GPT(Classifier):
+class GPT(LanguageModel):
     """A character-level language model.
 
     Args:
@@ -97,9 +95,3 @@ class GPT(Classifier):
             raise UserError(
                 f"model.num_classes={self.te.num_embeddings}, but the data has character code {int(x.max())}"
             )
-
-    def _step(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        x, y = batch
-        self.check_input(x)
-        logits, y = self(x).flatten(0, 1), y.flatten()
-        return F.cross_entropy(logits, y), logits, y
