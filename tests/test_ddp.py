@@ -42,7 +42,7 @@ class Widths(pl.Callback):
         self.learn, self.seen = learn, []
     def on_train_batch_end(self, trainer, *_):
         if self.learn.choice is None:
-            self.seen.append({name: width.at for name, width in self.learn.widths.items()})
+            self.seen.append({name: width.at for name, width in self.learn.learned.widths.items()})
 
 class Look(pl.Callback):
     def __init__(self, path, *watched):

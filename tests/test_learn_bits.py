@@ -255,14 +255,14 @@ def test_the_widths_of_one_network_are_learned_alone(tmp_path):
 def test_the_width_of_the_data_s_own_grid_learns_as_all_others_do():
     class Watched(LearnBits):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
-            free = {name: width.value.grad for name, width in self.widths.items() if not width.fixed}
+            free = {name: width.value.grad for name, width in self.learned.widths.items() if not width.fixed}
             seen.append({name for name, gradient in free.items() if gradient is None or not gradient.any()})
             super().on_before_optimizer_step(trainer, pl_module, optimizer)
 
     seen: list[set[str]] = []
     learn = Watched({"avg_bits": 4.0}, least={})  # a budget that says nothing of inputs
     trainer(None, learn, policy=POLICY, max_epochs=1).fit(Tiny(), loader())
-    assert "net.stem.input" in learn.widths and seen[0] == set()
+    assert "net.stem.input" in learn.learned.widths and seen[0] == set()
 
 
 def test_the_projection_behind_an_attention_learns_as_any_layer_does():
@@ -278,7 +278,7 @@ def test_a_tight_budget_narrows_and_a_wide_one_does_not():
     wide, tight = (LearnBits({"avg_bits": b}, WIDTHS, WIDTHS, lr=0.1, until=3) for b in (8, 2.5))
     for learn in (wide, tight):
         _fit(learn)
-    mean = [sum(w.at for t, w in c.widths.items() if t.endswith(".weight")) / 3 for c in (wide, tight)]
+    mean = [sum(w.at for t, w in c.learned.widths.items() if t.endswith(".weight")) / 3 for c in (wide, tight)]
     assert mean[1] < 3 < mean[0]
 
 
@@ -330,7 +330,7 @@ def test_a_module_that_steps_by_hand_learns_the_same_widths():
         learned.append(LearnBits({"avg_bits": 3}, WIDTHS, WIDTHS, lr=0.2, until=2))
         fit = trainer(None, learned[-1], policy=POLICY, max_epochs=3)
         fit.fit(kind(), loader(32))
-    widths = [{tensor: width.at for tensor, width in learn.widths.items()} for learn in learned]
+    widths = [{tensor: width.at for tensor, width in learn.learned.widths.items()} for learn in learned]
     assert widths[0] == widths[1] and learned[0].choice == learned[1].choice
     assert any(at != 4 for at in widths[0].values())
 
@@ -343,7 +343,7 @@ def test_widths_do_not_depend_on_the_scale_of_the_loss_in_half_precision():
         half = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))  # pyright: ignore
         fit = trainer(None, learn, policy=POLICY, plugins=[half])
         fit.fit(Tiny(), loader(16))
-        found.append([width.at for width in learn.widths.values()])
+        found.append([width.at for width in learn.learned.widths.values()])
     assert found[1] == pytest.approx(found[0], abs=0.005) and found[0] != [4] * len(found[0])
 
 

@@ -15,8 +15,8 @@ The interpolation is that of FracBits (Yang and Jin, AAAI 2021), which penalizes
 both sides: two budgets could not hold together then, and a step of Adam would overshoot the corner.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,8 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-from qat.calibrate import calibrated
-from qat.convert import convert
 from qat.copies import copied
 from qat.errors import UserError
-from qat.export.packed import packed_bytes
 from qat.insert import remember
 from qat.lightning.averages import averages
 from qat.lightning.base import QuantizationCallback, callbacks_of
@@ -38,15 +35,15 @@ from qat.lightning.callback import QATCallback, joint_policy
 from qat.lightning.module import bare
 from qat.lightning.schedules.anneal import AnnealBits, current_plan
 from qat.lightning.schedules.moments import check_moment, check_reached, reached
-from qat.lightning.steps import Source, run_steps, trainer_source
+from qat.lightning.steps import run_steps, trainer_source
 from qat.measure.cost import COSTS
-from qat.search.allocate import Problem, solve
-from qat.search.costs import Files, make_costs, make_harms, predict
+from qat.search.costs import Files
 from qat.search.emit import outputs, write
-from qat.search.fractional import FractionalGrid, RelaxedCost, Width, all_pairs
-from qat.search.learned import check_grids, fractional_grids, quantizers_at, shared_widths
+from qat.search.fractional import FractionalGrid
+from qat.search.learned import Learned, Starts, fractional_grids, make_learned, quantizers_at
 from qat.search.settings import Search
 from qat.search.space import Pair, Space, kept_bits, make_space
+from qat.search.weigh import packed_files
 
 BUDGETS = sorted(name for name, kind in COSTS.items() if kind.needs != "file")
 """Costs that are known at every step."""
@@ -54,6 +51,24 @@ BETAS = (0.9, 0.95)
 """Adam's betas: low, so that it soon forgets the penalty at the start. Otherwise what the loss asks for at the limit
 would hardly count.
 """
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What training goes on from: a checkpoint from the middle has all of it, an earlier fit of the same module what is
+    found before the first step.
+
+    Attributes:
+        starts: The first scales.
+        packed: Bytes of packed files, by the width that all grids have in them.
+        values: Widths.
+        optimizer: State of their optimizer.
+    """
+
+    starts: Starts
+    packed: dict[int, int]
+    values: dict[str, float] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
 
 
 class LearnBits(QuantizationCallback):
@@ -104,45 +119,62 @@ class LearnBits(QuantizationCallback):
 
     def forget(self) -> None:
         self.choice: dict[str, Pair] | None = None
-        self.widths: dict[str, Width] = {}
         self.grids: dict[str, list[FractionalGrid]] = {}
-        self._saved: dict[str, Any] = {}
+        self._learned: Learned | None = None
+        self._resumed: Resumed | None = None
+
+    @property
+    def learned(self) -> Learned:
+        """What is learned, from when training starts."""
+        assert self._learned is not None
+        return self._learned
 
     # -- before the first step -----------------------------------------------------------------------------------------
 
+    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._find(trainer, pl_module)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if self.choice is not None:
+        learned, resumed = self._find(trainer, pl_module), self._resumed
+        if learned is None:
             return
-        if self.space.parts:
-            rank_zero_info(f"LearnBits: not learned: {kept_bits(self.space.parts)}")
+        if learned.space.parts:
+            rank_zero_info(f"LearnBits: not learned: {kept_bits(learned.space.parts)}")
         run = run_steps(pl_module, trainer_source(trainer), self._qat(trainer).calibration_samples)
-        known = self._saved.get("starts")
-        self.grids, self._saved["starts"] = fractional_grids(
-            self.space, pl_module, self.widths, run, known, list(averages(trainer))
+        known = None if resumed is None else resumed.starts
+        self.grids, starts = fractional_grids(
+            learned.space, pl_module, learned.widths, run, known, list(averages(trainer))
         )
-        self.parameters = list({id(w): w.value for w in self.widths.values() if not w.fixed}.values())
+        self.parameters = learned.parameters
         self.optimizer = Adam(self.parameters, lr=self.lr, betas=BETAS)
-        self._restore()
+        if resumed is not None and resumed.values:
+            learned.restore(resumed.values)
+            self.optimizer.load_state_dict(resumed.optimizer)
+        self._learned, self._resumed = learned, Resumed(starts, learned.files.packed)
         for grid in self._all():
             grid.attach()
         remember(pl_module, current_plan(pl_module))
 
-    def check(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _find(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Learned | None:
+        """What is to be learned; `None` once the widths are whole."""
         check_reached(trainer, self, "until", self.until)
         if self.choice is not None:  # a checkpoint from after they became whole has brought them
-            return
-        if self.output is not None and not self._saved:
+            return None
+        if self.output is not None and self._resumed is None:
             with self.own_mistakes():
                 outputs(self.output, None, "output")
-        source = trainer_source(trainer)
-        shell = self._space(self._qat(trainer), pl_module, source)
-        self._check_apart(trainer, pl_module)
-        self._costs(shell, source)
-        self.widths = shared_widths(self.space, pl_module)
-        if all(width.fixed for width in self.widths.values()):
-            raise self.mistake("every grid has one width to choose from; give more weight_bits or act_bits")
-        check_grids(self.space, pl_module, self.widths)
+        qat, source, shell = self._qat(trainer), trainer_source(trainer), bare(copied(pl_module))
+        space = make_space(shell, joint_policy([qat], shell), self.settings, run_steps(shell, source, samples=1))
+        self._check_apart(trainer, pl_module, space)
+        files = Files() if self._resumed is None else Files(self._resumed.packed)
+        if "packed" in self.settings.budget and not files.packed:
+
+            def calibrating(model: Any) -> None:
+                run_steps(model, source, samples=1)()
+
+            files = packed_files(space, calibrating)
+        with self.own_mistakes():
+            return make_learned(space, pl_module, self.settings.budget, files)
 
     def _qat(self, trainer: pl.Trainer) -> QATCallback:
         callbacks = callbacks_of(trainer, QATCallback)
@@ -152,52 +184,15 @@ class LearnBits(QuantizationCallback):
             raise self.mistake(f"{len(trainer.optimizers)} optimizers would each count the others' gradients")
         return callbacks[0]
 
-    def _space(self, qat: QATCallback, pl_module: pl.LightningModule, source: Source) -> pl.LightningModule:
-        """Finds what can be chosen; returns the module without its quantizers."""
-        shell = bare(copied(pl_module))
-        policy = joint_policy([qat], shell)
-        self.space: Space = make_space(shell, policy, self.settings, run_steps(shell, source, samples=1))
-        self.other = {
-            "calibration_samples": qat.calibration_samples, "scale_lr": qat.scale_lr_factor, "module": None,
-        }  # fmt: skip
-        return shell
-
-    def _check_apart(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _check_apart(self, trainer: pl.Trainer, pl_module: pl.LightningModule, space: Space) -> None:
         """Refuses a grid whose bits a schedule sets, too: what was learned would be gone at its next step."""
-        learned = {q for tensor in self.space.tensors for q in quantizers_at(self.space, pl_module, tensor)}
+        learned = {q for tensor in space.tensors for q in quantizers_at(space, pl_module, tensor)}
         for other in callbacks_of(trainer, AnnealBits):
             if both := [name for name, quantizer in other.annealed(pl_module).items() if quantizer in learned]:
                 raise self.mistake(
                     f"AnnealBits changes the bits of '{both[0]}', which are learned; leave one of the two "
                     "out, or name grids that are not learned with AnnealBits' match"
                 )
-
-    def _costs(self, shell: pl.LightningModule, source: Source) -> None:
-        """Finds the costs of all choices, and whether the budgets can be met."""
-        every = {tensor: self.space.widths(tensor) for tensor in self.space.tensors}
-        layers = [dataclasses.replace(layer, options=all_pairs(layer, every)) for layer in self.space.layers]
-        packed: dict[int, int] = self._saved.get("packed", {})
-        if "packed" in self.settings.budget and not packed:
-            ends = sorted(self.space.plans)
-
-            def calibrating(model: Any) -> None:
-                run_steps(model, source, samples=1)()
-
-            for bits in {ends[0], ends[-1]}:
-                plan = self.space.plans[bits]
-                packed[bits] = packed_bytes(convert(calibrated(shell, plan, calibrating), plan), plan)
-        self._saved["packed"] = packed
-        self.costs = make_costs(dataclasses.replace(self.space, layers=layers), Files(packed))
-        self.relaxed = {name: RelaxedCost(self.costs[name], layers) for name in self.settings.budget}
-        self._nearest({tensor: float(max(widths)) for tensor, widths in every.items()})
-
-    def _nearest(self, values: Mapping[str, float]) -> dict[str, Pair]:
-        """The allocation within the budgets that is nearest to these widths."""
-        harms = make_harms(self.space, lambda tensor, bits: (bits - values[tensor]) ** 2)
-        try:
-            return solve(Problem(self.space.layers, harms, self.costs, self.space.tied), self.settings.budget)
-        except UserError as error:
-            raise self.mistake(f"budget: {error}") from None
 
     def _all(self) -> list[FractionalGrid]:
         return [grid for grids in self.grids.values() for grid in grids]
@@ -206,9 +201,8 @@ class LearnBits(QuantizationCallback):
 
     def penalty(self) -> Tensor:
         """Squares of what is over the budgets, each in units of itself, times `strength`."""
-        over = [
-            (self.relaxed[name].total(self.widths) / limit - 1).relu() for name, limit in self.settings.budget.items()
-        ]
+        learned = self.learned
+        over = [(total / learned.budget[name] - 1).relu() for name, total in learned.totals().items()]
         return self.strength * torch.stack(over).square().sum()
 
     def on_train_batch_start(
@@ -233,7 +227,7 @@ class LearnBits(QuantizationCallback):
                 self.penalty().backward()
             self.optimizer.step()
         self.optimizer.zero_grad()
-        for width in self.widths.values():
+        for width in self.learned.widths.values():
             width.clamp()
 
     def on_train_batch_end(
@@ -243,26 +237,31 @@ class LearnBits(QuantizationCallback):
             remember(pl_module, current_plan(pl_module))
 
     def _become_whole(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.choice = self._nearest({tensor: width.at for tensor, width in self.widths.items()})
-        for layer in self.space.layers:
+        learned = self.learned
+        self.choice = learned.nearest()
+        for layer in learned.space.layers:
             weight, act = self.choice[layer.name]
             for tensor, bits in ((layer.weight, weight), (layer.act, act)):
                 for grid in self.grids.get(tensor or "", ()):
                     grid.detach()
                     grid.become(bits or 0)
         remember(pl_module, current_plan(pl_module))
-        predicted = predict(Problem(self.space.layers, {}, self.costs), self.choice)
+        predicted = {name: cost.total(self.choice) for name, cost in learned.costs.items()}
         rank_zero_info("LearnBits: " + ", ".join(f"{k} {COSTS[k].shown(v)}" for k, v in predicted.items()))
         if self.output is not None and trainer.is_global_zero:
-            limits = " ".join(f"{name}={value:g}" for name, value in self.settings.budget.items())
-            write(Path(self.output), self.space.policy, self.choice, predicted, self.other, f"LearnBits: {limits}")
+            qat = self._qat(trainer)
+            other = {
+                "calibration_samples": qat.calibration_samples, "scale_lr": qat.scale_lr_factor, "module": None,
+            }  # fmt: skip
+            limits = " ".join(f"{name}={value:g}" for name, value in learned.budget.items())
+            write(Path(self.output), learned.space.policy, self.choice, predicted, other, f"LearnBits: {limits}")
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.choice is not None:
             return
-        logged = {f"bits/{tensor}": width.at for tensor, width in self.widths.items() if not width.fixed}
+        logged = {f"bits/{tensor}": width.at for tensor, width in self.learned.widths.items() if not width.fixed}
         with torch.no_grad():
-            logged |= {f"bits/cost/{name}": cost.total(self.widths).item() for name, cost in self.relaxed.items()}
+            logged |= {f"bits/cost/{name}": total.item() for name, total in self.learned.totals().items()}
             logged["bits/penalty"] = self.penalty().item()
         pl_module.log_dict(logged)
 
@@ -275,24 +274,12 @@ class LearnBits(QuantizationCallback):
     def state_dict(self) -> dict[str, Any]:
         if self.choice is not None:
             return {"choice": {name: list(pair) for name, pair in self.choice.items()}}
-        if not self.widths:
+        if self._learned is None or self._resumed is None:  # training has not started
             return {}
-        values = {tensor: width.at for tensor, width in self.widths.items()}
-        return {"values": values, "optimizer": self.optimizer.state_dict(), **self._saved}
+        return vars(replace(self._resumed, values=self._learned.values, optimizer=self.optimizer.state_dict()))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "choice" in state_dict:
             self.choice = {name: (pair[0], pair[1]) for name, pair in state_dict["choice"].items()}
-        else:
-            self._saved = dict(state_dict)
-
-    def _restore(self) -> None:
-        """Takes over the widths and the optimizer that a checkpoint from the middle has brought."""
-        values, optimizer = self._saved.pop("values", None), self._saved.pop("optimizer", None)
-        if values is None:
-            return
-        with torch.no_grad():
-            for tensor, width in self.widths.items():
-                width.value.fill_(values[tensor])
-                width.clamp()
-        self.optimizer.load_state_dict(optimizer)
+        elif state_dict:
+            self._resumed = Resumed(**state_dict)

@@ -1,10 +1,12 @@
-"""Learned widths: one for each group of grids that must agree, and the quantizers that have them.
+"""Learned widths: one for each group of grids that must agree, what they may become, and the quantizers that have them.
 
 Grids that belong to one tensor share its width, layers that are tied share both of theirs. A grid with one width to
 choose from gets it and keeps it.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +18,93 @@ from qat.insert import named_quantizers
 from qat.layers.chain import last_grid
 from qat.measure.stats import readers_of
 from qat.quantizers import Quantizer
-from qat.search.fractional import FractionalGrid, Width, check_learnable, first_scales
-from qat.search.space import Space
+from qat.search.allocate import Cost, Problem, solve
+from qat.search.costs import Files, make_costs, make_harms
+from qat.search.fractional import FractionalGrid, RelaxedCost, Width, all_pairs, check_learnable, first_scales
+from qat.search.space import Pair, Space
 
 Starts = dict[str, list[dict[int, Tensor]]]
 """Tensor -> for each of its quantizers, the first scale of each width."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What is learned, and within which limits.
+
+    Attributes:
+        space: The layers and their choices.
+        budget: Name of a cost -> its limit.
+        files: Sizes of files that costs come from.
+        costs: Every cost that is known, of all combinations of widths: what lies between choices has a cost, too.
+        relaxed: Those that are limited, between whole widths.
+        widths: The width of each grid.
+    """
+
+    space: Space
+    budget: Mapping[str, float]
+    files: Files
+    costs: Mapping[str, Cost]
+    relaxed: Mapping[str, RelaxedCost]
+    widths: Mapping[str, Width]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The widths as numbers."""
+        return {tensor: width.at for tensor, width in self.widths.items()}
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What an optimizer trains."""
+        return list({id(width): width.value for width in self.widths.values() if not width.fixed}.values())
+
+    @torch.no_grad()
+    def restore(self, values: Mapping[str, float]) -> None:
+        """Gives the widths the values that they had before."""
+        for tensor, width in self.widths.items():
+            width.value.fill_(values[tensor])
+            width.clamp()
+
+    def totals(self) -> dict[str, Tensor]:
+        """The costs that are limited, differentiable."""
+        return {name: cost.total(self.widths) for name, cost in self.relaxed.items()}
+
+    def nearest(self) -> dict[str, Pair]:
+        """The allocation within the budgets that is nearest to the widths."""
+        return _nearest(self.space, self.costs, self.budget, self.values)
+
+
+def make_learned(space: Space, model: nn.Module, budget: Mapping[str, float], files: Files) -> Learned:
+    """Finds the costs of all choices and the widths to learn.
+
+    Args:
+        space: The layers and their choices.
+        model: The same model with quantizers, calibrated or not.
+        budget: Name of a cost -> its limit.
+        files: Sizes of files, where they are limited.
+
+    Raises:
+        UserError: if the budgets cannot be met, or a width cannot be learned.
+    """
+    every = {tensor: space.widths(tensor) for tensor in space.tensors}
+    layers = [dataclasses.replace(layer, options=all_pairs(layer, every)) for layer in space.layers]
+    costs = make_costs(dataclasses.replace(space, layers=layers), files)
+    _nearest(space, costs, budget, {tensor: max(widths) for tensor, widths in every.items()})
+    widths = shared_widths(space, model)
+    if all(width.fixed for width in widths.values()):
+        raise UserError("every grid has one width to choose from; give more weight_bits or act_bits")
+    check_grids(space, model, widths)
+    relaxed = {name: RelaxedCost(costs[name], layers) for name in budget}
+    return Learned(space, budget, files, costs, relaxed, widths)
+
+
+def _nearest(
+    space: Space, costs: Mapping[str, Cost], budget: Mapping[str, float], values: Mapping[str, float]
+) -> dict[str, Pair]:
+    harms = make_harms(space, lambda tensor, bits: (bits - values[tensor]) ** 2)
+    try:
+        return solve(Problem(space.layers, harms, costs, space.tied), budget)
+    except UserError as error:
+        raise UserError(f"budget: {error}") from None
 
 
 def quantizers_at(space: Space, model: nn.Module, tensor: str) -> list[Quantizer]:
