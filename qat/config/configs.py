@@ -45,7 +45,7 @@ REQUIRED = ("data", "model", "quant", "trainer")
 """Groups without which there is no run."""
 REFERRED = ("val_metric",)
 """Keys that others take their value from, so that the config of a run is whole without: those of before lack them."""
-OTHER_KEYS = ("calibration_samples", "scale_lr", "module", "predicted")
+OTHER_KEYS = tuple(key.removeprefix("quant.") for key in TYPES if key.startswith("quant."))
 """Keys of `quant` that are no settings of the policy."""
 
 

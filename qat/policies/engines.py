@@ -31,7 +31,6 @@ from qat.grid.spec import QuantSpec
 
 Biases = Literal["eval", "train", "never"]
 """When biases are whole accumulator steps."""
-ROUND_BIAS: tuple[Biases, ...] = ("eval", "train", "never")
 Adds = Literal["both", "not convolutions", "not products"]
 
 

@@ -29,14 +29,14 @@ leaves that tensor float.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from qat import quantizers
 from qat.errors import UserError, nearest
 from qat.grid.ranges import ESTIMATORS
 from qat.grid.spec import QuantSpec
 from qat.planning.functions import KINDS, KV_CACHE, PROBABILITIES, WEIGHTED
-from qat.policies.engines import ROUND_BIAS, engine_of
+from qat.policies.engines import Biases, engine_of
 from qat.policies.patterns import ends, matching
 from qat.policies.renamed import FORMERLY
 from qat.policies.rules import ROLES, Place, Rule, merge, read_role
@@ -47,6 +47,7 @@ DEFAULT_KINDS = ("add", "avg_pool", "cat", "matmul", "einsum", "attention")
 """Kinds that engines compute as integers between layers: sums, concatenations, pooling, products."""
 ALL_KINDS = (*(kind for kind in KINDS if kind not in WEIGHTED), PROBABILITIES, KV_CACHE)
 CONCAT = ("separate", "shared")
+ROUND_BIAS = get_args(Biases)
 KEYS = (*ROLES, "sites", "kinds", "concat", "engine", "round_bias", "require_coverage", "rules")
 
 
