@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qat import __version__
 from qat.config.instantiate import locate
-from qat.files import atomic, read_object, sha256
+from qat.files import atomic, read_object, sha256, write_object
 from qat.run_files import FLOAT_ONNX, FLOAT_WEIGHTS
 
 FILES = (FLOAT_WEIGHTS, FLOAT_ONNX, "float/metrics.csv")
@@ -133,8 +133,7 @@ class FloatCache:
             return
         for name in FILES:
             _copy(run_folder / name, self.folder / name)
-        with atomic(self.folder / VALUES) as temporary:
-            temporary.write_text(json.dumps(values))
+        write_object(self.folder / VALUES, values)
 
 
 def _copy(source: Path, target: Path) -> None:
