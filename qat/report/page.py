@@ -14,7 +14,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from qat.config.configs import read_yaml
+from qat.config.configs import dotted_items, read_yaml
 from qat.errors import UserError
 from qat.files import atomic
 from qat.run_files import CONFIG
@@ -90,14 +90,5 @@ def config_of(folder: Path) -> dict[str, str]:
     except UserError:
         return {}
     assert isinstance(config, dict)
-    return dict(_flat({key: value for key, value in config.items() if key not in UNTOLD}, ""))
-
-
-def _flat(tree: dict[Any, Any], prefix: str) -> list[tuple[str, str]]:
-    pairs: list[tuple[str, str]] = []
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            pairs += _flat(value, f"{prefix}{key}.")
-        else:
-            pairs.append((f"{prefix}{key}", json.dumps(value)))
-    return pairs
+    told = {key: value for key, value in config.items() if key not in UNTOLD}
+    return {key: json.dumps(value) for key, value in dotted_items(told) if not (isinstance(value, dict) and value)}
