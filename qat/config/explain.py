@@ -18,8 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
 from qat.config.configs import composed, configs_dir, dotted_items, key_of
-from qat.config.instantiate import RESERVED, locate, parameters_of
+from qat.config.instantiate import RESERVED, locate
 from qat.config.overrides import quoted, value_of, written
+from qat.config.signature import Signature
 from qat.errors import UserError, nearest
 from qat.policies.renamed import FORMERLY
 
@@ -120,7 +121,7 @@ def _untold(override: str, config: Mapping[str, Any]) -> str:
         target = locate(config[f"{parent}._target_"], f"{parent}._target_")
     except UserError:
         return ""
-    takes = parameters_of(target)
+    takes = Signature.of(target).takes
     if last in takes and not override.startswith("~"):
         return f"; {target.__name__} takes it and the YAML does not set it: +{override}"
     close = difflib.get_close_matches(last, takes, n=1, cutoff=0.6)

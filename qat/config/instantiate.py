@@ -6,11 +6,10 @@ ones and values of the wrong simple type are reported under the key that the use
 run, so only packages in `allowed_roots` may be named (Hydra 1.4 asks for such a list; 1.3 has none).
 """
 
-import inspect
 import os
 import pkgutil
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from types import ModuleType
 from typing import Any, TypeVar
@@ -19,7 +18,7 @@ import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from qat.annotations import hints_of
+from qat.config.signature import Signature
 from qat.config.typecheck import check_type
 from qat.errors import UserError, nearest
 
@@ -132,44 +131,23 @@ def _children(node: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 def _check_call(node: DictConfig, key: str, kwargs: dict[str, Any]) -> None:
     target = locate(node["_target_"], _join(key, "_target_"))
-    try:
-        parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):
-        return  # some functions written in C do not tell
-    kinds = [p.kind for p in parameters.values()]
-    named = {n: p for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    signature = Signature.of(target)
     given = [str(name) for name in node if name not in RESERVED]
-    unpacked = [n for n in hints_of(target) if n not in parameters and n != "return"]
-    if inspect.Parameter.VAR_KEYWORD not in kinds or unpacked:
-        known = parameters_of(target)
-        for name in given + list(kwargs):
-            if name not in known:
-                raise UserError(f"{_join(key, name)}: {_name(target)} has no parameter '{name}'{nearest(name, known)}")
-    positional = list(parameters)[: len(node.get("_args_", ()))]
-    if not node.get("_partial_", False):
-        for name, parameter in named.items():
-            if parameter.default is parameter.empty and name not in (*given, *kwargs, *positional):
-                raise UserError(f"{_join(key, name)}: missing; {_name(target)} cannot do without '{name}'")
-    _check_types(node, key, target, [name for name in given if name not in kwargs])
-
-
-def parameters_of(target: Callable[..., Any]) -> list[str]:
-    """Names that a class or function takes as keywords, as far as it tells."""
-    try:
-        parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):
-        return []
-    named = [n for n, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return [*named, *(n for n in hints_of(target) if n not in parameters and n != "return")]
-
-
-def _check_types(node: DictConfig, key: str, target: Callable[..., Any], names: list[str]) -> None:
-    hints = hints_of(target)
-    for name in names:
-        full, hint = _join(key, name), hints.get(name, Any)
+    for name in () if signature.any_other else (*given, *kwargs):
+        if name not in signature.takes:
+            hint = nearest(name, signature.takes)
+            raise UserError(f"{_join(key, name)}: {_name(target)} has no parameter '{name}'{hint}")
+    positional = signature.order[: len(node.get("_args_", ()))]
+    for name in () if node.get("_partial_", False) else signature.required:
+        if name not in (*given, *kwargs, *positional):
+            raise UserError(f"{_join(key, name)}: missing; {_name(target)} cannot do without '{name}'")
+    for name in given:
+        if name in kwargs:
+            continue
+        full = _join(key, name)
         if OmegaConf.is_missing(node, name):
             raise UserError(f"{full}: needs a value: {full}=...")
-        check_type(full, hint, node[name], f"{_name(target)} wants")
+        check_type(full, signature.hints.get(name, Any), node[name], f"{_name(target)} wants")
 
 
 def locate(path: Any, key: str) -> Any:
