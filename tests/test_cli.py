@@ -15,8 +15,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 import qat
 from qat.cli import main
-from qat.config.configs import key_of
-from qat.config.overrides import value_of, written
+from qat.config.overrides import key_of, value_of, written
 from qat.errors import UserError
 from qat.search.emit import trained_by
 from qat.sweep.point import _command

@@ -4,15 +4,15 @@ Budgets are written like keys (`packed=60kB`, `avg_bits=4`); all other settings 
 `search.*` (configs/search/default.yaml).
 """
 
-import re
 import shlex
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from qat.cli.train import parse, quieten
-from qat.config.configs import composed, configs_dir, finalize_config, key_of, known_keys
+from qat.config.configs import composed, configs_dir, finalize_config, known_keys
 from qat.config.explain import COMPOSITION_ERRORS, explain
+from qat.config.overrides import group_of, key_of
 from qat.errors import UserError, nearest
 from qat.measure.cost import COSTS
 
@@ -61,15 +61,15 @@ def main(argv: list[str], command: str = "search") -> int:
 
 def _of_training(overrides: list[str]) -> list[str]:
     """What a search and the training after it are both given: not its own settings, nor the `quant` that it writes."""
-    return [text for text in overrides if re.split(r"[./@]", key_of(text))[0] not in (GROUP, "quant", "run_dir")]
+    return [text for text in overrides if group_of(text) not in (GROUP, "quant", "run_dir")]
 
 
 def _check_names(overrides: list[str]) -> None:
     """A word that is neither a cost nor a key was probably meant as a cost."""
     keys = known_keys()
     for text in overrides:
-        key = key_of(text)
-        if key.partition(".")[0].partition("/")[0] not in (*keys, "hydra"):
+        if group_of(text) not in (*keys, "hydra"):
+            key = key_of(text)
             raise UserError(f"'{key}' is neither a cost nor a config key{nearest(key, [*COSTS, *keys])} "
                             f"(costs: {', '.join(COSTS)})")  # fmt: skip
 

@@ -20,10 +20,10 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from qat.config.configs import composed, configs_dir, finalize_config, key_of, policy_settings
+from qat.config.configs import composed, configs_dir, finalize_config, policy_settings
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import instantiate
-from qat.config.overrides import quoted
+from qat.config.overrides import group_of, key_of, quoted
 from qat.errors import UserError
 from qat.sweep.objectives import check
 from qat.sweep.results import read_sweep
@@ -86,7 +86,7 @@ class _Line:
         self.fixed: list[str] = []
         self.swept: dict[str, Override] = {}
         for text, override in zip(texts, parsed, strict=True):
-            if key_of(text).partition(".")[0].partition("/")[0] == GROUP:
+            if group_of(text) == GROUP:
                 whole = [f"~{OBJECTIVES}", f"+{text}"] if text.startswith(f"{OBJECTIVES}=") else [text]
                 self.own += [f"{GROUP}=grid"] if text == f"{GROUP}=[]" else whole  # none, but -m: a plain grid
             elif override.is_sweep_override():

@@ -24,10 +24,10 @@ from qat.cli import interrupted
 from qat.cli.arguments import complaint
 from qat.cli.completion import completion
 from qat.cli.output import NoteNewDirs, discard, discard_all
-from qat.config.configs import configs_dir, finalize_config, group_overrides, key_of
+from qat.config.configs import configs_dir, finalize_config, group_overrides
 from qat.config.explain import COMPOSITION_ERRORS, explain
 from qat.config.instantiate import HYDRA_1_4, VERSION, allowed_patterns
-from qat.config.overrides import going_on, value_of
+from qat.config.overrides import going_on, key_of, value_of
 from qat.errors import UserError, refused, unmakeable
 from qat.policies.renamed import renamed_override
 from qat.process import environment

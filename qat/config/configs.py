@@ -139,11 +139,6 @@ def dotted_items(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from dotted_items(value, f"{prefix}{key}.")
 
 
-def key_of(override: str) -> str:
-    """The key of `key=value`, `+key=value` or `~key`."""
-    return override.lstrip("+~").partition("=")[0]
-
-
 def policy_settings(quant: DictConfig) -> dict[str, Any]:
     """Settings of the policy in `quant`, without those of calibration and training."""
     settings = OmegaConf.to_container(quant, resolve=True)

@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError, YAMLError
 
-from qat.config.configs import composed, configs_dir, dotted_items, key_of
+from qat.config.configs import composed, configs_dir, dotted_items
 from qat.config.instantiate import RESERVED, locate
-from qat.config.overrides import quoted, value_of, written
+from qat.config.overrides import key_of, quoted, value_of, written
 from qat.config.signature import Signature
 from qat.errors import UserError, nearest
 from qat.policies.renamed import FORMERLY

@@ -10,6 +10,18 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 
 
+def key_of(override: str) -> str:
+    """The key of `key=value`, `+key=value` or `~key`."""
+    return override.lstrip("+~").partition("=")[0]
+
+
+def group_of(override: str) -> str:
+    """The top-level key or config group that an override is about: `quant` for `quant.weight.bits=4`, `quant/base=...`
+    or `quant@teacher=...`.
+    """
+    return re.split("[./@]", key_of(override))[0]
+
+
 def value_of(override: str) -> Any:
     """What Hydra reads behind the `=` of an override; the text as it is where it reads nothing."""
     try:

@@ -47,15 +47,15 @@ from qat.search.settings import Search
 from qat.search.space import Pair, Space, kept_bits, make_space, with_bits
 
 
-def key_of(cfg: DictConfig) -> str:
+def search_key(cfg: DictConfig) -> str:
     """A hash of everything that sensitivities follow from."""
     parts = [float_key(cfg), OmegaConf.to_container(cfg.quant, resolve=True), cfg.search.samples]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def folder_of(cfg: DictConfig) -> Path:
-    """Where to measure: `search.dir`, or a folder named after `key_of(cfg)`."""
-    return Path(cfg.search.dir or f"logs/{cfg.name}/search/{key_of(cfg)}").absolute()
+    """Where to measure: `search.dir`, or a folder named after `search_key(cfg)`."""
+    return Path(cfg.search.dir or f"logs/{cfg.name}/search/{search_key(cfg)}").absolute()
 
 
 class SearchRun(Workspace):
@@ -64,7 +64,7 @@ class SearchRun(Workspace):
     def __init__(
         self, cfg: DictConfig, folder: Path, command: str, overrides: Sequence[str], config_dir: str | None
     ) -> None:
-        self.measured = Measured(folder / "sensitivity.json", key_of(cfg))
+        self.measured = Measured(folder / "sensitivity.json", search_key(cfg))
         if (folder / PROGRESS).is_file():
             cfg.ckpt = "last"
         super().__init__(cfg, folder)
