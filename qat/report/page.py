@@ -19,14 +19,14 @@ from qat.errors import UserError
 from qat.files import atomic
 from qat.run_files import CONFIG
 from qat.sweep.objectives import OBJECTIVES
-from qat.sweep.results import Result, Sweep, curves
+from qat.sweep.results import Result, SweepResults, curves
 
 LAYER = ("name", "type", "weight_bits", "act_bits", "weight_sqnr_db", "act_sqnr_db", "macs", "params")
 UNTOLD = ("run_dir", "cache_dir", "sweep", "ckpt")
 """Parts of a config that say where a point ran, not what it is."""
 
 
-def save_page(sweep: Sweep, path: Path) -> None:
+def save_page(sweep: SweepResults, path: Path) -> None:
     """Writes the page; it appears complete or not at all."""
     parts = {name: files("qat.report").joinpath(name).read_text() for name in ("page.html", "page.css", "page.js")}
     # "</" would end the script element, wherever it stands.
@@ -46,7 +46,7 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def page_data(sweep: Sweep, beside: Path) -> dict[str, Any]:
+def page_data(sweep: SweepResults, beside: Path) -> dict[str, Any]:
     """All that the page shows, as plain containers; links to runs are relative to the folder `beside`."""
     labels = sweep.labels
     return {

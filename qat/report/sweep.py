@@ -16,14 +16,14 @@ from qat.report.page import save_page
 from qat.report.sweep_plot import float_metrics, save_sweep_plot
 from qat.run_files import REPORT
 from qat.sweep.point import final_metric
-from qat.sweep.results import Result, Sweep
+from qat.sweep.results import Result, SweepResults
 
 PAGE, PICTURE = "report.html", "report.png"
 HEADERS = {"size": "file", "packed": "packed", "bops": "BOPs", "latency": "CPU p50", "avg_bits": "bits"}
 """How the table heads each cost."""
 
 
-def write_reports(sweep: Sweep, console: Console) -> None:
+def write_reports(sweep: SweepResults, console: Console) -> None:
     """`write_report` of a folder whose runs may have several metrics: for each of them, and files that are named after
     it."""
     parts = sweep.by_metric()
@@ -32,7 +32,7 @@ def write_reports(sweep: Sweep, console: Console) -> None:
         write_report(part, console, of)
 
 
-def write_report(sweep: Sweep, console: Console, of: str = "") -> None:
+def write_report(sweep: SweepResults, console: Console, of: str = "") -> None:
     """Prints the table, and writes page and picture into the sweep's folder (beside the report of a single run).
 
     Args:
@@ -48,7 +48,7 @@ def write_report(sweep: Sweep, console: Console, of: str = "") -> None:
     console.print(f"{page}\n{picture}", highlight=False, soft_wrap=True)
 
 
-def tell_bad(sweep: Sweep, console: Console) -> bool:
+def tell_bad(sweep: SweepResults, console: Console) -> bool:
     """One line for each point that failed, measured no finite metric or did not verify; whether there is one."""
     bad = [r for r in sweep.results if r.state == "failed" or r.verified is False or _unmeasured(r)]
     for result in bad:
@@ -63,7 +63,7 @@ def _unmeasured(result: Result) -> bool:
     return result.state == "done" and bool(result.report.get("stages")) and "metric" not in result.values
 
 
-def sweep_table(sweep: Sweep) -> Table:
+def sweep_table(sweep: SweepResults) -> Table:
     """A row for each point, the best metric first; `*` marks the front over all objectives. What all points have in
     common is in the title."""
     headers, rows = sweep_rows(sweep)
@@ -83,7 +83,7 @@ def sweep_table(sweep: Sweep) -> Table:
     return table
 
 
-def sweep_rows(sweep: Sweep) -> tuple[list[str], list[list[str]]]:
+def sweep_rows(sweep: SweepResults) -> tuple[list[str], list[list[str]]]:
     """Headers and cells of the table as plain text; the costs are those that are objectives, and the usual ones."""
     costs = [cost for cost in HEADERS if cost != "size" or cost in sweep.objectives]
     shared = sweep.shared
@@ -108,7 +108,7 @@ def _label(params: Mapping[str, str]) -> list[str]:
     return [f"{key.removeprefix('quant.')}={value}" for key, value in params.items()]
 
 
-def _ordered(sweep: Sweep) -> Sequence[Result]:
+def _ordered(sweep: SweepResults) -> Sequence[Result]:
     sign = -1 if sweep.objectives.get("metric", "max") == "max" else 1
 
     def place(r: Result) -> tuple[bool, bool, float, int]:
@@ -117,7 +117,7 @@ def _ordered(sweep: Sweep) -> Sequence[Result]:
     return sorted(sweep.results, key=place)
 
 
-def log_sweep(sweep: Sweep, where: dict[str, Any]) -> None:
+def log_sweep(sweep: SweepResults, where: dict[str, Any]) -> None:
     """Puts table, picture and page into a W&B run of their own, in the group of the sweep's runs.
 
     Args:

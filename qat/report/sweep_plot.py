@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from qat.measure.cost import COSTS
 from qat.report.picture import save
 from qat.report.plot import ACT, DPI, INK, LETTER, LINE, MUTED, RULE, WEIGHT, WIDTH
-from qat.sweep.results import Result, Sweep
+from qat.sweep.results import Result, SweepResults
 
 PANEL, TOP, GAP = 3.4, 0.9, 0.5
 """Heights in inches: of a plot, and of the room above and between."""
@@ -22,7 +22,7 @@ LONGEST = 36
 """Letters of a row's label."""
 
 
-def save_sweep_plot(sweep: Sweep, path: Path) -> None:
+def save_sweep_plot(sweep: SweepResults, path: Path) -> None:
     """Draws a sweep as a PNG; it appears complete or not at all."""
     done = sorted((r for r in sweep.done if r.report.get("layers")), key=lambda r: -r.values.get("packed", 0))
     body = GAP + LINE * len(done) + 1.0 if done else 0.0
@@ -38,7 +38,7 @@ def save_sweep_plot(sweep: Sweep, path: Path) -> None:
     save(figure, path)
 
 
-def _scatter(axes: Axes, sweep: Sweep, cost: str, first: bool) -> None:
+def _scatter(axes: Axes, sweep: SweepResults, cost: str, first: bool) -> None:
     """Points, their front over these two objectives, the same points before training (PTQ), and the float metric."""
     shown = [r for r in sweep.done if cost in r.values and "metric" in r.values]
     better = sweep.objectives.get("metric", "max")
@@ -73,7 +73,7 @@ def _scatter(axes: Axes, sweep: Sweep, cost: str, first: bool) -> None:
         axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1.08), ncols=4, frameon=False, fontsize=8)
 
 
-def float_metrics(sweep: Sweep) -> set[float]:
+def float_metrics(sweep: SweepResults) -> set[float]:
     """The metrics of the float models that the points started from, those that are finite."""
     stages = [(r.report.get("stages") or {}).get("float") or {} for r in sweep.results]
     return {stage["metric"] for stage in stages if "metric" in stage and math.isfinite(stage["metric"])}

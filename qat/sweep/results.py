@@ -72,7 +72,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepResults:
     """A finished or unfinished sweep, or any folder of runs (which may have several metrics: `by_metric`)."""
 
     folder: Path
@@ -84,7 +84,7 @@ class Sweep:
         """Name of the metric, as the first run says that has one."""
         return next((str(r.report["metric"]) for r in self.results if "metric" in r.report), "metric")
 
-    def by_metric(self) -> list["Sweep"]:
+    def by_metric(self) -> list["SweepResults"]:
         """A part for each metric and direction in it, since no order is over several; what left no report is in the
         first."""
         parts: dict[tuple[str, bool], list[Result]] = {}
@@ -96,7 +96,7 @@ class Sweep:
             return [self]
         first, *rest = parts.values()
         first = [r for r in self.results if r in first or not r.report]
-        return [Sweep(self.folder, self.objectives | _better(part), part) for part in (first, *rest)]
+        return [SweepResults(self.folder, self.objectives | _better(part), part) for part in (first, *rest)]
 
     @property
     def done(self) -> list[Result]:
@@ -137,7 +137,7 @@ def _short(keys: Collection[str]) -> dict[str, str]:
     return {key: next((end for end in each if taken[end] == 1), key) for key, each in ends.items()}
 
 
-def read_sweep(folder: Path) -> Sweep:
+def read_sweep(folder: Path) -> SweepResults:
     """Reads a sweep's folder, or any folder with finished runs below it.
 
     Raises:
@@ -149,12 +149,12 @@ def read_sweep(folder: Path) -> Sweep:
         definition = read_object(folder / DEFINITION, "objectives")
         records = (folder / POINTS).glob(f"*/{RECORD}")
         results = sorted((read_point(path.parent) for path in records), key=lambda r: r.number)
-        return Sweep(folder, definition["objectives"], results)
+        return SweepResults(folder, definition["objectives"], results)
     runs = sorted(path.parent for path in folder.rglob(REPORT))
     if not runs:
         raise UserError(f"SWEEP_DIR {folder} holds neither a sweep nor a finished run")
     results = [_plain_run(number, run) for number, run in enumerate(runs)]
-    return Sweep(folder, _objectives(results), results)
+    return SweepResults(folder, _objectives(results), results)
 
 
 def _objectives(runs: Sequence[Result]) -> dict[str, str]:
