@@ -167,7 +167,7 @@ def test_every_sweep_is_built_with_every_launcher(option, launcher, tmp_path):
     cfg = composed([f"sweep={option}", *chosen])
     finalize_config(cfg, tmp_path)
     sweep = instantiate(cfg.sweep)
-    assert check(cfg.sweep.objectives, cfg.metric, cfg.mode) == dict(sweep.objectives)
+    assert check(cfg.sweep.objectives, cfg.metric, cfg.mode) == dict(cfg.sweep.objectives)
     if chosen:
         assert isinstance(sweep.launcher, {"local": Local, "slurm": Slurm}[launcher])
 

@@ -22,9 +22,10 @@ from rich.console import Console
 
 from qat.config.configs import composed, configs_dir, finalize_config, policy_settings
 from qat.config.explain import COMPOSITION_ERRORS, explain
-from qat.config.instantiate import instantiate
+from qat.config.instantiate import build
 from qat.config.overrides import group_of, key_of, quoted
 from qat.errors import UserError
+from qat.sweep.base import Sweep
 from qat.sweep.objectives import check
 from qat.sweep.results import read_sweep
 from qat.sweep.space import Interval, Space, from_yaml
@@ -95,7 +96,7 @@ class _Line:
                 self.fixed.append(text)
         self.logger: dict[str, Any] | None = None
 
-    def sweep(self) -> tuple[Any, Task]:
+    def sweep(self) -> tuple[Sweep, Task]:
         """The sweep and its task, everything checked."""
         space: Space = {key: _values(override) for key, override in self.swept.items()}
         if not any(key_of(text) == GROUP for text in self.own) and not self._compose(self._first(space)).get(GROUP):
@@ -108,7 +109,7 @@ class _Line:
         if not space:
             raise UserError("nothing varies: give a key several values (quant.weight.bits=2,4,8), or sweep=bits_grid")
         objectives = check(cfg.sweep.objectives, cfg.metric, cfg.mode, exports=bool(cfg.export))
-        sweep = instantiate(cfg.sweep)
+        sweep = build(cfg, GROUP, Sweep)
         folder = Path(sweep.dir or self._folder(cfg, space, objectives)).absolute()
         cache = [] if cfg.cache_dir else [f"cache_dir={quoted(str(folder / 'cache'))}"]
         command = (*self._options(cfg, folder), *self.fixed, *cache, f"~{GROUP}")
@@ -116,9 +117,8 @@ class _Line:
         task = Task(command, space, objectives, cfg.metric, cfg.mode, cfg.seed, folder, console)
         sweep.check(task)
         logs = "CSVLogger" in str((cfg.get("logger") or {}).get("_target_"))
-        if not logs and (getattr(sweep, "pruner", None) is not None or getattr(sweep, "keep", None) is not None):
-            how = "sweep.keep=null" if hasattr(sweep, "keep") else "sweep.pruner=null"
-            raise UserError(f"logger: ending points early reads their csv log: use logger=csv, or {how}")
+        if sweep.reads_logs is not None and not logs:
+            raise UserError(f"logger: ending points early reads their csv log: use logger=csv, or {sweep.reads_logs}")
         return sweep, replace(task, config=self._try(space))
 
     def _options(self, cfg: DictConfig, folder: Path) -> list[str]:

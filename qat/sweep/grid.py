@@ -2,20 +2,19 @@
 
 from typing import Any
 
+from qat.sweep.base import Sweep
 from qat.sweep.launchers import Launcher, Local
 from qat.sweep.point import Point, finished
 from qat.sweep.space import grid
 from qat.sweep.task import Task
 
 
-class GridSweep:
+class GridSweep(Sweep):
     """Runs every combination once.
 
     Args:
-        dir: Where; `None` for a folder of its own below logs/, the same one for the same command.
-        params: Keys that vary, see `qat.sweep.space`.
-        objectives: Name -> `max` or `min`, what the Pareto front is drawn over.
         launcher: Launcher that runs the points.
+        dir, params, objectives: As of every `Sweep`.
     """
 
     kind = "grid"
@@ -27,15 +26,13 @@ class GridSweep:
         params: dict[str, Any] | None = None,
         launcher: Launcher | None = None,
     ) -> None:
-        self.dir, self.params, self.objectives = dir, params, objectives
+        super().__init__(objectives, dir, params)
         self.launcher = launcher or Local()
 
     def check(self, task: Task) -> None:
-        """Finds mistakes that need the space, before anything is written."""
         next(grid(task.space))
 
     def run(self, task: Task) -> None:
-        """Runs what is not finished yet."""
         points = grid_points(task)
         todo = [point for point in points if not finished(point.folder)]
         task.announce(len(points), f", {len(points) - len(todo)} of them finished")

@@ -13,6 +13,7 @@ from typing import Any
 from qat.errors import UserError
 from qat.files import atomic
 from qat.process import imported
+from qat.sweep.base import Sweep
 from qat.sweep.launchers import Launcher, Local
 from qat.sweep.point import Outcome, Point
 from qat.sweep.prune import Dominated, Watcher
@@ -25,7 +26,7 @@ REPEATS = 50
 """Proposals of points that are there already, one after the other, that mean there are no others."""
 
 
-class OptunaSweep:
+class OptunaSweep(Sweep):
     """Proposes, runs, learns.
 
     Args:
@@ -35,7 +36,8 @@ class OptunaSweep:
         sampler: Makes Optuna's sampler from a seed (`_partial_: true`); `None` for TPE.
         storage: Optuna's storage URL, where each sweep has a study of its own, under the name in the `study.txt` of
             its folder; `None` for an SQLite file in that folder.
-        dir, params, objectives, launcher: As of `GridSweep`.
+        launcher: Launcher that runs the points.
+        dir, params, objectives: As of every `Sweep`.
     """
 
     kind = "optuna"
@@ -54,12 +56,12 @@ class OptunaSweep:
     ) -> None:
         if n_trials < 1:
             raise UserError(f"n_trials={n_trials}: must be at least 1")
-        self.objectives, self.n_trials, self.monitor = objectives, n_trials, monitor
+        super().__init__(objectives, dir, params)
+        self.n_trials, self.monitor, self.launcher = n_trials, monitor, launcher or Local()
         self.pruner, self.sampler, self.storage = pruner, sampler, storage
-        self.dir, self.params, self.launcher = dir, params, launcher or Local()
+        self.reads_logs = None if pruner is None else "sweep.pruner=null"
 
     def check(self, task: Task) -> None:
-        """Finds mistakes that need the space, before anything is written."""
         _optuna()
         if self.pruner is not None and not isinstance(self.pruner, Dominated) and len(task.objectives) > 1:
             raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 
 from qat.errors import UserError
 from qat.process import imported
+from qat.sweep.base import Sweep
 from qat.sweep.grid import grid_points
 from qat.sweep.point import PRUNED, Outcome, Point, past, record, run_point
 from qat.sweep.results import by_epoch
@@ -18,7 +19,7 @@ from qat.sweep.space import grid
 from qat.sweep.task import Task
 
 
-class RaySweep:
+class RaySweep(Sweep):
     """Runs a grid on a Ray cluster.
 
     Args:
@@ -28,7 +29,7 @@ class RaySweep:
         keep: One in so many points goes on at each rung; `None` to end none.
         address: An existing cluster's (`auto`, `ray://host:10001`); `None` starts one on this machine.
         cpus, gpus: What each point gets.
-        dir, params, objectives: As of `GridSweep`.
+        dir, params, objectives: As of every `Sweep`.
     """
 
     kind = "ray"
@@ -50,12 +51,12 @@ class RaySweep:
             raise UserError(f"grace_epochs={grace_epochs}: must be from 1 to max_epochs={max_epochs}")
         if keep is not None and keep < 2:
             raise UserError(f"keep={keep}: one in 2 or more goes on, or null to end none")
-        self.objectives, self.monitor, self.grace, self.max_epochs = objectives, monitor, grace_epochs, max_epochs
+        super().__init__(objectives, dir, params)
+        self.monitor, self.grace, self.max_epochs = monitor, grace_epochs, max_epochs
         self.keep, self.address, self.resources = keep, address, {"cpu": cpus, "gpu": gpus}
-        self.dir, self.params = dir, params
+        self.reads_logs = None if keep is None else "sweep.keep=null"
 
     def check(self, task: Task) -> None:
-        """Finds mistakes that need the space, before anything is written."""
         next(grid(task.space))
         _ray()
 
