@@ -7,15 +7,7 @@ from qat.errors import UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says what to write instead of exiting.
-
-    Args:
-        usage: The command as one writes it.
-        description: Text for `--help`: what the command does.
-    """
-
-    def __init__(self, usage: str, description: str | None) -> None:
-        super().__init__(usage=usage, description=description)
+    """A parser that says what to write, its `usage`, instead of exiting."""
 
     def error(self, message: str) -> NoReturn:
         """Raises a `UserError`: the nearest option for an unknown one, else the usage."""

@@ -59,7 +59,7 @@ class Opener:
 
 def main(argv: list[str]) -> int:
     """Prints the table, draws the chart, and warns of files that are slower than the float one; status 0."""
-    parser = Parser(USAGE, __doc__)
+    parser = Parser(usage=USAGE, description=__doc__)
     parser.add_argument("arguments", metavar="FILE [FILE ...] [key=value ...]", nargs="+", help="files and settings")
     names, settings = split(parser.parse_args(argv).arguments)
     if unknown := [key for key in settings if key not in DEFAULTS]:

@@ -19,7 +19,7 @@ USAGE = "qat export RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]"
 
 def main(argv: list[str]) -> int:
     """Writes the file and its manifest, and prints its name and size."""
-    parser = Parser(USAGE, __doc__)
+    parser = Parser(usage=USAGE, description=__doc__)
     parser.add_argument(
         "arguments",
         metavar="RUN_DIR target=NAME [out=FILE|FOLDER] [key=value ...]",

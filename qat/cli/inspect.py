@@ -15,7 +15,7 @@ from qat.run_files import LAST_CHECKPOINT, TRAINED
 
 def main(argv: list[str]) -> int:
     """Prints the health of the quantizers in a checkpoint; status 1 if one has collapsed."""
-    parser = Parser("qat inspect [--json] CKPT", __doc__)
+    parser = Parser(usage="qat inspect [--json] CKPT", description=__doc__)
     parser.add_argument("path", metavar="CKPT", type=Path, help="a checkpoint, or a directory that `qat train` wrote")
     parser.add_argument("--json", action="store_true", help="print one JSON object per quantizer instead of a table")
     args = parser.parse_args(argv)

@@ -16,7 +16,7 @@ USAGE = "qat verify [FILE] RUN_DIR [key=value ...]"
 
 def main(argv: list[str]) -> int:
     """Verifies exported files; status 0 if all agree with the trained model, 1 if one does not."""
-    parser = Parser(USAGE, __doc__)
+    parser = Parser(usage=USAGE, description=__doc__)
     parser.add_argument("arguments", metavar="[FILE] RUN_DIR [key=value ...]", nargs="+")
     paths, settings = split(parser.parse_args(argv).arguments)
     if len(paths) not in (1, 2):
