@@ -11,8 +11,7 @@ from rich.table import Table
 
 from qat.export.bench import Measured, float_of, slower
 from qat.numbers import count, size
-from qat.report.picture import save
-from qat.report.plot import ACT, DPI, INK, MUTED, RULE, WEIGHT
+from qat.report.picture import ACT, DPI, INK, MUTED, WEIGHT, WIDTH, save, style
 
 OTHERS = (WEIGHT, ACT, "#2f855a", "#805ad5", "#c53030", "#319795")
 
@@ -76,7 +75,7 @@ def save_bench_plot(measured: Sequence[Measured], path: Path) -> None:
     """
     settings = [(t.batch, t.threads) for t in measured[0].timings]
     rows, reference = len(measured), float_of(measured)
-    figure = Figure(figsize=(11, (0.9 + 0.32 * rows) * len(settings) + 0.4), dpi=DPI, facecolor="white")
+    figure = Figure(figsize=(WIDTH, (0.9 + 0.32 * rows) * len(settings) + 0.4), dpi=DPI, facecolor="white")
     for i, (batch, threads) in enumerate(settings):
         axes = figure.add_subplot(len(settings), 1, i + 1)
         timings = [each.timings[i] for each in measured]
@@ -89,6 +88,7 @@ def save_bench_plot(measured: Sequence[Measured], path: Path) -> None:
                 f"{t.p50:.3g} ms{speed}", (t.p99, row), (5, 0), textcoords="offset points", va="center",
                 fontsize=8.5, color=INK,
             )  # fmt: skip
+        style(axes, grid="x")
         axes.set_yticks(range(rows), [Path(each.name).name for each in measured], fontsize=9, color=INK)
         axes.invert_yaxis()
         axes.set_xscale("log")  # formats differ by orders of magnitude
@@ -97,10 +97,6 @@ def save_bench_plot(measured: Sequence[Measured], path: Path) -> None:
         axes.set_title(title, loc="left", fontsize=10, color=INK)
         axes.tick_params(which="both", colors=MUTED, labelsize=8, length=0)  # minor ones have labels on short axes
         axes.tick_params(axis="y", colors=INK, labelsize=9)
-        axes.grid(axis="x", color=RULE)
-        axes.set_axisbelow(True)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
     figure.supxlabel("ms per batch, log scale: bar = median, line = up to the 99th percentile", fontsize=9, color=MUTED)
     figure.tight_layout()
     save(figure, path)

@@ -1,6 +1,6 @@
 """One picture of a run: the table of stages, and below it each layer's bits and how well its grids fit (SQNR).
 
-Layers run down the page, so that their names read horizontally; the page grows with them. Sizes are in inches.
+Layers run down the page, so that their names read horizontally; the page grows with them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from qat.report.format import stage_table, verdict
-from qat.report.picture import save
+from qat.report.picture import ACT, DPI, INK, LETTER, LINE, MUTED, RULE, WEIGHT, WIDTH, save, style
 
-WIDTH, MARGIN, DPI = 11.0, 0.35, 150
-LINE = 0.27
-"""Height of a line of text, or of a layer."""
-GAP, LETTER = 0.45, 0.083
-"""Room between the panels, and for one letter of a layer's name."""
+MARGIN, GAP = 0.35, 0.45
+"""Room around the panels and between them."""
 LEGEND, TICKS = 0.75, 0.55
 """Room above the panels and below them."""
-WEIGHT, ACT, INK, MUTED, RULE = "#2b6cb0", "#dd8b2f", "#1f2933", "#7b8794", "#e4e7eb"
 PASSED, FAILED = "#2f855a", "#c53030"
 
 
@@ -80,20 +76,12 @@ def _draw_layers(figure: Figure, layers: Sequence[Mapping[str, Any]]) -> None:
     bits = figure.add_axes((left / WIDTH, bottom, panel / WIDTH, tall))
     sqnr = figure.add_axes(((left + panel + GAP) / WIDTH, bottom, panel / WIDTH, tall), sharey=bits)
     for axes, title in ((bits, "bits"), (sqnr, "SQNR (dB)")):
-        _style(axes, title, len(layers))
+        style(axes, title, pad=9, grid="x")
+        axes.set_ylim(len(layers) - 0.5, -0.5)
     bits.set_yticks(range(len(layers)), names, fontsize=8.5, parse_math=False)
     sqnr.tick_params(labelleft=False)
     _draw_bits(bits, layers)
     _draw_sqnr(sqnr, layers)
-
-
-def _style(axes: Axes, title: str, layers: int) -> None:
-    axes.set_ylim(layers - 0.5, -0.5)
-    axes.set_axisbelow(True)
-    axes.grid(axis="x", color=RULE, linewidth=0.8)
-    axes.tick_params(length=0, colors=INK, labelsize=8.5)
-    axes.spines[:].set_visible(False)
-    axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=9)
 
 
 def _draw_bits(axes: Axes, layers: Sequence[Mapping[str, Any]]) -> None:

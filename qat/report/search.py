@@ -13,13 +13,11 @@ from rich.text import Text
 
 from qat.measure.cost import COSTS
 from qat.numbers import NONE, count
-from qat.report.picture import save
-from qat.report.plot import ACT, INK, LINE, MUTED, RULE, WEIGHT
+from qat.report.picture import ACT, DPI, INK, LINE, MUTED, WEIGHT, WIDTH, save, style
 from qat.search.allocate import Problem
 from qat.search.measured import Measured
 from qat.search.space import Pair, Space
 
-DPI, WIDTH = 150, 11.0
 GRID = 6
 """Letters of a grid's name that stay in one line of the table."""
 SMALLEST = 1e-6
@@ -78,13 +76,9 @@ def save_sensitivity(space: Space, measured: Measured, path: Path) -> None:
             color = colormaps["viridis"](0.92 * rank / max(1, len(widths) - 1))
             bars = [max(v, SMALLEST) - SMALLEST for _, v in found]
             axes.barh([y for y, _ in found], bars, 0.8 / len(widths), SMALLEST, color=color, label=f"{bits} bit")
+        style(axes, title, grid="x")
         axes.set_xscale("log")
-        axes.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=INK)
         axes.set_ylim(len(layers) - 0.5, -0.5)
-        axes.set_axisbelow(True)
-        axes.grid(axis="x", color=RULE, linewidth=0.8)
-        axes.tick_params(length=0, colors=INK, labelsize=8.5)
-        axes.spines[:].set_visible(False)
         axes.set_xlim(left=SMALLEST)
     left.set_yticks(range(len(layers)), [name or "(model)" for name in layers], fontsize=8.5, parse_math=False)
     handles, labels = left.get_legend_handles_labels()
@@ -146,8 +140,5 @@ def save_front(problem: Problem, choices: Sequence[Mapping[str, Pair]], name: st
     axes.set_xlabel(COSTS[name].what + COSTS[name].note, color=INK, fontsize=9)
     axes.set_ylabel({"loss": "loss increase", "hessian": "estimated loss increase", "sqnr": "noise to signal"}[by],
                     color=INK, fontsize=9)  # fmt: skip
-    axes.grid(color=RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=INK, labelsize=8.5)
-    axes.spines[:].set_visible(False)
+    style(axes)
     save(figure, path)

@@ -10,8 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from qat.measure.cost import COSTS
-from qat.report.picture import save
-from qat.report.plot import ACT, DPI, INK, LETTER, LINE, MUTED, RULE, WEIGHT, WIDTH
+from qat.report.picture import ACT, DPI, INK, LETTER, LINE, MUTED, RULE, WEIGHT, WIDTH, save, style
 from qat.sweep.results import Result, SweepResults
 
 PANEL, TOP, GAP = 3.4, 0.9, 0.5
@@ -53,14 +52,10 @@ def _scatter(axes: Axes, sweep: SweepResults, cost: str, first: bool) -> None:
     axes.step([x for x, _ in front], [y for _, y in front], where="post", color=ACT, linewidth=1.6, zorder=2)
     for value in sorted(float_metrics(sweep)):
         axes.axhline(value, color=MUTED, linestyle="--", linewidth=1)
-    axes.set_title(f"{sweep.metric} against {AXES[cost]}", loc="left", fontsize=9.5, fontweight="bold", color=INK)
+    style(axes, f"{sweep.metric} against {AXES[cost]}", size=9.5, labels=8)
     if COSTS[cost].whole:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: COSTS[cost].shown(x)))
     axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.grid(color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0, colors=INK, labelsize=8)
-    axes.spines[:].set_visible(False)
     if first:
         kind = "exported" if sweep.exported else "result"
         handles = [
@@ -103,9 +98,7 @@ def _heat_maps(figure: Figure, done: Sequence[Result], said: Mapping[int, str]) 
             for y, x in zip(*np.nonzero(~np.isnan(grid)), strict=True):
                 color = INK if grid[y, x] < 9 else "white"
                 axes.text(x, y, f"{grid[y, x]:.0f}", ha="center", va="center", fontsize=7, color=color)
-        axes.set_title(title, loc="left", fontsize=9.5, fontweight="bold", color=INK)
+        style(axes, title, size=9.5, grid=None)
         shown = [name if len(name) < 16 else f"…{name[-14:]}" for name in names]
         axes.set_xticks(range(len(names)), shown, rotation=60, ha="right", fontsize=6.5, parse_math=False)
         axes.set_yticks(range(len(done)), labels if i == 0 else [], fontsize=7.5, parse_math=False)
-        axes.tick_params(length=0, colors=INK)
-        axes.spines[:].set_visible(False)
