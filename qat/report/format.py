@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qat.numbers import NONE, metric, size
+from qat.stages import stage, stages
 
 STAGES = {"float": "float", "ptq": "PTQ", "qat": "QAT", "exported": "exported"}
 
@@ -18,21 +19,20 @@ class VerdictInWords(NamedTuple):
 
 def stage_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headers and rows of the table of stages; absent stages have no row, absent fields a dash."""
-    stages = report.get("stages") or {}
-    base: float | None = (stages.get("float") or {}).get("metric")
+    base: float | None = stage(report, "float").get("metric")
     headers = ["stage", report.get("metric") or "metric", "vs float", "file", "CPU p50", "agreement"]
     rows = []
     for key, label in STAGES.items():
-        stage = stages.get(key)
-        if stage is None:
+        measured = stages(report).get(key)
+        if measured is None:
             continue
-        value, latency, agreement = stage.get("metric"), stage.get("latency_ms"), stage.get("agreement")
+        value, latency, agreement = measured.get("metric"), measured.get("latency_ms"), measured.get("agreement")
         delta = value - base if key != "float" and value is not None and base is not None else None
         rows.append([
             label,
             metric(value),
             metric(delta, signed=True),
-            size(stage.get("bytes")),
+            size(measured.get("bytes")),
             NONE if latency is None else f"{latency:.3g} ms",
             NONE if agreement is None else f"{100 * agreement:.2f}%",
         ])  # fmt: skip

@@ -61,7 +61,6 @@ def page_data(sweep: SweepResults, beside: Path) -> dict[str, Any]:
 
 
 def _point(result: Result, beside: Path) -> dict[str, Any]:
-    stages = result.report.get("stages") or {}
     layers = [{key: layer.get(key) for key in LAYER} for layer in result.report.get("layers") or ()]
     return {
         "number": result.number,
@@ -70,8 +69,8 @@ def _point(result: Result, beside: Path) -> dict[str, Any]:
         "error": result.error,
         "verified": result.verified,
         "values": result.values,
-        "float": (stages.get("float") or {}).get("metric"),
-        "ptq": (stages.get("ptq") or {}).get("metric"),
+        "float": result.stage("float").get("metric"),
+        "ptq": result.stage("ptq").get("metric"),
         "layers": layers,
         "curves": curves(result.folder),
         "config": config_of(result.folder),

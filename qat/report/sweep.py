@@ -15,7 +15,7 @@ from qat.numbers import NONE, metric
 from qat.report.page import save_page
 from qat.report.sweep_plot import float_metrics, save_sweep_plot
 from qat.run_files import REPORT
-from qat.sweep.point import final_metric
+from qat.stages import final_metric, stages
 from qat.sweep.results import Result, SweepResults
 
 PAGE, PICTURE = "report.html", "report.png"
@@ -60,7 +60,7 @@ def tell_bad(sweep: SweepResults, console: Console) -> bool:
 
 
 def _unmeasured(result: Result) -> bool:
-    return result.state == "done" and bool(result.report.get("stages")) and "metric" not in result.values
+    return result.state == "done" and bool(stages(result.report)) and "metric" not in result.values
 
 
 def sweep_table(sweep: SweepResults) -> Table:
@@ -91,7 +91,7 @@ def sweep_rows(sweep: SweepResults) -> tuple[list[str], list[list[str]]]:
     rows = []
     for result in _ordered(sweep):
         label = " ".join(_label({key: value for key, value in result.params.items() if key not in shared}))
-        ptq = metric(((result.report.get("stages") or {}).get("ptq") or {}).get("metric"))
+        ptq = metric(result.stage("ptq").get("metric"))
         score = metric(final_metric(result.report)) if result.state == "done" else result.state or "unfinished"
         score += " NOT VERIFIED" if result.verified is False else ""
         values = result.values if result.state == "done" else {}

@@ -42,7 +42,7 @@ def _scatter(axes: Axes, sweep: SweepResults, cost: str, first: bool) -> None:
     shown = [r for r in sweep.done if cost in r.values and "metric" in r.values]
     better = sweep.objectives.get("metric", "max")
     for result in shown:
-        ptq = ((result.report.get("stages") or {}).get("ptq") or {}).get("metric")
+        ptq = result.stage("ptq").get("metric")
         if ptq is not None and math.isfinite(ptq):
             x, y = result.values[cost], result.values["metric"]
             axes.plot([x, x], [ptq, y], color=RULE, linewidth=1, zorder=1)
@@ -70,8 +70,8 @@ def _scatter(axes: Axes, sweep: SweepResults, cost: str, first: bool) -> None:
 
 def float_metrics(sweep: SweepResults) -> set[float]:
     """The metrics of the float models that the points started from, those that are finite."""
-    stages = [(r.report.get("stages") or {}).get("float") or {} for r in sweep.results]
-    return {stage["metric"] for stage in stages if "metric" in stage and math.isfinite(stage["metric"])}
+    metrics = [r.stage("float").get("metric", math.nan) for r in sweep.results]
+    return {metric for metric in metrics if math.isfinite(metric)}
 
 
 def layer_names(results: Sequence[Result]) -> list[str]:

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from filelock import FileLock
 from qat.errors import UserError
 from qat.files import read_object, write_object
 from qat.run_files import PROGRESS, REPORT
+from qat.stages import final_metric
 
 State = Literal["done", "failed", "pruned"]
 RECORD, LOCK, STOP, OUTPUT = "point.json", ".lock", "stop", "output.log"
@@ -164,12 +165,6 @@ def _reported(path: Path) -> Outcome:
     if value is None or math.isfinite(value):
         return Outcome("done")
     return Outcome("failed", f"{report.get('metric', 'metric')} is {value}")
-
-
-def final_metric(report: Mapping[str, Any]) -> float | None:
-    """The metric of the last stage that measured one; it may be NaN or infinite."""
-    metrics = [stage["metric"] for stage in (report.get("stages") or {}).values() if "metric" in stage]
-    return metrics[-1] if metrics else None
 
 
 def record(point: Point, outcome: Outcome | None) -> None:

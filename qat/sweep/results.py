@@ -15,8 +15,9 @@ from qat.errors import UserError
 from qat.files import read_object
 from qat.measure.cost import average_bits
 from qat.run_files import OVERRIDES, REPORT
+from qat.stages import final_metric, stage, stages
 from qat.sweep.objectives import undominated
-from qat.sweep.point import RECORD, final_metric
+from qat.sweep.point import RECORD
 
 DEFINITION, POINTS = "sweep.json", "points"
 PARTS = ("number", "params", "state", "error")
@@ -27,8 +28,7 @@ QUANTIZERS = ("scale/", "sqnr/", "bits/")
 
 def measured(report: Mapping[str, Any]) -> dict[str, float]:
     """Every objective (see `qat.sweep.objectives`) that a run's report has."""
-    stages = report.get("stages") or {}
-    exported = stages.get("exported") or {}
+    exported = stage(report, "exported")
     layers = [layer for layer in report.get("layers") or () if layer.get("weight_bits") and layer["params"]]
     found = {
         "metric": final_metric(report),
@@ -63,6 +63,10 @@ class Result:
     def values(self) -> dict[str, float]:
         """Every objective that the run measured."""
         return measured(self.report)
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """What the run measured at one stage; empty if it did not have it."""
+        return stage(self.report, name)
 
     @property
     def verified(self) -> bool | None:
@@ -106,7 +110,7 @@ class SweepResults:
     @property
     def exported(self) -> bool:
         """Whether the metrics are those of exported files, and not, without an export, of the models in training."""
-        return any("exported" in (r.report.get("stages") or {}) for r in self.results)
+        return any("exported" in stages(r.report) for r in self.results)
 
     @property
     def shared(self) -> dict[str, str]:

@@ -39,6 +39,7 @@ from qat.measure.stats import quantizer_stats
 from qat.planning.audit import bops, coverage, to_dict
 from qat.report import audit_table, layer_rows, report_table, save_plot
 from qat.run_files import AUDIT, REPORT, REPORT_PICTURE
+from qat.stages import final_metric
 
 STATISTICS_SAMPLES = 256
 
@@ -74,7 +75,9 @@ def run(cfg: DictConfig, run_dir: Path) -> float:
             close_wandb()
     if verdict is not None and not verdict.passed:
         raise SystemExit(1)
-    return [stage["metric"] for stage in report["stages"].values() if "metric" in stage][-1]
+    metric = final_metric(report)
+    assert metric is not None  # every run measures the float model
+    return metric
 
 
 def _stages(run: Workspace) -> Verdict | None:
