@@ -29,6 +29,7 @@ leaves that tensor float.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 from qat import quantizers
@@ -51,38 +52,32 @@ ROUND_BIAS = get_args(Biases)
 KEYS = (*ROLES, "sites", "kinds", "concat", "engine", "round_bias", "require_coverage", "rules")
 
 
+@dataclass(frozen=True)
 class QuantPolicy:
     """Defaults plus named rules; build it with `from_dict`.
 
     Attributes:
+        settings: The policy as plain containers, as given (what checkpoints and manifests store).
+        where: The key that it was given under, for messages.
+        defaults: Settings of weights, of layers' inputs and of other sites' before any rule; `False` for float.
+        rules: In order, later ones winning.
         kinds: The kinds of functional sites without weights that are quantized by default.
         concat: Whether what a concatenation joins shares a grid (`shared`) or not (`separate`).
         engine: Name of the engine whose rules hold, or `None`.
         round_bias: When biases are rounded: in `eval`, in `train` too, or `never`.
         required_coverage: Least share of multiply-accumulates on integers, 0 to 1, by the part of the model that it is
             asked of (`""` for all).
-        settings: The policy as plain containers, as given (what checkpoints and manifests store).
-        where: The key that it was given under, for messages.
     """
 
-    def __init__(
-        self,
-        defaults: Mapping[str, Mapping[str, Any] | bool],
-        rules: Sequence[Rule],
-        settings: dict[str, Any],
-        kinds: Sequence[str] = DEFAULT_KINDS,
-        where: str = "quant",
-    ) -> None:
-        self.defaults = defaults
-        self.rules = tuple(rules)
-        self.settings = settings
-        self.kinds = tuple(kinds)
-        self.where = where
-        self.concat: str = CONCAT[0] if settings.get("concat") is None else settings["concat"]
-        self.engine: str | None = settings.get("engine")
-        own = settings.get("round_bias")
-        self.round_bias: str = engine_of(self.engine).round_bias if own is None else own  # YAML reads `off` as false
-        self.required_coverage: dict[str, float] = {"": settings.get("require_coverage") or 0.0}
+    settings: dict[str, Any]
+    where: str
+    defaults: Mapping[str, Mapping[str, Any] | bool]
+    rules: tuple[Rule, ...]
+    kinds: tuple[str, ...]
+    concat: str
+    engine: str | None
+    round_bias: str
+    required_coverage: dict[str, float]
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any], where: str = "quant") -> "QuantPolicy":
@@ -96,24 +91,18 @@ class QuantPolicy:
         for key in settings:
             if key not in KEYS:
                 raise UserError(f"{where}.{key}: no such setting{nearest(FORMERLY.get(key, str(key)), KEYS)}")
-        engine_of(settings.get("engine"), f"{where}.engine")
-        defaults = {r: read_role(settings[r], f"{where}.{r}") if settings.get(r) is not None else False for r in ROLES}
-        own = read_role(settings["sites"], f"{where}.sites") if settings.get("sites") is not None else {}
-        defaults["sites"] = defaults["act"] if own == {} else merge(defaults["act"], own)
-        rules = settings.get("rules") or {}
-        if not isinstance(rules, Mapping):
-            raise UserError(f"{where}.rules={rules!r}: must map a name to each rule")
-        parsed = [Rule.from_dict(str(n), r, f"{where}.rules.{n}") for n, r in rules.items() if r is not None]
-        policy = cls(defaults, parsed, _plain(settings), _kinds(settings.get("kinds"), f"{where}.kinds"), where)
-        if policy.concat not in CONCAT:
-            hint = nearest(str(policy.concat), CONCAT)
-            raise UserError(f"{where}.concat={policy.concat!r}: must be one of {', '.join(CONCAT)}{hint}")
-        if policy.round_bias not in ROUND_BIAS:
-            hint = nearest(str(policy.round_bias), ROUND_BIAS)
-            raise UserError(f"{where}.round_bias={policy.round_bias!r}: must be one of {', '.join(ROUND_BIAS)}{hint}")
-        share = policy.required_coverage[""]
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-            raise UserError(f"{where}.require_coverage={share!r}: must be a share between 0 and 1, such as 0.99")
+        engine = engine_of(settings.get("engine"), f"{where}.engine")
+        policy = cls(
+            settings=_plain(settings),
+            where=where,
+            defaults=_defaults(settings, where),
+            rules=_rules(settings.get("rules") or {}, f"{where}.rules"),
+            kinds=_kinds(settings.get("kinds"), f"{where}.kinds"),
+            concat=_one_of(CONCAT, settings.get("concat"), CONCAT[0], f"{where}.concat"),
+            engine=settings.get("engine"),
+            round_bias=_one_of(ROUND_BIAS, settings.get("round_bias"), engine.round_bias, f"{where}.round_bias"),
+            required_coverage={"": _share(settings.get("require_coverage") or 0.0, f"{where}.require_coverage")},
+        )
         policy._check_specs()
         return policy
 
@@ -188,6 +177,32 @@ class QuantPolicy:
         if "weight" in rule.settings and rule.settings["weight"] and not found.intersection(weighted):
             raise UserError(f"{where}.weight: nothing that it matches has a weight: {', '.join(sorted(found))}")
         return found
+
+
+def _defaults(settings: Mapping[str, Any], where: str) -> dict[str, Mapping[str, Any] | bool]:
+    found = {r: read_role(settings[r], f"{where}.{r}") if settings.get(r) is not None else False for r in ROLES}
+    own = read_role(settings["sites"], f"{where}.sites") if settings.get("sites") is not None else {}
+    return found | {"sites": found["act"] if own == {} else merge(found["act"], own)}
+
+
+def _rules(rules: Any, where: str) -> tuple[Rule, ...]:
+    if not isinstance(rules, Mapping):
+        raise UserError(f"{where}={rules!r}: must map a name to each rule")
+    return tuple(Rule.from_dict(str(n), r, f"{where}.{n}") for n, r in rules.items() if r is not None)
+
+
+def _one_of(options: Sequence[str], value: Any, default: str, where: str) -> str:
+    if value is None:
+        return default
+    if value not in options:  # YAML reads `off` as false
+        raise UserError(f"{where}={value!r}: must be one of {', '.join(options)}{nearest(str(value), options)}")
+    return value
+
+
+def _share(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise UserError(f"{where}={value!r}: must be a share between 0 and 1, such as 0.99")
+    return value
 
 
 def _kinds(value: Any, where: str) -> tuple[str, ...]:
