@@ -24,6 +24,8 @@ from qat.planning.plan import Plan
 from qat.quantizers import Quantizer
 from qat.shards import whole
 
+Named = tuple[str, Quantizer]
+
 
 def calibrated(model: nn.Module, plan: Plan, run: Callable[[nn.Module], Any]) -> nn.Module:
     """A copy of a float model with the grids of a plan and their ranges; the model stays as it is.
@@ -56,14 +58,11 @@ def calibrate(model: nn.Module, run: Callable[[], Any], only: Collection[Quantiz
         UserError: naming the quantizer that saw nothing (unless one of its kind did, in another member of the same
             list of modules: then it starts with that range, with a warning), or saw NaN or infinity.
     """
-    found = list(named_quantizers(model))
-    wanted = {quantizer for _, quantizer in found} if only is None else set(only)
+    wanted = {quantizer for _, quantizer in named_quantizers(model)} if only is None else set(only)
     if not wanted:
         return
     borrowers: list[tuple[str, Quantizer, list[Named]]] = []
-    for _, quantizer in found:
-        quantizer.observe()
-    try:
+    with observing(model) as found:
         with evaluating(model), _naming(found):
             run()
         weights = {quantizer: whole(weight.tensor) for quantizer, weight in quantized_weights(model).items()}
@@ -79,12 +78,19 @@ def calibrate(model: nn.Module, run: Callable[[], Any], only: Collection[Quantiz
         for name, quantizer, siblings in borrowers:
             _borrow(name, quantizer, siblings)
         untie(model, wanted)
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[list[Named]]:
+    """All quantizers, which are yielded, observe meanwhile."""
+    found = list(named_quantizers(model))
+    for _, quantizer in found:
+        quantizer.observe()
+    try:
+        yield found
     finally:
         for _, quantizer in found:
             quantizer.observe(False)
-
-
-Named = tuple[str, Quantizer]
 
 
 def _siblings(name: str, quantizer: Quantizer, found: list[Named], unseen: list[Named]) -> list[Named]:
@@ -114,7 +120,7 @@ def _borrow(name: str, quantizer: Quantizer, siblings: list[Named]) -> None:
 
 
 @contextmanager
-def _naming(found: list[tuple[str, Quantizer]]) -> Iterator[None]:
+def _naming(found: list[Named]) -> Iterator[None]:
     """Puts the name of the quantizer in front of what it complains about meanwhile."""
     running: list[str] = []
     with ExitStack() as hooks:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qat.calibrate import observing
 from qat.errors import UserError
 from qat.grid.spec import QuantSpec
 from qat.insert import named_quantizers
@@ -223,10 +224,7 @@ def _specs(space: Space, tensor: str, widths: Sequence[int], quantizer: Quantize
 @torch.no_grad()
 def _samples(space: Space, model: nn.Module, run: Callable[[], Any]) -> dict[Quantizer, Tensor]:
     """The tensor that each chosen grid quantizes: its weight, or a sample of what passes the model in float."""
-    everything = [quantizer for _, quantizer in named_quantizers(model)]
-    for quantizer in everything:
-        quantizer.observe()
-    try:
+    with observing(model):
         run()
         found: dict[Quantizer, Tensor] = {}
         for tensor, layers in space.tensors.items():
@@ -236,7 +234,4 @@ def _samples(space: Space, model: nn.Module, run: Callable[[], Any]) -> dict[Qua
                     found[quantizer] = layer.weight.detach()
                 else:
                     found[quantizer] = torch.cat(quantizer.samples)
-    finally:
-        for quantizer in everything:
-            quantizer.observe(False)
     return found
