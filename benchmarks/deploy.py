@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from qat.calibrate import calibrate
-from qat.config.exports import build
+from qat.config.exports import target_named
 from qat.data import HFImages, Text
 from qat.errors import UserError
 from qat.export.bench import interleaved, rounds_in
@@ -199,7 +199,7 @@ def measured(name: str, given: argparse.Namespace, folder: Path) -> list[dict[st
     for wanted in given.targets.split(","):
         row = rows[wanted] = {"model": name, "weights": case.weights, "target": wanted}
         try:
-            target: Target = build(wanted, {})
+            target: Target = target_named(wanted, {})
             told = target.engine or "ort"
             if told not in models:
                 fake, plan = quantized(case, told)

@@ -24,7 +24,7 @@ from models import workload
 from pages import put
 from small_models import quantized
 
-from qat.config.exports import build
+from qat.config.exports import target_named
 from qat.export.bench import interleaved, rounds_in
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import OnnxRunner
@@ -46,7 +46,7 @@ class Files:
         self.folder, self.models = folder, dict[str, Any]()
         self.x = torch.randn(4, 3, 224, 224)
         export_onnx(self.model.eval(), self.x[:2], folder / "float.onnx")
-        self.targets = {name: build(name, {}) for name in targets}
+        self.targets = {name: target_named(name, {}) for name in targets}
         for name, target in self.targets.items():
             converted, plan = self._converted(target)
             target.export(converted, plan, self.x[:2], folder / name / target.file)

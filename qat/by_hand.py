@@ -107,10 +107,10 @@ def export_model(
     Raises:
         UserError: if the format cannot hold the model, something else is at `path`, or the file falls short.
     """
-    from qat.config.exports import build  # reads YAML with Hydra
+    from qat.config.exports import target_named  # reads YAML with Hydra
 
     plan, path = plan_of(model), Path(path)
-    to = build(target, {name: str(value) for name, value in settings.items()})
+    to = target_named(target, {name: str(value) for name, value in settings.items()})
     converted = is_converted(model)
     if converted and (not to.integer or (verify and to.graph is None)):
         raise UserError(f"target={target}: takes the quantized model here, not its integers")

@@ -18,7 +18,7 @@ from torch import nn
 from qat.cli import main
 from qat.cli.bench import Opener
 from qat.config.configs import configs_dir
-from qat.config.exports import build
+from qat.config.exports import target_named
 from qat.errors import UserError
 from qat.export.bench import Measured, Timing
 from qat.export.manifest import write_manifest
@@ -65,7 +65,7 @@ def test_an_export_needs_no_data_and_writes_the_same_file_again(run, tmp_path, m
 @pytest.mark.parametrize("target", ["onnx", "packed"])
 def test_a_folder_gets_the_file_under_its_own_name(target, run, tmp_path):
     assert main(["export", str(run), f"target={target}", f"out={tmp_path}"]) == 0
-    assert (tmp_path / build(target, {}).file).is_file()
+    assert (tmp_path / target_named(target, {}).file).is_file()
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_folder_gets_the_file_under_its_own_name(target, run, tmp_path):
 )
 def test_a_folder_that_is_not_there_is_made(target, out, run, tmp_path):
     assert main(["export", str(run), f"target={target}", f"out={tmp_path}/{out}"]) == 0
-    assert (tmp_path / out / build(target, {}).file).is_file()
+    assert (tmp_path / out / target_named(target, {}).file).is_file()
 
 
 def test_a_checkpoint_of_the_run_is_exported_and_verified_as_itself(run, tmp_path, capfd):
@@ -85,7 +85,7 @@ def test_a_checkpoint_of_the_run_is_exported_and_verified_as_itself(run, tmp_pat
 
 @pytest.mark.parametrize("target", ["onnx", "packed"])
 def test_a_checkpoint_s_file_lies_apart_from_the_run_s_own(target, run, tmp_path):
-    copied, file = shutil.copytree(run, tmp_path / "copied"), build(target, {}).file
+    copied, file = shutil.copytree(run, tmp_path / "copied"), target_named(target, {}).file
     before = (copied / file).read_bytes()
     assert main(["export", str(copied / "checkpoints" / "last.ckpt"), f"target={target}"]) == 0
     assert (copied / file).read_bytes() == before and (copied / "checkpoints" / "last" / file).is_file()
@@ -378,7 +378,7 @@ def test_a_damaged_file_is_refused_in_one_line(damage, said, run, tmp_path, capf
 def needs(target: str) -> None:
     """Skips where the target's optional package is missing, naming the extra."""
     try:
-        build(target, {})
+        target_named(target, {})
     except UserError as error:
         pytest.skip(str(error))
 
@@ -391,7 +391,7 @@ def exported(run, tmp_path_factory) -> Callable[[str], Path]:
     def export(target: str) -> Path:
         needs(target)
         if target not in made:
-            out = tmp_path_factory.mktemp(target) / build(target, {}).file
+            out = tmp_path_factory.mktemp(target) / target_named(target, {}).file
             assert main(["export", str(run), f"target={target}", f"out={out}"]) == 0
             made[target] = out
         return made[target]
@@ -414,7 +414,7 @@ def exported_weights(tmp_path) -> Callable[[str], Path]:
         if target == "gguf":
             weight |= {"scale": "float16", "narrow": False}
         plan = quantized(model, x, {"weight": weight, "act": None, "sites": None, "rules": rules})
-        to = build(target, settings)
+        to = target_named(target, settings)
         to.export(to.prepared(model, plan), plan, x, tmp_path / to.file)
         return tmp_path / to.file
 
@@ -428,7 +428,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "docs
 
 def snippet(target: str, **settings: str) -> str:
     """How docs/deploy.md opens a file."""
-    named = "load_packed" if target == "packed" else f'"{build(target, settings).file}"'
+    named = "load_packed" if target == "packed" else f'"{target_named(target, settings).file}"'
     [found] = [code for code in SNIPPETS if named in code]
     return found
 

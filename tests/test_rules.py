@@ -9,7 +9,7 @@ from small_models import Drawn, Shape, both, lived, quantized
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qat.config.exports import build, of_file
+from qat.config.exports import of_file, target_named
 from qat.convert import convert
 from qat.errors import UserError
 from qat.insert import apply_plan, make_plan, remove
@@ -175,7 +175,7 @@ def test_a_model_trained_by_other_rules_is_refused_before_anything_is_written(na
     plan = quantized(model, x, W8A8 | {"engine": trained})
     if "openvino" in name:
         pytest.importorskip("openvino", reason="needs the extra `openvino`")
-    target = build(name, {})
+    target = target_named(name, {})
     with pytest.raises(UserError, match=message):
         target.export(convert(model, plan), plan, x, tmp_path / target.file)
     assert list(tmp_path.iterdir()) == []
@@ -270,7 +270,7 @@ def test_a_file_is_opened_by_the_target_that_its_manifest_names(tmp_path):
     model = lived(Drawn(Shape()))
     x = model.example(4)
     plan = quantized(model, x, W8A8 | {"engine": "tensorrt"})
-    target = build("onnx_tensorrt", {})
+    target = target_named("onnx_tensorrt", {})
     target.export(convert(model, plan), plan, x, tmp_path / "trt.onnx")
     assert type(of_file(tmp_path / "trt.onnx", {})) is type(target)
     assert type(of_file(tmp_path / "other.onnx", {})).__name__ == "OnnxTarget"

@@ -12,7 +12,7 @@ import torch
 from small_models import Drawn, Shape, lived, quantized
 from torch import nn
 
-from qat.config.exports import build
+from qat.config.exports import target_named
 from qat.convert import convert
 from qat.export.onnx.checks import qnn_violations, tensorrt_violations
 from qat.export.onnx.runtime import OnnxRunner
@@ -29,7 +29,7 @@ SHAPES = [
 def written(engine: str, shape: Shape, folder: Path, **act: Any) -> tuple[Verdict, onnx.ModelProto]:
     """What the checkers say of a drawn model's file, once its numbers are right; and the file."""
     model: Any = lived(Drawn(shape))
-    x, exporter = model.example(16), build(f"onnx_{engine}", {})
+    x, exporter = model.example(16), target_named(f"onnx_{engine}", {})
     policy = {"weight": {"granularity": "channel"}, "act": {"bits": 8} | act, "engine": engine}
     plan = quantized(model, x, policy)
     converted, path = convert(model, plan), folder / "model.onnx"
@@ -67,7 +67,7 @@ class Patches(nn.Module):
 def test_int8_activations_that_onnxruntime_stumbles_over_are_left_as_they_are(tmp_path):
     model, x, path = Patches().eval(), torch.randn(4, 3, 16, 16), tmp_path / "model.onnx"
     plan = quantized(model, x, {"weight": {"granularity": "channel"}, "act": {"bits": 8}, "engine": "tensorrt"})
-    build("onnx_tensorrt", {}).export(convert(model, plan), plan, x, path)
+    target_named("onnx_tensorrt", {}).export(convert(model, plan), plan, x, path)
     with pytest.raises(Exception, match="does not match"):
         onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     with torch.no_grad():

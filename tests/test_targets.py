@@ -12,7 +12,7 @@ from small_models import POLICY, Drawn, Shape, lived, quantized
 from torch import nn
 
 from qat.config.configs import configs_dir
-from qat.config.exports import build
+from qat.config.exports import target_named
 from qat.convert import convert
 from qat.copies import copied
 from qat.errors import UserError
@@ -42,7 +42,7 @@ BLOCKS = {
 
 def target_of(name: str) -> Target:
     try:
-        return build(name, {})
+        return target_named(name, {})
     except UserError as error:
         pytest.skip(str(error))
 
@@ -140,7 +140,7 @@ def test_a_program_is_made_of_quantized_decomposed_operations(tmp_path) -> None:
 def test_a_missing_package_is_an_error_that_names_the_extra(name, package, monkeypatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=rf"needs {package}: pip install qat\[{name}\]"):
-        build(name, {})
+        target_named(name, {})
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64], ids=str)
@@ -149,11 +149,11 @@ def test_a_model_that_is_not_in_float32_has_no_graph_but_tensors(kind) -> None:
     model: Any = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3)).to(kind)
     plan = quantized(model, x, W8A8)
     said = rf"'0.weight' is {str(kind)[6:]}, .* cast the model with .float\(\), or use packed"
-    assert build("packed", {}).refusal(model, plan) is None
+    assert target_named("packed", {}).refusal(model, plan) is None
     for name in ("onnx", "torch"):
-        assert re.search(said, build(name, {}).refusal(model, plan) or ""), name
-        assert build(name, {}).refusal(copied(model).float(), plan) is None
-    assert "'0' is" in (build("torch", {}).refusal(convert(model, plan), plan) or "")
+        assert re.search(said, target_named(name, {}).refusal(model, plan) or ""), name
+        assert target_named(name, {}).refusal(copied(model).float(), plan) is None
+    assert "'0' is" in (target_named("torch", {}).refusal(convert(model, plan), plan) or "")
 
 
 def wide(inputs: int, counting: int, policy: dict[str, Any]) -> tuple[nn.Module, Plan]:

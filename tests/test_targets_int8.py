@@ -16,7 +16,7 @@ from small_models import POLICY, Shape, both, lived, quantized
 from test_targets import TENSOR, W8A8, Case, target_of
 from torch import nn
 
-from qat.config.exports import build, of_file
+from qat.config.exports import of_file, target_named
 from qat.config.presets import preset
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
@@ -161,7 +161,7 @@ def test_packed_int4_is_unpacked_to_the_same_codes(codes: np.ndarray) -> None:
 
 def test_litert_holds_weights_of_4_bits_in_4_bits_if_asked_and_computes_with_them(tmp_path) -> None:
     target_of("litert")
-    target = build("litert", {"int4": True})
+    target = target_named("litert", {"int4": True})
     sizes = []
     for bits in (8, 4):
         case = Case(Shape(), POLICY | {"weight": {"bits": bits, "granularity": "channel"}})

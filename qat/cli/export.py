@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qat.cli.arguments import Parser
-from qat.config.exports import build, split
+from qat.config.exports import split, target_named
 from qat.errors import UserError
 from qat.numbers import size
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     if not path.exists():
         raise UserError(f"RUN_DIR {path}: no such file or directory")
     out = settings.pop("out", None)
-    target = build(settings.pop("target"), settings)
+    target = target_named(settings.pop("target"), settings)
     from qat.export.manifest import files_bytes  # these import torch: only once there is something to do
     from qat.lightning.runs.deploy import export
 

@@ -41,7 +41,7 @@ def parsed(settings: Mapping[str, str]) -> DictConfig:
     return cfg
 
 
-def build(name: str, settings: dict[str, str]) -> Any:
+def target_named(name: str, settings: dict[str, str]) -> Any:
     """The target of `configs/export/NAME.yaml`, with settings of its own changed.
 
     Raises:
@@ -65,13 +65,13 @@ def of_file(path: Path, settings: dict[str, str]) -> Any:
     """The target that writes files like `path`; where several do, the one that its manifest names.
 
     Raises:
-        UserError: if none does, and see `build`.
+        UserError: if none does, and see `target_named`.
     """
     classes = {name: get_class(cfg["_target_"]) for name, cfg in _configs().items()}
     owners = [name for name, cls in classes.items() if cls.owns(path)]  # pyright: ignore[reportAttributeAccessIssue]
     if owners:
         maker = made_by(path)
-        return build(next((name for name in owners if classes[name].__name__ == maker), owners[0]), settings)
+        return target_named(next((name for name in owners if classes[name].__name__ == maker), owners[0]), settings)
     known = ", ".join(dict.fromkeys(cls.file for cls in classes.values()))  # pyright: ignore[reportAttributeAccessIssue]
     raise UserError(f"{path}: no target writes such a file (they write {known})")
 
