@@ -19,7 +19,7 @@ from qat.config.instantiate import instantiate
 from qat.errors import UserError
 from qat.sweep import Dominated, GridSweep, Local, OptunaSweep, Slurm
 from qat.sweep.objectives import check, dominates, undominated
-from qat.sweep.point import Outcome, Point, finished, past, record, run_point
+from qat.sweep.point import Outcome, Point, finished, past, run_point, write_record
 from qat.sweep.results import by_epoch, curves, read_sweep
 from qat.sweep.space import Interval, from_yaml, grid
 from qat.sweep.task import Task
@@ -345,7 +345,7 @@ def test_a_sweep_of_one_point_says_so(task, program, console):
 def test_a_grid_runs_what_is_not_finished(task, program, console):
     program('echo "{}" > "$1/report.json"')
     task.point(1, {}).folder.mkdir(parents=True)
-    record(task.point(1, {}), Outcome("done"))
+    write_record(task.point(1, {}), Outcome("done"))
     GridSweep({}).run(task)
     said = console.file.getvalue()
     assert "4 points, 1 of them finished" in said and said.count("to go") == 3

@@ -92,12 +92,12 @@ def run_point(point: Point, watch: Callable[[Path], None] | None = None, threads
             outcome = past(point.folder)
             assert outcome is not None
             return outcome
-        record(point, None)
+        write_record(point, None)
         (point.folder / REPORT).unlink(missing_ok=True)  # of an attempt that failed
         said = (point.folder / OUTPUT).stat().st_size if (point.folder / OUTPUT).is_file() else 0
         code = _run(point, watch, threads)
         outcome = _outcome(point, code, said)
-        record(point, outcome)
+        write_record(point, outcome)
         return outcome
 
 
@@ -167,7 +167,7 @@ def _reported(path: Path) -> Outcome:
     return Outcome("failed", f"{report.get('metric', 'metric')} is {value}")
 
 
-def record(point: Point, outcome: Outcome | None) -> None:
+def write_record(point: Point, outcome: Outcome | None) -> None:
     """Writes down what the point is and how it ended, `None` while it runs."""
     content: dict[str, Any] = {"number": point.number, "params": point.params, "command": point.command}
     content |= asdict(outcome) if outcome else {"state": None, "error": None}

@@ -13,7 +13,7 @@ from qat.errors import UserError
 from qat.process import imported
 from qat.sweep.base import Sweep
 from qat.sweep.grid import grid_points
-from qat.sweep.point import PRUNED, Outcome, Point, past, record, run_point
+from qat.sweep.point import PRUNED, Outcome, Point, past, run_point, write_record
 from qat.sweep.results import by_epoch
 from qat.sweep.space import grid
 from qat.sweep.task import Task
@@ -75,7 +75,7 @@ class RaySweep(Sweep):
             outcome = past(point.folder)
             if outcome is None:  # Ray ended the process that waited for it
                 outcome = Outcome("failed", broken[point.number]) if point.number in broken else PRUNED
-                record(point, outcome)
+                write_record(point, outcome)
             task.tell(point, outcome, left)
 
     def _tune(self, ray: Any, task: Task, points: list[Point]) -> dict[int, str]:
