@@ -31,7 +31,7 @@ from qat.export.verify import (
 )
 from qat.lightning.runs.evaluate import verify_file
 from qat.planning.plan import Plan
-from qat.report.format import verdict as outcome
+from qat.report.format import verdict_in_words
 
 SHAPE = Shape(bias=True)
 
@@ -289,7 +289,7 @@ def test_outputs_that_are_no_classes_agree_where_no_value_is_more_than_a_step_aw
     assert comparison.samples == 2 and comparison.agreement == 1 / 2
     verdict = Verdict()
     check_outputs(verdict, comparison, 0.5, 1.0)
-    found = outcome({"verify": verdict.to_dict()})
+    found = verdict_in_words({"verify": verdict.to_dict()})
     assert found is not None and "50.00% of samples within a step of 8 bits" in found.text
 
 

@@ -39,7 +39,7 @@ def stage_table(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return headers, rows
 
 
-def verdict(report: Mapping[str, Any]) -> VerdictInWords | None:
+def verdict_in_words(report: Mapping[str, Any]) -> VerdictInWords | None:
     """The verdict of `report["verify"]` in words; `None` if nothing was verified."""
     verify = report.get("verify")
     if not verify:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from qat.report.format import stage_table, verdict
+from qat.report.format import stage_table, verdict_in_words
 from qat.report.picture import ACT, DPI, INK, LETTER, LINE, MUTED, RULE, WEIGHT, WIDTH, save, style
 
 MARGIN, GAP = 0.35, 0.45
@@ -30,7 +30,7 @@ def save_plot(report: Mapping[str, Any], path: Path) -> None:
     """
     headers, rows = stage_table(report)
     layers = list(report.get("layers") or [])
-    outcome = verdict(report)
+    outcome = verdict_in_words(report)
     head = MARGIN + LINE * (len(rows) + 3 + (1 + len(outcome.failures) if outcome else 0))
     body = LEGEND + TICKS + LINE * len(layers) if layers else 0.0
     figure = Figure(figsize=(WIDTH, head + body), dpi=DPI, facecolor="white")
@@ -59,7 +59,7 @@ def _draw_head(figure: Figure, report: Mapping[str, Any], headers: list[str], ro
     rule = (y - 2.2 * LINE) / height
     ends = MARGIN / WIDTH, 1 - MARGIN / WIDTH
     figure.add_artist(Line2D(ends, (rule, rule), color=RULE, linewidth=1.2, transform=figure.transFigure))
-    outcome = verdict(report)
+    outcome = verdict_in_words(report)
     if outcome is not None:
         line = 3.1 + len(rows)
         write(MARGIN, line, outcome.text, color=PASSED if outcome.passed else FAILED, fontweight="bold", fontsize=10)

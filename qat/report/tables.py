@@ -12,7 +12,7 @@ from rich.text import Text
 from qat.measure.cost import COSTS
 from qat.numbers import NONE, count
 from qat.planning.audit import AuditRow
-from qat.report.format import stage_table, verdict
+from qat.report.format import stage_table, verdict_in_words
 from qat.sweep.results import measured
 
 
@@ -55,7 +55,7 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
         delta = row[2]
         style = "" if delta == NONE else "green" if float(delta) * better >= 0 else "red"
         table.add_row(*row[:2], Text(delta, style=style), *row[3:])
-    outcome = verdict(report)
+    outcome = verdict_in_words(report)
     lines = [Text(line) for line in _predictions(report)]
     if outcome is None:
         return Group(table, *lines) if lines else table

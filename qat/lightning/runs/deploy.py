@@ -29,7 +29,7 @@ from qat.lightning.runs.workspace import ON_THE_CPU, Workspace, unmixed
 from qat.lightning.weights import CHECKPOINT_KEY, read_checkpoint
 from qat.planning.plan import Plan
 from qat.report import report_table
-from qat.report.format import verdict as outcome
+from qat.report.format import verdict_in_words
 from qat.run_files import CONFIG, REPORT, TRAINED
 
 
@@ -191,7 +191,7 @@ def _verdict(run: Workspace, target: Target, trained: Trained, file: Path | None
 
 
 def _show(run: Workspace, file: Path, verdict: Verdict) -> bool:
-    found = outcome({"verify": verdict.to_dict()})
+    found = verdict_in_words({"verify": verdict.to_dict()})
     assert found is not None
     style = "bold green" if found.passed else "bold red"
     run.console.print(f"{file}: {found.text}", style=style, highlight=False, soft_wrap=True)
