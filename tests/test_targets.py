@@ -177,12 +177,12 @@ def wide(inputs: int, counting: int, policy: dict[str, Any]) -> tuple[nn.Module,
 def test_a_layer_whose_products_int32_cannot_add_up_is_named(counting, policy, before, after) -> None:
     grids = {role: policy[role] | {"range": "minmax"} for role in ("weight", "act")}
     grids["act"]["signed"] = False
-    (model, plan), onnx = wide(67_000, counting, grids), build("onnx", {})
+    (model, plan), onnx = wide(67_000, counting, grids), target_named("onnx", {})
     found = onnx.cautions(model, plan), onnx.cautions(convert(model, plan), plan)
     assert [len(lines) for lines in found] == [before, after]
     for line in (*found[0], *found[1]):
         assert line.startswith("'0': ") and "beyond 2,147,483,647; give it fewer bits, or split it" in line
-    assert build("packed", {}).cautions(model, plan) == [], "no integer kernel reads it"
+    assert target_named("packed", {}).cautions(model, plan) == [], "no integer kernel reads it"
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -204,7 +204,7 @@ def test_an_export_warns_of_a_layer_that_int32_cannot_add_up(tmp_path, monkeypat
     monkeypatch.setattr(OnnxTarget, "write", lambda self, model, plan, example, folder: (folder / self.file).touch())
     case = Case(Shape(kind="linear"), W8A8)
     with pytest.warns(UserWarning, match=r"model\.onnx: 'stem': on some inputs its products add up to [\d,]+, and"):
-        case.export(build("onnx", {}), tmp_path)
+        case.export(target_named("onnx", {}), tmp_path)
 
 
 def test_every_export_config_but_none_is_a_target() -> None:
