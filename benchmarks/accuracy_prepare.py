@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from qat.calibrate import calibrate
-from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.insert import apply_plan, named_quantizers
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 from qat.starts import AdaRound, Start
 

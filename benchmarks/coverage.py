@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from qat.calibrate import calibrate
 from qat.files import atomic
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.planning.audit import AuditRow, audit, coverage
 from qat.planning.plan import Plan
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 POLICY = {"weight": {"bits": 8, "granularity": "channel"}, "act": {"bits": 8}, "kinds": "all"}

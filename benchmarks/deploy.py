@@ -42,9 +42,10 @@ from qat.export.onnx.runtime import OnnxRunner
 from qat.export.target import Target
 from qat.export.verify import Comparison, Verdict, check_codes, check_outputs, expected_integer_nodes
 from qat.files import atomic
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.models import GPT, MobileNetV2, ResNet
 from qat.planning.plan import Plan
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 CALIBRATION, BATCH = 256, 64

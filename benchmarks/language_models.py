@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from qat.calibrate import calibrate
 from qat.config.configs import configs_dir
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.lightning.scale_groups import own_groups
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 LENGTH, BATCH = 64, 16

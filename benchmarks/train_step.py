@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from qat import kernels
 from qat.calibrate import calibrate
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.kernels.memory import keep_freed
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 COLUMNS = (

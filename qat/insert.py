@@ -39,10 +39,7 @@ from qat.layers.chain import chain, in_turn
 from qat.layers.experts import QuantExperts, rows
 from qat.planning.addressable import check_shapes_known, has_weight
 from qat.planning.plan import Plan
-from qat.planning.planner import make_plan
 from qat.quantizers import Quantizer
-
-__all__ = ["adopt_modes", "apply_plan", "make_plan", "named_quantizers", "plan_of", "remove"]
 
 PLAN = "quantization_plan"
 """The attribute of a quantized model that is its plan."""

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from qat.errors import UserError
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.planning.audit import AuditRow, audit, check_coverage, coverage, to_dict
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 from qat.quantizers import Quantizer
 

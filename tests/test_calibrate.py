@@ -15,7 +15,8 @@ from qat.calibrate import calibrate, needs_calibration
 from qat.errors import UserError
 from qat.grid.sample import SAMPLES_PER_BATCH, spread_out
 from qat.grid.spec import QuantSpec
-from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.insert import apply_plan, named_quantizers
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 from qat.quantizers import create
 

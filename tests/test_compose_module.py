@@ -20,7 +20,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from qat.convert import convert
 from qat.copies import copied
 from qat.errors import UserError
-from qat.insert import make_plan, named_quantizers, remove
+from qat.insert import named_quantizers, remove
 from qat.layers.twin import original_class
 from qat.lightning import (
     AnnealBits,
@@ -34,6 +34,7 @@ from qat.lightning import (
 )
 from qat.lightning.losses import BatchLosses
 from qat.lightning.steps import trainer_source
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 # -- traced ------------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from qat.convert import convert
 from qat.errors import UserError
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.integer import Eager, IntegerTensor, emitting
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 from qat.quantizers import Quantizer
 

@@ -11,11 +11,12 @@ from torch import nn
 from qat.calibrate import calibrate
 from qat.convert import EVERYTHING, convert
 from qat.export.packed import WEIGHTS, save_packed
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.measure.cost import average_bits, bit_operations
 from qat.measure.storage import with_bytes
 from qat.models import ResNet
 from qat.planning.audit import audit, bops
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 from qat.search import Search
 from qat.search.costs import Files, make_costs

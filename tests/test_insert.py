@@ -13,10 +13,11 @@ from torch.nn.utils import prune
 import qat
 from qat.calibrate import calibrate
 from qat.errors import UserError
-from qat.insert import apply_plan, make_plan, named_quantizers, remove
+from qat.insert import apply_plan, named_quantizers, remove
 from qat.models.resnet import BasicBlock
 from qat.planning.audit import audit
 from qat.planning.plan import Plan
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 W4A4 = {"weight": {"bits": 4, "granularity": "channel"}, "act": {"bits": 4}}

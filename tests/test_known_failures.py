@@ -18,9 +18,10 @@ from tiny_module import POLICY, Tiny, TinyNet, images, loader, trainer
 from torch import Tensor, nn
 
 from qat.convert import convert
-from qat.insert import make_plan, named_quantizers
+from qat.insert import named_quantizers
 from qat.lightning import load_from_checkpoint
 from qat.planning.audit import audit
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

@@ -15,7 +15,8 @@ import language_models as lm
 
 import qat
 from qat.errors import UserError
-from qat.insert import make_plan, named_quantizers
+from qat.insert import named_quantizers
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 TEXT = Path(__file__).parents[2] / "shared/data/text/tinyshakespeare.txt"

@@ -11,8 +11,9 @@ from qat.adapters import merge_adapters
 from qat.convert import convert
 from qat.errors import UserError
 from qat.export.packed import load_packed, save_packed
-from qat.insert import apply_plan, make_plan, named_quantizers, plan_of
+from qat.insert import apply_plan, named_quantizers, plan_of
 from qat.planning.audit import audit
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 peft = pytest.importorskip("peft", reason="peft is not installed")

@@ -11,8 +11,9 @@ from torch.nn.utils import parametrizations, parametrize
 from qat.convert import convert
 from qat.errors import UserError
 from qat.export.packed import load_packed, save_packed
-from qat.insert import apply_plan, make_plan, remove
+from qat.insert import apply_plan, remove
 from qat.planning.plan import Plan
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 

@@ -15,9 +15,10 @@ from qat import quantizers
 from qat.convert import EVERYTHING, convert
 from qat.errors import UserError
 from qat.export.packed import load_packed, save_packed
-from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.insert import apply_plan, named_quantizers
 from qat.planning.audit import audit
 from qat.planning.plan import PlannedLayer
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}

@@ -13,10 +13,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.export.packed import load_packed, save_packed
-from qat.insert import apply_plan, make_plan, named_quantizers, remove
+from qat.insert import apply_plan, named_quantizers, remove
 from qat.layers import Part
 from qat.planning.audit import audit
 from qat.planning.plan import Plan
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 FINE = {"weight": {"bits": 16, "granularity": "channel"}, "act": {"bits": 16}}

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.grid.spec import QuantSpec
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.lightning import QATCallback
 from qat.lightning.schedules import DampenOscillations, FreezeOscillations, TrackOscillations
 from qat.lightning.schedules.dampen import pull
 from qat.lightning.schedules.oscillation import Oscillation, on_grid
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 from qat.quantizers import create
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from qat.errors import UserError
 from qat.policies.networks import NetworkPolicies, policy_of
-from qat.policies.policy import Place, QuantPolicy
+from qat.policies.policy import QuantPolicy
+from qat.policies.rules import Place
 
 PLACES = [
     Place("conv1", "Conv2d", True),

@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from qat.calibrate import calibrate
 from qat.errors import UserError
 from qat.export.verify import expected_codes
-from qat.insert import apply_plan, make_plan, named_quantizers
+from qat.insert import apply_plan, named_quantizers
 from qat.layers.weights import quantized_weights
 from qat.lightning import AnnealBits, DampenOscillations, FreezeOscillations, QuantizerHealth, TrackOscillations
 from qat.lightning.schedules.dampen import pull
 from qat.lightning.schedules.moments import cosine, progress
 from qat.lightning.schedules.oscillation import on_grid
 from qat.measure.stats import quantizer_stats, weight_stats
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 W, POLICY = 8, {"weight": {"bits": 4, "granularity": "channel", "quantizer": "lsq"}, "act": {"bits": 4}}

@@ -13,10 +13,11 @@ from rich.console import Console
 from torch import nn
 
 from qat.calibrate import calibrate
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.measure.stats import QuantizerStats, quantizer_stats
 from qat.numbers import count, size
 from qat.planning.audit import AuditRow, audit, coverage
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 from qat.report import audit_table, layer_rows, report_table, save_plot
 from qat.report.search import sensitivity_table

@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from qat.config.exports import of_file, target_named
 from qat.convert import convert
 from qat.errors import UserError
-from qat.insert import apply_plan, make_plan, remove
+from qat.insert import apply_plan, remove
 from qat.planning.plan import Plan
+from qat.planning.planner import make_plan
 from qat.policies.engines import ENGINES, Engine
 from qat.policies.networks import policy_of
 from qat.policies.policy import QuantPolicy

@@ -18,12 +18,13 @@ from qat import kernels
 from qat.calibrate import calibrate
 from qat.convert import convert
 from qat.errors import UserError
-from qat.insert import apply_plan, make_plan, remove
+from qat.insert import apply_plan, remove
 from qat.kernels import dispatch
 from qat.kernels.rectified import RECTIFIERS
 from qat.layers import QuantSequential, original_class, sequence
 from qat.models import MobileNetV2
 from qat.planning.plan import Plan
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 

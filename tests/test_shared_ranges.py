@@ -10,9 +10,10 @@ from tiny_module import Tiny, images, quantizer_state, same
 from qat.calibrate import calibrate
 from qat.cli import main
 from qat.errors import UserError
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.lightning import QATCallback
 from qat.lightning.shared_ranges import RangeCache
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 from qat.starts import CorrectBias
 

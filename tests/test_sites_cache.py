@@ -12,9 +12,10 @@ from qat.convert import convert
 from qat.errors import UserError
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import OnnxRunner
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.planning.audit import audit
 from qat.planning.plan import Plan
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qat.insert import make_plan
 from qat.planning.audit import audit
 from qat.planning.macs import einsum_macs
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 N, T, C = 3, 5, 8

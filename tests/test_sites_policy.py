@@ -8,9 +8,10 @@ from torch import nn
 
 from qat.config.presets import preset
 from qat.errors import UserError
-from qat.insert import make_plan, named_quantizers
+from qat.insert import named_quantizers
 from qat.models.resnet import ResNet
 from qat.planning.audit import audit, bops, check_coverage, coverage
+from qat.planning.planner import make_plan
 from qat.policies.policy import ALL_KINDS, DEFAULT_KINDS, QuantPolicy
 
 X = (4, 6, 8)

@@ -10,9 +10,10 @@ import qat
 from qat.errors import UserError
 from qat.grid.formats import FLOATS
 from qat.grid.spec import QuantSpec
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.measure.health import Health
 from qat.measure.stats import QuantizerStats, Tally, quantizer_stats, summarize, weight_stats
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 from qat.quantizers import create
 

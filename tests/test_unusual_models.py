@@ -16,10 +16,11 @@ import qat
 from qat.convert import convert
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.runtime import OnnxRunner
-from qat.insert import apply_plan, make_plan, named_quantizers, remove
+from qat.insert import apply_plan, named_quantizers, remove
 from qat.planning.audit import audit
 from qat.planning.functions import flat
 from qat.planning.plan import Plan
+from qat.planning.planner import make_plan
 from qat.policies.policy import QuantPolicy
 
 

@@ -11,8 +11,8 @@ from qat.errors import UserError
 from qat.layers import BoundPart, Composite, QuantizedLayer, is_computed, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
 from qat.planning.functions import ELEMENTWISE, FUNCTIONS, KV_CACHE, MEAN, PROBABILITIES
-from qat.planning.probe import Call, Recording
-from qat.policies.policy import Place
+from qat.planning.recording import Call, Recording
+from qat.policies.rules import Place
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 

@@ -18,8 +18,8 @@ from qat.measure.cost import bit_operations
 from qat.planning.functions import PROBABILITIES
 from qat.planning.plan import OUTPUTS, Plan, grids_of
 from qat.planning.planner import make_plan
-from qat.planning.probe import Call, Recording
 from qat.planning.reasons import FLOAT_CODES, FOLDS, Reasons, layers, type_name
+from qat.planning.recording import Call, Recording
 from qat.policies.networks import Policy
 
 SHOWN_GAPS = 5

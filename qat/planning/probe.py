@@ -50,7 +50,6 @@ FUNCTIONS_THAT_COMPUTE = {
     **OTHERS_THAT_COMPUTE,
 }
 """Their kinds: what an audit lists even where it is no site."""
-__all__ = ["Call", "Key", "Recording", "record"]
 
 
 @dataclass

@@ -8,7 +8,7 @@ from qat.layers import MIXINS, Composite, Site, mixin_for, original_class
 from qat.layers.adapted import inside_adapters
 from qat.planning.addressable import computed, described, has_weight, is_complex, is_norm, places, type_of
 from qat.planning.plan import Plan, grids_of
-from qat.planning.probe import Call, Recording
+from qat.planning.recording import Call, Recording
 from qat.policies.networks import policy_of
 from qat.quantizers import Quantizer, learned_by
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from qat.errors import UserError, nearest
 from qat.grid.spec import QuantSpec
-from qat.policies.policy import ROLES, Place, QuantPolicy
+from qat.policies.policy import QuantPolicy
+from qat.policies.rules import ROLES, Place
 
 KEY = "modules"
 """The only key of its settings: `{modules: {generator: {weight: ..., act: ...}}}`."""

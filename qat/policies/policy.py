@@ -42,8 +42,6 @@ from qat.policies.patterns import ends, matching
 from qat.policies.renamed import FORMERLY
 from qat.policies.rules import ROLES, Place, Rule, merge, read_role
 
-__all__ = ["Place", "QuantPolicy", "Rule"]
-
 DEFAULT_KINDS = ("add", "avg_pool", "cat", "matmul", "einsum", "attention")
 """Kinds that engines compute as integers between layers: sums, concatenations, pooling, products."""
 ALL_KINDS = (*(kind for kind in KINDS if kind not in WEIGHTED), PROBABILITIES, KV_CACHE)

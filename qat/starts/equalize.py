@@ -26,7 +26,8 @@ from qat.layers import is_computed, original_class
 from qat.modes import evaluating
 from qat.planning.addressable import has_weight, is_leaf
 from qat.planning.functions import flat
-from qat.planning.probe import Call, record
+from qat.planning.probe import record
+from qat.planning.recording import Call
 from qat.starts.base import Run, Start, replay
 
 MAX_EXPONENT = 10

@@ -16,13 +16,14 @@ from qat.export.onnx.export import traceable
 from qat.export.onnx.trace import check_trace
 from qat.export.packed import PackedTarget
 from qat.files import make_folder
-from qat.insert import apply_plan, make_plan
+from qat.insert import apply_plan
 from qat.lightning.base import QuantizationCallback
 from qat.lightning.runs.evaluate import check_monitors, test_metric
 from qat.lightning.runs.workspace import Workspace
 from qat.lightning.steps import attach, example_input, run_steps
 from qat.measure.storage import with_bytes
 from qat.planning.audit import audit, check_coverage
+from qat.planning.planner import make_plan
 from qat.run_files import LAST_CHECKPOINT
 
 
