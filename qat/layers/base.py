@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.kernels.onednn import Geometry
-from qat.layers.accumulator import RoundedBias, accumulator_scale, bias_codes, grids
+from qat.layers.accumulator import RoundedBias, accumulator_scale, grids
 from qat.layers.products_evaluation import evaluated_on_codes
 from qat.layers.products_training import MIN_ELEMENTS, trained_on_codes
 from qat.layers.rounded import rounded
@@ -136,4 +136,4 @@ class QuantizedLayer(TwinMixin):
         scale = accumulator_scale(self)
         if scale is None or self.bias is None:
             return self.bias
-        return (bias_codes(self.bias, scale) * scale).to(self.bias.dtype)
+        return RoundedBias.forward(None, self.bias, scale)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qat.layers.parts import BoundPart, Composite, Part, Watch, part_call
-from qat.layers.recurrent import State, gru_step, lstm_step, rnn_step
+from qat.layers.recurrent import State, arguments, gru_step, lstm_step, rnn_step
 from qat.layers.twin import ours
 from qat.planning.recording import Call
 
@@ -23,7 +23,7 @@ class _Cell(Composite):
 
     @classmethod
     def calls(cls, layer: Any, name: str, watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
-        input, hx = _arguments(*args, **kwargs)
+        input, hx = arguments(*args, **kwargs)
         h = hx[0] if isinstance(hx, tuple) else hx
         keys = watch.key(input), watch.fresh() if h is None else watch.key(h)
         batch = len(input) if input.dim() == 2 else 1
@@ -42,10 +42,6 @@ class _Cell(Composite):
                 hx = tuple(input.new_zeros(*input.shape[:-1], self.hidden_size) for _ in range(count))
             state = self.step(self.part("ih")(input), hx if isinstance(hx, tuple) else (hx,))
             return state if count > 1 else state[0]
-
-
-def _arguments(input: Tensor, hx: Any = None) -> tuple[Tensor, Any]:
-    return input, hx
 
 
 class QuantLSTMCell(_Cell):

@@ -68,7 +68,7 @@ class _Recurrent(Composite):
 
     @classmethod
     def calls(cls, layer: Any, name: str, watch: Watch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Call]:
-        input, hx = _arguments(*args, **kwargs)
+        input, hx = arguments(*args, **kwargs)
         tensor = input.data if isinstance(input, PackedSequence) else input
         nonnegative = getattr(layer, "nonlinearity", "") == "relu" and hx is None
         read: Key = watch.key(tensor)
@@ -190,7 +190,8 @@ class _Recurrent(Composite):
         return type(self).fused
 
 
-def _arguments(input: Any, hx: Any = None) -> tuple[Any, Any]:
+def arguments(input: Any, hx: Any = None) -> tuple[Any, Any]:
+    """The arguments of a call, however it names them."""
     return input, hx
 
 
