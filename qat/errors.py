@@ -14,6 +14,9 @@ _REFUSALS = (
     errno.ENAMETOOLONG,
 )  # fmt: skip
 
+SHOWN = 8
+"""How many names a hint lists where none is close."""
+
 
 class UserError(ValueError):
     """Something the user wrote or passed is wrong; the message is complete without a traceback.
@@ -62,7 +65,7 @@ def _lines(error: BaseException) -> list[str]:
     return str(error).strip().splitlines() or [type(error).__name__]
 
 
-def nearest(name: str, options: Iterable[str], *, shown: int = 8) -> str:
+def nearest(name: str, options: Iterable[str]) -> str:
     """Returns a hint to append to an error: the closest of `options`, or else the first few of them.
 
     >>> nearest("layr1", ["layer1", "head"])
@@ -74,5 +77,5 @@ def nearest(name: str, options: Iterable[str], *, shown: int = 8) -> str:
         return "; did you mean " + " or ".join(f"'{c}'" for c in close) + "?"
     if not options:
         return "; there is nothing to choose from"
-    rest = f", ... ({len(options)} in all)" if len(options) > shown else ""
-    return "; choose from " + ", ".join(options[:shown]) + rest
+    rest = f", ... ({len(options)} in all)" if len(options) > SHOWN else ""
+    return "; choose from " + ", ".join(options[:SHOWN]) + rest
