@@ -136,8 +136,9 @@ class QuantSpec:
 
     @property
     def width(self) -> int:
-        """Bits of a code."""
-        return FIXED_BITS.get(self.format) or self.bits or 0
+        """Bits of a code: `bits`, which are settled by now."""
+        assert self.bits is not None
+        return self.bits
 
     @property
     def float_format(self) -> Float | None:
