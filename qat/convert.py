@@ -220,7 +220,7 @@ def _mirror(name: str, weight: IntegerTensor, codes: Tensor, scales: Tensor) -> 
 
 def _vanish(norm: nn.Module) -> None:
     """Makes a folded BatchNorm an identity where it is, for everybody who holds it under whatever name."""
-    norm.forget()  # pyright: ignore[reportCallIssue]
+    norm.undo_twin()  # pyright: ignore[reportCallIssue]
     drop_mixins(norm, TwinMixin)
     for name in [*norm._parameters, *norm._buffers]:
         delattr(norm, name)

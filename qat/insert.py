@@ -25,7 +25,6 @@ from qat.layers import (
     QuantizedLayer,
     QuantSequential,
     Site,
-    SiteOwner,
     SlowPath,
     TwinMixin,
     become_twin,
@@ -36,7 +35,8 @@ from qat.layers import (
     rounds_within,
 )  # fmt: skip
 from qat.layers.chain import chain, in_turn
-from qat.layers.experts import QuantExperts, rows
+from qat.layers.experts import rows
+from qat.layers.twin import Inserted
 from qat.planning.addressable import check_shapes_known, has_weight
 from qat.planning.plan import Plan
 from qat.quantizers import Quantizer
@@ -202,26 +202,11 @@ def remove(model: nn.Module) -> None:
     """Takes the quantizers out: the model is what it was before, with the weights it has now."""
     for module in list(model.modules()):
         vars(module).pop(PLAN, None)
-        if isinstance(module, TwinMixin):
+        if isinstance(module, Inserted) and not isinstance(module, Part):
             for child in [n for n, m in module.named_children() if isinstance(m, Site | Part)]:
                 delattr(module, child)
-            if isinstance(module, SiteOwner):
-                del module.site_order, module.site_kinds, module.site_weights, module.site_owner
-            if isinstance(module, Part):
-                continue
-            if isinstance(module, QuantizedLayer):
-                for index in range(1, module.inputs):
-                    delattr(module, f"input_quantizer_{index}")
-                del module.input_quantizer, module.weight_quantizer
-                for name in ("_kept", "folds", "round_bias"):
-                    module.__dict__.pop(name, None)
-            if isinstance(module, FoldingNorm):
-                module.forget()
-            for mixin in (
-                QuantExperts, QuantizedLayer, Composite, ComputedWeight, SlowPath, SiteOwner, FoldingNorm,
-                QuantSequential,
-            ):  # fmt: skip
-                drop_mixins(module, mixin)
+            module.undo_twin()
+            drop_mixins(module, Inserted)
 
 
 def named_quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:

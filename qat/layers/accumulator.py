@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qat.grid.functional import levels
 from qat.grid.spec import QuantSpec
 from qat.layers.chain import last_grid
-from qat.layers.twin import TwinMixin, ours, stored_tensor
+from qat.layers.twin import Inserted, ours, stored_tensor
 from qat.modes import recomputing
 from qat.quantizers import Quantizer
 
@@ -109,7 +109,7 @@ def folded(norm: nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d, bias: Tensor 
     return factor, both if norm.bias is None else both + norm.bias.double()
 
 
-class FoldingNorm(TwinMixin):
+class FoldingNorm(Inserted):
     """Twin of a BatchNorm that will fold: in evaluation its bias carries the rounding error of the folded bias.
 
     Attributes:
@@ -159,9 +159,9 @@ class FoldingNorm(TwinMixin):
             self.learned_error = self._rounding_error()
         return self.learned_error
 
-    def forget(self) -> None:
-        """Undoes what makes it a twin, but for its class."""
-        for name in ("host", "learned_error", "_kept"):
+    def undo_twin(self) -> None:
+        super().undo_twin()
+        for name in ("host", "learned_error"):
             self.__dict__.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from qat.layers.parts import BoundPart, Composite, Part, Watch, part_call, product_call
 from qat.layers.site import Site
-from qat.layers.twin import TwinMixin, ours
+from qat.layers.twin import Inserted, ours
 from qat.planning.functions import FUNCTIONS
 from qat.planning.recording import Call
 
@@ -159,7 +159,7 @@ def _additive(mask: Tensor, like: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=like.dtype, device=like.device).masked_fill_(mask, float("-inf"))
 
 
-class SlowPath(TwinMixin):
+class SlowPath(Inserted):
     """On top of `TransformerEncoder` and `TransformerEncoderLayer`: runs their layers rather than one fused kernel.
 
     Both take that path only if an attribute of theirs says that they may, and read it for nothing else. Properties of

@@ -19,11 +19,11 @@ from qat.layers.products_training import MIN_ELEMENTS, trained_on_codes
 from qat.layers.rounded import rounded
 from qat.layers.shared import here, read
 from qat.layers.sources import from_sources
-from qat.layers.twin import TwinMixin, ours, stored_tensor
+from qat.layers.twin import Inserted, ours, stored_tensor
 from qat.quantizers import Quantizer
 
 
-class QuantizedLayer(TwinMixin):
+class QuantizedLayer(Inserted):
     """A layer whose input (and weight, if it has one) lie on grids.
 
     Attributes:
@@ -131,6 +131,14 @@ class QuantizedLayer(TwinMixin):
         del self.weight
         self.__dict__.pop("_kept", None)
         self._parameters.pop("bias", None)
+
+    def undo_twin(self) -> None:
+        super().undo_twin()
+        del self.input_quantizer, self.weight_quantizer
+        for index in range(1, self.inputs):
+            delattr(self, f"input_quantizer_{index}")
+        for name in ("folds", "round_bias"):
+            self.__dict__.pop(name, None)
 
     def _rounded_bias(self) -> Tensor | None:
         scale = accumulator_scale(self)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qat.layers.base import QuantizedLayer
-from qat.layers.twin import TwinMixin, become_twin, drop_mixins, original_class, ours
+from qat.layers.twin import Inserted, become_twin, drop_mixins, original_class, ours
 
 
 def is_computed(layer: nn.Module) -> bool:
@@ -16,7 +16,7 @@ def is_computed(layer: nn.Module) -> bool:
     return parametrize.is_parametrized(layer, "weight")
 
 
-class ComputedWeight(TwinMixin):
+class ComputedWeight(Inserted):
     """On top of a quantized layer: its weight is another tensor each time it is asked for, and never kept."""
 
     weight: Tensor

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qat.layers.twin import TwinMixin, original_class, ours
+from qat.layers.twin import Inserted, original_class, ours
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -47,7 +47,7 @@ def _through_site(index: int, name: str) -> property:
     return property(read)
 
 
-class QuantExperts(TwinMixin):
+class QuantExperts(Inserted):
     """Twin of an experts module, on top of its twin as an owner of sites."""
 
     gate_up_proj = _through_site(0, "gate_up_proj")

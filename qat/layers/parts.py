@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qat.layers.base import QuantizedLayer
 from qat.layers.sources import from_sources
-from qat.layers.twin import TwinMixin
+from qat.layers.twin import Inserted
 from qat.planning.macs import layer_macs
 from qat.planning.recording import Call, Key
 
@@ -144,7 +144,7 @@ class Watch(Protocol):
         ...
 
 
-class Composite(TwinMixin):
+class Composite(Inserted):
     """A layer whose twin runs on parts."""
 
     serves: ClassVar[type[nn.Module]]

@@ -20,7 +20,7 @@ from qat.layers.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinea
 from qat.layers.rounded import is_plain
 from qat.layers.sites import SiteOwner, others_see
 from qat.layers.sources import innermost_hooks
-from qat.layers.twin import TwinMixin, original_class, ours
+from qat.layers.twin import Inserted, original_class, ours
 from qat.quantizers import Quantizer
 
 READERS = (QuantLinear, QuantConv1d, QuantConv2d, QuantConv3d)
@@ -35,7 +35,7 @@ OWN = {"forward", "fake_quantize", "grid", "transform"}
 """Methods that somebody may have replaced in an instance."""
 
 
-class QuantSequential(TwinMixin):
+class QuantSequential(Inserted):
     """See the module's docstring."""
 
     training: bool

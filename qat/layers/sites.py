@@ -21,7 +21,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from qat.errors import UserError
 from qat.layers import shared
 from qat.layers.site import Site
-from qat.layers.twin import TwinMixin, original_class
+from qat.layers.twin import Inserted, original_class
 from qat.planning.functions import FUNCTIONS, MEAN, WEIGHTED, Function
 
 
@@ -95,7 +95,7 @@ def others_see() -> bool:
     return any(not isinstance(mode, SiteMode | DeviceContext) for mode in modes)
 
 
-class SiteOwner(TwinMixin):
+class SiteOwner(Inserted):
     """A module whose own forward runs functional sites.
 
     Attributes:
@@ -145,6 +145,10 @@ class SiteOwner(TwinMixin):
         if function.kind in WEIGHTED:
             return any(getattr(module, name) is operands[1] for module, name in self.site_weights)
         return func not in MEAN or operands[0].ndim == 4
+
+    def undo_twin(self) -> None:
+        super().undo_twin()
+        del self.site_order, self.site_kinds, self.site_weights, self.site_owner
 
     def _check(self, seen: list[str]) -> None:
         quantized = any(isinstance(m, Site) for m in self._modules.values())

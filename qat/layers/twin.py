@@ -79,6 +79,14 @@ class TwinMixin:
         return {k: v for k, v in parent.items() if k != "_kept"}
 
 
+class Inserted(TwinMixin):
+    """A twin that insertion has made, and that `qat.remove` turns back."""
+
+    def undo_twin(self) -> None:
+        """Gives up what makes it a twin, but for its class. Mixins that leave something on a module add to this."""
+        self.__dict__.pop("_kept", None)
+
+
 @cache
 def _twin_class(mixin: type, original: type) -> type:
     namespace = {"__doc__": original.__doc__, "__module__": original.__module__}
