@@ -49,4 +49,4 @@ def is_plain(kind: type) -> bool:
     if not issubclass(kind, LSQ | Fixed):
         return False
     same = all(getattr(kind, name) is getattr(Quantizer, name) for name in ("forward", "grid", "transform"))
-    return same and kind.fake_quantize in (LSQ.fake_quantize, Fixed.fake_quantize)
+    return same and kind.fake_quantize in (LSQ.fake_quantize, Quantizer.fake_quantize)

@@ -9,12 +9,12 @@ A quantizer is in one of three states (`qat.grid.switch`):
                 for training alone), with a straight-through gradient; in float64 before `dequantize` rounds it to
                 float32
 
-A new quantizer is one file in this folder that subclasses `Quantizer` and defines `fake_quantize`; `find` knows it by
-the file's name. Shapes: `x` is any tensor; grids broadcast against its *grouped* view (`qat.grid.partition`).
+A new quantizer is one file in this folder that subclasses `Quantizer` and gives it `kernels`; `find` knows it by the
+file's name. Shapes: `x` is any tensor; grids broadcast against its *grouped* view (`qat.grid.partition`).
 """
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,7 @@ from qat.grid.sample import sample
 from qat.grid.scales import acting, snap
 from qat.grid.spec import QuantSpec
 from qat.grid.switch import Switch
+from qat.kernels.gradient import Gradient, Grads, gradient
 from qat.kernels.rectified import made_by
 
 Grid = tuple[Tensor, Tensor, Tensor]
@@ -51,6 +52,7 @@ class Quantizer(Switch):
         quant_min, quant_max: The lowest and highest code.
         on: Whether `forward` quantizes.
         partition: Which of a tensor's elements share a scale.
+        gradient: The fake quantization that training differentiates.
         samples: Values observed of an activation, one tensor for each that passed.
         reshapes: Whether groups or a transform lie between `x` and what is rounded.
         dithers: Whether training rounds stochastically.
@@ -58,6 +60,7 @@ class Quantizer(Switch):
         readers: How many layers and operands use this quantizer in a forward pass; in training they share one rounding.
 
     Class attributes:
+        kernels: Its rounding and the gradient of that (see `qat.kernels.gradient.gradient`).
         uniform: Whether codes come from equal steps, as `QuantizeLinear` computes them; otherwise there is no
             integer file.
         static: Whether every `x` has the same grid; of one that is measured on each `x`, only `grid(x)` knows the
@@ -67,6 +70,7 @@ class Quantizer(Switch):
         UserError: if the granularity does not fit the shape.
     """
 
+    kernels: ClassVar[tuple[Callable[..., Tensor], Callable[..., Grads]]]
     uniform: ClassVar[bool] = True
     static: ClassVar[bool] = True
 
@@ -80,6 +84,7 @@ class Quantizer(Switch):
         super().__init__()
         self.spec = spec
         self.axis = axis
+        self.gradient = gradient(*self.kernels, spec.rounding)
         self.quant_min, self.quant_max = spec.quant_min, spec.quant_max
         self.is_weight = shape is not None
         self.partition = Partition(spec.granularity, spec.group_size, axis, self.is_weight, spec.group_axis or -1)
@@ -202,9 +207,13 @@ class Quantizer(Switch):
         options = (torch.int8, torch.int16, torch.int32) if self.spec.signed else (torch.uint8, torch.int32)
         return next(t for t in options if torch.iinfo(t).min <= self.quant_min and self.quant_max <= torch.iinfo(t).max)
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        """`dequantize(quantize(x))` with this quantizer's gradient; the grid broadcasts against `x`."""
-        raise NotImplementedError
+    def fake_quantize(
+        self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
+    ) -> Tensor:
+        """`dequantize(quantize(x))` with this quantizer's gradient; the grid broadcasts against `x`. Another `gradient`
+        also knows what comes before (`qat.kernels.rectified`).
+        """
+        return (gradient or self.gradient)(x, scale, low, high)
 
     def forward(self, x: Tensor, follow: bool = True) -> Tensor:
         """`x` on its grid; `follow` is false for a tensor that a moving range has followed already.

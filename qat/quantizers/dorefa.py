@@ -23,7 +23,7 @@ from torch import Tensor
 from qat.errors import UserError
 from qat.grid.formats import Rounding
 from qat.grid.spec import QuantSpec
-from qat.kernels.gradient import Grads, gradient
+from qat.kernels.gradient import Gradient, Grads, gradient
 from qat.quantizers import fixed
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
@@ -40,6 +40,8 @@ class DoReFa(Quantizer):
     so it is for training from scratch rather than for fine-tuning.
     """
 
+    kernels = forward, fixed.backward
+
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
         weight = shape is not None
         if weight and spec.format not in ("midrise", "binary"):
@@ -53,7 +55,8 @@ class DoReFa(Quantizer):
                 "lie on whole steps from 0 to 1; set format: int and symmetric: true"
             )
         super().__init__(spec, shape, axis)
-        self.gradient = gradient(forward, backward if weight else fixed.backward, spec.rounding)
+        if weight:
+            self.gradient = gradient(forward, backward, spec.rounding)
 
     def transform(self, x: Tensor) -> Tensor:
         return x.to(torch.promote_types(x.dtype, torch.float32)).tanh() if self.is_weight and self.spec.width > 1 else x
@@ -75,6 +78,8 @@ class DoReFa(Quantizer):
         if self.is_weight and x.numel():
             self._fit(self.partition.rows(self.transform(x.float())))
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    def fake_quantize(
+        self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
+    ) -> Tensor:
         # A copy: the tensor may be read twice before backward, and the second reading moves the scale in place.
-        return self.gradient(x, scale.clone(), low, high)
+        return (gradient or self.gradient)(x, scale.clone(), low, high)

@@ -21,7 +21,7 @@ from qat.errors import UserError
 from qat.grid.formats import Rounding
 from qat.grid.functional import masks, ratio, sum_to, wide
 from qat.grid.spec import QuantSpec
-from qat.kernels.gradient import Gradient, Grads, gradient
+from qat.kernels.gradient import Gradient, Grads
 from qat.modes import only_looking, recomputing
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
@@ -55,6 +55,7 @@ class DSQ(LSQ):
         sharpness: The present sharpness, `(1,)`.
     """
 
+    kernels = forward, backward
     extra = ("sharpness",)
     sharpness: Tensor
 
@@ -77,7 +78,6 @@ class DSQ(LSQ):
         self.end, self.growth = float(end), (end / start) ** (1 / steps)
         self.register_buffer("sharpness", torch.full((1,), float(start), dtype=torch.float32))
         self._used = self.sharpness
-        self.gradient = gradient(forward, backward, spec.rounding)
 
     def fake_quantize(
         self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None

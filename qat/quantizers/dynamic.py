@@ -29,7 +29,7 @@ from qat.grid.formats import FLOATS, Rounding
 from qat.grid.functional import TINY, over, ratio
 from qat.grid.scales import snap, two_level
 from qat.grid.spec import QuantSpec
-from qat.kernels.gradient import Grads, gradient
+from qat.kernels.gradient import Grads
 from qat.quantizers.base import Grid, Quantizer
 from qat.quantizers.fixed import forward
 
@@ -53,6 +53,7 @@ class Dynamic(Quantizer):
         calibrated: Whether the scale above block scales stays what calibration found.
     """
 
+    kernels = forward, backward
     static: ClassVar[bool] = False
 
     def __init__(
@@ -62,7 +63,6 @@ class Dynamic(Quantizer):
         if calibrated and (spec.scale != "e4m3" or shape is not None):
             raise UserError("options.calibrated=true: is for activations with block scales of e4m3, under one scale")
         self.calibrated = calibrated
-        self.gradient = gradient(forward, backward, spec.rounding)
         self.initialised.fill_(not calibrated)
         self._read_flags()
 
@@ -101,9 +101,6 @@ class Dynamic(Quantizer):
         if grid is None:
             raise ValueError("a dynamic grid is not in its codes: dequantize(quantize(x), grid(x))")
         return super().dequantize(codes, grid)
-
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return self.gradient(x, scale, low, high)
 
     def _fit(self, rows: Tensor) -> None:
         largest = over(rows.abs().amax(), self.spec.quant_max)

@@ -23,7 +23,7 @@ from qat.errors import UserError
 from qat.grid.formats import Rounding
 from qat.grid.functional import masks, ratio, sum_to, wide
 from qat.grid.spec import QuantSpec
-from qat.kernels.gradient import Grads, gradient
+from qat.kernels.gradient import Grads
 from qat.quantizers.fixed import forward
 from qat.quantizers.lsq import LSQ
 
@@ -52,6 +52,7 @@ class EWGS(LSQ):
         delta: Strength of the scaling; 0 is LSQ.
     """
 
+    kernels = forward, backward
     extra = ("delta",)
     delta: Tensor
 
@@ -60,4 +61,3 @@ class EWGS(LSQ):
             raise UserError(f"options.delta={delta}: must be at least 0")
         super().__init__(spec, shape, axis)
         self._set_constants(delta=delta)
-        self.gradient = gradient(forward, backward, spec.rounding)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from qat.grid.formats import Rounding
 from qat.grid.functional import narrowed, ratio
-from qat.grid.spec import QuantSpec
-from qat.kernels.gradient import Gradient, Grads, gradient
+from qat.kernels.gradient import Grads
 from qat.quantizers.base import Quantizer
 
 
@@ -31,12 +30,4 @@ class Fixed(Quantizer):
     Use it where the grid is given or should stay as it was calibrated, and as the baseline for those that learn.
     """
 
-    def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
-        super().__init__(spec, shape, axis)
-        self.gradient = gradient(forward, backward, spec.rounding)
-
-    def fake_quantize(
-        self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
-    ) -> Tensor:
-        """See `Quantizer`; another `gradient` also knows what comes before (`qat.kernels.rectified`)."""
-        return (gradient or self.gradient)(x, scale, low, high)
+    kernels = forward, backward

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qat.grid.formats import Rounding
 from qat.grid.functional import masks, ratio, sum_to
 from qat.grid.spec import QuantSpec
-from qat.kernels.gradient import Gradient, Grads, gradient
+from qat.kernels.gradient import Gradient, Grads
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
 
@@ -51,11 +51,11 @@ class LSQ(Quantizer):
         extra: Names of the tensors that a subclass's gradient takes beside the grid; their gradients are scaled alike.
     """
 
+    kernels = forward, backward
     extra: tuple[str, ...] = ()
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0) -> None:
         super().__init__(spec, shape, axis)
-        self.gradient = gradient(forward, backward, spec.rounding)
         # N of a weight; an activation's depends on the batch.
         self._per_scale = None if shape is None else max(shape.numel() // self.scale.numel(), 1)
 
@@ -65,7 +65,6 @@ class LSQ(Quantizer):
     def fake_quantize(
         self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
     ) -> Tensor:
-        """See `Quantizer`; another `gradient` also knows what comes before (`qat.kernels.rectified`)."""
         extra = [getattr(self, name) for name in self.extra] if self.extra else ()
         return (gradient or self.gradient)(x, scale, low, high, *extra, grad_scale=self.gradient_scale(x))
 

@@ -23,7 +23,7 @@ from qat.errors import UserError
 from qat.grid.formats import Rounding
 from qat.grid.functional import ratio, sum_to, values, wide
 from qat.grid.spec import QuantSpec
-from qat.kernels.gradient import Grads, gradient
+from qat.kernels.gradient import Grads
 from qat.quantizers.lsq import LSQ
 
 MAX_BITS = 8
@@ -71,6 +71,7 @@ class N2UQ(LSQ):
     Use it for studies of very few bits. Its thresholds are no division and rounding, so no integer file can hold it.
     """
 
+    kernels = forward, backward
     uniform = False
     extra = ("widths",)
 
@@ -88,7 +89,6 @@ class N2UQ(LSQ):
             )
         super().__init__(spec, shape, axis)
         self.widths = nn.Parameter(torch.ones(self.quant_max - self.quant_min, dtype=torch.float32))
-        self.gradient = gradient(forward, backward, spec.rounding)
 
     def change_bits(self, bits: int) -> None:
         """Refused: each step has a width of its own."""

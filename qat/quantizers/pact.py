@@ -19,7 +19,7 @@ from qat.errors import UserError
 from qat.grid.formats import Rounding
 from qat.grid.functional import ratio, sum_to, wide
 from qat.grid.spec import QuantSpec
-from qat.kernels.gradient import Grads, gradient
+from qat.kernels.gradient import Gradient, Grads
 from qat.quantizers.base import Quantizer
 from qat.quantizers.fixed import forward
 
@@ -46,6 +46,7 @@ class PACT(Quantizer):
             pass.
     """
 
+    kernels = forward, backward
     decay: Tensor
 
     def __init__(self, spec: QuantSpec, shape: torch.Size | None = None, axis: int = 0, decay: float = 0.0) -> None:
@@ -59,10 +60,11 @@ class PACT(Quantizer):
             raise UserError(f"options.decay={decay}: must be at least 0")
         super().__init__(spec, shape, axis)
         self._set_constants(decay=decay)
-        self.gradient = gradient(forward, backward, spec.rounding)
 
     def _make_scale(self, scale: Tensor) -> None:
         self.scale = nn.Parameter(scale)
 
-    def fake_quantize(self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-        return self.gradient(x, scale, low, high, self.decay, grad_scale=self.quant_max**-2.0)
+    def fake_quantize(
+        self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
+    ) -> Tensor:
+        return (gradient or self.gradient)(x, scale, low, high, self.decay, grad_scale=self.quant_max**-2.0)

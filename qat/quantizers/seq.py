@@ -61,6 +61,7 @@ class SEQ(LSQ):
     Use it for weights of 1, 1.6 (ternary) and 2 bits: the presets `w1a16`, `w158a16` and `w2a16` do.
     """
 
+    kernels = forward, backward
     extra = ("reach",)
     reach: Tensor
 
@@ -72,7 +73,8 @@ class SEQ(LSQ):
             )
         super().__init__(spec, shape, axis)
         self._set_constants(reach=REACH[spec.format] if spec.width > 1 else 1.0)
-        self.gradient = gradient(forward, backward if spec.width > 1 else backward_binary, spec.rounding)
+        if spec.width == 1:
+            self.gradient = gradient(forward, backward_binary, spec.rounding)
 
     def change_bits(self, bits: int) -> None:
         """Refused: each width has a gradient of its own."""
