@@ -1,20 +1,15 @@
 """`Quantizer`: one tensor's grid as a module. It knows no layer, no policy and no Lightning.
 
-A quantizer is in one of three states (`qat.grid.switch`):
-
-    observing   collects a sample of what passes and returns it untouched; `calibrate` turns the sample into scale and
-                zero_point
-    off         returns its input
-    on          returns `dequantize(quantize(x))` in the type of `x`, bit for bit (but for stochastic rounding, which is
-                for training alone), with a straight-through gradient; in float64 before `dequantize` rounds it to
-                float32
+A quantizer observes, is off or is on (`qat.grid.calibrated`). Switched on, it returns `dequantize(quantize(x))` in the
+type of `x`, bit for bit (but for stochastic rounding, which is for training alone), with a straight-through gradient;
+in float64 before `dequantize` rounds it to float32.
 
 A new quantizer is one file in this folder that subclasses `Quantizer` and gives it `kernels`; `find` knows it by the
 file's name. Shapes: `x` is any tensor; grids broadcast against its *grouped* view (`qat.grid.partition`).
 """
 
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -22,13 +17,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from qat.errors import UserError
-from qat.grid import ranges
+from qat.grid.calibrated import Calibrated
 from qat.grid.functional import dither, levels, values
 from qat.grid.partition import Partition
-from qat.grid.sample import sample
 from qat.grid.scales import acting, snap
 from qat.grid.spec import QuantSpec
-from qat.grid.switch import Switch
 from qat.kernels.gradient import Gradient, Grads, gradient
 from qat.kernels.rectified import made_by
 
@@ -36,7 +29,7 @@ Grid = tuple[Tensor, Tensor, Tensor]
 """(scale, low, high): scale and the limits in units of it, broadcasting against the grouped view."""
 
 
-class Quantizer(Switch):
+class Quantizer(Calibrated):
     """The grid of one tensor.
 
     Args:
@@ -50,10 +43,8 @@ class Quantizer(Switch):
             by `group_size`.
         zero_point: int32 of the same shape; the code of the value zero.
         quant_min, quant_max: The lowest and highest code.
-        on: Whether `forward` quantizes.
         partition: Which of a tensor's elements share a scale.
         gradient: The fake quantization that training differentiates.
-        samples: Values observed of an activation, one tensor for each that passed.
         reshapes: Whether groups or a transform lie between `x` and what is rounded.
         dithers: Whether training rounds stochastically.
         follows: Whether training moves the grid after the tensors that pass (`minmax`, weights of `dorefa`).
@@ -74,8 +65,6 @@ class Quantizer(Switch):
     uniform: ClassVar[bool] = True
     static: ClassVar[bool] = True
 
-    scale: Tensor
-    zero_point: Tensor
     lowest: Tensor
     highest: Tensor
     readers: int = 1
@@ -100,36 +89,37 @@ class Quantizer(Switch):
         if spec.granularity == "channel" and shape is not None:
             self._spread_shape = tuple(-1 if d == axis else 1 for d in range(len(shape)))
 
-    def _make_scale(self, scale: Tensor) -> None:
-        """Registers `scale`; quantizers that learn it register a parameter instead."""
-        self.register_buffer("scale", scale)
+    def forward(self, x: Tensor, follow: bool = True) -> Tensor:
+        """`x` on its grid; `follow` is false for a tensor that a moving range has followed already.
 
-    def _make_zero_point(self, zero_point: Tensor) -> None:
-        """Registers `zero_point`; a quantizer that derives it from something else has a property instead."""
-        self.register_buffer("zero_point", zero_point)
-
-    def _set_constants(self, **values: float) -> None:
-        """Makes buffers of numbers that the settings say, so that compiled kernels are the same for all of them.
-        Checkpoints do not carry them.
+        Raises:
+            UserError: under a transform of `torch.func`, or for a dual tensor.
         """
-        for name, value in values.items():
-            held = self._buffers.get(name)
-            if held is None or held.is_meta:
-                held = torch.empty(1, dtype=torch.float32, device=self.enabled.device)
-                self.register_buffer(name, held, persistent=False)
-            held.fill_(value)
-        self._constants.update(values)
+        if not self.on:
+            return self._pass(x)
+        if hasattr(x, "on_grid") and made_by(self, x):
+            return x
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            _check_transforms(x)
+        if follow and self.follows and self.training:
+            self.follow(x.detach())
+        inner, grid = self.partition.grouped(self.transform(x)) if self.reshapes else x, self.grid(x)
+        if self.dithers and self.training:
+            inner = dither(inner, *grid)
+        y = self.fake_quantize(inner, *grid)
+        y = y if y.dtype is x.dtype else y.to(x.dtype)  # the very tensor, to compilers, too
+        return y if y.shape == x.shape else y.view(x.shape)  # groups, and a scalar that met a scale of shape (1,)
 
-    def _scale_shape(self, shape: torch.Size | None) -> tuple[int, ...]:
-        """The shape of `scale`, where the granularity suits a weight of this shape, or an activation."""
-        if shape is not None:
-            return self.partition.scale_shape(shape)
-        if self.spec.granularity != "tensor":
-            raise UserError(
-                f"granularity={self.spec.granularity}: quantizer={self.spec.quantizer} keeps one scale for an "
-                "activation (granularity=tensor); quantizer: dynamic measures tokens and groups as they pass"
-            )
-        return (1,)
+    def fake_quantize(
+        self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
+    ) -> Tensor:
+        """`dequantize(quantize(x))` with this quantizer's gradient; the grid broadcasts against `x`. Another `gradient`
+        also knows what comes before (`qat.kernels.rectified`).
+        """
+        return (gradient or self.gradient)(x, scale, low, high)
+
+    def follow(self, x: Tensor) -> None:
+        """Moves the grid after `x` before a training forward pass rounds to it; most grids stay."""
 
     # -- the grid ------------------------------------------------------------------------------------------------------
 
@@ -162,6 +152,9 @@ class Quantizer(Switch):
     def transforms(self) -> bool:
         """Whether `transform` does anything, so that a value need not be near the grid point that it is rounded to."""
         return type(self).transform is not Quantizer.transform
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return self.partition.rows(self.transform(x))
 
     @torch.no_grad()
     def levels(self, x: Tensor) -> Tensor:
@@ -207,99 +200,38 @@ class Quantizer(Switch):
         options = (torch.int8, torch.int16, torch.int32) if self.spec.signed else (torch.uint8, torch.int32)
         return next(t for t in options if torch.iinfo(t).min <= self.quant_min and self.quant_max <= torch.iinfo(t).max)
 
-    def fake_quantize(
-        self, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, gradient: Gradient | None = None
-    ) -> Tensor:
-        """`dequantize(quantize(x))` with this quantizer's gradient; the grid broadcasts against `x`. Another `gradient`
-        also knows what comes before (`qat.kernels.rectified`).
+    # -- what it is made of --------------------------------------------------------------------------------------------
+
+    def _make_scale(self, scale: Tensor) -> None:
+        """Registers `scale`; quantizers that learn it register a parameter instead."""
+        self.register_buffer("scale", scale)
+
+    def _make_zero_point(self, zero_point: Tensor) -> None:
+        """Registers `zero_point`; a quantizer that derives it from something else has a property instead."""
+        self.register_buffer("zero_point", zero_point)
+
+    def _set_constants(self, **values: float) -> None:
+        """Makes buffers of numbers that the settings say, so that compiled kernels are the same for all of them.
+        Checkpoints do not carry them.
         """
-        return (gradient or self.gradient)(x, scale, low, high)
+        for name, value in values.items():
+            held = self._buffers.get(name)
+            if held is None or held.is_meta:
+                held = torch.empty(1, dtype=torch.float32, device=self.enabled.device)
+                self.register_buffer(name, held, persistent=False)
+            held.fill_(value)
+        self._constants.update(values)
 
-    def forward(self, x: Tensor, follow: bool = True) -> Tensor:
-        """`x` on its grid; `follow` is false for a tensor that a moving range has followed already.
-
-        Raises:
-            UserError: under a transform of `torch.func`, or for a dual tensor.
-        """
-        if not self.on:
-            return self._pass(x)
-        if hasattr(x, "on_grid") and made_by(self, x):
-            return x
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            _check_transforms(x)
-        if follow and self.follows and self.training:
-            self.follow(x.detach())
-        inner, grid = self.partition.grouped(self.transform(x)) if self.reshapes else x, self.grid(x)
-        if self.dithers and self.training:
-            inner = dither(inner, *grid)
-        y = self.fake_quantize(inner, *grid)
-        y = y if y.dtype is x.dtype else y.to(x.dtype)  # the very tensor, to compilers, too
-        return y if y.shape == x.shape else y.view(x.shape)  # groups, and a scalar that met a scale of shape (1,)
-
-    def follow(self, x: Tensor) -> None:
-        """Moves the grid after `x` before a training forward pass rounds to it; most grids stay."""
-
-    # -- calibration ---------------------------------------------------------------------------------------------------
-
-    @property
-    def needs_range(self) -> bool:
-        """Whether calibration has to find something."""
-        return self.static
-
-    def _pass(self, x: Tensor) -> Tensor:
-        if self.observing:
-            if self.needs_range:
-                self._observe(x)
-        elif self.unready:
-            raise RuntimeError("this quantizer has no range yet: qat.calibrate.calibrate(model, run) finds it")
-        return x
-
-    @torch.no_grad()
-    def _observe(self, x: Tensor) -> None:
-        if not x.numel():
-            return
-        x = x.detach().float()
-        if not x.isfinite().all():
-            what = "the weight" if self.is_weight else "calibration data"
-            raise UserError(f"{what} holds NaN or infinity, for which there is no range")
-        if not self.is_weight:  # of which `calibrate` looks at all
-            self.samples.append(sample(x))
-
-    @torch.no_grad()
-    def calibrate(self, x: Tensor | None = None) -> None:
-        """Sets scale and zero_point from `x`, or from what was observed, if it needs a range, and ends observing.
-
-        Raises:
-            UserError: if there is nothing to look at, or it holds NaN or infinity.
-        """
-        if self.needs_range:
-            rows = self._observed() if x is None else self.partition.rows(self.transform(x.detach().float()))
-            if not rows.isfinite().all():
-                raise UserError("holds NaN or infinity, for which there is no range")
-            if rows.numel():
-                self._fit(rows)
-            self.initialised.fill_(True)
-        self.observe(False)
-
-    def _observed(self) -> Tensor:
-        if not self.samples:
-            raise UserError("nothing passed through it during calibration")
-        return torch.cat(self.samples)[None]
-
-    @classmethod
-    def heeds(cls, weight: bool) -> Collection[str]:
-        """The estimators (`spec.range`) that `_fit` asks, for a weight or an activation."""
-        return ranges.ESTIMATORS
-
-    def _fit(self, rows: Tensor) -> None:
-        """Finds the first range from `rows [scales, N]`."""
-        self._set_range(*ranges.ESTIMATORS[self.spec.range](rows, self.spec))
-
-    @torch.no_grad()
-    def _set_range(self, low: Tensor, high: Tensor) -> None:
-        scale, zero_point = ranges.scale_and_zero_point(low, high, self.spec)
-        self.scale.copy_(scale.view(self.scale.shape))
-        self.zero_point.copy_(zero_point.view(self.zero_point.shape))
+    def _scale_shape(self, shape: torch.Size | None) -> tuple[int, ...]:
+        """The shape of `scale`, where the granularity suits a weight of this shape, or an activation."""
+        if shape is not None:
+            return self.partition.scale_shape(shape)
+        if self.spec.granularity != "tensor":
+            raise UserError(
+                f"granularity={self.spec.granularity}: quantizer={self.spec.quantizer} keeps one scale for an "
+                "activation (granularity=tensor); quantizer: dynamic measures tokens and groups as they pass"
+            )
+        return (1,)
 
     # -- another grid --------------------------------------------------------------------------------------------------
 
