@@ -18,7 +18,7 @@ from qat import kernels
 from qat.errors import UserError
 from qat.insert import named_quantizers
 from qat.kernels import dispatch, onednn
-from qat.kernels.gradient import Made
+from qat.kernels.recipes import Recipe
 from qat.layers import products_evaluation, products_training
 from qat.quantizers.lsq import LSQ
 
@@ -109,13 +109,13 @@ GRIDS = {
 def test_backward_makes_the_input_of_its_codes(grid, layout, monkeypatch):
     made = []
 
-    def again(self: Made) -> torch.Tensor:
+    def again(self: Recipe) -> torch.Tensor:
         if self.decoded is not None:
             made.append((self.decoded(), self.gradient.forward.large(self.tensors)))
         return original(self)
 
-    original = Made.again
-    monkeypatch.setattr(Made, "again", again)
+    original = Recipe.again
+    monkeypatch.setattr(Recipe, "again", again)
     x = (torch.randn(2, 6, 7, 9) * 3).to(memory_format=layout)
     step(quantized(nn.Conv2d(6, 8, 3), x, *GRIDS[grid]), x)
     [(found, expected)] = made

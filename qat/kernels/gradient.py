@@ -1,5 +1,4 @@
-"""Fake quantization as an autograd function: a forward and a backward kernel, which save nothing but their inputs, and
-how a tensor that was made so can be made again.
+"""Fake quantization as an autograd function: a forward and a backward kernel, which save nothing but their inputs.
 
 Which of the four functions runs depends on who calls:
 
@@ -8,14 +7,12 @@ Which of the four functions runs depends on who calls:
     large ones             `_Large`      with compiled kernels where they pay
     products of codes      `_Unwritten`  the values stay unwritten, since codes are computed from the recipe
 
-A large tensor that was fake-quantized carries its recipe as the attribute `made`, a `Made`: layers save that for
-backward instead of the tensor (`qat.layers.sources`), and products of codes begin with it (`qat.layers.codes`).
+A large tensor that was fake-quantized carries its recipe as the attribute `made` (`qat.kernels.recipes`).
 """
 
-import threading
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +22,7 @@ from qat.kernels import dispatch
 from qat.kernels.dispatch import Kernel
 from qat.kernels.launch import PLAIN
 from qat.kernels.layout import dense
+from qat.kernels.recipes import Recipe, here
 
 SAVED = 1 << 17
 """Fake-quantized tensors below this many elements are saved for backward as they are: making them anew
@@ -49,8 +47,8 @@ class Gradient:
         tensors = x, scale, low, high, *extra
         if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():
             y: Any = _Plain.apply(self, grad_scale, *tensors)
-            if _here.recipes:
-                _here.recipes[-1].append((y, (self, tensors)))
+            if here.recipes:
+                here.recipes[-1].append((y, Recipe(self, tensors)))
             return y
         count, learning = x.numel(), torch.is_grad_enabled()
         if (
@@ -67,9 +65,9 @@ class Gradient:
             tensors = x, *tensors[1:]
         if count < SAVED or x.is_inference():  # which has no version that a recipe could be checked by
             return _large(self, grad_scale, *tensors)
-        left = _here.left
+        left = here.left
         y = (_large if left is None else _unwritten)(self, grad_scale, *tensors)
-        y.made = Made(self, tensors, x._version, y._version)
+        y.made = Recipe(self, tensors, x._version, y._version)
         if left is not None:
             left.append(y)
         return y
@@ -191,85 +189,3 @@ _small = super(torch.autograd.Function, _Small).apply  # pyright: ignore[reportA
 _large = super(torch.autograd.Function, _Large).apply  # pyright: ignore[reportAttributeAccessIssue]
 _unwritten = super(torch.autograd.Function, _Unwritten).apply  # pyright: ignore[reportAttributeAccessIssue]
 """Their `apply` without the dozen Python calls that prepare it for functorch and compilers."""
-
-
-class Made(NamedTuple):
-    """How a large fake-quantized tensor was made, attached to it as `made`.
-
-    Attributes:
-        gradient: The function whose forward pass made it.
-        tensors: `x, scale, low, high, *extra`.
-        version: Version of `x` when it was quantized.
-        own: Version of the quantized tensor when it was made; if that has changed, the recipe no longer describes it.
-        decoded: The fake-quantized tensor of its codes, where somebody has them.
-    """
-
-    gradient: Gradient
-    tensors: tuple[Tensor, ...]
-    version: int
-    own: int
-    decoded: Callable[[], Tensor] | None = None
-
-    def again(self) -> Tensor:
-        """The fake-quantized tensor, made anew.
-
-        Raises:
-            RuntimeError: if `x`, where it is made of that, has been written to since.
-        """
-        if self.decoded is not None:
-            return self.decoded()
-        check_version(self.tensors[0], self.version)
-        return self.gradient.forward.large(self.tensors)
-
-
-def check_version(tensor: Tensor, version: int) -> None:
-    """Raises RuntimeError if `tensor` has been written to since it was at `version`."""
-    if tensor._version != version:
-        raise RuntimeError(
-            "a tensor that backward needs was modified in place after it had been saved or quantized: "
-            f"{tuple(tensor.shape)} is at version {tensor._version}, expected {version}"
-        )
-
-
-Recipe = tuple[Gradient, tuple[Tensor, ...]]
-"""How a fake-quantized tensor was made: the function, and the tensors that it took (`x, scale, low, high, *extra`)."""
-
-
-class _Here(threading.local):
-    """Notes on what the quantizers in this thread do, taken while somebody asks for them.
-
-    Attributes:
-        recipes: For each who asks, what compilers see being quantized: for them a tensor keeps no attribute.
-        left: Tensors that were left unwritten.
-    """
-
-    left: list[Tensor] | None = None
-
-    def __init__(self) -> None:
-        self.recipes: list[list[tuple[Tensor, Recipe]]] = []
-
-
-_here = _Here()
-
-
-def with_recipe(quantize: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Recipe | None]:
-    """`quantize(x)` for a compiler, and its recipe if it has one."""
-    _here.recipes.append([])
-    y = quantize(x)
-    found = _here.recipes.pop()
-    return found[-1] if found and found[-1][0] is y else (y, None)
-
-
-def unwritten(quantize: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
-    """`quantize(x)`, its values left unwritten if it has a recipe (`made`) for them.
-
-    Returns:
-        `None` if the result depends on values that were left unwritten: call the quantizer again.
-    """
-    previous, left = _here.left, []
-    _here.left = left
-    try:
-        y = quantize(x)
-    finally:
-        _here.left = previous
-    return y if not left or y is left[0] else None

@@ -6,7 +6,6 @@ Apart, the ReLU reads and writes its tensor once more, and so does its gradient.
 
 from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,14 +66,3 @@ def _backward(
     grad_x, *others = backward(rounding, grad, rectify(x), *grid)
     assert grad_x is not None
     return torch.where(stops(x), 0, grad_x), *others
-
-
-def mark(x: Tensor, quantizer: Any) -> None:
-    """Notes that `x` is what `quantizer` has made."""
-    x.on_grid = quantizer, x._version  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def made_by(quantizer: Any, x: Tensor) -> bool:
-    """Whether it is `quantizer` that has made the marked `x`, and nobody has written to that since."""
-    maker, version = x.on_grid  # pyright: ignore[reportAttributeAccessIssue]
-    return maker is quantizer and version == x._version

@@ -20,8 +20,8 @@ from qat.grid.formats import Rounding
 from qat.grid.functional import levels, positive, values
 from qat.kernels import dispatch, onednn
 from qat.kernels.dispatch import Kernel
-from qat.kernels.gradient import Recipe
 from qat.kernels.onednn import Geometry
+from qat.kernels.recipes import Recipe
 from qat.quantizers import Quantizer
 from qat.quantizers.fixed import forward as plain_rounding
 
@@ -57,9 +57,9 @@ def codes_of(
         recipe: How `x` was made, where `x.made` cannot say so.
     """
     if hasattr(x, "made"):
-        recipe = x.made.gradient, x.made.tensors  # pyright: ignore[reportAttributeAccessIssue]
-    rounded = recipe is not None and recipe[0].parts[0] is plain_rounding
-    tensors = recipe[1][:4] if recipe and rounded else (x, *quantizer.grid(x))
+        recipe = x.made  # pyright: ignore[reportAttributeAccessIssue]
+    rounded = recipe is not None and recipe.gradient.parts[0] is plain_rounding
+    tensors = recipe.tensors[:4] if recipe and rounded else (x, *quantizer.grid(x))
     rounding = quantizer.spec.rounding
     if torch.compiler.is_dynamo_compiling() or tensors[0].numel() < dispatch.SMALL:
         codes, scale = function(rounding, *tensors)

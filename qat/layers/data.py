@@ -21,8 +21,7 @@ from torch import Tensor
 from qat.grid.formats import Rounding
 from qat.grid.functional import wide
 from qat.kernels.dispatch import Kernel
-from qat.layers.hooks import looked_at
-from qat.layers.sources import innermost_hooks
+from qat.layers.hooks import innermost_hooks, looked_at
 from qat.layers.twin import ours
 from qat.quantizers.lsq import LSQ, slopes
 

@@ -1,7 +1,15 @@
-"""Finding hooks that look at what modules compute: what is computed another way must not pass them by."""
+"""Finding hooks that look at what modules compute and save: what is computed another way must not pass them by."""
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
 from torch import nn
 from torch.nn.modules import module as modules
+
+innermost_hooks: Callable[[], Any] = partial(torch._C._autograd._top_saved_tensors_default_hooks, True)  # pyright: ignore[reportAttributeAccessIssue]
+"""The hooks that see a tensor when it is saved; `None` without any."""
 
 
 def looked_at(module: nn.Module) -> bool:

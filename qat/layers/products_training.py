@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from qat.kernels import onednn
-from qat.kernels.gradient import unwritten, with_recipe
 from qat.kernels.onednn import Geometry
+from qat.kernels.recipes import unwritten, with_recipe
 from qat.layers.accumulator import grids
 from qat.layers.codes import (
     codes_of,
@@ -25,8 +25,8 @@ from qat.layers.codes import (
     runs_here,
     weight_levels,
 )
-from qat.layers.hooks import looked_at
-from qat.layers.sources import from_sources, innermost_hooks
+from qat.layers.hooks import innermost_hooks, looked_at
+from qat.layers.sources import from_sources
 from qat.layers.twin import ours
 from qat.quantizers import Quantizer
 from qat.quantizers.fixed import forward as plain_rounding

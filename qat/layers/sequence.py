@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from qat.kernels.dispatch import compiled
 from qat.kernels.launch import PLAIN
-from qat.kernels.rectified import behind, is_rectifier, mark
-from qat.layers.hooks import looked_at
+from qat.kernels.recipes import mark
+from qat.kernels.rectified import behind, is_rectifier
+from qat.layers.hooks import innermost_hooks, looked_at
 from qat.layers.modules import QuantConv1d, QuantConv2d, QuantConv3d, QuantLinear
 from qat.layers.rounded import is_plain
 from qat.layers.sites import SiteOwner, others_see
-from qat.layers.sources import innermost_hooks
 from qat.layers.twin import Inserted, original_class, ours
 from qat.quantizers import Quantizer
 

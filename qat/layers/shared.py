@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.layers.sources import innermost_hooks
+from qat.layers.hooks import innermost_hooks
 
 Kept = dict[tuple[int, int], tuple[Tensor, tuple[Any, ...], Tensor, int]]
 """By quantizer and tensor: the tensor, its state, what was made of it, and how many readers are left."""

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat.kernels.gradient import Made, check_version
+from qat.kernels.recipes import Recipe, check_version
+from qat.layers.hooks import innermost_hooks
 
 _hooks: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
 """torch's stack of hooks on saved tensors, without the objects that `torch.autograd.graph` puts around it."""
-
-innermost_hooks: Callable[[], Any] = partial(_hooks._top_saved_tensors_default_hooks, True)
-"""The hooks that see a tensor when it is saved; `None` without any."""
 
 
 def from_sources(tensors: Iterable[Tensor], function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
@@ -30,7 +28,7 @@ def from_sources(tensors: Iterable[Tensor], function: Callable[..., Any], /, *ar
     """
     if innermost_hooks() is not None:
         return function(*args, **kwargs)
-    made: dict[int, Made] = {}
+    made: dict[int, Recipe] = {}
     for tensor in tensors:
         if hasattr(tensor, "made") and tensor.made.own == tensor._version:  # pyright: ignore[reportAttributeAccessIssue]
             made[tensor.data_ptr()] = tensor.made  # pyright: ignore[reportAttributeAccessIssue]
@@ -41,7 +39,7 @@ def from_sources(tensors: Iterable[Tensor], function: Callable[..., Any], /, *ar
         _hooks._pop_saved_tensors_default_hooks()
 
 
-def _pack(made: dict[int, Made], tensor: Tensor) -> Any:
+def _pack(made: dict[int, Recipe], tensor: Tensor) -> Any:
     source = made.get(tensor.data_ptr())
     if source is None or tensor.numel() != source.tensors[0].numel():
         return tensor, tensor._version  # which torch does not check where a hook has seen the tensor

@@ -23,7 +23,7 @@ from qat.grid.partition import Partition
 from qat.grid.scales import acting, snap
 from qat.grid.spec import QuantSpec
 from qat.kernels.gradient import Gradient, Grads, gradient
-from qat.kernels.rectified import made_by
+from qat.kernels.recipes import marked_by
 
 Grid = tuple[Tensor, Tensor, Tensor]
 """(scale, low, high): scale and the limits in units of it, broadcasting against the grouped view."""
@@ -97,7 +97,7 @@ class Quantizer(Calibrated):
         """
         if not self.on:
             return self._pass(x)
-        if hasattr(x, "on_grid") and made_by(self, x):
+        if hasattr(x, "on_grid") and marked_by(self, x):
             return x
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             _check_transforms(x)
