@@ -29,7 +29,7 @@ from qat.quantizers.lsq import LSQ
 MAX_BITS = 8
 
 
-def acting(widths: Tensor, dtype: torch.dtype) -> Tensor:
+def acting_widths(widths: Tensor, dtype: torch.dtype) -> Tensor:
     """The widths that act: at least a hundredth of a step, so that thresholds stay in order and slopes finite."""
     return widths.to(dtype).clamp_min(1e-2)
 
@@ -37,7 +37,7 @@ def acting(widths: Tensor, dtype: torch.dtype) -> Tensor:
 def staircase(x: Tensor, scale: Tensor, low: Tensor, widths: Tensor) -> Tensor:
     """Levels of `x`: how many thresholds lie at or below it. NaN stays NaN."""
     v = ratio(x, scale)
-    widths = acting(widths, v.dtype)
+    widths = acting_widths(widths, v.dtype)
     thresholds = low + widths.cumsum(0) - widths / 2
     return torch.where(v.isnan(), v, low + torch.bucketize(v.contiguous(), thresholds, right=True))
 
@@ -50,7 +50,7 @@ def backward(
     rounding: Rounding, grad: Tensor, x: Tensor, scale: Tensor, low: Tensor, high: Tensor, widths: Tensor
 ) -> Grads:
     v = ratio(x, scale)
-    a = acting(widths, v.dtype)
+    a = acting_widths(widths, v.dtype)
     ends = low + a.cumsum(0)
     segment = torch.bucketize(v.contiguous(), ends).clamp_max(len(a) - 1)
     inside = (v >= low) & (v <= ends[-1])
