@@ -169,7 +169,7 @@ class Composite(Inserted):
 
 def part_call(name: str, part: Part, input: Key, shape: tuple[int, ...]) -> Call:
     """The call of a part with an output of `shape`, for the whole batch."""
-    return Call(name.removeprefix("."), part, [input], None, shape=shape, macs=[layer_macs(part, shape)])
+    return Call(name.removeprefix("."), part, [input], shape=shape, macs=[layer_macs(part, shape)])
 
 
 def product_call(owner: str, index: int, operands: list[Key], shape: tuple[int, ...], inner: int) -> Call:
@@ -184,9 +184,7 @@ def product_call(owner: str, index: int, operands: list[Key], shape: tuple[int, 
     """
     site = f"{owner}.matmul_{index}".removeprefix(".")
     macs = [math.prod(shape) * inner]
-    return Call(
-        owner, torch.matmul, operands, None, shape=shape, operands=operands, macs=macs, site=site, kind="matmul"
-    )
+    return Call(owner, torch.matmul, operands, shape=shape, operands=operands, macs=macs, site=site, kind="matmul")
 
 
 def part_parameters(part: Part) -> Iterator[tuple[Any, Tensor]]:

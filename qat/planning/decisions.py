@@ -9,7 +9,7 @@ from torch import nn
 from qat.errors import UserError
 from qat.grid.spec import QuantSpec
 from qat.planning.addressable import described, places
-from qat.planning.probe import Call, Recording
+from qat.planning.recording import Call, Recording
 from qat.policies.networks import Policy
 
 

@@ -14,7 +14,7 @@ from qat.grid.spec import QuantSpec
 from qat.planning.addressable import summed_axis
 from qat.planning.decisions import Decisions
 from qat.planning.functions import FUNCTIONS, KV_CACHE, PROBABILITIES
-from qat.planning.probe import Call, Key, Recording
+from qat.planning.recording import Call, Key, Recording
 
 Chains = dict[str, list[list[str]]]
 """For each layer or site, for each operand: labels of the grids it passes in turn."""

@@ -13,12 +13,13 @@ from torch import nn
 
 from qat.errors import UserError
 from qat.layers import sites_changed
-from qat.planning.addressable import CONVOLUTIONS, check_shapes_known, has_weight, inside_of, is_leaf, is_norm, type_of
+from qat.planning.addressable import CONVOLUTIONS, check_shapes_known, has_weight, is_norm, type_of
 from qat.planning.decisions import Decisions, decide
 from qat.planning.edges import activation_grids
 from qat.planning.functions import ELEMENTWISE
 from qat.planning.plan import Plan, SiteOperand, kind_of, owner_of
-from qat.planning.probe import Recording, record
+from qat.planning.probe import record
+from qat.planning.recording import Recording
 from qat.planning.weights import plan_weights
 from qat.policies.engines import engine_of
 from qat.policies.networks import Policy
@@ -30,7 +31,7 @@ def make_plan(model: nn.Module, policy: Policy, run: Callable[[], Any]) -> tuple
     Raises:
         UserError: if a rule matches nothing or nothing can be quantized.
     """
-    recording = record(model, run, is_leaf, inside_of)
+    recording = record(model, run)
     check_shapes_known(model)
     _check_names(model, recording)
     decisions = decide(model, policy, recording)

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from qat.layers.experts import is_experts
 from qat.modes import evaluating, without_fast_path
+from qat.planning.addressable import inside_of, is_leaf
 from qat.planning.functions import (
     EXPERTS,
     FUNCTIONS,
@@ -33,6 +34,7 @@ from qat.planning.functions import (
     PRODUCT_KINDS,
     SHAPED_ALIKE,
     WEIGHTED,
+    Function,
     first_tensor,
     flat,
     is_nonnegative,
@@ -62,9 +64,9 @@ class _Frame:
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes a `Recording` of one pass; `leaves` are the modules whose inside is nobody's business."""
+    """Writes a `Recording` of one pass; the inside of leaves is nobody's business."""
 
-    def __init__(self, root: nn.Module, is_leaf: Callable[[nn.Module], bool], inside_of: "InsideOf | None") -> None:
+    def __init__(self, root: nn.Module, parts: bool) -> None:
         super().__init__()
         self.alive: list[Any] = []  # ids are unique only among living objects
         self.recording = Recording()
@@ -74,8 +76,7 @@ class _Recorder(TorchFunctionMode):
         # What is computed from no data; keys of tensors of any type.
         self.constants = {self.key(t) for t in (*root.parameters(), *root.buffers()) if not is_lazy(t)}
         self.root = root
-        self.is_leaf = is_leaf
-        self.inside_of = inside_of
+        self.parts = parts
         self.stack: list[_Frame] = []
 
     @property
@@ -106,7 +107,7 @@ class _Recorder(TorchFunctionMode):
         return key
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.stack.append(_Frame(module, self.is_leaf(module)))
+        self.stack.append(_Frame(module, is_leaf(module)))
         if module is self.root or (not self.inside and self.recording.samples == 1):
             sizes = (len(v) for v in flat((*args, *kwargs.values())) if isinstance(v, Tensor) and v.ndim)
             self.recording.samples = max(1, next(sizes, 1))
@@ -129,10 +130,10 @@ class _Recorder(TorchFunctionMode):
 
     def _calls_of(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> list[Call]:
         name = self.names[id(module)]
-        if self.inside_of and (calls := self.inside_of(module, name, self, args, kwargs)) is not None:
+        if self.parts and (calls := inside_of(module, name, self, args, kwargs)) is not None:
             return calls
         inputs = [a for a in flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
-        call = Call(name, module, self.keys((*args, *kwargs.values())), None)
+        call = Call(name, module, self.keys((*args, *kwargs.values())))
         call.input_shape = tuple(inputs[0].shape) if inputs else ()
         if (tensor := first_tensor(output)) is not None:
             call.output, call.shape = self.key(tensor), tuple(tensor.shape)
@@ -143,12 +144,13 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = positional(args, kwargs or {})
-        operands = [a for a in flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
-        inputs = self.keys(operands)
+        tensors = [a for a in flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
+        inputs = self.keys(tensors)
         nonnegative = is_nonnegative(func, args, kwargs, self._is_known_nonnegative)  # before it may run in place
         site = site_function(func, args, kwargs)
-        through = self.keys((site and site.operands(args, kwargs)) or ())
-        valued = [] if func in SHAPED_ALIKE else operands[:1] if func in MADE_ALIKE else operands
+        operands = site and site.operands(args, kwargs)
+        through = self.keys(operands or ())
+        valued = [] if func in SHAPED_ALIKE else tensors[:1] if func in MADE_ALIKE else tensors
         constant = func not in DRAWS and all(not is_lazy(o) and self.key(o) in self.constants for o in valued)
         output = func(*args, **kwargs)
         if constant:
@@ -169,8 +171,9 @@ class _Recorder(TorchFunctionMode):
             if self.stack and not self.in_leaf:
                 self.recording.read(dict.fromkeys(inputs))
                 if site is not None or func in FUNCTIONS_THAT_COMPUTE:
-                    call = Call(self._here, func, inputs, None, operands=through, constant=constant)
-                    self._note_call(func, args, kwargs, call, output)
+                    call = Call(self._here, func, inputs, operands=through, constant=constant)
+                    call.macs = function_macs(func, args, kwargs, output)
+                    self._note_call(call, site, operands or tensors, first_tensor(output))
         return output
 
     def _is_known_nonnegative(self, value: Tensor) -> bool:
@@ -180,20 +183,17 @@ class _Recorder(TorchFunctionMode):
     def _here(self) -> str:
         return self.names[id(self.stack[-1].module)]
 
-    def _note_call(self, func: Any, args: Any, kwargs: Any, call: Call, output: Any) -> None:
-        frame, site, result = self.stack[-1], site_function(func, args, kwargs), first_tensor(output)
-        call.inside, call.macs = self.inside, function_macs(func, args, kwargs, output)
+    def _note_call(self, call: Call, site: Function | None, operands: list[Tensor], result: Tensor | None) -> None:
+        frame = self.stack[-1]
+        call.inside = self.inside
         if result is not None:
             call.output, call.shape = self.key(result), tuple(result.shape)
-        call.kind = site.kind if site else FUNCTIONS_THAT_COMPUTE[func]
-        operands = [a for a in flat((*args, *kwargs.values())) if isinstance(a, Tensor)]
-        operands = (site and site.operands(args, kwargs)) or operands
+        call.kind = site.kind if site else FUNCTIONS_THAT_COMPUTE[call.what]
         call.input_shape = tuple(operands[0].shape)
         paths = [self.parameters.get(id(a)) for a in operands]
         if call.kind == EXPERTS and site is not None and is_experts(frame.module):
             paths[1] = self.parameters.get(self.recording.root(call.operands[1])[0])
         call.parameter_paths = paths
-        call.parameter = next((p for p in paths if p is not None), None)
         call.vector = any(
             p is not None and max((*a.shape, 1)) == a.numel() for p, a in zip(paths, operands, strict=True)
         )
@@ -225,25 +225,15 @@ def _hooks(recorder: _Recorder, model: nn.Module) -> Iterator[None]:
         yield
 
 
-InsideOf = Callable[[nn.Module, str, _Recorder, tuple[Any, ...], dict[str, Any]], list[Call] | None]
-"""Function that gives the calls inside one call of a leaf (at a path, with arguments); `None` if it is a single one."""
-
-
-def record(
-    model: nn.Module,
-    run: Callable[[], Any],
-    is_leaf: Callable[[nn.Module], bool],
-    inside_of: InsideOf | None = None,
-) -> Recording:
+def record(model: nn.Module, run: Callable[[], Any], parts: bool = True) -> Recording:
     """Runs `run()`, which calls `model` in its own way on one batch, and reports what happened. Nothing is changed.
 
     Args:
         model: The root; module paths are relative to it.
         run: Performs the pass. It runs in evaluation mode without gradients.
-        is_leaf: Which modules count as one operation.
-        inside_of: Which of them count as several after all.
+        parts: Whether the call of a layer with several weights counts as the calls of its parts.
     """
-    recorder = _Recorder(model, is_leaf, inside_of)
+    recorder = _Recorder(model, parts)
     # Tensors made in inference mode have no version to tell them apart by.
     unobserved = evaluating(model), without_fast_path(), torch.inference_mode(False), torch.no_grad()
     with ExitStack() as stack:

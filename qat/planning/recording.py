@@ -26,10 +26,9 @@ class Call:
         macs: Multiply-accumulates of each product in it, over the whole batch.
         site: `owner.kind_index` if this is a functional site.
         kind: Kind of a functional site, or of a function that computes.
-        parameter: Path of the parameter among the operands.
         parameter_paths: The path of each operand that is a parameter, `None` for the others.
-        weight: Whether the parameter is the second operand of a product, with an axis of output channels.
-        vector: Whether the parameter has at most one axis of more than one value.
+        weight: Whether `parameter` is the second operand of a product, with an axis of output channels.
+        vector: Whether a parameter among the operands has at most one axis of more than one value.
         inside: Whether it happened inside the root's own forward.
         constant: Whether all its operands are computed from parameters, buffers and numbers alone (the angles of a
             rotary embedding, a mask): the same for all data, so an engine computes it ahead, in float.
@@ -40,20 +39,24 @@ class Call:
     name: str
     what: Any
     inputs: list[Key]
-    output: Key | None
+    output: Key | None = None
     shape: tuple[int, ...] = ()
     input_shape: tuple[int, ...] = ()
     operands: list[Key] = field(default_factory=list)
     macs: list[int] = field(default_factory=list)
     site: str | None = None
     kind: str | None = None
-    parameter: str | None = None
     parameter_paths: list[str | None] = field(default_factory=list)
     weight: bool = False
     vector: bool = False
     inside: bool = False
     constant: bool = False
     infinite: bool = False
+
+    @property
+    def parameter(self) -> str | None:
+        """Path of the first parameter among the operands."""
+        return next((path for path in self.parameter_paths if path is not None), None)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from qat.planning.addressable import has_weight
 from qat.planning.decisions import Decisions
 from qat.planning.functions import EXPERTS, FUNCTIONS
 from qat.planning.plan import Plan, PlannedLayer, SiteWeight
-from qat.planning.probe import Call
+from qat.planning.recording import Call
 
 
 def plan_weights(plan: Plan, decisions: Decisions) -> None:

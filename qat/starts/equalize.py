@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from qat.errors import UserError
 from qat.layers import is_computed, original_class
 from qat.modes import evaluating
-from qat.planning.addressable import has_weight, is_leaf
+from qat.planning.addressable import has_weight
 from qat.planning.functions import flat
 from qat.planning.probe import record
 from qat.planning.recording import Call
@@ -152,7 +152,7 @@ class Equalize(Start):
 @torch.no_grad()
 def find_pairs(model: nn.Module, run: Run) -> list[ScaledPair]:
     """The pairs of a float model in evaluation mode, each tried on the batch that `run` passes."""
-    calls = record(model, run, is_leaf).modules
+    calls = record(model, run, parts=False).modules
     times = [call.name for call in calls]
     layers = [i for i, call in enumerate(calls) if _scalable(call.what) and times.count(call.name) == 1]
     found, generator = [], torch.Generator().manual_seed(0)
