@@ -131,7 +131,8 @@ class FractionalGrid:
         quantizer = self.quantizer
         scale = acting(self._scale(bits, quantizer), quantizer.spec)
         inner, scale = quantizer.partition.grouped(x), quantizer.partition.spread(scale, x.ndim)
-        return quantizer.fake_quantize(inner, scale, *self.limits[bits]).view(x.shape)
+        low, high = self.limits[bits]
+        return quantizer.fake_quantize(inner, scale, low, high).view(x.shape)
 
 
 def check_learnable(name: str, quantizer: Quantizer) -> None:
