@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from pytorch_lightning.utilities.data import _update_dataloader
 from torch.utils.data import DataLoader, DistributedSampler
 
-from qat.config.instantiate import parameters_of
+from qat.config.signature import Signature
 from qat.data import Digits, ImageDataModule, Images
 from qat.data.batches import Collate, ImageDataset, augment
 from qat.errors import UserError
@@ -287,7 +287,7 @@ def test_importing_the_data_modules_does_not_import_datasets():
 def test_a_config_lists_every_option_of_its_class_with_a_comment_and_builds(file, tmp_path):
     config = OmegaConf.load(file)
     target = get_class(config["_target_"])
-    assert set(config) == {"_target_", *parameters_of(target)}
+    assert set(config) == {"_target_", *Signature.of(target).takes}
     lines = file.read_text().splitlines()
     assert all("#" in line for line in lines if not line.startswith("_target_") and ":" in line and "std:" not in line)
     if config.get("path", "") is None:

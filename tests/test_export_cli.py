@@ -139,7 +139,7 @@ class FolderTarget(Target):
 def test_a_folder_that_is_there_is_written_into_and_only_an_earlier_export_is_replaced(
     run, tmp_path, monkeypatch, capfd
 ):
-    monkeypatch.setattr("qat.cli.export.build", lambda name, settings: FolderTarget())
+    monkeypatch.setattr("qat.cli.export.target_named", lambda name, settings: FolderTarget())
     mine, export = tmp_path / "mine", ["export", str(run), "target=folder"]
     mine.mkdir()
     (mine / "thesis.txt").write_text("mine")
