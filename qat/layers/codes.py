@@ -22,18 +22,17 @@ from qat.kernels import dispatch, onednn
 from qat.kernels.dispatch import Kernel
 from qat.kernels.onednn import Geometry
 from qat.kernels.recipes import Recipe
+from qat.layers.accumulator import INT32_MAX
 from qat.quantizers import Quantizer
 from qat.quantizers.fixed import forward as plain_rounding
 
 CODES = 256
 """How many codes an input may have; those of a weight have to fit int8."""
-LARGEST = 2**31 - 1
-"""Largest sum of products: kernels add in int32, and would wrap around in silence."""
 
 
 def have_codes(terms: int, grid: Quantizer, weight: Quantizer) -> bool:
-    """Whether both grids have integer codes that the kernels take, `terms` products of which they can add up, with
-    scales that stand outside the sums.
+    """Whether both grids have integer codes that the kernels take, `terms` products of which they can add up in int32
+    (beyond it they would wrap around in silence), with scales that stand outside the sums.
     """
     for q in (grid, weight):
         if not (q.on and q.static and q.uniform and q.spec.integer and q.spec.granularity != "group"):
@@ -42,7 +41,7 @@ def have_codes(terms: int, grid: Quantizer, weight: Quantizer) -> bool:
             return False
     fits = weight.quant_min >= -128 and weight.quant_max <= 127 and weight.spec.symmetric
     span, most = grid.quant_max - grid.quant_min, max(-weight.quant_min, weight.quant_max)
-    return fits and span < CODES and terms * span * most <= LARGEST
+    return fits and span < CODES and terms * span * most <= INT32_MAX
 
 
 def codes_of(
