@@ -203,6 +203,9 @@ SEQ, DOREFA = {"format": "ternary", "bits": None, "quantizer": "seq"}, {"bits": 
                      "at mse, the default, or set minmax or centred or even", id="some"),
         pytest.param({"weight": {"bits": 4, "range": "lsq"}, "rules": {"stem": {"match": "@first", "weight": SEQ}}},
                      "quant.rules.stem.weight.range=lsq: quantizer=seq has", id="a-rule-s-quantizer"),
+        pytest.param({"weight": {"bits": 4, "quantizer": "minmax", "range": "kl"},
+                      "rules": {"stem": {"match": "@first", "weight": {"bits": 8}}}},
+                     "quant.weight.range=kl: quantizer=minmax has", id="a-rule-that-chooses-neither"),
     ],
 )  # fmt: skip
 def test_a_range_that_the_quantizer_would_ignore_is_refused_where_it_is_planned(settings, message):

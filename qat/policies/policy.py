@@ -143,18 +143,24 @@ class QuantPolicy:
             for role in ROLES:
                 base = self.defaults["sites" if role == "act" and not place.has_weight else role]
                 by, current = "default", base if self._is_on(place) else False
+                ranged = by  # who chose the quantizer or its range
                 for rule in self.rules:
                     own = rule.settings.get(role)
                     if own is None or place.name not in matched[rule.name]:
                         continue
                     by, current = rule.name, merge(base if by == "default" else current, own)
+                    if isinstance(own, Mapping) and {"quantizer", "range"} & own.keys():
+                        ranged = by
                 spec = _spec(current, f"{self.where}.{role} for {place.name}", role)
                 if spec is not None and (role == "act" or place.has_weight):
-                    where = f"{self.where}.{role}" if by == "default" else f"{self.where}.rules.{by}.{role}"
-                    _check_range(spec, where, role)
-                    spec = engine.resolve_spec(spec, where, place.type if role == "weight" else None)
+                    _check_range(spec, self._key(ranged, role), role)
+                    spec = engine.resolve_spec(spec, self._key(by, role), place.type if role == "weight" else None)
                 result[place.name][role] = spec, by
         return result
+
+    def _key(self, by: str, role: str) -> str:
+        """The config key of what a rule, or the default, says of a role."""
+        return f"{self.where}.{role}" if by == "default" else f"{self.where}.rules.{by}.{role}"
 
     def _is_on(self, place: Place) -> bool:
         return not place.is_site or place.has_weight or place.type in self.kinds
