@@ -91,8 +91,9 @@ def check_monitors(
     """
     if not monitors or not is_overridden("validation_step", module) or not is_overridden("val_dataloader", data):
         return
-    data.setup("fit")  # by hand: a teardown behind it might free what `fit` is given
-    trainer.validate(module, data.val_dataloader(), verbose=False)
+    data.setup("fit")
+    with _no_teardown(data):
+        trainer.validate(module, datamodule=data, verbose=False)
     if not sum(trainer.num_val_batches):
         return
     logged = list(trainer.callback_metrics)
@@ -100,6 +101,18 @@ def check_monitors(
         if name not in logged and name.startswith("val"):
             kind = type(module).__name__
             raise UserError(f"{key}={name}: {kind}.validation_step logs no such value{nearest(name, logged)}")
+
+
+@contextmanager
+def _no_teardown(data: pl.LightningDataModule) -> Iterator[None]:
+    """While it lasts, the data keep what `fit` will be given. (Their loaders alone would lose the hooks that make batches
+    of what they yield.)
+    """
+    data.__dict__["teardown"] = lambda stage: None
+    try:
+        yield
+    finally:
+        del data.__dict__["teardown"]
 
 
 @dataclass
