@@ -26,7 +26,7 @@ from small_models import both
 from torch import Tensor, nn
 
 from qat.export.onnx.export import export_onnx
-from qat.export.onnx.runtime import INTEGER_KERNELS, OnnxRunner, float_convolutions, weight_codes
+from qat.export.onnx.runtime import INTEGER_KERNELS, OnnxRunner, float_convolutions, session_options, weight_codes
 from qat.export.verify import Verdict, check_codes, expected_integer_nodes
 from qat.grid.formats import round_int
 from qat.integer import Eager, IntegerActivation, emitting
@@ -169,8 +169,7 @@ def cut(model: onnx.ModelProto, calls: Sequence[Call]) -> Cut:
 
 def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray], optimize: bool) -> tuple[list[np.ndarray], int]:
     """All outputs of a model, and how many integer kernels computed them."""
-    options, level = ort.SessionOptions(), ort.GraphOptimizationLevel
-    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    options, level = session_options(threads=1), ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     with tempfile.TemporaryDirectory() as folder:
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")

@@ -20,6 +20,7 @@ from qat.data import Digits, ImageDataModule, Images
 from qat.data.batches import Collate, ImageDataset, augment
 from qat.errors import UserError
 from qat.lightning import QATCallback
+from qat.lightning.runs.evaluate import check_monitors
 from qat.models import MLP
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -172,6 +173,23 @@ def test_batches_made_where_the_model_is_serve_whoever_a_loader_serves(precision
     trainer.fit(model, data)
     assert len(seen) > 5
     assert [len(y) for y in trainer.predict(model, data)] == [300, 60]
+
+
+def test_what_is_looked_at_early_is_made_of_batches_on_a_device_and_torn_down_by_nobody(tmp_path):
+    class Data(Digits):
+        torn = 0
+
+        def teardown(self, stage):
+            self.torn += 1
+
+    data = Data(on_device=True, batch_size=300)
+    trainer = pl.Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
+    check_monitors(trainer, MLP(), data, {"val_metric": "val/acc"})
+    assert not data.torn
+    trainer.validate(MLP(), data, verbose=False)
+    assert data.torn == 1
+    with pytest.raises(UserError, match=r"val_metric=val/ac: .* did you mean 'val/acc'"):
+        check_monitors(trainer, MLP(), data, {"val_metric": "val/ac"})
 
 
 def test_loaders_of_one_split_that_collate_differently_get_batches_of_their_own_on_a_device():

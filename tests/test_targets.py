@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from small_models import POLICY, Drawn, Shape, lived, quantized
@@ -18,6 +19,7 @@ from qat.copies import copied
 from qat.errors import UserError
 from qat.export.bisect import first_divergence
 from qat.export.manifest import files_bytes
+from qat.export.onnx.runtime import OnnxRunner, saturates
 from qat.export.onnx.target import OnnxTarget
 from qat.export.overflow import largest_sum
 from qat.export.target import Target
@@ -174,7 +176,8 @@ def wide(inputs: int, counting: int, policy: dict[str, Any]) -> tuple[nn.Module,
                      id="groups"),
     ],
 )  # fmt: skip
-def test_a_layer_whose_products_int32_cannot_add_up_is_named(counting, policy, before, after) -> None:
+def test_a_layer_whose_products_int32_cannot_add_up_is_named(counting, policy, before, after, monkeypatch) -> None:
+    monkeypatch.setattr("qat.export.onnx.target.saturates", lambda: False)
     grids = {role: policy[role] | {"range": "minmax"} for role in ("weight", "act")}
     grids["act"]["signed"] = False
     (model, plan), onnx = wide(67_000, counting, grids), target_named("onnx", {})
@@ -183,6 +186,45 @@ def test_a_layer_whose_products_int32_cannot_add_up_is_named(counting, policy, b
     for line in (*found[0], *found[1]):
         assert line.startswith("'0': ") and "beyond 2,147,483,647; give it fewer bits, or split it" in line
     assert target_named("packed", {}).cautions(model, plan) == [], "no integer kernel reads it"
+
+
+@pytest.mark.parametrize(
+    ("weight", "act", "target", "named"),
+    [
+        pytest.param(8, 8, "onnx", True, id="w8a8"),
+        pytest.param(7, 8, "onnx", False, id="w7a8"),
+        pytest.param(8, 7, "onnx", False, id="w8a7"),
+        pytest.param(8, 6, "onnx", False, id="w8a6"),
+        pytest.param(8, 16, "onnx", False, id="in-float"),
+        pytest.param(8, None, "onnx", False, id="weights-alone"),
+        pytest.param(8, 8, "packed", False, id="no-kernels"),
+    ],
+)
+def test_products_that_saturate_where_a_processor_adds_them_in_int16_are_named(
+    weight, act, target, named, monkeypatch
+) -> None:
+    bits = {"weight": {"bits": weight}, "act": {"bits": act} if act else "off"}
+    model, plan = wide(64, 64, bits)
+    for wrong in (True, False):
+        monkeypatch.setattr("qat.export.onnx.target.saturates", lambda wrong=wrong: wrong)
+        found = target_named(target, {}).cautions(model, plan)
+        assert len(found) == (named and wrong)
+        assert not found or found[0].startswith("'0': this processor has no VNNI")
+
+
+def test_verification_adds_products_of_eight_bits_exactly_on_every_processor(tmp_path) -> None:
+    """Where a processor lacks VNNI, the runtime's default would not."""
+    model, x = nn.Sequential(nn.Linear(64, 2)), torch.ones(2, 64)
+    model[0].weight.data.fill_(1.0)
+    grid = {"bits": 8, "range": "minmax"}
+    plan = quantized(model, x, {"weight": grid, "act": grid | {"signed": False}})
+    path = tmp_path / "model.onnx"
+    OnnxTarget().export(convert(model, plan), plan, x, path)
+    expected = model(x).detach().numpy()
+    np.testing.assert_allclose(OnnxRunner(path)(x.numpy()), expected, rtol=1e-6)
+    default = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    found = np.asarray(default.run(None, {"input": x.numpy()})[0])
+    assert np.allclose(found, expected, rtol=1e-6) != saturates()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

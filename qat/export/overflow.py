@@ -1,8 +1,9 @@
-"""Sums that int32 cannot hold: integer kernels add the products of a layer in int32 and wrap around in silence, where
-training and evaluation have exact sums. Verification sees that for its own data alone.
+"""Sums that an engine's integers cannot hold, where training and evaluation have exact ones.
 
-With 8 bits on both sides it takes more than 66,000 terms. Before training, widths say whether it can happen at all;
-of a converted model, its codes say whether some input does it.
+Integer kernels add the products of a layer in int32 and wrap around in silence; verification sees that for its own data
+alone. With 8 bits on both sides it takes more than 66,000 terms. Before training, widths say whether it can happen at
+all; of a converted model, its codes say whether some input does it. Some kernels add the first two products in int16,
+which two products of 8 bits exceed already.
 """
 
 from typing import Any
@@ -12,11 +13,14 @@ from torch import nn
 
 from qat.export.verify import is_integer_layer
 from qat.grid.spec import QuantSpec
+from qat.integer import integer_bits
 from qat.layers import mixin_for
-from qat.layers.accumulator import INT32_MAX, accumulates
+from qat.layers.accumulator import ACCUMULATED_BITS, INT32_MAX, accumulates
 from qat.layers.chain import last_grid
 from qat.planning.plan import Plan, grids_of
 from qat.quantizers import find
+
+INT16_MAX = 2**15 - 1
 
 
 def overflows(model: nn.Module, plan: Plan) -> list[str]:
@@ -39,6 +43,20 @@ def overflows(model: nn.Module, plan: Plan) -> list[str]:
                 f"'{name}': {how} to {largest:,}, and integer kernels wrap around in silence beyond {INT32_MAX:,}; "
                 "give it fewer bits, or split it into layers with fewer inputs"
             )
+    return found
+
+
+def beyond_int16(plan: Plan) -> list[str]:
+    """The layers two of whose products could add up to more than int16 holds, which x86 without VNNI adds them in."""
+    found = []
+    for name in plan.layers:
+        weight, inputs = grids_of(plan, name)
+        if weight is None or len(inputs) != 1 or not (weight.integer and inputs[0][-1].integer):
+            continue
+        input = inputs[0][-1]
+        widest = max(integer_bits(weight), integer_bits(input))
+        if widest <= ACCUMULATED_BITS and 2 * _farthest(weight) * (input.quant_max - input.quant_min) > INT16_MAX:
+            found.append(name)
     return found
 
 

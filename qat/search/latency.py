@@ -17,7 +17,7 @@ import onnxruntime as ort
 
 from qat.errors import UserError
 from qat.export.bench import latency_ms
-from qat.export.onnx.runtime import INTEGER_KERNELS, OnnxRunner
+from qat.export.onnx.runtime import INTEGER_KERNELS, OnnxRunner, session_options
 from qat.export.target import INPUT
 
 CONSTANT = re.compile(r"(.+)\.(?:weight|weight_scale|weight_zero)$")
@@ -73,8 +73,7 @@ def _profile(
     path: Path, x: np.ndarray, optimized: Path, prefix: Path, repeats: int
 ) -> tuple[dict[str, float], dict[str, str]]:
     """Median milliseconds of each node, in the order of execution, and the kind of each."""
-    options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    options = session_options(threads=1)
     options.enable_profiling, options.profile_file_prefix = True, str(prefix)
     options.optimized_model_filepath = str(optimized)
     session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -2,7 +2,7 @@
 
 import collections
 import tempfile
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,38 @@ PROVIDERS = ["CPUExecutionProvider"]
 INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat", "MatMulInteger", "ConvInteger")
 
 
+def session_options(threads: int = 0, *, exact: bool = True) -> ort.SessionOptions:
+    """Options of a session that logs nothing.
+
+    Args:
+        threads: Threads within one operation; 0: as many as there are cores.
+        exact: Whether products of codes are added up exactly on every processor (see `saturates`).
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what is wrong comes as an exception
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.x64quantprecision", "1" if exact else "0")
+    return options
+
+
+@cache
+def saturates() -> bool:
+    """Whether the runtime's own default is wrong on this processor for 8-bit weights: x86 without VNNI adds pairs of
+    products of uint8 and int8 in int16, which saturates.
+    """
+    x, w = np.full((1, 64), 255, np.uint8), np.full((64, 1), 127, np.int8)
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMulInteger", ["x", "w"], ["y"])],
+        "product",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, x.shape)],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT32, [1, 1])],
+        [onnx.numpy_helper.from_array(w, "w")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 13)], ir_version=8)
+    session = ort.InferenceSession(model.SerializeToString(), session_options(exact=False), providers=PROVIDERS)
+    return int(np.asarray(session.run(None, {"x": x})[0]).item()) != 255 * 127 * 64
+
+
 class OnnxRunner:
     """A loaded file.
 
@@ -52,9 +84,7 @@ class OnnxRunner:
     def _session_of(
         self, content: str | bytes, *, optimize: bool, optimized_copy: str | None = None
     ) -> ort.InferenceSession:
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # what is wrong comes as an exception
-        options.intra_op_num_threads = self.threads
+        options = session_options(self.threads)
         # Idle threads would wait for the next call at full speed, on the cores of whatever is measured in turn.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         level = ort.GraphOptimizationLevel

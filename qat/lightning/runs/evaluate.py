@@ -92,7 +92,7 @@ def check_monitors(
     if not monitors or not is_overridden("validation_step", module) or not is_overridden("val_dataloader", data):
         return
     data.setup("fit")
-    with _no_teardown(data):
+    with _no_teardown(data):  # and with its hooks, which may make batches of what a loader yields
         trainer.validate(module, datamodule=data, verbose=False)
     if not sum(trainer.num_val_batches):
         return
@@ -105,9 +105,7 @@ def check_monitors(
 
 @contextmanager
 def _no_teardown(data: pl.LightningDataModule) -> Iterator[None]:
-    """While it lasts, the data keep what `fit` will be given. (Their loaders alone would lose the hooks that make batches
-    of what they yield.)
-    """
+    """While it lasts, the data keep what `fit` will be given."""
     data.__dict__["teardown"] = lambda stage: None
     try:
         yield
