@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from small_models import both, quantized
 from test_insert import Model, inserted, planned
-from test_targets import W8A8, target_of
+from test_targets import W8A8, skip_if_saturating, target_of
 from torch import Tensor, nn
 
 from qat.convert import EVERYTHING, convert
@@ -174,6 +174,8 @@ def test_a_file_holds_a_parameter_of_two_sums_once_and_computes_both(name, tmp_p
 
 
 def agrees(name: str, policy: dict[str, Any], model: nn.Module, folder: Any, x: Tensor | None = None) -> None:
+    if policy is not NARROW:
+        skip_if_saturating(name)
     target, x = target_of(name), torch.randn(32, 3, 8, 8) if x is None else x
     policy, original = policy | {"engine": target.engine}, copy.deepcopy(model)
     plan = quantized(model, x, policy)
@@ -204,6 +206,7 @@ def test_what_is_computed_from_no_data_is_codes_in_the_graph(forward, name, tmp_
     onnx = pytest.importorskip("onnx")
     from qat.export.onnx.export import export_onnx
 
+    skip_if_saturating(name)
     model, x, target = with_table(forward, 9, 8), torch.randn(16, 6, 8), target_of(name)
     model.register_buffer("buffer", torch.randn(6, 8))
     original = copy.deepcopy(model)

@@ -19,7 +19,9 @@ from qat.export import nibbles
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.layers import shared_weights
 from qat.export.onnx.placement import OPENVINO
+from qat.export.onnx.runtime import saturates
 from qat.export.onnx.weights import SHARED_KEY, is_weight
+from qat.export.overflow import saturation
 from qat.export.target import INPUT, Target, unrunnable
 from qat.export.verify import Verdict, count_kernels
 from qat.planning.addressable import type_of
@@ -170,6 +172,10 @@ class ForOpenVino(Target):
 
     def model_refusal(self, model: nn.Module, plan: Plan) -> str | None:
         return super().model_refusal(model, plan) or _weight_refusal(model, plan)
+
+    def cautions(self, model: nn.Module, plan: Plan) -> list[str]:
+        remedy = "it has no option against that: train weights of at most 7 bits, in first and last layers, too"
+        return super().cautions(model, plan) + (saturation(plan, "OpenVINO", remedy) if saturates() else [])
 
     def check_kernels(self, verdict: Verdict, converted: nn.Module, runner: Any) -> None:
         """OpenVINO's integer kernels against the layers that should have one; those in float are named."""

@@ -46,18 +46,33 @@ def overflows(model: nn.Module, plan: Plan) -> list[str]:
     return found
 
 
-def beyond_int16(plan: Plan) -> list[str]:
-    """The layers two of whose products could add up to more than int16 holds, which x86 without VNNI adds them in."""
-    found = []
-    for name in plan.layers:
-        weight, inputs = grids_of(plan, name)
-        if weight is None or len(inputs) != 1 or not (weight.integer and inputs[0][-1].integer):
-            continue
-        input = inputs[0][-1]
-        widest = max(integer_bits(weight), integer_bits(input))
-        if widest <= ACCUMULATED_BITS and 2 * _farthest(weight) * (input.quant_max - input.quant_min) > INT16_MAX:
-            found.append(name)
-    return found
+def saturation(plan: Plan, engine: str, remedy: str) -> list[str]:
+    """What to know of an engine on x86 processors without VNNI, which add two products of uint8 and int8 in int16.
+
+    Args:
+        plan: The plan.
+        engine: The engine's name, as its makers write it.
+        remedy: What the user can do.
+
+    Returns:
+        A line, if some layer has products of which two could add up to more than int16 holds.
+    """
+    if not (wide := [name for name in plan.layers if _beyond_int16(plan, name)]):
+        return []
+    others = f" and {len(wide) - 1} more" if wide[1:] else ""
+    return [
+        f"'{wide[0]}'{others}: this processor has no VNNI, and there {engine} lets sums of 8-bit products saturate; "
+        f"{remedy}"
+    ]
+
+
+def _beyond_int16(plan: Plan, name: str) -> bool:
+    weight, inputs = grids_of(plan, name)
+    if weight is None or len(inputs) != 1 or not (weight.integer and inputs[0][-1].integer):
+        return False
+    input = inputs[0][-1]
+    widest = max(integer_bits(weight), integer_bits(input))
+    return widest <= ACCUMULATED_BITS and 2 * _farthest(weight) * (input.quant_max - input.quant_min) > INT16_MAX
 
 
 def largest_sum(layer: Any) -> int:

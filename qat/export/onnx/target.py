@@ -12,7 +12,7 @@ from qat.errors import UserError
 from qat.export.onnx.export import export_onnx
 from qat.export.onnx.placement import ORT, Placement
 from qat.export.onnx.runtime import OnnxRunner, float_convolutions, saturates, weight_codes
-from qat.export.overflow import beyond_int16
+from qat.export.overflow import saturation
 from qat.export.target import Target
 from qat.export.verify import Verdict, count_kernels
 from qat.planning.plan import Plan
@@ -60,14 +60,10 @@ class OnnxTarget(Target):
 
     def cautions(self, model: nn.Module, plan: Plan) -> list[str]:
         found = super().cautions(model, plan)
-        wide = beyond_int16(plan) if self.engine == "ort" else []
-        if wide and saturates():
-            others = f" and {len(wide) - 1} more" if wide[1:] else ""
-            found.append(
-                f"'{wide[0]}'{others}: this processor has no VNNI, and there ONNX Runtime lets sums of 8-bit products "
-                "saturate, unless a session is told not to, as in verification: "
-                "add_session_config_entry('session.x64quantprecision', '1'); or train 7-bit weights, quant=reduce_range"
-            )
+        if self.engine == "ort" and saturates():
+            option = "add_session_config_entry('session.x64quantprecision', '1')"
+            remedy = f"tell sessions not to, as verification does: {option}; or train 7-bit weights: quant=reduce_range"
+            found += saturation(plan, "ONNX Runtime", remedy)
         return found
 
     def write(self, model: nn.Module, plan: Plan, example: Tensor, folder: Path) -> None:
