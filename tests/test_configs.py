@@ -1,14 +1,17 @@
 """No config can rot: each file composes, and its targets take what it says."""
 
 import re
+import warnings
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from qat.config.configs import composed, configs_dir, finalize_config, policy_settings, read_config
 from qat.config.instantiate import _check, instantiate
 from qat.errors import UserError
 from qat.grid.ranges import ESTIMATORS
+from qat.lightning.runs.checks import check
 from qat.lightning.runs.workspace import Workspace
 from qat.policies.policy import QuantPolicy
 
@@ -68,6 +71,19 @@ def test_a_config_that_calls_the_engine_target_as_older_ones_do_is_read(config, 
     cfg, path = config("quant=qnn_w8a16"), tmp_path / "config.yaml"
     path.write_text(OmegaConf.to_yaml(cfg).replace("  engine: qnn\n", "  target: qnn\n"))
     assert "engine" not in path.read_text() and read_config(path) == cfg
+
+
+@pytest.mark.parametrize(
+    ("precision", "fast", "warned"),
+    [("bf16-mixed", False, True), ("bf16-mixed", True, False), ("32-true", False, False)],
+)
+def test_bfloat16_without_fast_kernels_is_warned_of(precision, fast, warned, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        check(Workspace(config("model=mlp", "quant=off", f"trainer.precision={precision}"), tmp_path))
+    said = [str(w.message) for w in found if "no fast kernels" in str(w.message)]
+    assert len(said) == warned and all(text.startswith(f"trainer.precision={precision}: ") for text in said)
 
 
 def test_the_policies_of_networks_settle_by_the_rules_of_the_file_to_be_written(config, tmp_path):
