@@ -4,7 +4,7 @@ integer kernels where ONNX Runtime has them.
 
 import pytest
 import torch
-from small_models import both, lived
+from small_models import both, exact_where_shared, lived
 from torch import Tensor, nn
 
 from qat.export.onnx.export import export_onnx
@@ -33,7 +33,8 @@ def upsampling() -> nn.Module:
 
 LAYERS = [
     # The steps of a recurrent layer are written out, each with its matrix product on integers.
-    pytest.param(lambda: Head(nn.LSTM(6, 8, batch_first=True), 16), torch.randn(8, 2, 6), 3, id="lstm"),
+    pytest.param(lambda: Head(nn.LSTM(6, 8, batch_first=True), 16), torch.randn(8, 2, 6), 3, id="lstm",
+                 marks=exact_where_shared),
     pytest.param(lambda: Head(nn.TransformerEncoderLayer(8, 2, 8, batch_first=True), 24), torch.randn(8, 3, 8), 7,
                  id="transformer-layer"),
     pytest.param(lambda: Head(upsampling(), 54), torch.randn(8, 4, 2, 2), 1, id="transposed-grouped"),

@@ -14,6 +14,7 @@ import torch
 import yaml
 from pytorch_lightning.profilers import SimpleProfiler
 from safetensors.torch import load_file
+from small_models import exact_where_shared
 
 from qat.cli import main
 from qat.errors import UserError
@@ -536,6 +537,7 @@ def own_parts(in_an_empty_folder, monkeypatch) -> Path:
     return in_an_empty_folder
 
 
+@exact_where_shared
 def test_tied_parameters_are_kept_under_every_name(own_parts):
     assert _train(Path("run"), "model._target_=own_parts_of_run.Tied", *SMALLEST, "quant=w8a8", "cache_dir=cache") == 0
     state = load_file("run/float.safetensors")

@@ -91,16 +91,17 @@ class OnnxRunner:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         if optimized_copy is not None:
             options.optimized_model_filepath = optimized_copy
-        try:
-            return ort.InferenceSession(content, options, providers=PROVIDERS)
-        except Exception as error:  # the runtime's own exception types are private
-            refused = UserError(f"{self.path}: onnxruntime refuses it: {first_line(error)}")
-        # It makes int8 activations uint8, and stumbles over those that it moved before. So it gets to leave them.
-        options.add_session_config_entry("session.qdqisint8allowed", "1")
-        try:
-            return ort.InferenceSession(content, options, providers=PROVIDERS)
-        except Exception:
-            raise refused from None
+        # Asked to be exact, it refuses int8 weights that several layers read. And it makes int8 activations uint8, and
+        # stumbles over those that it moved before; so it gets to leave them.
+        refused: list[Exception] = []
+        for entries in ({}, {"session.x64quantprecision": "0"}, {"session.qdqisint8allowed": "1"}):
+            for entry, value in entries.items():
+                options.add_session_config_entry(entry, value)
+            try:
+                return ort.InferenceSession(content, options, providers=PROVIDERS)
+            except Exception as error:  # the runtime's own exception types are private
+                refused.append(error)
+        raise UserError(f"{self.path}: onnxruntime refuses it: {first_line(refused[0])}")
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Runs one batch.
