@@ -75,7 +75,7 @@ def run_passes(
 
 
 def own_zero_points(graph: ir.Graph) -> None:
-    """Gives each int8 weight a zero point of its own. Asked to be exact on a processor without VNNI, the runtime refuses
+    """Gives each int8 weight its own zero point. Asked to be exact on a processor without VNNI, the runtime refuses
     files where two of them share one (onnxruntime 1.32).
     """
     shared: set[ir.Value] = set()
