@@ -13,11 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
 from qat.errors import UserError
 from qat.export.bench import latency_ms
-from qat.export.onnx.runtime import INTEGER_KERNELS, OnnxRunner, session_options
+from qat.export.onnx.runtime import INTEGER_KERNELS, OnnxRunner, open_session, session_options
 from qat.export.target import INPUT
 
 CONSTANT = re.compile(r"(.+)\.(?:weight|weight_scale|weight_zero)$")
@@ -76,7 +75,7 @@ def _profile(
     options = session_options(threads=1)
     options.enable_profiling, options.profile_file_prefix = True, str(prefix)
     options.optimized_model_filepath = str(optimized)
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = open_session(str(path), options, path)
     for _ in range(repeats + repeats // 10 + 1):
         session.run(None, {INPUT: x})
     durations: dict[str, list[float]] = defaultdict(list)

@@ -62,6 +62,25 @@ def saturates() -> bool:
     return int(np.asarray(session.run(None, {"x": x})[0]).item()) != 255 * 127 * 64
 
 
+def open_session(content: str | bytes, options: ort.SessionOptions, path: Path) -> ort.InferenceSession:
+    """Loads a file, or its content, with the options of `session_options`, or without what keeps it from being loaded.
+
+    Raises:
+        UserError: if the runtime refuses it, naming `path`.
+    """
+    # Asked to be exact, it refuses int8 weights that several layers read. And it makes int8 activations uint8, and
+    # stumbles over those that it moved before; so it gets to leave them.
+    refused: list[Exception] = []
+    for entries in ({}, {"session.x64quantprecision": "0"}, {"session.qdqisint8allowed": "1"}):
+        for entry, value in entries.items():
+            options.add_session_config_entry(entry, value)
+        try:
+            return ort.InferenceSession(content, options, providers=PROVIDERS)
+        except Exception as error:  # the runtime's own exception types are private
+            refused.append(error)
+    raise UserError(f"{path}: onnxruntime refuses it: {first_line(refused[0])}")
+
+
 class OnnxRunner:
     """A loaded file.
 
@@ -91,17 +110,7 @@ class OnnxRunner:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         if optimized_copy is not None:
             options.optimized_model_filepath = optimized_copy
-        # Asked to be exact, it refuses int8 weights that several layers read. And it makes int8 activations uint8, and
-        # stumbles over those that it moved before; so it gets to leave them.
-        refused: list[Exception] = []
-        for entries in ({}, {"session.x64quantprecision": "0"}, {"session.qdqisint8allowed": "1"}):
-            for entry, value in entries.items():
-                options.add_session_config_entry(entry, value)
-            try:
-                return ort.InferenceSession(content, options, providers=PROVIDERS)
-            except Exception as error:  # the runtime's own exception types are private
-                refused.append(error)
-        raise UserError(f"{self.path}: onnxruntime refuses it: {first_line(refused[0])}")
+        return open_session(content, options, self.path)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """Runs one batch.
